@@ -1,0 +1,202 @@
+"""Train the embedded checkpoint: an AR-only stage, then the joint AR + block-diffusion stage.
+
+    python examples/train_tiny/train.py --output build/tiny
+
+Runs on a GPU if there is one. Interrupt it at will: the same command resumes from the last saved step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import corpus
+import numpy as np
+import torch
+from export import export
+from objective import Batch, ar_loss_sum, joint_loss_sum
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.reference.model import ReferenceModel
+
+DIFFUSION_WEIGHT = 0.3
+
+
+def tiny_config(vocab_size: int) -> NemotronLabsDiffusionConfig:
+    """Return the embedded checkpoint's configuration: every released feature, at a size a laptop can train."""
+    return NemotronLabsDiffusionConfig(
+        architectures=["NemotronLabsDiffusionModel"],
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        block_size=16,
+        mask_token_id=corpus.MASK_ID,
+        bos_token_id=corpus.BOS_ID,
+        eos_token_id=corpus.EOS_ID,
+        pad_token_id=corpus.PAD_ID,
+        dtype="bfloat16",
+        ar_loss_weight=1.0,
+        dlm_loss_weight=DIFFUSION_WEIGHT,
+        dlm_paradigm="sbd_block_diff",
+    )
+
+
+def initialise(model: ReferenceModel) -> None:
+    """Normal(0, initializer_range); residual projections are scaled down by the depth."""
+    std = model.config.initializer_range
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = (2 * model.config.num_hidden_layers) ** -0.5 if residual else 1.0
+            torch.nn.init.normal_(parameter, std=std * scale)
+
+
+def make_optimizers(model: ReferenceModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for embeddings, head and norms."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learning_rate_factor(step: int, total: int, warmup: int = 50, decay: float = 0.35) -> float:
+    """Warm-up, stable, linear decay over the last ``decay`` of the run, down to 2%."""
+    if step < warmup:
+        return (step + 1) / warmup
+    start = total * (1 - decay)
+    return 1.0 if step < start else max(0.02, (total - step) / (total - start))
+
+
+def training_step(
+    model: ReferenceModel, optimizers: list[torch.optim.Optimizer], batch: Batch, joint: bool, args: argparse.Namespace
+) -> dict[str, float]:
+    """One optimizer step over a global batch; returns mean losses in nats per token."""
+    count = batch.global_count(joint)
+    sums = {"ar": 0.0, "diffusion": 0.0}
+    device = next(model.parameters()).device
+    for part in batch.split(args.micro_batch):
+        part = Batch(part.ids.to(device), part.masked.to(device), part.probability.to(device))
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            if joint:
+                ar, diffusion = joint_loss_sum(model, part, model.config.block_size)
+                loss = ar + DIFFUSION_WEIGHT * diffusion
+                sums["diffusion"] += float(diffusion.detach())
+            else:
+                ar = loss = ar_loss_sum(model, part.ids)
+        (loss / count).backward()
+        sums["ar"] += float(ar.detach())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {key: value / batch.ids.numel() for key, value in sums.items()}
+
+
+def save_state(path: Path, step: int, model: ReferenceModel, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write the resumable state; renaming makes an interrupted save harmless."""
+    temporary = path.with_suffix(".part")
+    state = {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def prepare_data(output: Path, vocab_size: int) -> tuple[Tokenizer, np.ndarray]:
+    """Return tokenizer and token stream, made once and kept beside the training state."""
+    tokenizer_file, stream_file = output / "tokenizer.json", output / "stream.npy"
+    if not stream_file.is_file():
+        texts = corpus.documents()
+        tokenizer = corpus.train_tokenizer(texts, vocab_size)
+        tokenizer.save(str(tokenizer_file))
+        np.save(stream_file, corpus.encode(texts, tokenizer))
+    return Tokenizer.from_file(str(tokenizer_file)), np.load(stream_file)
+
+
+def sample(stream: np.ndarray, step: int, args: argparse.Namespace) -> Batch:
+    """Draw step's batch. It depends on the step alone, so a resumed run sees what an unbroken one would."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    # Attention is half of a long step's time, so most of the run sees half-length sequences, twice as many.
+    halved = step < (args.ar_steps + args.joint_steps) * (1 - args.long_fraction)
+    length, count = (args.length // 2, args.batch * 2) if halved else (args.length, args.batch)
+    starts = torch.randint(len(stream) - length, (count,), generator=generator).tolist()
+    ids = torch.stack([torch.from_numpy(stream[s : s + length].astype(np.int64)) for s in starts])
+    return Batch.draw(ids, generator)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for state, log and checkpoint")
+    parser.add_argument("--ar-steps", type=int, default=600, help="steps of the AR-only stage")
+    parser.add_argument("--joint-steps", type=int, default=1000, help="steps of the joint stage")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
+    parser.add_argument("--micro-batch", type=int, default=16, help="sequences per forward")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--long-fraction", type=float, default=0.25, help="final share of steps at full length")
+    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=50, help="steps between saves")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, resuming where the last run stopped, and export the checkpoint."""
+    args = parse_arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
+    tokenizer, stream = prepare_data(args.output, args.vocab_size)
+    torch.manual_seed(args.seed)
+    model = ReferenceModel(tiny_config(args.vocab_size))
+    initialise(model)
+    model.to(args.device)
+    optimizers = make_optimizers(model, args)
+    state_file, step, total = args.output / "state.pt", 0, args.ar_steps + args.joint_steps
+    if state_file.is_file():
+        state = torch.load(state_file, map_location=args.device)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step = state["step"]
+    bar = tqdm(total=total, initial=step, unit="step", mininterval=5)
+    with (args.output / "log.jsonl").open("a") as log:
+        while step < total:
+            started = time.perf_counter()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * learning_rate_factor(step, total)
+            losses = training_step(model, optimizers, sample(stream, step, args), step >= args.ar_steps, args)
+            step += 1
+            log.write(json.dumps({"step": step, "seconds": time.perf_counter() - started, **losses}) + "\n")
+            bar.set_postfix(ar=f"{losses['ar']:.3f}", diffusion=f"{losses['diffusion']:.3f}", refresh=False)
+            bar.update()
+            if step % args.save_every == 0 or step == total:
+                log.flush()
+                save_state(state_file, step, model, optimizers)
+    export(model, tokenizer, args.output / "checkpoint")
+
+
+if __name__ == "__main__":
+    main()

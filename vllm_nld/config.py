@@ -1,0 +1,184 @@
+"""Hugging Face configuration of Nemotron-Labs-Diffusion checkpoints (``config.json``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from vllm_nld import MODEL_TYPE
+
+_REQUIRED_YARN_KEYS = ("factor", "original_max_position_embeddings")
+_POSITIVE_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "block_size",
+)
+
+
+class NemotronLabsDiffusionConfig(PretrainedConfig):
+    """Configuration of one NLD text model; the defaults are those of the released 8B instruct model.
+
+    Two things are rearranged on the way in, and put back by :meth:`to_dict`:
+
+    - ``rope_parameters.llama_4_scaling_beta`` is not a rotary parameter (it scales queries), so it moves to
+      ``llama_4_scaling = {"original_max_position_embeddings", "beta"}``, where vLLM's Mistral attention reads it.
+    - the YaRN attention factor is pinned to 1.0. The checkpoints were trained with it (``mscale`` equals
+      ``mscale_all_dim``), but libraries fall back to ``0.1 ln(factor) + 1`` when a config omits the two keys.
+
+    Args:
+        block_size: the diffusion block length the checkpoint was trained for, in tokens.
+        mask_token_id: id of the token that stands for "not decided yet"; it is never emitted.
+        rope_parameters: YaRN parameters as released, or ``{"rope_type": "default", "rope_theta": ...}``.
+
+    Raises:
+        ValueError: a size is not positive, heads do not divide, or YaRN parameters are missing.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 131072,
+        hidden_size: int = 4096,
+        intermediate_size: int = 14336,
+        num_hidden_layers: int = 34,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int = 8,
+        head_dim: int | None = 128,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 262144,
+        rms_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        rope_parameters: dict[str, Any] | None = None,
+        block_size: int = 32,
+        mask_token_id: int = 100,
+        attention_bias: bool = False,
+        mlp_bias: bool = False,
+        attention_dropout: float = 0.0,
+        sliding_window: int | None = None,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 11,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        # The 3B and 14B models have head_dim != hidden_size / num_attention_heads; derive it only when absent.
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.block_size = block_size
+        self.mask_token_id = mask_token_id
+        self.attention_bias = attention_bias
+        self.mlp_bias = mlp_bias
+        self.attention_dropout = attention_dropout
+        self.sliding_window = sliding_window
+        self.rope_parameters, self.llama_4_scaling = _split_rope_parameters(
+            rope_parameters or kwargs.pop("rope_scaling", None) or released_rope_parameters(),
+            # Older exports keep theta beside the dictionary; transformers' fallback of 1e4 would be silently wrong.
+            kwargs.pop("rope_theta", 1e6),
+        )
+        self._check()
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def _check(self) -> None:
+        for key in _POSITIVE_SIZES:
+            value = getattr(self, key)
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(f"config.json: {key}={value!r}, but a positive integer is needed")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"config.json: mask_token_id={self.mask_token_id}, but it must lie in [0, {self.vocab_size})"
+            )
+
+    @property
+    def position_limit(self) -> int:
+        """Number of positions the rotary table covers, in tokens.
+
+        YaRN with ``factor`` < 1 (the released 3B-Base) covers fewer than ``original_max_position_embeddings``.
+        """
+        rope = self.rope_parameters
+        if rope["rope_type"] != "yarn":
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, int(rope["original_max_position_embeddings"] * rope["factor"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the released layout, so that a saved config reads back, here and by other readers."""
+        output: dict[str, Any] = super().to_dict()
+        scaling = output.pop("llama_4_scaling", None)
+        rope = dict(output["rope_parameters"])
+        rope.pop("attention_factor", None)
+        if scaling:
+            rope["llama_4_scaling_beta"] = scaling["beta"]
+        output["rope_parameters"] = rope
+        return output
+
+
+def released_rope_parameters() -> dict[str, Any]:
+    """Return the ``rope_parameters`` of the released 3B and 8B instruct models (a fresh dictionary)."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
+
+
+def _split_rope_parameters(
+    raw: dict[str, Any], default_theta: float
+) -> tuple[dict[str, Any], dict[str, float] | None]:
+    """Separate rotary parameters from the query scale; see the class docstring."""
+    rope = dict(raw)
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    rope.pop("max_position_embeddings", None)
+    rope.setdefault("rope_theta", default_theta)
+    beta = rope.pop("llama_4_scaling_beta", None)
+    if rope["rope_type"] not in ("default", "yarn"):
+        raise ValueError(
+            f"config.json: rope_parameters.rope_type={rope['rope_type']!r}, but only 'yarn' and 'default' are supported"
+        )
+    if rope["rope_type"] == "default":
+        if beta:
+            raise ValueError(
+                "config.json: rope_parameters.llama_4_scaling_beta needs rope_type 'yarn', found 'default'"
+            )
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}, None
+    for key in _REQUIRED_YARN_KEYS:
+        if not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
+            raise ValueError(f"config.json: rope_parameters.{key}={rope.get(key)!r}, but yarn needs a positive number")
+    rope["attention_factor"] = 1.0
+    scaling = None
+    if beta:
+        original = rope["original_max_position_embeddings"]
+        scaling = {"original_max_position_embeddings": original, "beta": beta}
+    return rope, scaling

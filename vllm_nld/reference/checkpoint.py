@@ -1,0 +1,43 @@
+"""Load a checkpoint folder, in the released layout, into the dense reference model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.reference.model import ReferenceModel
+
+
+def load_reference(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> ReferenceModel:
+    """Return the model of ``folder`` (``config.json`` and ``*.safetensors``), in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the folder has no weights.
+        ValueError: a tensor is missing, unexpected or misshapen; the message names each.
+    """
+    folder = Path(folder)
+    # The released folders keep the draft adapter in a sub-folder, so a flat glob takes the base weights only.
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    config = NemotronLabsDiffusionConfig.from_pretrained(folder)
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    with torch.device(device):
+        model = ReferenceModel(config)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise ValueError(f"{folder}: " + "; ".join(sorted(problems)))
+    model.load_state_dict(tensors)
+    return model.to(dtype).eval()

@@ -1,0 +1,241 @@
+"""The three published generation methods, one request at a time, on the dense model.
+
+Names and counting follow the released remote code. NFE counts model forwards; whether the prefill is among them
+differs by method and is stated in each docstring. Deliberate deviations from the released code:
+
+- the mask token is ruled out of every argmax and every sample (so ``threshold`` > 0 always makes progress);
+- the output never exceeds ``max_new_tokens``, and the last block shrinks instead of overshooting;
+- a spent thinking budget puts ``end_think_token_id`` into output and context alike, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vllm_nld.reference.model import KVCache, ReferenceModel
+
+
+@dataclass
+class ThinkingBudget:
+    """Forces the end-of-thinking token once, after ``limit`` generated tokens, unless it was generated before."""
+
+    limit: int | None = None
+    end_token: int | None = None
+
+    def forces(self, generated: list[int], offset: int = 0) -> bool:
+        """Whether the token after ``generated`` (and ``offset`` undecided ones) must be the end token."""
+        if self.limit is None or self.end_token is None:
+            return False
+        return len(generated) + offset >= self.limit and self.end_token not in generated
+
+
+@dataclass
+class Generation:
+    """What a method returns.
+
+    Attributes:
+        ids: prompt and generated token ids.
+        nfe: number of forwards, counted as the method's docstring says.
+        drafts: self-speculation only, the drafted block of each cycle, seed first.
+        accepted: self-speculation only, tokens emitted by each cycle (matches + 1), before clipping.
+    """
+
+    ids: list[int]
+    nfe: int
+    drafts: list[list[int]] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+
+def pick(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """Return token ids ``[rows]`` from logits ``[rows, vocab]``: argmax at temperature 0, else a sample."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+@torch.inference_mode()
+def ar_generate(
+    model: ReferenceModel,
+    prompt_ids: list[int],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    eos_token_id: int | None = None,
+    max_thinking_tokens: int | None = None,
+    end_think_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Causal decoding, one token per forward. NFE equals the generated tokens; the prefill is not counted."""
+    eos, budget = _eos(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
+    cache, generated = KVCache(), list[int]()
+    logits = model.causal(_ids(model, prompt_ids), cache)[0, -1:]
+    while len(generated) < max_new_tokens:
+        token = budget.end_token if budget.forces(generated) else int(pick(logits, temperature, generator))
+        generated.append(int(token or 0))
+        if generated[-1] in eos or len(generated) == max_new_tokens:
+            break
+        logits = model.causal(_ids(model, generated[-1:]), cache)[0, -1:]
+    return Generation(prompt_ids + generated, len(generated))
+
+
+@torch.inference_mode()
+def generate(
+    model: ReferenceModel,
+    prompt_ids: list[int],
+    max_new_tokens: int = 128,
+    block_length: int | None = None,
+    threshold: float | None = None,
+    temperature: float = 0.0,
+    eos_token_id: int | None = None,
+    max_thinking_tokens: int | None = None,
+    end_think_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Block diffusion. NFE counts every denoising forward and each block's causal commit; the prefill is free.
+
+    Args:
+        threshold: commit every position at least this confident (and always the best one); ``None`` commits an
+            even share of the block per step instead.
+    """
+    block_length = block_length or model.config.block_size
+    eos, budget = _eos(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
+    cache, generated, nfe = KVCache(), list[int](), 0
+    logits = model.causal(_ids(model, prompt_ids), cache)[0, -1:]
+    while len(generated) < max_new_tokens:
+        length = min(block_length, max_new_tokens - len(generated))
+        block = [int(pick(logits, temperature, generator))] + [model.config.mask_token_id] * (length - 1)
+        due = next((i for i in range(length) if budget.forces(generated, i)), None)
+        if due is not None:
+            block[due] = int(budget.end_token or 0)
+        nfe += _denoise(model, cache, block, threshold, temperature, eos, generator)
+        logits = model.causal(_ids(model, block), cache)[0, -1:]
+        nfe += 1
+        end = _first(block, eos)
+        generated += block[: end + 1] if end is not None else block
+        if end is not None:
+            break
+    return Generation(prompt_ids + generated, nfe)
+
+
+def _denoise(
+    model: ReferenceModel,
+    cache: KVCache,
+    block: list[int],
+    threshold: float | None,
+    temperature: float,
+    eos: set[int],
+    generator: torch.Generator | None,
+) -> int:
+    """Fill the block's masks in place; returns the number of bidirectional forwards."""
+    mask_id, forwards = model.config.mask_token_id, 0
+    share, extra = divmod(block.count(mask_id), len(block))
+    while mask_id in block:
+        end = _first(block, eos)
+        if end is not None and mask_id not in block[:end]:
+            break
+        logits = model.bidirectional(_ids(model, block), cache)[0]
+        quota = share + (forwards < extra)
+        forwards += 1
+        tokens = pick(logits, temperature, generator)
+        confidence = logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        open_rows = torch.tensor([token == mask_id for token in block], device=logits.device)
+        ranked = confidence.masked_fill(~open_rows, -torch.inf).sort(descending=True, stable=True)
+        for rank, (score, row) in enumerate(zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)):
+            wanted = rank < max(quota, 1) if threshold is None else rank == 0 or score >= threshold
+            if wanted and block[row] == mask_id:
+                block[row] = int(tokens[row])
+    return forwards
+
+
+@torch.inference_mode()
+def linear_spec_generate(
+    model: ReferenceModel,
+    prompt_ids: list[int],
+    max_new_tokens: int = 128,
+    block_length: int | None = None,
+    temperature: float = 0.0,
+    eos_token_id: int | None = None,
+    max_thinking_tokens: int | None = None,
+    end_think_token_id: int | None = None,
+    threshold: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Linear self-speculation: draft a block bidirectionally, verify it causally.
+
+    NFE counts the prefill (1), every draft forward and every verify forward, as the released code does.
+
+    Args:
+        threshold: 0 fills the whole block in one draft forward; above 0 a draft forward commits the positions at
+            least this probable (and always the best one), until the block is full.
+    """
+    block_length = block_length or model.config.block_size
+    eos, budget = _eos(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
+    cache = KVCache()
+    logits = model.causal(_ids(model, prompt_ids), cache)[0, -1:]
+    seed = int(budget.end_token or 0) if budget.forces([]) else int(pick(logits, temperature, generator))
+    result = Generation([], nfe=1)
+    generated = [seed]
+    while seed not in eos and len(generated) < max_new_tokens:
+        prefix = cache.length
+        # A cycle emits at most block_length tokens: near the end the block shrinks with what may still be emitted.
+        length = min(block_length, max_new_tokens - len(generated))
+        block, forwards = draft_block(model, cache, seed, length, threshold, temperature, generator)
+        verified = pick(model.causal(_ids(model, block), cache)[0], temperature, generator).tolist()
+        emitted: list[int] = []
+        for row, token in enumerate(verified):
+            emitted.append(int(budget.end_token or 0) if budget.forces(generated + emitted) else token)
+            if row + 1 == length or emitted[-1] != block[row + 1]:
+                break
+        cache.crop(prefix + len(emitted))
+        result.nfe += forwards + 1
+        result.drafts.append(block)
+        result.accepted.append(len(emitted))
+        end = _first(emitted, eos)
+        generated += emitted if end is None else emitted[: end + 1]
+        seed = generated[-1]
+    result.ids = prompt_ids + generated
+    return result
+
+
+def draft_block(
+    model: ReferenceModel,
+    cache: KVCache,
+    seed: int,
+    length: int,
+    threshold: float = 0.0,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[list[int], int]:
+    """Return a drafted block of ``length`` tokens, seed first, and the bidirectional forwards it took."""
+    mask_id = model.config.mask_token_id
+    block, forwards = [seed] + [mask_id] * (length - 1), 0
+    while mask_id in block[1:]:
+        logits = model.bidirectional(_ids(model, block), cache)[0]
+        forwards += 1
+        tokens = pick(logits, temperature, generator)
+        tempered = logits / temperature if temperature else logits
+        confidence = tempered.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1).tolist()
+        open_rows = [row for row in range(1, length) if block[row] == mask_id]
+        best = max(open_rows, key=lambda row: confidence[row])
+        for row in open_rows:
+            if row == best or confidence[row] >= threshold:
+                block[row] = int(tokens[row])
+    return block, forwards
+
+
+def _ids(model: ReferenceModel, ids: list[int]) -> Tensor:
+    return torch.tensor([ids], device=model.diffusion_head.weight.device)
+
+
+def _eos(model: ReferenceModel, eos_token_id: int | None) -> set[int]:
+    """End-of-sequence ids: the argument, else the config's (an id, a list, or none)."""
+    eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    if eos is None:
+        return set()
+    return {eos} if isinstance(eos, int) else set(eos)
+
+
+def _first(tokens: list[int], wanted: set[int]) -> int | None:
+    return next((i for i, token in enumerate(tokens) if token in wanted), None)

@@ -1,0 +1,224 @@
+"""The NLD network on one page: dense PyTorch, no paging, no kernels; the oracle of the tests.
+
+One set of weights, two attention patterns. ``causal`` rows predict the *next* position; ``bidirectional`` rows
+predict their *own* position. Only causal calls may write the KV cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_nld.config import NemotronLabsDiffusionConfig
+
+
+def yarn_inverse_frequencies(head_dim: int, rope: dict[str, float]) -> Tensor:
+    """Return the rotary inverse frequencies, float64 ``[head_dim // 2]``, in radians per position.
+
+    YaRN (arXiv 2309.00071, eq. 17-23): fast components keep their frequency, slow ones are divided by ``factor``,
+    with a linear ramp between the components that turn ``beta_fast`` and ``beta_slow`` times in the original context.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    theta = float(rope["rope_theta"])
+    plain = theta**-exponents
+    if rope["rope_type"] != "yarn":
+        return plain
+    original = float(rope["original_max_position_embeddings"])
+
+    def component_turning(rotations: float) -> float:
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(component_turning(rope.get("beta_fast", 32.0))), 0)
+    high = min(math.ceil(component_turning(rope.get("beta_slow", 1.0))), head_dim - 1)
+    index = torch.arange(head_dim // 2, dtype=torch.float64)
+    ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return plain * ((1 - ramp) + ramp / float(rope["factor"]))
+
+
+def query_scale(positions: Tensor, scaling: dict[str, float] | None) -> Tensor:
+    """Return the llama-4 query multiplier for ``positions`` (int64, any shape), float32, same shape.
+
+    ``1 + beta * ln(1 + floor(position / original_context))``: exactly 1 inside the original context.
+    """
+    if scaling is None:
+        return torch.ones(positions.shape, dtype=torch.float32, device=positions.device)
+    turns = torch.div(positions, int(scaling["original_max_position_embeddings"]), rounding_mode="floor")
+    return 1 + scaling["beta"] * torch.log1p(turns.to(torch.float32))
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Apply rotary embedding, pairing component i with i + head_dim/2.
+
+    Args:
+        x: ``[batch, heads, tokens, head_dim]``.
+        angles: ``[tokens, head_dim // 2]`` or ``[batch, 1, tokens, head_dim // 2]``, radians.
+    """
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of decided tokens, one ``[batch, kv_heads, length, head_dim]`` pair a layer."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Number of cached tokens."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def crop(self, length: int) -> None:
+        """Forget every token from position ``length`` on: the tokens a verify rejected."""
+        self.keys = [k[:, :, :length] for k in self.keys]
+        self.values = [v[:, :, :length] for v in self.values]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with an explicit head size; no biases, no q/k norms."""
+
+    def __init__(self, config: NemotronLabsDiffusionConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, angles: Tensor, scale: Tensor, mask: Tensor, cache: KVCache | None, write: bool
+    ) -> Tensor:
+        query = rotate(self._split(self.q_proj(x), self.heads), angles) * scale.unsqueeze(-1).to(x.dtype)
+        key = rotate(self._split(self.k_proj(x), self.kv_heads), angles)
+        value = self._split(self.v_proj(x), self.kv_heads)
+        if cache is not None:
+            if cache.length or len(cache.keys) > self.layer:
+                key = torch.cat((cache.keys[self.layer], key), dim=2)
+                value = torch.cat((cache.values[self.layer], value), dim=2)
+            if write:
+                cache.keys[self.layer : self.layer + 1] = [key]
+                cache.values[self.layer : self.layer + 1] = [value]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, config: NemotronLabsDiffusionConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, angles: Tensor, scale: Tensor, mask: Tensor, cache: KVCache | None, write: bool
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, scale, mask, cache, write)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Encoder(nn.Module):
+    """Embedding, decoder layers and final norm (the released files call this part ``encoder``)."""
+
+    def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class ReferenceModel(nn.Module):
+    """Dense NLD model whose parameter names are the released tensor names."""
+
+    def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        frequencies = yarn_inverse_frequencies(config.head_dim, config.rope_parameters)
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache | None = None, write: bool = False
+    ) -> Tensor:
+        """Return the normed hidden states ``[batch, tokens, hidden]`` under an explicit attention mask.
+
+        Args:
+            ids: int64 ``[batch, tokens]``.
+            positions: int64 ``[tokens]``, absolute.
+            mask: bool, broadcastable to ``[batch, heads, tokens, cached + tokens]``; True means "may attend".
+            cache: prefix whose keys and values are read.
+            write: append this call's keys and values to ``cache``. Only causal calls may set it.
+        """
+        # Angles in float64, then rounded once: float32 products of large positions lose the low frequencies.
+        angles = (positions.double()[:, None] * self.inverse_frequencies).float()
+        scale = query_scale(positions, self.config.llama_4_scaling)
+        x = self.encoder.embed_tokens(ids)
+        for layer in self.encoder.layers:
+            x = layer(x, angles, scale, mask, cache, write)
+        out: Tensor = self.encoder.norm(x)
+        return out
+
+    def causal(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return logits ``[batch, tokens, vocab]`` with row i predicting position i + 1; appends to ``cache``."""
+        past, tokens = (cache.length if cache is not None else 0), ids.shape[1]
+        mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=ids.device).tril(past)
+        return self._logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=cache is not None))
+
+    def bidirectional(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return logits ``[batch, tokens, vocab]`` with row i predicting position i; leaves ``cache`` as it is."""
+        past = cache.length if cache is not None else 0
+        mask = torch.ones(1, past + ids.shape[1], dtype=torch.bool, device=ids.device)
+        return self._logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=False))
+
+    @staticmethod
+    def _positions(past: int, ids: Tensor) -> Tensor:
+        return torch.arange(past, past + ids.shape[1], device=ids.device)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Project, and rule the mask token out: it stands for "undecided" and is never an answer."""
+        logits: Tensor = self.diffusion_head(hidden).float()
+        return logits.index_fill(-1, torch.tensor(self.config.mask_token_id, device=logits.device), -torch.inf)
