@@ -10,3 +10,12 @@ ARCHITECTURE = "NemotronLabsDiffusionModel"
 
 MODEL_TYPE = "nemotron_labs_diffusion"
 """Value of ``model_type`` in a released checkpoint's ``config.json``."""
+
+
+def __getattr__(name: str) -> object:
+    """Resolve ``vllm_nld.SelfSpeculation`` on demand, so that importing the package stays free."""
+    if name == "SelfSpeculation":
+        from vllm_nld.proposer import SelfSpeculation
+
+        return SelfSpeculation
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

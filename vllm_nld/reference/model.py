@@ -117,7 +117,7 @@ class Attention(nn.Module):
         key = rotate(self._split(self.k_proj(x), self.kv_heads), angles)
         value = self._split(self.v_proj(x), self.kv_heads)
         if cache is not None:
-            if cache.length or len(cache.keys) > self.layer:
+            if len(cache.keys) > self.layer:
                 key = torch.cat((cache.keys[self.layer], key), dim=2)
                 value = torch.cat((cache.values[self.layer], value), dim=2)
             if write:

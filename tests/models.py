@@ -1,0 +1,71 @@
+"""Random NLD checkpoints for tests: every shape the released configs use, at a size that runs in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.reference import ReferenceModel
+
+
+def yarn(factor: float = 4.0, original: int = 64, theta: float = 1e4, beta: float = 0.1) -> dict[str, Any]:
+    """YaRN parameters in the released layout, with an original context short enough to be left in a test."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": beta,
+    }
+
+
+def small_config(**overrides: Any) -> NemotronLabsDiffusionConfig:
+    """A two-layer model with a vocabulary so small that random drafts are sometimes accepted."""
+    settings: dict[str, Any] = {
+        "architectures": ["NemotronLabsDiffusionModel"],
+        "vocab_size": 24,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "rope_parameters": yarn(),
+        "block_size": 8,
+        "mask_token_id": 5,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "dtype": "float32",
+    }
+    return NemotronLabsDiffusionConfig(**(settings | overrides))
+
+
+def random_model(config: NemotronLabsDiffusionConfig, seed: int = 0) -> ReferenceModel:
+    """Weights large enough that attention matters and the greedy text does not settle at once."""
+    torch.manual_seed(seed)
+    model = ReferenceModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                std = 1.0 if "embed_tokens" in name else 1.6 * parameter.shape[1] ** -0.5
+                parameter.normal_(std=std)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def save(model: ReferenceModel, folder: Path) -> Path:
+    """Write config and weights in the released layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    model.config.save_pretrained(folder)
+    return folder

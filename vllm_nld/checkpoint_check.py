@@ -1,0 +1,63 @@
+"""Compare a checkpoint folder's tensor names and shapes with its config, from the file headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import safe_open
+
+from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.errors import NLDError
+
+_SHOWN = 5
+
+
+def expected_tensors(config: NemotronLabsDiffusionConfig) -> dict[str, tuple[int, ...]]:
+    """Return released tensor name -> shape: 9 tensors a layer and 3 more."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    layer = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+    tensors: dict[str, tuple[int, ...]] = {
+        "encoder.embed_tokens.weight": (config.vocab_size, hidden),
+        "encoder.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        tensors["diffusion_head.weight"] = (config.vocab_size, hidden)
+    for index in range(config.num_hidden_layers):
+        tensors |= {f"encoder.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    return tensors
+
+
+def check_tensors(folder: Path, config: NemotronLabsDiffusionConfig) -> None:
+    """Check the ``*.safetensors`` of ``folder``; a folder without any is left for vLLM to judge.
+
+    Raises:
+        NLDError: tensors are missing or misshapen; the first few are named.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="numpy") as handle:
+            found |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    problems = []
+    for name, shape in expected_tensors(config).items():
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif found[name] != shape:
+            problems.append(f"{name} has shape {list(found[name])}, config.json asks for {list(shape)}")
+    if problems:
+        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+        raise NLDError(f"checkpoint {folder}: " + "; ".join(problems[:_SHOWN]) + more)

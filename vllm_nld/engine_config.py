@@ -1,0 +1,120 @@
+"""Checks and defaults before any weight loads: what vLLM calls ``verify_and_update_config`` for this architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vllm_nld import ARCHITECTURE, compat
+from vllm_nld.checkpoint_check import check_tensors
+from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.errors import NLDError
+from vllm_nld.options import NAMESPACE, NLDOptions
+
+PROPOSER_PATHS = ("vllm_nld.SelfSpeculation", "vllm_nld.proposer.SelfSpeculation")
+OWN_ARCHITECTURE = "VllmNLDForCausalLM"
+"""Name this extension's model is always registered under, whatever vLLM itself calls ``ARCHITECTURE``."""
+
+
+class NLDEngineConfig:
+    """vLLM's per-architecture hook (``vllm/model_executor/models/config.py: MODELS_CONFIG_MAP``).
+
+    Attributes:
+        upstream: the hook that vLLM itself has for the architecture, if it serves it.
+        upstream_serves: whether vLLM itself registers the architecture.
+    """
+
+    upstream: ClassVar[Any] = None
+    upstream_serves: ClassVar[bool] = False
+
+    @classmethod
+    def verify_and_update_model_config(cls, model_config: Any) -> None:
+        """Nothing to do before the engine's options are known."""
+        if cls.upstream is not None:
+            cls.upstream.verify_and_update_model_config(model_config)
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: Any) -> None:
+        """Refuse what cannot work and fill in defaults.
+
+        Raises:
+            NLDError: an option, the checkpoint, or a combination is unsuitable; the message names it.
+        """
+        if cls.upstream_serves and not _asks_for_this_extension(vllm_config):
+            if cls.upstream is not None:
+                cls.upstream.verify_and_update_config(vllm_config)
+            return
+        _use_own_model(vllm_config.model_config)
+        NLDOptions.from_vllm_config(vllm_config)
+        _check_positions(vllm_config.model_config)
+        _check_layers(vllm_config.model_config.hf_config)
+        if _is_self_speculation(vllm_config.speculative_config):
+            _check_speculation(vllm_config)
+            compat.use_worker_subclass(vllm_config.parallel_config)
+        _check_weights(vllm_config)
+
+
+def _is_self_speculation(speculative: Any) -> bool:
+    return speculative is not None and speculative.model in PROPOSER_PATHS
+
+
+def _asks_for_this_extension(vllm_config: Any) -> bool:
+    additional = vllm_config.additional_config
+    return _is_self_speculation(vllm_config.speculative_config) or (
+        isinstance(additional, dict) and NAMESPACE in additional
+    )
+
+
+def _use_own_model(model_config: Any) -> None:
+    """Point vLLM's model loader at this extension's model, under a name nobody else registers."""
+    if not isinstance(model_config.hf_config, NemotronLabsDiffusionConfig):
+        config = NemotronLabsDiffusionConfig.from_dict(model_config.hf_config.to_dict())
+        model_config.hf_config = model_config.hf_text_config = config
+    model_config.hf_config.architectures = [OWN_ARCHITECTURE]
+
+
+def _check_positions(model_config: Any) -> None:
+    limit = model_config.hf_config.position_limit
+    if model_config.max_model_len > limit:
+        raise NLDError(
+            f"max_model_len={model_config.max_model_len}, but this checkpoint's rotary table ends at {limit} positions "
+            f"(rope_parameters and max_position_embeddings); use at most {limit}"
+        )
+
+
+def _check_layers(config: NemotronLabsDiffusionConfig) -> None:
+    for key, allowed in (("hidden_act", "silu"), ("sliding_window", None)):
+        if getattr(config, key) != allowed:
+            raise NLDError(f"config.json: {key}={getattr(config, key)!r} is not supported; allowed: {allowed!r}")
+
+
+def _check_speculation(vllm_config: Any) -> None:
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    if parallel.pipeline_parallel_size > 1:
+        raise NLDError(
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size} with self-speculation: a draft runs the whole "
+            "model, which no pipeline stage holds; use pipeline_parallel_size=1 (tensor_parallel_size is supported)"
+        )
+    block_length = vllm_config.model_config.hf_config.block_size
+    drafts, limit = speculative.num_speculative_tokens, min(block_length - 1, compat.max_draft_tokens())
+    if not 1 <= drafts <= limit:
+        raise NLDError(
+            f"speculative_config.num_speculative_tokens={drafts}, but a block of this checkpoint holds 1 seed and "
+            f"{block_length - 1} drafts; allowed: 1 to {limit} (leave it out for {limit})"
+        )
+
+
+def _check_weights(vllm_config: Any) -> None:
+    """Compare a local checkpoint's tensor headers with its config; other sources are checked while they load."""
+    folder = Path(vllm_config.model_config.model)
+    if folder.is_dir() and vllm_config.quant_config is None and vllm_config.load_config.load_format == "auto":
+        check_tensors(folder, vllm_config.model_config.hf_config)
+
+
+def install(upstream_serves: bool) -> None:
+    """Put the hook into vLLM's map, in front of any hook that is there already."""
+    hooks = compat.model_config_hooks()
+    if hooks.get(ARCHITECTURE) is not NLDEngineConfig:
+        NLDEngineConfig.upstream = hooks.get(ARCHITECTURE)
+        NLDEngineConfig.upstream_serves = upstream_serves
+        hooks[ARCHITECTURE] = NLDEngineConfig

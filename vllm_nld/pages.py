@@ -1,0 +1,138 @@
+"""Reading keys and values back from vLLM's paged KV cache.
+
+vLLM's backends store pages differently (and change it between versions). Each known layout is one entry of
+``LAYOUTS``; which one a layer uses is found out by experiment, so that a changed layout stops with an error instead
+of wrong drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_nld.errors import NLDError
+
+_PROBE_PAGES = 3
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """One way to lay out a layer's cache.
+
+    Attributes:
+        name: shown by errors and by the log.
+        page_dim: which dimension of the cache counts pages.
+        split: cache -> views (keys, values), each ``[pages, kv_heads, page_size, head_dim]``, any strides.
+        accepts: whether a cache of this shape can have the layout, given the head size.
+    """
+
+    name: str
+    page_dim: int
+    split: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    accepts: Callable[[torch.Size, int], bool]
+
+    def page_size(self, layer: Any) -> int:
+        """Tokens per page of an attention layer's cache."""
+        return int(self.split(layer.kv_cache, layer.head_size)[0].shape[2])
+
+    def gather(self, cache: Tensor, head_dim: int, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values ``[rows, kv_heads, tokens, head_dim]`` of the first ``tokens`` positions.
+
+        Args:
+            cache: the layer's whole cache.
+            head_dim: size of one head.
+            pages: int64 ``[rows, pages]``, each row's first pages.
+            tokens: positions to return; at most pages times the page size.
+        """
+        keys, values = self.split(cache, head_dim)
+        return _rows(keys, pages, tokens), _rows(values, pages, tokens)
+
+
+def _rows(pool: Tensor, pages: Tensor, tokens: int) -> Tensor:
+    picked = pool[pages]  # [rows, pages, kv_heads, page_size, head_dim]
+    return picked.permute(0, 2, 1, 3, 4).flatten(2, 3)[:, :, :tokens]
+
+
+def _fused_shape(shape: torch.Size, head_dim: int) -> bool:
+    return len(shape) == 4 and shape[-1] == 2 * head_dim
+
+
+def _split_column_pages(cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """vLLM's CPU cache on x86: per head, a key page ``[head_dim, page_size]``, then a value page, row-major."""
+    pages, heads, size, _ = cache.shape
+    halves = cache.view(pages, heads, 2, size * head_dim)
+    keys = halves[:, :, 0].view(pages, heads, head_dim, size).transpose(2, 3)
+    return keys, halves[:, :, 1].view(pages, heads, size, head_dim)
+
+
+def _split_row_pages(cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    pages, heads, size, _ = cache.shape
+    halves = cache.view(pages, heads, 2, size, head_dim)
+    return halves[:, :, 0], halves[:, :, 1]
+
+
+LAYOUTS = (
+    PageLayout("column-major key pages (CPU)", 0, _split_column_pages, _fused_shape),
+    PageLayout("row-major key pages (CPU)", 0, _split_row_pages, _fused_shape),
+    PageLayout(
+        "keys beside values, [pages, kv_heads, page_size, 2 * head_dim]",
+        0,
+        lambda cache, d: (cache[..., :d], cache[..., d:]),
+        _fused_shape,
+    ),
+    PageLayout(
+        "[2, pages, page_size, kv_heads, head_dim]",
+        1,
+        lambda cache, _: (cache[0].transpose(1, 2), cache[1].transpose(1, 2)),
+        lambda shape, d: len(shape) == 5 and shape[0] == 2 and shape[-1] == d,
+    ),
+    PageLayout(
+        "[pages, 2, page_size, kv_heads, head_dim]",
+        0,
+        lambda cache, _: (cache[:, 0].transpose(1, 2), cache[:, 1].transpose(1, 2)),
+        lambda shape, d: len(shape) == 5 and shape[1] == 2 and shape[-1] == d,
+    ),
+    PageLayout(
+        "[2, pages, kv_heads, page_size, head_dim]",
+        1,
+        lambda cache, _: (cache[0], cache[1]),
+        lambda shape, d: len(shape) == 5 and shape[0] == 2 and shape[-1] == d,
+    ),
+)
+
+
+def find_layout(layer: Any) -> PageLayout:
+    """Return the layout of an attention layer's cache, by writing a few tokens with vLLM and reading them back.
+
+    Args:
+        layer: ``vllm.model_executor.layers.attention.Attention`` whose cache is bound; the cache is not touched.
+
+    Raises:
+        NLDError: no known layout reads back what was written.
+    """
+    cache: Tensor = layer.kv_cache
+    kv_heads, head_dim = layer.num_kv_heads, layer.head_size
+    for layout in LAYOUTS:
+        if not layout.accepts(cache.shape, head_dim):
+            continue
+        shape = list(cache.shape)
+        shape[layout.page_dim] = _PROBE_PAGES
+        scratch = cache.new_zeros(shape)
+        page_size = layout.split(scratch, head_dim)[0].shape[2]
+        tokens = page_size + 1
+        written = torch.arange(2 * tokens * kv_heads * head_dim, device=cache.device) % 251
+        written = written.to(cache.dtype).view(2, tokens, kv_heads, head_dim)
+        pages = torch.tensor([[2, 1]], device=cache.device)
+        slots = (pages[0, :, None] * page_size + torch.arange(page_size, device=cache.device)).flatten()[:tokens]
+        layer.impl.do_kv_cache_update(layer, written[0], written[1], scratch, slots)
+        keys, values = layout.gather(scratch, head_dim, pages, tokens)
+        if torch.equal(keys[0].transpose(0, 1), written[0]) and torch.equal(values[0].transpose(0, 1), written[1]):
+            return layout
+    raise NLDError(
+        f"attention backend {layer.attn_backend.get_name()} stores KV pages of shape {list(cache.shape)} in an unknown "
+        f"layout; known: {'; '.join(layout.name for layout in LAYOUTS)}"
+    )

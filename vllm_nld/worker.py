@@ -1,0 +1,38 @@
+"""Worker subclasses that introduce the proposer to its model runner (``ParallelConfig.worker_cls``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_nld.compat import attach_proposer
+
+
+class _IntroducesProposer:
+    """Mix-in: after the runner exists, hand it to its proposer."""
+
+    vllm_config: Any
+    model_runner: Any
+
+    def init_device(self) -> None:
+        """Initialise the device and the runner, as vLLM does, then attach the proposer."""
+        super().init_device()  # type: ignore[misc]
+        attach_proposer(self.model_runner, self.vllm_config.speculative_config.num_speculative_tokens)
+
+    def nld_counters(self) -> dict[str, int]:
+        """Return forwards since start-up, for ``LLM.collective_rpc("nld_counters")``.
+
+        ``draft_forwards`` are draft passes; ``cycles`` are blocks handed out, one per request and step.
+        """
+        drafter = self.model_runner.drafter
+        return {"draft_forwards": drafter.draft_pass.forwards, "cycles": drafter.cycles}
+
+
+class NLDCPUWorker(_IntroducesProposer, CPUWorker):  # type: ignore[misc]
+    """vLLM's CPU worker with the proposer attached."""
+
+
+class NLDGPUWorker(_IntroducesProposer, Worker):  # type: ignore[misc]
+    """vLLM's GPU worker with the proposer attached."""
