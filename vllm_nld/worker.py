@@ -15,19 +15,26 @@ class _IntroducesProposer:
 
     vllm_config: Any
     model_runner: Any
+    _target_forwards = 0
 
     def init_device(self) -> None:
         """Initialise the device and the runner, as vLLM does, then attach the proposer."""
         super().init_device()  # type: ignore[misc]
         attach_proposer(self.model_runner, self.vllm_config.speculative_config.num_speculative_tokens)
 
-    def nld_counters(self) -> dict[str, int]:
-        """Return forwards since start-up, for ``LLM.collective_rpc("nld_counters")``.
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Run a causal step, as vLLM does, and count it."""
+        self._target_forwards += scheduler_output.total_num_scheduled_tokens > 0
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
 
-        ``draft_forwards`` are draft passes; ``cycles`` are blocks handed out, one per request and step.
+    def nld_counters(self) -> dict[str, int]:
+        """Return counts since start-up, for ``LLM.collective_rpc("nld_counters")``.
+
+        ``target_forwards`` are causal steps (prefill chunks, verifies, plain steps), ``draft_forwards`` draft passes,
+        ``cycles`` blocks handed out, one per request and step.
         """
         drafter = self.model_runner.drafter
-        return {"draft_forwards": drafter.draft_pass.forwards, "cycles": drafter.cycles}
+        return {"target_forwards": self._target_forwards, "draft_forwards": drafter.draft_pass.forwards, "cycles": drafter.cycles}
 
 
 class NLDCPUWorker(_IntroducesProposer, CPUWorker):  # type: ignore[misc]

