@@ -43,7 +43,6 @@ def engine(model: str, *, drafts: int | None = None, **settings: Any) -> Iterato
         settings: further arguments of ``LLM``.
     """
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     speculative: dict[str, Any] | None = None
     if drafts is not None:
@@ -60,6 +59,13 @@ def engine(model: str, *, drafts: int | None = None, **settings: Any) -> Iterato
     try:
         yield llm
     finally:
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        stop(llm)
+
+
+def stop(llm: Any) -> None:
+    """Shut an engine down at once; a garbage collector would do it in the middle of the next engine's life."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+    cleanup_dist_env_and_memory()

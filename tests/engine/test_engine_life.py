@@ -1,0 +1,195 @@
+"""Normal life of an engine: caches, chunks, preemption, aborts, limits. Every output equals the request's solo AR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import accepted, counters, engine, generate, metric, random_prompts, runner
+from models import random_model, save, small_config
+
+from vllm_nld.reference import ReferenceModel, ar_generate
+
+
+@pytest.fixture(scope="module")
+def model() -> ReferenceModel:
+    return random_model(small_config(eos_token_id=11, block_size=8, max_position_embeddings=256), seed=5)
+
+
+@pytest.fixture(scope="module")
+def folder(model: ReferenceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(model, tmp_path_factory.mktemp("model"))
+
+
+def solo(model: ReferenceModel, prompts: list[list[int]], budget: int, **settings: Any) -> list[list[int]]:
+    return [ar_generate(model, ids, budget, **settings).ids[len(ids) :] for ids in prompts]
+
+
+def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path) -> None:
+    with engine(folder, spec=True) as llm:
+        draft_pass = runner(llm).drafter.draft_pass
+        original, passes = draft_pass.run, []
+
+        def compare(requests: Any) -> Any:
+            before = [layer.kv_cache.clone() for layer in draft_pass.layers.values()]
+            drafts = original(requests)
+            after = [layer.kv_cache for layer in draft_pass.layers.values()]
+            passes.append(all(torch.equal(x, y) for x, y in zip(before, after, strict=True)))
+            assert any(x.any() for x in before), "nothing was cached, so nothing was compared"
+            return drafts
+
+        draft_pass.run = compare
+        generate(llm, random_prompts([3, 70, 140], 24))
+        assert len(passes) > 5
+        assert all(passes)
+
+
+def test_random_drafts_cost_cycles_but_change_no_token(model: ReferenceModel, folder: Path) -> None:
+    """Losing the race on purpose."""
+    prompts = random_prompts([4, 60, 150], 24, seed=2)
+    expected = solo(model, prompts, 60)
+    generator = torch.Generator().manual_seed(0)
+
+    def random_drafts(requests: Any) -> list[list[int]]:
+        return [torch.randint(0, 24, (r.length - 1,), generator=generator).tolist() for r in requests]
+
+    def oracle_drafts(requests: Any) -> list[list[int]]:
+        def next_tokens(request: Any) -> list[int]:
+            ids = next(p + e for p, e in zip(prompts, expected, strict=True) if _is_at(p + e, request))
+            drafts = ids[request.prefix + 1 : request.prefix + request.length]
+            return drafts + [0] * (request.length - 1 - len(drafts))
+
+        return [next_tokens(request) for request in requests]
+
+    def _is_at(ids: list[int], request: Any) -> bool:
+        return len(ids) > request.prefix and ids[request.prefix] == request.seed
+
+    cycles = {}
+    for name, draft in (("random", random_drafts), ("oracle", oracle_drafts)):
+        with engine(folder, spec=True, max_num_seqs=1) as llm:
+            runner(llm).drafter.draft_pass.run = draft
+            assert generate(llm, prompts, max_tokens=60) == expected
+            cycles[name] = counters(llm)["cycles"]
+    assert cycles["random"] > 2 * cycles["oracle"]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_prefix_caching(model: ReferenceModel, folder: Path, caching: bool) -> None:
+    (shared,) = random_prompts([100], 24, seed=8)
+    prompts = [shared + tail for tail in random_prompts([1, 5, 30], 24, seed=9)]
+    expected = solo(model, prompts, 24)
+    with engine(folder, spec=True, enable_prefix_caching=caching, block_size=32) as llm:
+        for _ in range(2):
+            assert generate(llm, prompts) == expected
+            assert [generate(llm, [ids])[0] for ids in prompts] == expected
+        hits = metric(llm, "vllm:prefix_cache_hits")
+        assert hits > 0 if caching else hits == 0
+
+
+def test_chunked_prefill_with_a_tiny_budget(model: ReferenceModel, folder: Path) -> None:
+    prompts = random_prompts([1, 200, 33, 120, 7], 24, seed=4)
+    with engine(folder, spec=True, max_num_batched_tokens=24, max_num_seqs=4) as llm:
+        assert generate(llm, prompts, max_tokens=30) == solo(model, prompts, 30)
+        assert counters(llm)["target_forwards"] >= sum(map(len, prompts)) / 24
+
+
+def test_preemption(model: ReferenceModel, folder: Path) -> None:
+    prompts = random_prompts([60, 70, 80, 90], 24, seed=6)
+    expected = solo(model, prompts, 100, eos_token_id=-1)
+    with engine(folder, spec=True, num_gpu_blocks_override=14, block_size=32, max_num_seqs=4, max_model_len=256) as llm:
+        assert generate(llm, prompts, max_tokens=100, ignore_eos=True) == expected
+        assert metric(llm, "vllm:num_preemptions") > 0
+
+
+def test_abort_in_mid_generation(model: ReferenceModel, folder: Path) -> None:
+    from vllm import SamplingParams
+
+    prompts = random_prompts([20, 90, 50, 130], 24, seed=10)
+    expected = solo(model, prompts, 60, eos_token_id=-1)
+    params = SamplingParams(temperature=0, max_tokens=60, detokenize=False, ignore_eos=True)
+    with engine(folder, spec=True) as llm:
+        core = llm.llm_engine
+        names = [core.add_request(str(i), {"prompt_token_ids": ids}, params) for i, ids in enumerate(prompts)]
+        finished: dict[str, list[int]] = {}
+        for step in range(400):
+            if step == 6:
+                core.abort_request(["1"])
+            if step == 10:
+                core.abort_request(["3"])
+            for output in core.step():
+                if output.finished and not output.outputs[0].finish_reason == "abort":
+                    finished[output.request_id] = list(output.outputs[0].token_ids)
+            if not core.has_unfinished_requests():
+                break
+        assert names is not None
+        assert finished == {"0": expected[0], "2": expected[2]}
+        # What an abort leaves behind must not leak into the next request of the same batch row.
+        assert generate(llm, prompts, max_tokens=60, ignore_eos=True) == expected
+
+
+def test_blocks_are_cut_short_at_max_model_len(model: ReferenceModel, folder: Path) -> None:
+    prompts = random_prompts([91, 88, 60, 2], 24, seed=11)
+    expected = [
+        ar_generate(model, ids, 96 - len(ids), eos_token_id=-1).ids[len(ids) :][: 96 - len(ids)] for ids in prompts
+    ]
+    with engine(folder, spec=True, max_model_len=96) as llm:
+        found = generate(llm, prompts, max_tokens=500, ignore_eos=True)
+        assert found == expected
+        # The row near the limit must not switch off its neighbours' drafts.
+        assert counters(llm)["cycles"] > 60
+
+
+def test_end_of_sequence_inside_a_block(model: ReferenceModel, folder: Path) -> None:
+    prompts = random_prompts([10] * 8, 24, seed=12)
+    expected = solo(model, prompts, 80)
+    assert any(ids[-1] == 11 and len(ids) < 80 for ids in expected)
+    with engine(folder, spec=True) as llm:
+        assert generate(llm, prompts, max_tokens=80) == expected
+
+
+@pytest.mark.parametrize("budget", [1, 2, 7, 8, 9])
+def test_max_tokens_is_never_overshot(model: ReferenceModel, folder: Path, budget: int) -> None:
+    prompts = random_prompts([5, 40], 24, seed=13)
+    with engine(folder, spec=True) as llm:
+        assert generate(llm, prompts, max_tokens=budget, ignore_eos=True) == solo(model, prompts, budget, eos_token_id=-1)
+
+
+def test_the_mask_token_is_never_emitted(tmp_path: Path) -> None:
+    """Weights that make the mask token win every argmax if it were allowed to."""
+    model = random_model(small_config(eos_token_id=None), seed=9)
+    with torch.no_grad():
+        mask_row = model.config.mask_token_id
+        direction = model.encoder.norm.weight * 0 + 1
+        model.diffusion_head.weight += 0.05 * direction
+        model.diffusion_head.weight[mask_row] = 3.0
+    folder = save(model, tmp_path)
+    prompts = random_prompts([3, 50], 24)
+    with engine(folder, spec=True, options={"draft_threshold": 0.9}) as llm:
+        drafts: list[int] = []
+        draft_pass = runner(llm).drafter.draft_pass
+        original = draft_pass.run
+        draft_pass.run = lambda requests: [drafts.extend(ids) or ids for ids in original(requests)]
+        greedy = generate(llm, prompts, max_tokens=40)
+        sampled = generate(llm, prompts, max_tokens=40, temperature=1.0, seed=1)
+    assert greedy == solo(model, prompts, 40)
+    assert mask_row not in {*drafts, *(token for ids in greedy + sampled for token in ids)}
+
+
+def test_sampling_options_reach_the_verify_pass(folder: Path) -> None:
+    """min_tokens, penalties and stop ids act on the verify logits, so self-speculation keeps them.
+
+    (vLLM itself refuses min_p and logit_bias together with any speculative decoding.)
+    """
+    prompts = random_prompts([12, 45], 24, seed=14)
+    cases: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.5},
+        {"min_tokens": 30, "max_tokens": 40, "stop_token_ids": [11]},
+        {"stop_token_ids": [9]},
+    ]
+    with engine(folder) as llm:
+        expected = [generate(llm, prompts, **case) for case in cases]
+    with engine(folder, spec=True) as llm:
+        assert [generate(llm, prompts, **case) for case in cases] == expected
+        assert accepted(llm) > 0

@@ -1,0 +1,74 @@
+"""Real vLLM engines inside the test process, and what the tests look at in them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_nld.cli.engine import PROPOSER, stop
+
+CACHE_BYTES = 1 << 25
+
+
+@contextlib.contextmanager
+def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | None = None, **settings: Any) -> Iterator:
+    """Yield an LLM on random or embedded weights; ``spec`` is False, True (default drafts) or a number of drafts."""
+    from vllm import LLM
+
+    speculative = None
+    if spec:
+        speculative = {"model": PROPOSER} | ({} if spec is True else {"num_speculative_tokens": spec})
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": CACHE_BYTES,
+        "disable_log_stats": False,
+        "enable_prefix_caching": False,
+        "additional_config": {"nld": options or {}},
+        "speculative_config": speculative,
+    }
+    llm = LLM(model=str(folder), **(defaults | settings))
+    try:
+        yield llm
+    finally:
+        stop(llm)
+
+
+def generate(llm: Any, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+    """Complete token prompts in one batch; greedy unless told otherwise. Returns the new token ids."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(**({"temperature": 0, "max_tokens": 24, "detokenize": False} | params))
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def runner(llm: Any) -> Any:
+    """The model runner of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def metric(llm: Any, name: str) -> int:
+    """The value of a counter, summed over labels."""
+    found = [m.value for m in llm.get_metrics() if m.name == name]
+    assert found, f"no metric {name}"
+    return int(sum(found))
+
+
+def accepted(llm: Any) -> int:
+    return metric(llm, "vllm:spec_decode_num_accepted_tokens")
+
+
+def counters(llm: Any) -> dict[str, int]:
+    return dict(llm.collective_rpc("nld_counters")[0])
+
+
+def random_prompts(lengths: list[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of the given lengths without the mask token (id 5) or other special ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(6, vocab_size, (n,), generator=generator).tolist() for n in lengths]
