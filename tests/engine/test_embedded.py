@@ -1,0 +1,85 @@
+"""The embedded checkpoint: loads without remote code, stops where it should, accepts enough drafts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import accepted, engine, metric
+
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.reference import ar_generate, linear_spec_generate, load_reference
+
+
+def test_greedy_text_equals_the_reference_and_acceptance_is_worth_it() -> None:
+    """Mean acceptance length on held-out modules at least 3, in vLLM, at float32."""
+    from vllm import SamplingParams
+
+    model = load_reference(checkpoint_path("tiny"))
+    texts = [text for _, text in held_out_prompts(24)]
+    with engine(checkpoint_path("tiny"), spec=True, skip_tokenizer_init=False) as llm:
+        outputs = llm.generate(texts, SamplingParams(temperature=0, max_tokens=96), use_tqdm=False)
+        drafts = metric(llm, "vllm:spec_decode_num_drafts")
+        acceptance = 1 + accepted(llm) / drafts
+    for output in outputs[:8]:
+        ids = list(output.prompt_token_ids)
+        expected = ar_generate(model, ids, 96)
+        assert list(output.outputs[0].token_ids) == expected.ids[len(ids) :]
+        assert linear_spec_generate(model, ids, 96).ids == expected.ids
+    assert acceptance >= 3.0
+
+
+def test_stop_strings_and_streamed_length() -> None:
+    from vllm import SamplingParams
+
+    texts = [text for _, text in held_out_prompts(4)]
+    params = SamplingParams(temperature=0, max_tokens=80, stop=["\n"], include_stop_str_in_output=False)
+    found = {}
+    for spec in (False, True):
+        with engine(checkpoint_path("tiny"), spec=spec, skip_tokenizer_init=False) as llm:
+            outputs = [o.outputs[0] for o in llm.generate([t + "\n" for t in texts], params, use_tqdm=False)]
+        found[spec] = [(o.text, list(o.token_ids), o.finish_reason) for o in outputs]
+    assert found[True] == found[False]
+    assert any(reason == "stop" for _, _, reason in found[True])
+
+
+def test_remote_code_is_never_imported(tmp_path: Path) -> None:
+    """A checkpoint whose remote code raises on import is served with trust_remote_code=False."""
+    from vllm import SamplingParams
+
+    folder = Path(shutil.copytree(checkpoint_path("tiny"), tmp_path / "remote"))
+    for name in ("configuration_nemotron_labs_diffusion", "modeling_nemotron_labs_diffusion"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('remote code was imported')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_nemotron_labs_diffusion.NemotronLabsDiffusionConfig",
+        "AutoModel": "modeling_nemotron_labs_diffusion.NemotronLabsDiffusionModel",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with engine(folder, spec=True, skip_tokenizer_init=False, trust_remote_code=False) as llm:
+        (output,) = llm.generate("import os\n", SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) > 0
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_demo(flag: bool) -> None:
+    """The command of the README, as a user starts it."""
+    command = [sys.executable, "-m", "vllm_nld.cli", "demo", "--prompts", "2", "--max-tokens", "48"]
+    result = subprocess.run(command + ["--json"] * flag, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    if not flag:
+        assert "token for token identical" in result.stdout
+        return
+    report = json.loads(result.stdout)
+    assert report["identical"] is True
+    assert report["modes"]["ar"]["tpf"] == 1.0
+    spec = report["modes"]["self_speculation"]
+    assert {"tpf", "acceptance_length", "tokens_per_s"} <= spec.keys()
+    # 2 prefills, then 2 forwards a cycle: the two figures tell the same story.
+    assert spec["tpf"] == pytest.approx(spec["tokens"] / spec["forwards"], abs=1e-3)
+    assert 1 < spec["acceptance_length"] <= 16

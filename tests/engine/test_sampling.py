@@ -1,0 +1,82 @@
+"""Sampled output has AR's distribution: a chi-square against the exact probabilities of the dense reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from engines import accepted, engine, random_prompts
+from models import random_model, save, small_config
+
+from vllm_nld.reference import ReferenceModel, ar_generate
+
+REQUESTS, TOKENS = 1500, 3
+
+
+def second_and_third_token_probabilities(model: ReferenceModel, prompt: list[int]) -> torch.Tensor:
+    """Exact AR probabilities of (token 2, token 3), float64 ``[vocab, vocab]``, summed over token 1.
+
+    Those two are decided by verifying drafts: token 1 comes from the prefill.
+    """
+
+    def next_probabilities(ids: list[int]) -> torch.Tensor:
+        return model.causal(torch.tensor([ids]))[0, -1].double().softmax(-1)
+
+    vocab = model.config.vocab_size
+    joint = torch.zeros(vocab, vocab, dtype=torch.float64)
+    first = next_probabilities(prompt)
+    for one in range(vocab):
+        if first[one] > 0:
+            second = next_probabilities([*prompt, one])
+            for two in range(vocab):
+                if second[two] > 0:
+                    joint[two] += first[one] * second[two] * next_probabilities([*prompt, one, two])
+    return joint
+
+
+def chi_square_p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
+    """P-value of Pearson's test; cells expected fewer than 5 times are pooled."""
+    rare = expected < 5
+    seen = torch.cat((observed[~rare], observed[rare].sum()[None])).double()
+    wanted = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    statistic = ((seen - wanted) ** 2 / wanted).sum()
+    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+def test_temperature_one_has_the_distribution_of_ar(tmp_path: Path) -> None:
+    from vllm import SamplingParams
+
+    model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
+    (prompt,) = random_prompts([9], 8, seed=1)
+    expected = REQUESTS * second_and_third_token_probabilities(model, prompt)
+    greedy_ids = ar_generate(model, prompt, TOKENS).ids[len(prompt) :]
+    sampled = SamplingParams(temperature=1.0, max_tokens=TOKENS, detokenize=False)
+    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, detokenize=False)
+    params = [greedy if i % 50 == 7 else sampled for i in range(REQUESTS + REQUESTS // 49)]
+    p_values = {}
+    for spec in (False, True):
+        with engine(save(model, tmp_path), spec=spec, seed=11, max_num_seqs=64) as llm:
+            outputs = llm.generate([{"prompt_token_ids": prompt}] * len(params), params, use_tqdm=False)
+            if spec:
+                assert accepted(llm) > REQUESTS / 10, "hardly any draft was accepted: the test would prove nothing"
+        counts = torch.zeros(8, 8)
+        for output, settings in zip(outputs, params, strict=True):
+            ids = list(output.outputs[0].token_ids)
+            if settings is greedy:
+                assert ids == greedy_ids
+            else:
+                counts[ids[1], ids[2]] += 1
+        p_values[spec] = chi_square_p_value(counts, expected * counts.sum() / REQUESTS)
+    assert all(p > 1e-3 for p in p_values.values()), p_values
+
+
+def test_the_chi_square_notices_a_wrong_distribution() -> None:
+    """The statistic must reject a sampler that is off by a temperature of 1.2."""
+    model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
+    (prompt,) = random_prompts([9], 8, seed=1)
+    expected = second_and_third_token_probabilities(model, prompt)
+    wrong = expected ** (1 / 1.2)
+    draws = torch.multinomial((wrong / wrong.sum()).flatten(), REQUESTS, True, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(draws, minlength=64).view(8, 8)
+    assert chi_square_p_value(counts, expected * REQUESTS) < 1e-3
