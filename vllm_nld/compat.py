@@ -40,7 +40,9 @@ def unsupported_reason() -> str | None:
     release = tuple(int(part) for part in parts[:2] if part.isdigit())
     if len(release) == 2 and OLDEST <= release <= NEWEST:
         return None
-    return f"vllm-nld: found {found[0]} {found[1]}, supported are {SUPPORTED}; Nemotron-Labs-Diffusion is not registered"
+    return (
+        f"vllm-nld: found {found[0]} {found[1]}, supported are {SUPPORTED}; Nemotron-Labs-Diffusion is not registered"
+    )
 
 
 def model_config_hooks() -> dict[str, Any]:

@@ -22,7 +22,7 @@ _POSITIVE_SIZES = (
 )
 
 
-class NemotronLabsDiffusionConfig(PretrainedConfig):
+class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
     """Configuration of one NLD text model; the defaults are those of the released 8B instruct model.
 
     Two things are rearranged on the way in, and put back by :meth:`to_dict`:
@@ -153,9 +153,7 @@ def released_rope_parameters() -> dict[str, Any]:
     }
 
 
-def _split_rope_parameters(
-    raw: dict[str, Any], default_theta: float
-) -> tuple[dict[str, Any], dict[str, float] | None]:
+def _split_rope_parameters(raw: dict[str, Any], default_theta: float) -> tuple[dict[str, Any], dict[str, float] | None]:
     """Separate rotary parameters from the query scale; see the class docstring."""
     rope = dict(raw)
     rope.setdefault("rope_type", rope.pop("type", "default"))

@@ -71,7 +71,7 @@ class NLDAttention(nn.Module):
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """Return ``[tokens, hidden]`` for ``positions`` int64 ``[tokens]`` and ``hidden_states`` ``[tokens, hidden]``."""
+        """Map ``positions`` int64 ``[tokens]`` and ``hidden_states`` ``[tokens, hidden]`` to ``[tokens, hidden]``."""
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         query, key = self.rotary_emb(positions, query, key)

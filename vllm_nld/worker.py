@@ -34,7 +34,11 @@ class _IntroducesProposer:
         ``cycles`` blocks handed out, one per request and step.
         """
         drafter = self.model_runner.drafter
-        return {"target_forwards": self._target_forwards, "draft_forwards": drafter.draft_pass.forwards, "cycles": drafter.cycles}
+        return {
+            "target_forwards": self._target_forwards,
+            "draft_forwards": drafter.draft_pass.forwards,
+            "cycles": drafter.cycles,
+        }
 
 
 class NLDCPUWorker(_IntroducesProposer, CPUWorker):  # type: ignore[misc]

@@ -51,7 +51,9 @@ class Batch:
 
     def split(self, sequences: int) -> list[Batch]:
         """Cut into micro-batches of at most ``sequences``."""
-        parts = zip(self.ids.split(sequences), self.masked.split(sequences), self.probability.split(sequences))
+        parts = zip(
+            self.ids.split(sequences), self.masked.split(sequences), self.probability.split(sequences), strict=True
+        )
         return [Batch(*part) for part in parts]
 
 

@@ -24,7 +24,7 @@ def refusal(folder: Path, **settings: Any) -> str:
     """The message with which vLLM's configuration (no weights, no workers) refuses the settings."""
     from vllm import EngineArgs
 
-    with pytest.raises(Exception) as caught:  # noqa: PT011, B017 - whatever vLLM wraps it in
+    with pytest.raises(Exception) as caught:  # whatever vLLM wraps it in
         EngineArgs(model=str(folder), skip_tokenizer_init=True, **settings).create_engine_config()
     error = find(caught.value)
     assert isinstance(error, NLDError), caught.value
@@ -39,11 +39,17 @@ SPEC = {"model": "vllm_nld.SelfSpeculation"}
     [
         ({"additional_config": {"nld": {"draft_treshold": 0.5}}}, ["draft_treshold", "0.5", "draft_threshold"]),
         ({"additional_config": {"nld": {"draft_threshold": "high"}}}, ["draft_threshold", "'high'", "number"]),
-        ({"additional_config": {"nld": {"draft_threshold": 1.5}}}, ["draft_threshold", "1.5", "less than or equal to 1"]),
+        (
+            {"additional_config": {"nld": {"draft_threshold": 1.5}}},
+            ["draft_threshold", "1.5", "less than or equal to 1"],
+        ),
         ({"additional_config": {"nld": 3}}, ["nld", "3", "object"]),
         ({"speculative_config": SPEC | {"num_speculative_tokens": 8}}, ["num_speculative_tokens=8", "1 to 7"]),
         ({"speculative_config": SPEC | {"num_speculative_tokens": 500}}, ["num_speculative_tokens=500", "1 to 7"]),
-        ({"speculative_config": SPEC, "pipeline_parallel_size": 2}, ["pipeline_parallel_size=2", "tensor_parallel_size"]),
+        (
+            {"speculative_config": SPEC, "pipeline_parallel_size": 2},
+            ["pipeline_parallel_size=2", "tensor_parallel_size"],
+        ),
     ],
 )
 def test_refused_options(folder: Path, settings: dict[str, Any], words: list[str]) -> None:

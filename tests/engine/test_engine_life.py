@@ -119,7 +119,7 @@ def test_abort_in_mid_generation(model: ReferenceModel, folder: Path) -> None:
             if step == 10:
                 core.abort_request(["3"])
             for output in core.step():
-                if output.finished and not output.outputs[0].finish_reason == "abort":
+                if output.finished and output.outputs[0].finish_reason != "abort":
                     finished[output.request_id] = list(output.outputs[0].token_ids)
             if not core.has_unfinished_requests():
                 break
@@ -153,7 +153,9 @@ def test_end_of_sequence_inside_a_block(model: ReferenceModel, folder: Path) -> 
 def test_max_tokens_is_never_overshot(model: ReferenceModel, folder: Path, budget: int) -> None:
     prompts = random_prompts([5, 40], 24, seed=13)
     with engine(folder, spec=True) as llm:
-        assert generate(llm, prompts, max_tokens=budget, ignore_eos=True) == solo(model, prompts, budget, eos_token_id=-1)
+        assert generate(llm, prompts, max_tokens=budget, ignore_eos=True) == solo(
+            model, prompts, budget, eos_token_id=-1
+        )
 
 
 def test_the_mask_token_is_never_emitted(tmp_path: Path) -> None:

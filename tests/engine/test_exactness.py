@@ -84,6 +84,19 @@ def test_every_cycle_equals_the_reference(threshold: float, drafts: bool | int, 
             assert accepted(llm) - accepted_before == sum(n - 1 for n in expected.accepted)
 
 
+def capture_logits(target: Any) -> list[Any]:
+    """Keep a copy of every logits tensor the model computes from now on."""
+    captured: list[Any] = []
+    original = target.compute_logits
+
+    def compute_logits(hidden: Any) -> Any:
+        captured.append(original(hidden).clone())
+        return captured[-1]
+
+    target.compute_logits = compute_logits
+    return captured
+
+
 def test_logits_equal_the_reference(tmp_path: Path) -> None:
     """Within 1e-4 in float32 for each layer option, below and above the original context (128 and 32 tokens here)."""
     import torch
@@ -96,10 +109,7 @@ def test_logits_equal_the_reference(tmp_path: Path) -> None:
         model = random_model(config, seed)
         (prompt,) = random_prompts([300], 24, seed)
         with engine(save(model, tmp_path / str(seed)), max_model_len=512) as llm:
-            captured: list[torch.Tensor] = []
-            target = runner(llm).model
-            original = target.compute_logits
-            target.compute_logits = lambda hidden: captured.append(original(hidden).clone()) or captured[-1]
+            captured = capture_logits(runner(llm).model)
             generate(llm, [prompt], max_tokens=1, prompt_logprobs=1)
         expected = model.causal(torch.tensor([prompt]))[0]
         found = torch.cat([rows for rows in captured if len(rows) > 1])

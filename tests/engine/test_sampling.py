@@ -77,6 +77,8 @@ def test_the_chi_square_notices_a_wrong_distribution() -> None:
     (prompt,) = random_prompts([9], 8, seed=1)
     expected = second_and_third_token_probabilities(model, prompt)
     wrong = expected ** (1 / 1.2)
-    draws = torch.multinomial((wrong / wrong.sum()).flatten(), REQUESTS, True, generator=torch.Generator().manual_seed(0))
+    draws = torch.multinomial(
+        (wrong / wrong.sum()).flatten(), REQUESTS, True, generator=torch.Generator().manual_seed(0)
+    )
     counts = torch.bincount(draws, minlength=64).view(8, 8)
     assert chi_square_p_value(counts, expected * REQUESTS) < 1e-3

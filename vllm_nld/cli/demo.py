@@ -126,4 +126,6 @@ def _show(report: dict[str, Any], prompts: list[tuple[str, str]], texts: list[st
         f"{report['speedup']:.2f}",
     )
     console.print(table)
-    console.print(f"{report['tpf_convention']}; acceptance length as vLLM defines it: 1 + accepted / drafts", style="dim")
+    console.print(
+        f"{report['tpf_convention']}; acceptance length as vLLM defines it: 1 + accepted / drafts", style="dim"
+    )

@@ -76,7 +76,7 @@ def _torchvision_problem() -> str | None:
     if importlib.util.find_spec("torchvision") is None:
         return None
     try:
-        import torchvision  # noqa: F401
+        import torchvision  # type: ignore[import-not-found]  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
         return f"torchvision does not match this torch ({error}): pip uninstall torchvision torchaudio torchcodec"
     return None

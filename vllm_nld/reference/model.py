@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vllm_nld.config import NemotronLabsDiffusionConfig
 
 
-def yarn_inverse_frequencies(head_dim: int, rope: dict[str, float]) -> Tensor:
+def yarn_inverse_frequencies(head_dim: int, rope: dict[str, Any]) -> Tensor:
     """Return the rotary inverse frequencies, float64 ``[head_dim // 2]``, in radians per position.
 
     YaRN (arXiv 2309.00071, eq. 17-23): fast components keep their frequency, slow ones are divided by ``factor``,
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:-1], heads, self.head_dim).transpose(1, 2)
 
     def forward(
         self, x: Tensor, angles: Tensor, scale: Tensor, mask: Tensor, cache: KVCache | None, write: bool
@@ -178,6 +179,7 @@ class ReferenceModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.inverse_frequencies: Tensor
         frequencies = yarn_inverse_frequencies(config.head_dim, config.rope_parameters)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 

@@ -1,0 +1,167 @@
+"""``vllm-nld bench cycle``: what a draft + verify cycle costs, in AR steps of the same model on the same machine."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
+from vllm_nld.errors import NLDError
+
+MODELS = ("tiny", "3b")
+DEFAULT_BLOCKS = {"tiny": [16], "3b": [32, 16]}
+
+
+def run(models: list[str], blocks: list[int], prompt_tokens: int, steps: int, as_json: bool) -> None:
+    """Measure every model and block length; print a table or one JSON object.
+
+    Raises:
+        NLDError: a model name is unknown.
+    """
+    for name in models:
+        if name not in MODELS:
+            raise NLDError(f"--model {name}: allowed are {', '.join(MODELS)}")
+    prepare_environment()
+    with stdout_to_stderr():
+        report = {
+            "prompt_tokens": prompt_tokens,
+            "steps": steps,
+            "machine": machine_limits(),
+            "results": [row for name in models for row in _measure_model(name, blocks, prompt_tokens, steps)],
+        }
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _show(report)
+
+
+def machine_limits() -> dict[str, float]:
+    """Return what this machine reaches: bf16 GEMM in GFLOP/s at 32 rows, and reading weights in GB/s at one row."""
+    import torch
+
+    weight = torch.randn(16384, 8192, dtype=torch.bfloat16)  # 268 MB: larger than any cache
+    packed = torch.nn.Linear(8192, 16384, bias=False, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        packed.weight.copy_(weight)
+        block, row = torch.randn(32, 8192, dtype=torch.bfloat16), torch.randn(1, 8192, dtype=torch.bfloat16)
+        gemm, gemv = _median_seconds(lambda: packed(block)), _median_seconds(lambda: packed(row))
+    return {
+        "gemm_gflops": round(2 * 32 * weight.numel() / gemm / 1e9, 1),
+        "read_gb_per_s": round(2 * weight.numel() / gemv / 1e9, 1),
+    }
+
+
+def _median_seconds(call: Callable[[], Any], repeats: int = 9) -> float:
+    times: list[float] = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _measure_model(name: str, blocks: list[int], prompt_tokens: int, steps: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, settings = _model(name, Path(scratch))
+        settings |= {"skip_tokenizer_init": True, "enable_prefix_caching": False}
+        ar, _ = _steps(folder, None, prompt_tokens, steps, settings)
+        rows = []
+        for block in blocks or DEFAULT_BLOCKS[name]:
+            cycle, draft = _steps(folder, block - 1, prompt_tokens, steps, settings)
+            rows.append(
+                {
+                    "model": name,
+                    "block": block,
+                    "ar_step_ms": round(ar * 1e3, 2),
+                    "cycle_ms": round(cycle * 1e3, 2),
+                    "draft_ms": round(draft * 1e3, 2),
+                    "cycle_in_ar_steps": round(cycle / ar, 3),
+                }
+            )
+    return rows
+
+
+def _model(name: str, scratch: Path) -> tuple[str, dict[str, Any]]:
+    """Return the folder and the LLM settings of a benchmark model."""
+    if name == "tiny":
+        return str(checkpoint_path("tiny")), {"dtype": "bfloat16", "max_model_len": 2048}
+    from vllm_nld import ARCHITECTURE
+    from vllm_nld.config import NemotronLabsDiffusionConfig
+
+    config = NemotronLabsDiffusionConfig(
+        architectures=[ARCHITECTURE], hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, dtype="bfloat16"
+    )
+    config.save_pretrained(scratch)
+    return str(scratch), {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": 2048}
+
+
+def _steps(
+    folder: str, drafts: int | None, prompt_tokens: int, steps: int, settings: dict[str, Any]
+) -> tuple[float, float]:
+    """Return the median seconds of a decode step (AR) or cycle (drafts given), and of the draft pass within it."""
+    from vllm import SamplingParams
+
+    print(f"bench: {Path(folder).name}, {'AR' if drafts is None else f'block {drafts + 1}'} ...", file=sys.stderr)
+    # Long enough that no block is cut short by max_tokens while it is timed.
+    budget = steps * (2 + (drafts or 0)) + 64
+    params = SamplingParams(temperature=0, max_tokens=budget, ignore_eos=True, detokenize=False)
+    prompt = {"prompt_token_ids": [200 + i % 200 for i in range(prompt_tokens)]}
+    with engine(folder, drafts=drafts, **settings) as llm:
+        draft_times = _time_drafts(llm) if drafts is not None else []
+        core = llm.llm_engine
+        core.add_request("bench", prompt, params)
+        core.step()  # prefill, and the first draft
+        core.step()
+        draft_times.clear()
+        times: list[float] = []
+        while core.has_unfinished_requests() and len(times) < steps:
+            started = time.perf_counter()
+            core.step()
+            times.append(time.perf_counter() - started)
+        core.abort_request(["bench"])
+    return statistics.median(times), statistics.median(draft_times) if draft_times else 0.0
+
+
+def _time_drafts(llm: Any) -> list[float]:
+    """Record the seconds of every draft pass of an in-process engine."""
+    core = llm.llm_engine.engine_core.engine_core
+    draft_pass = core.model_executor.driver_worker.worker.model_runner.drafter.draft_pass
+    original, times = draft_pass.run, list[float]()
+
+    def timed(requests: Any) -> Any:
+        started = time.perf_counter()
+        drafts = original(requests)
+        times.append(time.perf_counter() - started)
+        return drafts
+
+    draft_pass.run = timed
+    return times
+
+
+def _show(report: dict[str, Any]) -> None:
+    console = Console()
+    machine = report["machine"]
+    console.print(
+        f"machine: {machine['gemm_gflops']} GFLOP/s bf16 GEMM (32 rows), {machine['read_gb_per_s']} GB/s reads"
+    )
+    table = Table("model", "block", "AR step ms", "cycle ms", "of it draft ms", "cycle / AR step")
+    for row in report["results"]:
+        table.add_row(*(str(value) for value in row_cells(row)))
+    console.print(table)
+    console.print("medians; one request; a cycle is one draft and one verify, ideal 2.0 where memory is the limit")
+
+
+def row_cells(row: dict[str, Any]) -> list[Any]:
+    """A result row in the table's column order."""
+    order = ("model", "block", "ar_step_ms", "cycle_ms", "draft_ms", "cycle_in_ar_steps")
+    return [row[key] for key in order]
