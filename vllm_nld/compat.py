@@ -1,6 +1,7 @@
 """Every place where this extension leans on vLLM internals that are not extension points, in one module.
 
-Checked against vLLM 0.32.0; 0.26.0 was not run yet, 0.33 was read. Each function fails loudly when vLLM has changed shape.
+Checked against vLLM 0.32.0; 0.26.0 was not run yet, 0.33 was read. Each function fails loudly when vLLM has
+changed shape.
 """
 
 from __future__ import annotations
