@@ -1,0 +1,86 @@
+"""How long a row's next block is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vllm_nld.draft_pass import DraftRequest
+from vllm_nld.proposer import SelfSpeculation, _eos_token_ids, _Requests
+
+
+def proposer(remaining: int | None = None) -> SelfSpeculation:
+    """A proposer without an engine: block length 8, 100 positions, ends at 2 or 3."""
+    made: SelfSpeculation = object.__new__(SelfSpeculation)
+    made.block_length, made.max_model_len, made.cycles = 8, 100, 0
+    made.eos_token_ids = frozenset({2, 3})
+    made.draft_pass = None
+    made._requests = None
+    if remaining is not None:
+        made._requests = SimpleNamespace(remaining=lambda row: remaining)  # type: ignore[assignment]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("sampled", "decided", "remaining", "length"),
+    [
+        ([7], 10, None, 8),
+        ([7, 8, 9], 10, 50, 8),
+        ([], 10, 50, 0),
+        ([2], 10, 50, 0),
+        ([7, 3, 9], 10, 50, 0),
+        ([7], 92, 50, 8),
+        ([7], 93, 50, 7),
+        ([7], 98, 50, 2),
+        ([7], 99, 50, 1),
+        ([7], 10, 8, 8),
+        ([7], 10, 3, 3),
+        ([7], 10, 1, 1),
+        ([7], 97, 2, 2),
+        ([7], 98, 5, 2),
+    ],
+)
+def test_length(sampled: list[int], decided: int, remaining: int | None, length: int) -> None:
+    assert proposer(remaining)._length(0, sampled, decided) == length
+
+
+def test_propose_drafts_only_where_it_may() -> None:
+    made = proposer()
+    seen: list[DraftRequest] = []
+
+    def run(requests: list[DraftRequest]) -> list[list[int]]:
+        seen.extend(requests)
+        return [[50 + request.row] * (request.length - 1) for request in requests]
+
+    made.draft_pass = SimpleNamespace(run=run)  # type: ignore[assignment]
+    decided = np.array([10, 20, 97, 99, 30])
+    drafts = made.propose([[4, 5], [], [6], [7], [2]], decided, np.zeros((5, 100), dtype=np.int32))
+    assert drafts == [[50] * 7, [], [52] * 2, [], []]
+    assert seen == [DraftRequest(0, 5, 9, 8), DraftRequest(2, 6, 96, 3)]
+    assert made.cycles == 2
+
+
+def test_propose_without_work_runs_nothing() -> None:
+    assert proposer().propose([[], [2]], np.array([5, 6]), np.zeros((2, 100), dtype=np.int32)) == [[], []]
+
+
+def test_remaining_reads_the_runner() -> None:
+    def request(max_tokens: int | None, generated: int) -> SimpleNamespace:
+        return SimpleNamespace(sampling_params=SimpleNamespace(max_tokens=max_tokens), output_token_ids=[0] * generated)
+
+    runner = SimpleNamespace(
+        requests={"a": request(20, 5), "b": request(None, 5)},
+        input_batch=SimpleNamespace(req_ids=["b", "a"]),
+        max_model_len=100,
+    )
+    requests = _Requests(runner)
+    assert requests.remaining(1) == 15
+    assert requests.remaining(0) == 100
+
+
+def test_eos_token_ids() -> None:
+    assert _eos_token_ids(SimpleNamespace(eos_token_id=None)) == frozenset()
+    assert _eos_token_ids(SimpleNamespace(eos_token_id=11)) == {11}
+    assert _eos_token_ids(SimpleNamespace(eos_token_id=[11, 2])) == {11, 2}

