@@ -1,7 +1,8 @@
-"""The joint objective L = L_AR + alpha * L_diffusion on the dual stream [noisy | clean].
+"""The losses of the three stages: AR alone, AR + alpha * diffusion, AR + drafts.
 
-One forward over 2L tokens yields both losses: the clean half is strictly causal, so it is an ordinary language
-model; a noisy block sees itself in full and the clean text of strictly earlier blocks, as a draft pass does.
+Both diffusion losses come from one forward over the dual stream [noisy | clean]: the clean part is strictly causal, so
+it is an ordinary language model; a noisy block sees itself in full and the clean text of strictly earlier blocks, as a
+draft pass does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from vllm_nld.reference.model import ReferenceModel
 
 MIN_MASK_PROBABILITY = 1e-3
+# A draft token counts only if all before it were right, so a block's early positions decide the acceptance length.
+POSITION_DECAY = 0.85
 
 
 @dataclass
@@ -39,12 +42,6 @@ class Batch:
         masked = torch.rand(ids.shape, generator=generator) < probability
         return cls(ids, masked, probability)
 
-    @classmethod
-    def draw_drafts(cls, ids: Tensor, block_length: int) -> Batch:
-        """Mask all of every block but its first token: the very input of a single-pass draft (t = 1, seed given)."""
-        masked = (torch.arange(ids.shape[1]) % block_length != 0).expand_as(ids)
-        return cls(ids, masked, torch.ones(ids.shape[0], 1))
-
     def global_count(self, joint: bool) -> int:
         """Denominator of the global average: AR tokens, plus masked tokens in the joint stage."""
         return self.ids.numel() + (int(self.masked.sum()) if joint else 0)
@@ -57,15 +54,16 @@ class Batch:
         return [Batch(*part) for part in parts]
 
 
-def dual_stream_mask(length: int, block_length: int, device: torch.device) -> Tensor:
-    """Return the bool mask ``[2 length, 2 length]`` of ``sbd_block_diff``; rows and columns are [noisy | clean]."""
-    position = torch.arange(length, device=device)
-    block = position // block_length
-    mask = torch.zeros(2 * length, 2 * length, dtype=torch.bool, device=device)
-    mask[:length, :length] = block[:, None] == block[None, :]
-    mask[:length, length:] = block[:, None] > block[None, :]
-    mask[length:, length:] = position[:, None] >= position[None, :]
-    return mask
+def dual_stream_mask(length: int, block_length: int, device: torch.device, start: int = 0) -> Tensor:
+    """Return the bool mask of ``sbd_block_diff``; rows and columns are [noisy from ``start`` on | clean ``length``]."""
+    clean = torch.arange(length, device=device)
+    noisy = clean[start:]
+    noisy_block, clean_block = noisy // block_length, clean // block_length
+    own_block = noisy_block[:, None] == noisy_block[None, :]
+    earlier_blocks = noisy_block[:, None] > clean_block[None, :]
+    never = torch.zeros(length, length - start, dtype=torch.bool, device=device)
+    causal = clean[:, None] >= clean[None, :]
+    return torch.cat((torch.cat((own_block, earlier_blocks), dim=1), torch.cat((never, causal), dim=1)))
 
 
 def ar_loss_sum(model: ReferenceModel, ids: Tensor) -> Tensor:
@@ -78,16 +76,46 @@ def ar_loss_sum(model: ReferenceModel, ids: Tensor) -> Tensor:
 
 def joint_loss_sum(model: ReferenceModel, batch: Batch, block_length: int) -> tuple[Tensor, Tensor]:
     """Summed (L_AR, L_diffusion), in nats; each masked token's loss is weighted by 1 / its mask probability."""
-    ids, length = batch.ids, batch.ids.shape[1]
-    noisy = torch.where(batch.masked, model.config.mask_token_id, ids)
-    positions = torch.arange(length, device=ids.device).repeat(2)
-    mask = dual_stream_mask(length, block_length, ids.device)
-    hidden = model.hidden(torch.cat((noisy, ids), dim=1), positions, mask)
-    noisy_hidden, clean_hidden = hidden.split(length, dim=1)
-    logits = model.diffusion_head(noisy_hidden[batch.masked]).float()
-    weights = (1 / batch.probability).expand_as(batch.masked)[batch.masked]
-    diffusion = (F.cross_entropy(logits, ids[batch.masked], reduction="none") * weights).sum()
-    return _next_token_loss(model, clean_hidden, ids), diffusion
+    noisy_hidden, clean_hidden = _dual_stream(model, batch.ids, batch.masked, block_length)
+    weights = (1 / batch.probability).expand_as(batch.masked)
+    diffusion = _masked_loss(model, noisy_hidden, batch.ids, batch.masked, weights)
+    return _next_token_loss(model, clean_hidden, batch.ids), diffusion
+
+
+def draft_weights(length: int, block_length: int) -> Tensor:
+    """Weights ``[length]`` of the tokens of whole blocks: 0 for a block's given first token, then falling."""
+    offset = torch.arange(length) % block_length
+    return torch.where(offset == 0, 0.0, POSITION_DECAY ** (offset - 1).float())
+
+
+def draft_loss_sum(model: ReferenceModel, ids: Tensor, prefix: int, block_length: int) -> tuple[Tensor, Tensor]:
+    """Summed (L_AR over the first ``prefix`` tokens, weighted L_draft over the rest), in nats.
+
+    ``ids`` are int64 ``[sequences, length]``: ``prefix`` tokens of real text, then the model's own continuation, which
+    only the draft loss may see: next-token training on one's own greedy text only sharpens it. The draft's input is a
+    single-pass draft's (t = 1, the block's first token given).
+    """
+    weights = draft_weights(ids.shape[1] - prefix, block_length).to(ids.device).expand(len(ids), -1)
+    noisy_hidden, clean_hidden = _dual_stream(model, ids, weights > 0, block_length, prefix)
+    drafts = _masked_loss(model, noisy_hidden, ids[:, prefix:], weights > 0, weights)
+    return _next_token_loss(model, clean_hidden[:, :prefix], ids[:, :prefix]), drafts
+
+
+def _dual_stream(
+    model: ReferenceModel, ids: Tensor, masked: Tensor, block_length: int, start: int = 0
+) -> tuple[Tensor, Tensor]:
+    length = ids.shape[1]
+    noisy = torch.where(masked, model.config.mask_token_id, ids[:, start:])
+    positions = torch.arange(length, device=ids.device)
+    mask = dual_stream_mask(length, block_length, ids.device, start)
+    hidden = model.hidden(torch.cat((noisy, ids), dim=1), torch.cat((positions[start:], positions)), mask)
+    noisy_hidden, clean_hidden = hidden.split((length - start, length), dim=1)
+    return noisy_hidden, clean_hidden
+
+
+def _masked_loss(model: ReferenceModel, hidden: Tensor, ids: Tensor, masked: Tensor, weights: Tensor) -> Tensor:
+    logits = model.diffusion_head(hidden[masked]).float()
+    return (F.cross_entropy(logits, ids[masked], reduction="none") * weights[masked]).sum()
 
 
 def _next_token_loss(model: ReferenceModel, hidden: Tensor, ids: Tensor) -> Tensor:

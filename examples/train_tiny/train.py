@@ -1,10 +1,13 @@
-"""Train the embedded checkpoint: an AR-only stage, the joint AR + block-diffusion stage, a short draft stage.
+"""Train the embedded checkpoint: an AR-only stage, the joint AR + block-diffusion stage, a draft stage.
 
-The first two stages are the published recipe. The third keeps the joint objective but masks as a single-pass draft
-does (a block's first token given, all others masked): a model this small has no capacity to spare for the mask ratios
-that linear self-speculation never meets. The released models get a draft adapter for that instead.
+The first two stages are the published recipe. The third trains single-pass drafts (a block's first token given, all
+others masked) on the model's own greedy continuations: a model this small has no capacity to spare for the mask ratios
+that linear self-speculation never meets, and a draft is judged by what the causal pass says, not by what a human wrote.
+The released models get a draft adapter for that instead.
 
     python examples/train_tiny/train.py --output build/tiny
+
+    python examples/train_tiny/train.py --output build/tiny --from-checkpoint FOLDER   # the draft stage alone
 
 Runs on a GPU if there is one. Interrupt it at will: the same command resumes from the last saved step.
 """
@@ -20,14 +23,18 @@ import corpus
 import numpy as np
 import torch
 from export import export
-from objective import Batch, ar_loss_sum, joint_loss_sum
+from objective import Batch, ar_loss_sum, draft_loss_sum, draft_weights, joint_loss_sum
+from safetensors.torch import load_file
+from self_text import Pool
 from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm import tqdm
 
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.reference.model import ReferenceModel
 
 DIFFUSION_WEIGHT = 0.3
+DRAFT_STAGE_AR_WEIGHT = 0.5
 
 
 def tiny_config(vocab_size: int, block_length: int = 16) -> NemotronLabsDiffusionConfig:
@@ -87,19 +94,22 @@ def make_optimizers(model: ReferenceModel, args: argparse.Namespace) -> list[tor
 
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
-    """Warm-up, stable, linear decay over the last 35% of the first two stages; then from 0.6 down to 2% again."""
+    """Warm-up, stable, linear decay over the last 35% of the first two stages; then the same again from 0.6."""
     warmup, main_steps = 50, args.ar_steps + args.joint_steps
     if step < warmup:
         return (step + 1) / warmup
     if step < main_steps:
         return min(1.0, max(0.02, (main_steps - step) / (0.35 * main_steps)))
-    return max(0.02, 0.6 * (1 - (step - main_steps) / args.draft_steps))
+    draft_step = step - main_steps
+    return max(0.02, 0.6 * min((draft_step + 1) / warmup, 1 - draft_step / args.draft_steps))
 
 
 def training_step(
-    model: ReferenceModel, optimizers: list[torch.optim.Optimizer], batch: Batch, joint: bool, args: argparse.Namespace
+    model: ReferenceModel, batch: Batch | Tensor, joint: bool, args: argparse.Namespace
 ) -> dict[str, float]:
-    """One optimizer step over a global batch; returns mean losses in nats per token."""
+    """Accumulate gradients over a global batch; returns mean losses in nats per token."""
+    if isinstance(batch, Tensor):
+        return draft_step(model, batch, args)
     count = batch.global_count(joint)
     sums = {"ar": 0.0, "diffusion": 0.0}
     device = next(model.parameters()).device
@@ -114,11 +124,24 @@ def training_step(
                 ar = loss = ar_loss_sum(model, part.ids)
         (loss / count).backward()
         sums["ar"] += float(ar.detach())
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     return {key: value / batch.ids.numel() for key, value in sums.items()}
+
+
+def draft_step(model: ReferenceModel, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Accumulate the draft stage's gradients; ``ids`` int64 ``[sequences, length]`` are half real, half own text."""
+    prefix, block_length = ids.shape[1] // 2, model.config.block_size
+    ar_count = ids.shape[0] * (prefix - 1)
+    draft_count = ids.shape[0] * float(draft_weights(ids.shape[1] - prefix, block_length).sum())
+    sums = {"ar": 0.0, "diffusion": 0.0}
+    device = next(model.parameters()).device
+    for part in ids.split(args.micro_batch):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            ar, drafts = draft_loss_sum(model, part.to(device), prefix, block_length)
+            ar, drafts = ar / ar_count, drafts / draft_count
+        (DRAFT_STAGE_AR_WEIGHT * ar + drafts).backward()
+        sums["ar"] += float(ar.detach())
+        sums["diffusion"] += float(drafts.detach())
+    return sums
 
 
 def save_state(path: Path, step: int, model: ReferenceModel, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -144,13 +167,10 @@ def sample(stream: np.ndarray, step: int, args: argparse.Namespace) -> Batch:
     """Draw step's batch. It depends on the step alone, so a resumed run sees what an unbroken one would."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     # Attention is half of a long step's time, so most of the run sees half-length sequences, twice as many.
-    main_steps = args.ar_steps + args.joint_steps
-    halved = step < main_steps * (1 - args.long_fraction) or step >= main_steps
+    halved = step < (args.ar_steps + args.joint_steps) * (1 - args.long_fraction)
     length, count = (args.length // 2, args.batch * 2) if halved else (args.length, args.batch)
     starts = torch.randint(len(stream) - length, (count,), generator=generator).tolist()
     ids = torch.stack([torch.from_numpy(stream[s : s + length].astype(np.int64)) for s in starts])
-    if step >= main_steps:
-        return Batch.draw_drafts(ids, args.block_length)
     return Batch.draw(ids, generator)
 
 
@@ -160,7 +180,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for state, log and checkpoint")
     parser.add_argument("--ar-steps", type=int, default=600, help="steps of the AR-only stage")
     parser.add_argument("--joint-steps", type=int, default=1000, help="steps of the joint stage")
-    parser.add_argument("--draft-steps", type=int, default=250, help="steps of the draft stage")
+    parser.add_argument("--draft-steps", type=int, default=600, help="steps of the draft stage")
+    parser.add_argument("--refresh-every", type=int, default=100, help="draft steps between renewals of the own text")
+    parser.add_argument("--from-checkpoint", type=Path, help="start the draft stage from this checkpoint's weights")
     parser.add_argument("--block-length", type=int, default=16, help="diffusion block length")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences per forward")
@@ -174,32 +196,51 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Train, resuming where the last run stopped, and export the checkpoint."""
-    args = parse_arguments()
-    args.output.mkdir(parents=True, exist_ok=True)
-    tokenizer, stream = prepare_data(args.output, args.vocab_size)
+def prepare_model(
+    args: argparse.Namespace, state_file: Path
+) -> tuple[ReferenceModel, list[torch.optim.Optimizer], int]:
+    """Return model, optimizers and the number of steps done: fresh, from a checkpoint, or as last saved."""
     torch.manual_seed(args.seed)
     model = ReferenceModel(tiny_config(args.vocab_size, args.block_length))
     initialise(model)
+    step = 0
+    if args.from_checkpoint:
+        model.load_state_dict(load_file(args.from_checkpoint / "model.safetensors"))
+        step = args.ar_steps + args.joint_steps
     model.to(args.device)
     optimizers = make_optimizers(model, args)
-    state_file, step = args.output / "state.pt", 0
-    total = args.ar_steps + args.joint_steps + args.draft_steps
     if state_file.is_file():
         state = torch.load(state_file, map_location=args.device)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step = state["step"]
+    return model, optimizers, step
+
+
+def main() -> None:
+    """Train, resuming where the last run stopped, and export the checkpoint."""
+    args = parse_arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
+    tokenizer, stream = prepare_data(args.output, args.vocab_size)
+    state_file = args.output / "state.pt"
+    model, optimizers, step = prepare_model(args, state_file)
+    main_steps = args.ar_steps + args.joint_steps
+    total = main_steps + args.draft_steps
+    pool = Pool(args.output / "own_text.pt", stream, args.length // 2, args.refresh_every, args.seed)
     bar = tqdm(total=total, initial=step, unit="step", mininterval=5)
     with (args.output / "log.jsonl").open("a") as log:
         while step < total:
             started = time.perf_counter()
+            drafting = step >= main_steps
+            batch = pool.sample(model, step - main_steps, 2 * args.batch) if drafting else sample(stream, step, args)
+            losses = training_step(model, batch, step >= args.ar_steps, args)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * learning_rate_factor(step, args)
-            losses = training_step(model, optimizers, sample(stream, step, args), step >= args.ar_steps, args)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
             log.write(json.dumps({"step": step, "seconds": time.perf_counter() - started, **losses}) + "\n")
             bar.set_postfix(ar=f"{losses['ar']:.3f}", diffusion=f"{losses['diffusion']:.3f}", refresh=False)

@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import models
+import numpy as np
 import pytest
 import torch
 
-from vllm_nld.reference import KVCache
+from vllm_nld.reference import KVCache, ar_generate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_tiny"))
 
-from objective import Batch, ar_loss_sum, dual_stream_mask, joint_loss_sum
+from objective import Batch, ar_loss_sum, draft_loss_sum, draft_weights, dual_stream_mask, joint_loss_sum
+from self_text import Pool
 
 LENGTH, BLOCK = 16, 4
 
@@ -99,7 +101,51 @@ def test_draw_follows_its_generator() -> None:
     assert (first.masked.float().mean(1) - first.probability[:, 0]).mean().abs() < 0.02
 
 
-def test_draft_batches_mask_all_but_seeds() -> None:
-    batch = Batch.draw_drafts(torch.zeros(2, 8, dtype=torch.long), 4)
-    assert batch.masked.tolist() == [[False, True, True, True] * 2] * 2
-    assert batch.probability.tolist() == [[1.0], [1.0]]
+def test_draft_weights() -> None:
+    weights = draft_weights(2 * BLOCK, BLOCK).tolist()
+    assert weights == pytest.approx([0, 1, 0.85, 0.85**2] * 2)
+
+
+def test_draft_loss_is_a_single_pass_draft_after_the_prefix() -> None:
+    """Every block of the second half, drafted over its cached clean prefix, gives the weighted draft loss."""
+    model, ids = models.random_model(models.small_config()), draw(seed=2).ids
+    prefix, weights = 2 * BLOCK, draft_weights(BLOCK, BLOCK)
+    expected = 0.0
+    with torch.no_grad():
+        for row in ids:
+            cache = KVCache()
+            model.causal(row[None, :prefix], cache)
+            for start in range(prefix, LENGTH, BLOCK):
+                own = row[start : start + BLOCK]
+                noisy = torch.cat((own[:1], torch.full((BLOCK - 1,), model.config.mask_token_id)))[None]
+                everything = torch.ones(1, start + BLOCK, dtype=torch.bool)
+                hidden = model.hidden(noisy, torch.arange(start, start + BLOCK), everything, cache)
+                chances = model.diffusion_head(hidden)[0].log_softmax(-1).gather(-1, own[:, None])[:, 0]
+                expected -= float((chances * weights).sum())
+                model.causal(own[None], cache)
+        ar, drafts = draft_loss_sum(model, ids, prefix, BLOCK)
+        plain = ar_loss_sum(model, ids[:, :prefix])
+    assert float(drafts) == pytest.approx(expected, rel=1e-4)
+    assert float(ar) == pytest.approx(float(plain), rel=1e-5)
+
+
+def test_own_text_is_the_models_greedy_continuation(tmp_path: Path) -> None:
+    model = models.random_model(models.small_config())
+    stream = np.random.default_rng(0).integers(6, 24, 500).astype(np.int32)
+    pool = Pool(tmp_path / "pool.pt", stream, LENGTH, refresh_every=2, seed=0)
+    pool.ROWS = 8
+    rows = pool.sample(model, 0, 4)
+    assert rows.shape == (4, LENGTH)
+    half = LENGTH // 2
+    text = "".join(map(chr, stream))
+    for row in rows.tolist():
+        assert "".join(map(chr, row[:half])) in text
+        # The pool is made under bfloat16 autocast, the reference in float32: a near-tie may end the agreement.
+        expected = ar_generate(model, row[:half], half, eos_token_id=-1).ids
+        assert row[half] == expected[half]
+    resumed = Pool(tmp_path / "pool.pt", stream, LENGTH, refresh_every=2, seed=0)
+    assert torch.equal(resumed.sample(model, 1, 4), pool.sample(model, 1, 4))
+    assert not torch.equal(pool.sample(model, 0, 4), pool.sample(model, 1, 4))
+    old = pool.rows
+    pool.sample(model, 2, 4)
+    assert not torch.equal(pool.rows, old)
