@@ -1,4 +1,4 @@
-"""The losses of the three stages: AR alone, AR + alpha * diffusion, AR + drafts.
+"""The losses of the three stages: AR alone, AR + alpha * diffusion, drafts beside an anchored AR.
 
 Both diffusion losses come from one forward over the dual stream [noisy | clean]: the clean part is strictly causal, so
 it is an ordinary language model; a noisy block sees itself in full and the clean text of strictly earlier blocks, as a
@@ -68,10 +68,7 @@ def dual_stream_mask(length: int, block_length: int, device: torch.device, start
 
 def ar_loss_sum(model: ReferenceModel, ids: Tensor) -> Tensor:
     """Summed next-token cross-entropy, in nats."""
-    length = ids.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-    hidden = model.hidden(ids, torch.arange(length, device=ids.device), mask)
-    return _next_token_loss(model, hidden, ids)
+    return _next_token_loss(model, _causal_hidden(model, ids), ids)
 
 
 def joint_loss_sum(model: ReferenceModel, batch: Batch, block_length: int) -> tuple[Tensor, Tensor]:
@@ -88,17 +85,22 @@ def draft_weights(length: int, block_length: int) -> Tensor:
     return torch.where(offset == 0, 0.0, POSITION_DECAY ** (offset - 1).float())
 
 
-def draft_loss_sum(model: ReferenceModel, ids: Tensor, prefix: int, block_length: int) -> tuple[Tensor, Tensor]:
-    """Summed (L_AR over the first ``prefix`` tokens, weighted L_draft over the rest), in nats.
+def draft_loss_sum(
+    model: ReferenceModel, teacher: ReferenceModel, ids: Tensor, prefix: int, block_length: int
+) -> tuple[Tensor, Tensor]:
+    """Summed (KL from the teacher's causal predictions, weighted L_draft), in nats.
 
-    ``ids`` are int64 ``[sequences, length]``: ``prefix`` tokens of real text, then the model's own continuation, which
-    only the draft loss may see: next-token training on one's own greedy text only sharpens it. The draft's input is a
-    single-pass draft's (t = 1, the block's first token given).
+    ``ids`` are int64 ``[sequences, length]``: ``prefix`` tokens of real text, then the teacher's own continuation. The
+    draft's input is a single-pass draft's (t = 1, the block's first token given). The KL holds the causal pass where
+    it was, over all of ``ids``; without it, drafts get better by the text getting more monotonous.
     """
     weights = draft_weights(ids.shape[1] - prefix, block_length).to(ids.device).expand(len(ids), -1)
     noisy_hidden, clean_hidden = _dual_stream(model, ids, weights > 0, block_length, prefix)
     drafts = _masked_loss(model, noisy_hidden, ids[:, prefix:], weights > 0, weights)
-    return _next_token_loss(model, clean_hidden[:, :prefix], ids[:, :prefix]), drafts
+    with torch.no_grad():
+        wanted = teacher.diffusion_head(_causal_hidden(teacher, ids)).float().log_softmax(-1)
+    found = model.diffusion_head(clean_hidden).float().log_softmax(-1)
+    return F.kl_div(found, wanted, reduction="sum", log_target=True), drafts
 
 
 def _dual_stream(
@@ -116,6 +118,12 @@ def _dual_stream(
 def _masked_loss(model: ReferenceModel, hidden: Tensor, ids: Tensor, masked: Tensor, weights: Tensor) -> Tensor:
     logits = model.diffusion_head(hidden[masked]).float()
     return (F.cross_entropy(logits, ids[masked], reduction="none") * weights[masked]).sum()
+
+
+def _causal_hidden(model: ReferenceModel, ids: Tensor) -> Tensor:
+    length = ids.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+    return model.hidden(ids, torch.arange(length, device=ids.device), mask)
 
 
 def _next_token_loss(model: ReferenceModel, hidden: Tensor, ids: Tensor) -> Tensor:

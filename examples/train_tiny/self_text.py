@@ -6,6 +6,9 @@ the draft (many continuations are right, one is verified), so the draft stage tr
 
 from __future__ import annotations
 
+import argparse
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,34 +30,37 @@ def continue_greedily(model: ReferenceModel, prefixes: Tensor, new_tokens: int) 
     return torch.cat(columns, dim=1)
 
 
-def make_pool(model: ReferenceModel, stream: np.ndarray, count: int, length: int, seed: int) -> Tensor:
-    """Return int64 ``[count, length]`` on the CPU: each row is half real text, half greedy continuation."""
+def own_text(model: ReferenceModel, stream: np.ndarray, count: int, prefix: int, new_tokens: int, seed: int) -> Tensor:
+    """Return int64 ``[count, prefix + new_tokens]`` on the CPU: real text from ``stream``, then its continuation."""
     generator = torch.Generator().manual_seed(seed)
-    device, prefix = next(model.parameters()).device, length // 2
+    device = next(model.parameters()).device
     starts = torch.randint(len(stream) - prefix, (count,), generator=generator).tolist()
     real = torch.stack([torch.from_numpy(stream[s : s + prefix].astype(np.int64)) for s in starts])
-    parts = tqdm(real.split(128), unit="batch", desc="continuing text", leave=False)
-    return torch.cat([continue_greedily(model, part.to(device), length - prefix).cpu() for part in parts])
+    parts = tqdm(real.split(128), unit="batch", desc="own text")
+    return torch.cat([continue_greedily(model, part.to(device), new_tokens).cpu() for part in parts])
 
 
-class Pool:
-    """Rows of half real, half own text, renewed now and then as the model changes, kept on disk for a resumed run."""
+@dataclass
+class DraftStage:
+    """What the draft stage holds fixed: the model as the stages before left it, and that model's own text."""
 
-    ROWS = 768
+    teacher: ReferenceModel
+    rows: Tensor
+    prefix: int
 
-    def __init__(self, file: Path, stream: np.ndarray, length: int, refresh_every: int, seed: int) -> None:
-        self.file, self.stream, self.length = file, stream, length
-        self.refresh_every, self.seed = refresh_every, seed
-        self.age, self.rows = -1, torch.empty(0)
+    @classmethod
+    def prepare(cls, file: Path, model: ReferenceModel, stream: np.ndarray, args: argparse.Namespace) -> DraftStage:
+        """Make it from the model as it is now, or take up what an interrupted run left in ``file``."""
+        prefix, new_tokens = args.length // 2, args.length // 4
+        teacher = copy.deepcopy(model).requires_grad_(False)
         if file.is_file():
-            self.age, self.rows = torch.load(file)
+            state = torch.load(file, map_location=next(model.parameters()).device)
+            teacher.load_state_dict(state["teacher"])
+            return cls(teacher, state["rows"].cpu(), prefix)
+        rows = own_text(teacher, stream, args.own_rows, prefix, new_tokens, args.seed)
+        torch.save({"teacher": teacher.state_dict(), "rows": rows}, file)
+        return cls(teacher, rows, prefix)
 
-    def sample(self, model: ReferenceModel, step: int, count: int) -> Tensor:
-        """Return the draft stage's batch of ``step`` (0 is its first): int64 ``[count, length]``."""
-        age = step // self.refresh_every
-        if age != self.age:
-            seed = self.seed * 1_000_003 + age
-            self.age, self.rows = age, make_pool(model, self.stream, self.ROWS, self.length, seed)
-            torch.save((self.age, self.rows), self.file)
-        generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + step)
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return a batch, int64 ``[count, length]``."""
         return self.rows[torch.randperm(len(self.rows), generator=generator)[:count]]

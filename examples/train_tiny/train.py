@@ -1,9 +1,9 @@
 """Train the embedded checkpoint: an AR-only stage, the joint AR + block-diffusion stage, a draft stage.
 
 The first two stages are the published recipe. The third trains single-pass drafts (a block's first token given, all
-others masked) on the model's own greedy continuations: a model this small has no capacity to spare for the mask ratios
-that linear self-speculation never meets, and a draft is judged by what the causal pass says, not by what a human wrote.
-The released models get a draft adapter for that instead.
+others masked) on the model's own greedy continuations, and holds the causal pass where it was: a model this small has
+no capacity to spare for the mask ratios that linear self-speculation never meets, and a draft is judged by what the
+causal pass says, not by what a human wrote. The released models get a draft adapter for that instead.
 
     python examples/train_tiny/train.py --output build/tiny
 
@@ -25,7 +25,7 @@ import torch
 from export import export
 from objective import Batch, ar_loss_sum, draft_loss_sum, draft_weights, joint_loss_sum
 from safetensors.torch import load_file
-from self_text import Pool
+from self_text import DraftStage
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +34,7 @@ from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.reference.model import ReferenceModel
 
 DIFFUSION_WEIGHT = 0.3
-DRAFT_STAGE_AR_WEIGHT = 0.5
+ANCHOR_WEIGHT = 4.0
 
 
 def tiny_config(vocab_size: int, block_length: int = 16) -> NemotronLabsDiffusionConfig:
@@ -94,22 +94,18 @@ def make_optimizers(model: ReferenceModel, args: argparse.Namespace) -> list[tor
 
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
-    """Warm-up, stable, linear decay over the last 35% of the first two stages; then the same again from 0.6."""
+    """Warm-up, stable, linear decay over the last 35% of the first two stages; then the same again from 0.4."""
     warmup, main_steps = 50, args.ar_steps + args.joint_steps
     if step < warmup:
         return (step + 1) / warmup
     if step < main_steps:
         return min(1.0, max(0.02, (main_steps - step) / (0.35 * main_steps)))
     draft_step = step - main_steps
-    return max(0.02, 0.6 * min((draft_step + 1) / warmup, 1 - draft_step / args.draft_steps))
+    return max(0.02, 0.4 * min((draft_step + 1) / warmup, 1 - draft_step / args.draft_steps))
 
 
-def training_step(
-    model: ReferenceModel, batch: Batch | Tensor, joint: bool, args: argparse.Namespace
-) -> dict[str, float]:
+def training_step(model: ReferenceModel, batch: Batch, joint: bool, args: argparse.Namespace) -> dict[str, float]:
     """Accumulate gradients over a global batch; returns mean losses in nats per token."""
-    if isinstance(batch, Tensor):
-        return draft_step(model, batch, args)
     count = batch.global_count(joint)
     sums = {"ar": 0.0, "diffusion": 0.0}
     device = next(model.parameters()).device
@@ -127,20 +123,20 @@ def training_step(
     return {key: value / batch.ids.numel() for key, value in sums.items()}
 
 
-def draft_step(model: ReferenceModel, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
-    """Accumulate the draft stage's gradients; ``ids`` int64 ``[sequences, length]`` are half real, half own text."""
-    prefix, block_length = ids.shape[1] // 2, model.config.block_size
-    ar_count = ids.shape[0] * (prefix - 1)
-    draft_count = ids.shape[0] * float(draft_weights(ids.shape[1] - prefix, block_length).sum())
-    sums = {"ar": 0.0, "diffusion": 0.0}
+def draft_step(model: ReferenceModel, stage: DraftStage, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Accumulate the draft stage's gradients over ``ids`` ``[sequences, length]``; returns means in nats per token."""
+    block_length = model.config.block_size
+    weights = draft_weights(ids.shape[1] - stage.prefix, block_length)
+    draft_count = ids.shape[0] * float(weights.sum())
+    sums = {"anchor": 0.0, "draft": 0.0}
     device = next(model.parameters()).device
     for part in ids.split(args.micro_batch):
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            ar, drafts = draft_loss_sum(model, part.to(device), prefix, block_length)
-            ar, drafts = ar / ar_count, drafts / draft_count
-        (DRAFT_STAGE_AR_WEIGHT * ar + drafts).backward()
-        sums["ar"] += float(ar.detach())
-        sums["diffusion"] += float(drafts.detach())
+            anchor, drafts = draft_loss_sum(model, stage.teacher, part.to(device), stage.prefix, block_length)
+        anchor, drafts = anchor / ids.numel(), drafts / draft_count
+        (ANCHOR_WEIGHT * anchor + drafts).backward()
+        sums["anchor"] += float(anchor.detach())
+        sums["draft"] += float(drafts.detach())
     return sums
 
 
@@ -163,9 +159,14 @@ def prepare_data(output: Path, vocab_size: int) -> tuple[Tokenizer, np.ndarray]:
     return Tokenizer.from_file(str(tokenizer_file)), np.load(stream_file)
 
 
+def step_generator(step: int, args: argparse.Namespace) -> torch.Generator:
+    """All that is random in a step depends on the step alone, so a resumed run sees what an unbroken one would."""
+    return torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+
+
 def sample(stream: np.ndarray, step: int, args: argparse.Namespace) -> Batch:
-    """Draw step's batch. It depends on the step alone, so a resumed run sees what an unbroken one would."""
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    """Draw the batch of a step of the first two stages."""
+    generator = step_generator(step, args)
     # Attention is half of a long step's time, so most of the run sees half-length sequences, twice as many.
     halved = step < (args.ar_steps + args.joint_steps) * (1 - args.long_fraction)
     length, count = (args.length // 2, args.batch * 2) if halved else (args.length, args.batch)
@@ -180,8 +181,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for state, log and checkpoint")
     parser.add_argument("--ar-steps", type=int, default=600, help="steps of the AR-only stage")
     parser.add_argument("--joint-steps", type=int, default=1000, help="steps of the joint stage")
-    parser.add_argument("--draft-steps", type=int, default=600, help="steps of the draft stage")
-    parser.add_argument("--refresh-every", type=int, default=100, help="draft steps between renewals of the own text")
+    parser.add_argument("--draft-steps", type=int, default=500, help="steps of the draft stage")
+    parser.add_argument("--own-rows", type=int, default=3072, help="sequences of own text for the draft stage")
     parser.add_argument("--from-checkpoint", type=Path, help="start the draft stage from this checkpoint's weights")
     parser.add_argument("--block-length", type=int, default=16, help="diffusion block length")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
@@ -227,14 +228,17 @@ def main() -> None:
     model, optimizers, step = prepare_model(args, state_file)
     main_steps = args.ar_steps + args.joint_steps
     total = main_steps + args.draft_steps
-    pool = Pool(args.output / "own_text.pt", stream, args.length // 2, args.refresh_every, args.seed)
+    stage: DraftStage | None = None
     bar = tqdm(total=total, initial=step, unit="step", mininterval=5)
     with (args.output / "log.jsonl").open("a") as log:
         while step < total:
             started = time.perf_counter()
-            drafting = step >= main_steps
-            batch = pool.sample(model, step - main_steps, 2 * args.batch) if drafting else sample(stream, step, args)
-            losses = training_step(model, batch, step >= args.ar_steps, args)
+            if step < main_steps:
+                losses = training_step(model, sample(stream, step, args), step >= args.ar_steps, args)
+            else:
+                stage = stage or DraftStage.prepare(args.output / "draft_stage.pt", model, stream, args)
+                ids = stage.sample(3 * args.batch // 2, step_generator(step, args))
+                losses = draft_step(model, stage, ids, args)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -243,7 +247,7 @@ def main() -> None:
                 optimizer.zero_grad(set_to_none=True)
             step += 1
             log.write(json.dumps({"step": step, "seconds": time.perf_counter() - started, **losses}) + "\n")
-            bar.set_postfix(ar=f"{losses['ar']:.3f}", diffusion=f"{losses['diffusion']:.3f}", refresh=False)
+            bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
             bar.update()
             if step % args.save_every == 0 or step == total:
                 log.flush()

@@ -17,10 +17,7 @@ from vllm_nld.reference import ar_generate, linear_spec_generate, load_reference
 
 
 def test_greedy_text_equals_the_reference_and_acceptance_is_worth_it() -> None:
-    """Mean acceptance length on held-out modules, in vLLM, at float32.
-
-    The floor lies just under what the committed checkpoint measures (2.6); its model card names the target, 3.0.
-    """
+    """Mean acceptance length on held-out modules, in vLLM, at float32."""
     from vllm import SamplingParams
 
     model = load_reference(checkpoint_path("tiny"))
@@ -34,7 +31,7 @@ def test_greedy_text_equals_the_reference_and_acceptance_is_worth_it() -> None:
         expected = ar_generate(model, ids, 96)
         assert list(output.outputs[0].token_ids) == expected.ids[len(ids) :]
         assert linear_spec_generate(model, ids, 96).ids == expected.ids
-    assert acceptance >= 2.4
+    assert acceptance >= 3.0
 
 
 def test_stop_strings_and_streamed_length() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vllm_nld.reference import KVCache, ar_generate
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_tiny"))
 
 from objective import Batch, ar_loss_sum, draft_loss_sum, draft_weights, dual_stream_mask, joint_loss_sum
-from self_text import Pool
+from self_text import DraftStage, own_text
 
 LENGTH, BLOCK = 16, 4
 
@@ -123,29 +124,46 @@ def test_draft_loss_is_a_single_pass_draft_after_the_prefix() -> None:
                 chances = model.diffusion_head(hidden)[0].log_softmax(-1).gather(-1, own[:, None])[:, 0]
                 expected -= float((chances * weights).sum())
                 model.causal(own[None], cache)
-        ar, drafts = draft_loss_sum(model, ids, prefix, BLOCK)
-        plain = ar_loss_sum(model, ids[:, :prefix])
+        anchor, drafts = draft_loss_sum(model, model, ids, prefix, BLOCK)
     assert float(drafts) == pytest.approx(expected, rel=1e-4)
-    assert float(ar) == pytest.approx(float(plain), rel=1e-5)
+    assert float(anchor) == pytest.approx(0, abs=1e-4)
 
 
-def test_own_text_is_the_models_greedy_continuation(tmp_path: Path) -> None:
+def test_anchor_is_the_divergence_from_the_teachers_causal_pass() -> None:
+    model, teacher = (models.random_model(models.small_config(), seed=seed) for seed in (0, 1))
+    ids = draw(seed=3).ids
+    with torch.no_grad():
+        anchor, _ = draft_loss_sum(model, teacher, ids, 2 * BLOCK, BLOCK)
+        causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        hidden = [m.hidden(ids, torch.arange(LENGTH), causal) for m in (model, teacher)]
+        found, wanted = (m.diffusion_head(x).log_softmax(-1) for m, x in zip((model, teacher), hidden, strict=True))
+    assert float(anchor) == pytest.approx(float((wanted.exp() * (wanted - found)).sum()), rel=1e-4)
+    assert float(anchor) > 1
+
+
+def test_own_text_is_the_models_greedy_continuation() -> None:
     model = models.random_model(models.small_config())
     stream = np.random.default_rng(0).integers(6, 24, 500).astype(np.int32)
-    pool = Pool(tmp_path / "pool.pt", stream, LENGTH, refresh_every=2, seed=0)
-    pool.ROWS = 8
-    rows = pool.sample(model, 0, 4)
-    assert rows.shape == (4, LENGTH)
-    half = LENGTH // 2
+    prefix, new_tokens = 8, 6
+    rows = own_text(model, stream, 5, prefix, new_tokens, seed=0)
+    assert rows.shape == (5, prefix + new_tokens)
     text = "".join(map(chr, stream))
     for row in rows.tolist():
-        assert "".join(map(chr, row[:half])) in text
-        # The pool is made under bfloat16 autocast, the reference in float32: a near-tie may end the agreement.
-        expected = ar_generate(model, row[:half], half, eos_token_id=-1).ids
-        assert row[half] == expected[half]
-    resumed = Pool(tmp_path / "pool.pt", stream, LENGTH, refresh_every=2, seed=0)
-    assert torch.equal(resumed.sample(model, 1, 4), pool.sample(model, 1, 4))
-    assert not torch.equal(pool.sample(model, 0, 4), pool.sample(model, 1, 4))
-    old = pool.rows
-    pool.sample(model, 2, 4)
-    assert not torch.equal(pool.rows, old)
+        assert "".join(map(chr, row[:prefix])) in text
+        # Own text is made under bfloat16 autocast, the reference in float32: a near-tie may end the agreement.
+        assert row[prefix] == ar_generate(model, row[:prefix], new_tokens, eos_token_id=-1).ids[prefix]
+
+
+def test_an_interrupted_draft_stage_keeps_its_teacher_and_text(tmp_path: Path) -> None:
+    stream = np.random.default_rng(0).integers(6, 24, 500).astype(np.int32)
+    args = argparse.Namespace(length=LENGTH, own_rows=6, seed=0)
+    first, later = (models.random_model(models.small_config(), seed=seed) for seed in (0, 1))
+    begun = DraftStage.prepare(tmp_path / "stage.pt", first, stream, args)
+    resumed = DraftStage.prepare(tmp_path / "stage.pt", later, stream, args)
+    assert torch.equal(resumed.rows, begun.rows)
+    for key, tensor in first.state_dict().items():
+        assert torch.equal(resumed.teacher.state_dict()[key], tensor)
+    batches = [begun.sample(4, torch.Generator().manual_seed(step)) for step in (0, 0, 1)]
+    assert batches[0].shape == (4, LENGTH // 2 + LENGTH // 4)
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
