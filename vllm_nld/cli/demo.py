@@ -85,19 +85,18 @@ def _complete(folder: Path, texts: list[str], max_tokens: int, dtype: str, self_
         after = _counters(llm, self_speculation)
     token_ids = [list(output.token_ids) for output in outputs]
     spent = {key: after[key] - before[key] for key in after}
-    # Without a proposer each forward yields one token: the prefill the first, every decode step another.
-    forwards = spent["forwards"] if self_speculation else sum(len(ids) for ids in token_ids)
     acceptance = 1 + spent["accepted"] / spent["drafts"] if self_speculation else None
-    return ModeResult(token_ids, [output.text for output in outputs], seconds, forwards, acceptance)
+    return ModeResult(token_ids, [output.text for output in outputs], seconds, spent["forwards"], acceptance)
 
 
 def _counters(llm: Any, self_speculation: bool) -> dict[str, int]:
-    if not self_speculation:
-        return {}
-    worker = llm.collective_rpc("nld_counters")[0]
     metrics = {metric.name: metric for metric in llm.get_metrics()}
+    # vLLM observes this histogram once an engine step, and a step is one causal forward.
+    forwards = metrics["vllm:iteration_tokens_total"].count
+    if not self_speculation:
+        return {"forwards": forwards}
     return {
-        "forwards": worker["target_forwards"] + worker["draft_forwards"],
+        "forwards": forwards + llm.collective_rpc("nld_counters")[0]["draft_forwards"],
         "drafts": metrics["vllm:spec_decode_num_drafts"].value,
         "accepted": metrics["vllm:spec_decode_num_accepted_tokens"].value,
     }
