@@ -16,10 +16,10 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
+from vllm_nld import compat
 from vllm_nld.attention import block_attention_backend
 from vllm_nld.config import NemotronLabsDiffusionConfig
 
@@ -56,9 +56,7 @@ class NLDAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             num_heads * config.head_dim, hidden_size, bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
-        self.rotary_emb = get_rope(
-            config.head_dim, max_position=max_position_embeddings, rope_parameters=config.rope_parameters
-        )
+        self.rotary_emb = compat.unscaled_rope(config.head_dim, max_position_embeddings, config.rope_parameters)
         self.attn = Attention(
             heads,
             config.head_dim,
