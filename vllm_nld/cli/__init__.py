@@ -60,7 +60,7 @@ def path(name: Annotated[str, typer.Argument(help="Embedded checkpoint, such as 
 @bench.command()
 def cycle(
     model: Annotated[list[str] | None, typer.Option(help="tiny or 3b (dummy weights); may be repeated.")] = None,
-    block: Annotated[list[int] | None, typer.Option(help="Block lengths; may be repeated.")] = None,
+    block: Annotated[list[int] | None, typer.Option(min=2, help="Block lengths; may be repeated.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the cached prefix.")] = 128,
     steps: Annotated[int, typer.Option(min=3, help="Timed steps per measurement.")] = 20,
     json: Json = False,
