@@ -16,6 +16,10 @@ from vllm.forward_context import set_forward_context
 
 from vllm_nld.attention import BlockTable, DraftMetadata, block_table, page_layout
 
+# What one draft forward may gather from the cache, in tokens times rows: gathering pads every row to the longest
+# prefix, and vLLM's memory profile knows nothing of it.
+MAX_GATHERED_TOKENS = 1 << 16
+
 
 @dataclass(frozen=True)
 class DraftRequest:
@@ -47,6 +51,7 @@ class DraftPass:
         self.model = model
         self.threshold = threshold
         self.mask_token_id: int = config.mask_token_id
+        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.last_position = vllm_config.model_config.max_model_len - 1
         self.device = next(model.parameters()).device
         self.forwards = 0
@@ -56,7 +61,30 @@ class DraftPass:
 
     @torch.inference_mode()
     def run(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
-        """Return each request's drafts: ``length - 1`` token ids, the seed left out.
+        """Return each request's drafts: ``length - 1`` token ids, the seed left out."""
+        drafts: dict[int, list[int]] = {}
+        for group in self._groups(requests):
+            drafts |= zip((request.row for request in group), self._fill(group), strict=True)
+        return [drafts[request.row] for request in requests]
+
+    def _groups(self, requests: Sequence[DraftRequest]) -> list[list[DraftRequest]]:
+        """Split into batches that a forward has room for; requests with prefixes of similar length go together.
+
+        The model is compiled for at most ``max_num_batched_tokens`` tokens a forward.
+        """
+        groups: list[list[DraftRequest]] = []
+        length = max(request.length for request in requests)
+        for request in sorted(requests, key=lambda request: request.prefix):
+            rows = len(groups[-1]) + 1 if groups else 0
+            fits = rows * length <= self.max_tokens and rows * (request.prefix + length) <= MAX_GATHERED_TOKENS
+            if groups and fits:
+                groups[-1].append(request)
+            else:
+                groups.append([request])
+        return groups
+
+    def _fill(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        """Draft for one batch.
 
         Blocks of unequal length are padded to the longest; no token sees another block's padding or its own.
 
@@ -79,6 +107,14 @@ class DraftPass:
             blocks[filled] = tokens[filled]
             masked &= ~filled
         return [blocks[i, 1 : request.length].tolist() for i, request in enumerate(requests)]
+
+    def find_layout(self) -> None:
+        """Find the cache's page layout now, at start-up, and not with the first request.
+
+        Raises:
+            NLDError: the layout is unknown.
+        """
+        page_layout(next(iter(self.layers.values())))
 
     def _commit(self, masked: Tensor, confidence: Tensor | None) -> Tensor:
         """Return which masked positions this forward decides, bool ``[rows, length]``."""

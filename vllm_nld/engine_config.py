@@ -12,6 +12,7 @@ from vllm_nld.errors import NLDError
 from vllm_nld.options import NAMESPACE, NLDOptions
 
 PROPOSER_PATHS = ("vllm_nld.SelfSpeculation", "vllm_nld.proposer.SelfSpeculation")
+UNQUANTIZED_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 OWN_ARCHITECTURE = "VllmNLDForCausalLM"
 """Name this extension's model is always registered under, whatever vLLM itself calls ``ARCHITECTURE``."""
 
@@ -94,6 +95,17 @@ def _check_speculation(vllm_config: Any) -> None:
         raise NLDError(
             f"pipeline_parallel_size={parallel.pipeline_parallel_size} with self-speculation: a draft runs the whole "
             "model, which no pipeline stage holds; use pipeline_parallel_size=1 (tensor_parallel_size is supported)"
+        )
+    if vllm_config.lora_config is not None:
+        raise NLDError(
+            "enable_lora=True with self-speculation: a draft pass would run with another request's adapter; "
+            "leave one of the two out"
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in UNQUANTIZED_CACHE_DTYPES:
+        raise NLDError(
+            f"kv_cache_dtype={cache_dtype!r} with self-speculation: the draft pass reads keys and values unquantized; "
+            f"allowed: {', '.join(UNQUANTIZED_CACHE_DTYPES)}"
         )
     block_length = vllm_config.model_config.hf_config.block_size
     drafts, limit = speculative.num_speculative_tokens, min(block_length - 1, compat.max_draft_tokens())

@@ -51,7 +51,8 @@ class SelfSpeculation:
         )
 
     def attach(self, runner: Any) -> None:
-        """Let the proposer see the requests' sampling parameters (called by the worker subclass)."""
+        """Let the proposer see the requests' sampling parameters and the final length limit (called by the worker)."""
+        self.max_model_len = runner.max_model_len
         self._requests = _Requests(runner)
 
     def propose(
@@ -101,12 +102,18 @@ class _Requests:
         self._runner = runner
 
     def remaining(self, row: int) -> int:
-        """Tokens the row may still generate; a cycle that verifies n drafts generates at most n + 1."""
+        """Tokens the row may generate next; a cycle that verifies n drafts generates at most n + 1.
+
+        A cycle does not reach past ``min_tokens``: after accepted drafts vLLM 0.32 forbids the stop tokens in the bonus
+        position by the number of tokens before the cycle, where AR would allow them.
+        """
         request = self._runner.requests[self._runner.input_batch.req_ids[row]]
         params = request.sampling_params
-        if params is None or params.max_tokens is None:
+        if params is None:
             return int(self._runner.max_model_len)
-        return int(params.max_tokens) - len(request.output_token_ids)
+        generated = len(request.output_token_ids)
+        limit = self._runner.max_model_len if params.max_tokens is None else params.max_tokens - generated
+        return int(min(limit, params.min_tokens - generated) if generated < params.min_tokens else limit)
 
 
 def _eos_token_ids(config: Any) -> frozenset[int]:

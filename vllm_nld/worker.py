@@ -22,6 +22,17 @@ class _IntroducesProposer:
         super().init_device()  # type: ignore[misc]
         attach_proposer(self.model_runner, self.vllm_config.speculative_config.num_speculative_tokens)
 
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the KV cache, as vLLM does, and find out its layout."""
+        result = super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
+        self.model_runner.drafter.draft_pass.find_layout()
+        return result
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """Lower the limit to what the cache holds (``--max-model-len auto``), and tell the proposer."""
+        super().update_max_model_len(max_model_len)  # type: ignore[misc]
+        attach_proposer(self.model_runner, self.vllm_config.speculative_config.num_speculative_tokens)
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a causal step, as vLLM does, and count it."""
         self._target_forwards += scheduler_output.total_num_scheduled_tokens > 0

@@ -75,6 +75,38 @@ def test_random_drafts_cost_cycles_but_change_no_token(model: ReferenceModel, fo
     assert cycles["random"] > 2 * cycles["oracle"]
 
 
+def test_a_stop_token_right_behind_min_tokens(model: ReferenceModel, folder: Path) -> None:
+    """Perfect drafts that cross ``min_tokens`` in a block whose bonus token is a stop token, which AR would obey."""
+    bonus = 8  # output index: the prefill yields 0, seven accepted drafts 1 to 7
+    tried = random_prompts([20] * 40, 24, seed=3)
+    texts = [(ids, solo(model, [ids], 24, eos_token_id=-1)[0]) for ids in tried]
+    prompt, text = next((p, t) for p, t in texts if t[bonus] not in t[:bonus])
+
+    def oracle_drafts(requests: Any) -> list[list[int]]:
+        return [(prompt + text)[r.prefix + 1 : r.prefix + r.length] for r in requests]
+
+    with engine(folder, spec=True) as llm:
+        runner(llm).drafter.draft_pass.run = oracle_drafts
+        settings = {"max_tokens": 20, "min_tokens": 5, "stop_token_ids": [text[bonus]], "ignore_eos": True}
+        assert generate(llm, [prompt], **settings) == [text[: bonus + 1]]
+        assert counters(llm)["cycles"] > 0
+
+
+def test_drafting_in_groups_changes_nothing(
+    model: ReferenceModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many forwards as fit: at most max_num_batched_tokens tokens each, few tokens gathered from the cache."""
+    prompts = random_prompts([90, 3, 40, 7, 60], 24, seed=4)
+    expected = solo(model, prompts, 24)
+    forwards = {}
+    for gathered in (1 << 16, 120):
+        monkeypatch.setattr("vllm_nld.draft_pass.MAX_GATHERED_TOKENS", gathered)
+        with engine(folder, spec=True, max_num_batched_tokens=256) as llm:
+            assert generate(llm, prompts) == expected
+            forwards[gathered] = counters(llm)["draft_forwards"]
+    assert forwards[120] > forwards[1 << 16]
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_prefix_caching(model: ReferenceModel, folder: Path, caching: bool) -> None:
     (shared,) = random_prompts([100], 24, seed=8)

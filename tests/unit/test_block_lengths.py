@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_nld.draft_pass import DraftRequest
+from vllm_nld.draft_pass import MAX_GATHERED_TOKENS, DraftPass, DraftRequest
 from vllm_nld.proposer import SelfSpeculation, _eos_token_ids, _Requests
 
 
@@ -67,20 +67,35 @@ def test_propose_without_work_runs_nothing() -> None:
 
 
 def test_remaining_reads_the_runner() -> None:
-    def request(max_tokens: int | None, generated: int) -> SimpleNamespace:
-        return SimpleNamespace(sampling_params=SimpleNamespace(max_tokens=max_tokens), output_token_ids=[0] * generated)
+    def request(max_tokens: int | None, generated: int, min_tokens: int = 0) -> SimpleNamespace:
+        params = SimpleNamespace(max_tokens=max_tokens, min_tokens=min_tokens)
+        return SimpleNamespace(sampling_params=params, output_token_ids=[0] * generated)
 
     runner = SimpleNamespace(
-        requests={"a": request(20, 5), "b": request(None, 5)},
-        input_batch=SimpleNamespace(req_ids=["b", "a"]),
+        requests={"a": request(20, 5), "b": request(None, 5), "c": request(20, 5, 8), "d": request(20, 8, 8)},
+        input_batch=SimpleNamespace(req_ids=["b", "a", "c", "d"]),
         max_model_len=100,
     )
     requests = _Requests(runner)
     assert requests.remaining(1) == 15
     assert requests.remaining(0) == 100
+    assert requests.remaining(2) == 3, "a block ends at min_tokens"
+    assert requests.remaining(3) == 12
 
 
 def test_eos_token_ids() -> None:
     assert _eos_token_ids(SimpleNamespace(eos_token_id=None)) == frozenset()
     assert _eos_token_ids(SimpleNamespace(eos_token_id=11)) == {11}
     assert _eos_token_ids(SimpleNamespace(eos_token_id=[11, 2])) == {11, 2}
+
+
+def test_groups_have_room_in_a_forward() -> None:
+    drafts: DraftPass = object.__new__(DraftPass)
+    drafts.max_tokens = 24
+    requests = [DraftRequest(row, 0, prefix, 8) for row, prefix in enumerate((500, 10, 30, 20, 40_000, 70_000))]
+    assert [[r.row for r in group] for group in drafts._groups(requests)] == [[1, 3, 2], [0], [4], [5]]
+    for group in drafts._groups(requests):
+        assert len(group) * 8 <= 24
+        assert len(group) == 1 or len(group) * (max(r.prefix for r in group) + 8) <= MAX_GATHERED_TOKENS
+    assert sorted(r.row for group in drafts._groups(requests) for r in group) == list(range(6))
+    assert len(drafts._groups(requests)) < 6
