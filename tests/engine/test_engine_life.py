@@ -170,7 +170,20 @@ def test_blocks_are_cut_short_at_max_model_len(model: ReferenceModel, folder: Pa
         found = generate(llm, prompts, max_tokens=500, ignore_eos=True)
         assert found == expected
         # The row near the limit must not switch off its neighbours' drafts.
-        assert counters(llm)["cycles"] > 60
+        assert counters(llm)["cycles"] > 90
+
+
+def test_a_length_limit_that_vllm_lowers_reaches_the_proposer(model: ReferenceModel, folder: Path) -> None:
+    """``--max-model-len auto``: the limit becomes what the cache holds, after the workers have started."""
+    (prompt,) = random_prompts([100], 24, seed=14)
+    with engine(folder, spec=True, max_model_len=-1, kv_cache_memory_bytes=1 << 18) as llm:
+        running = runner(llm)
+        limit = running.max_model_len
+        assert limit < 256
+        assert running.drafter.max_model_len == limit
+        assert running.effective_drafter_max_model_len == limit + 7
+        expected = ar_generate(model, prompt, limit - 100, eos_token_id=-1).ids[100:]
+        assert generate(llm, [prompt], max_tokens=500, ignore_eos=True) == [expected]
 
 
 def test_end_of_sequence_inside_a_block(model: ReferenceModel, folder: Path) -> None:

@@ -29,7 +29,7 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     command = [str(BIN / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port), "--host", "127.0.0.1"]
     command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
-    command += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager"]
+    command += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
     # The environment of the in-process tests must not leak into what a user would start.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     with log.open("w") as output:
