@@ -49,14 +49,14 @@ def unsupported_reason() -> str | None:
 def unscaled_rope(head_dim: int, max_position: int, rope_parameters: dict[str, Any]) -> Any:
     """Return vLLM's rotary embedding for NLD: YaRN's frequencies, but no attention factor.
 
-    vLLM 0.32 takes ``attention_factor``; 0.26 ignores it and takes ``apply_yarn_scaling``. Each ignores the other's.
+    vLLM 0.32 takes ``attention_factor``, which the config class sets; 0.26 ignores it and takes ``apply_yarn_scaling``.
 
     Raises:
         NLDError: this vLLM scales queries and keys all the same.
     """
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    parameters = {**rope_parameters, "attention_factor": 1.0, "apply_yarn_scaling": False}
+    parameters = {**rope_parameters, "apply_yarn_scaling": False}
     rope = get_rope(head_dim, max_position=max_position, rope_parameters=parameters)
     if getattr(rope, "mscale", 1.0) != 1.0:
         raise NLDError(f"this vLLM's YaRN applies an attention factor of {rope.mscale}; supported vLLM: {SUPPORTED}")

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 
 from vllm_nld.checkpoints.held_out import HELD_OUT_MODULES
 
@@ -105,3 +107,9 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
     """Return all documents as one int32 stream."""
     batches = tokenizer.encode_batch(texts, add_special_tokens=False)
     return np.concatenate([np.asarray(batch.ids, dtype=np.int32) for batch in batches])
+
+
+def draw(stream: np.ndarray, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Return int64 ``[count, length]``: pieces of the token stream that begin anywhere."""
+    starts = torch.randint(len(stream) - length, (count,), generator=generator).tolist()
+    return torch.stack([torch.from_numpy(stream[s : s + length].astype(np.int64)) for s in starts])

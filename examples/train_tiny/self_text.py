@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import corpus
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,8 +35,7 @@ def own_text(model: ReferenceModel, stream: np.ndarray, count: int, prefix: int,
     """Return int64 ``[count, prefix + new_tokens]`` on the CPU: real text from ``stream``, then its continuation."""
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    starts = torch.randint(len(stream) - prefix, (count,), generator=generator).tolist()
-    real = torch.stack([torch.from_numpy(stream[s : s + prefix].astype(np.int64)) for s in starts])
+    real = corpus.draw(stream, count, prefix, generator)
     parts = tqdm(real.split(128), unit="batch", desc="own text")
     return torch.cat([continue_greedily(model, part.to(device), new_tokens).cpu() for part in parts])
 

@@ -170,9 +170,7 @@ def sample(stream: np.ndarray, step: int, args: argparse.Namespace) -> Batch:
     # Attention is half of a long step's time, so most of the run sees half-length sequences, twice as many.
     halved = step < (args.ar_steps + args.joint_steps) * (1 - args.long_fraction)
     length, count = (args.length // 2, args.batch * 2) if halved else (args.length, args.batch)
-    starts = torch.randint(len(stream) - length, (count,), generator=generator).tolist()
-    ids = torch.stack([torch.from_numpy(stream[s : s + length].astype(np.int64)) for s in starts])
-    return Batch.draw(ids, generator)
+    return Batch.draw(corpus.draw(stream, count, length, generator), generator)
 
 
 def parse_arguments() -> argparse.Namespace:
