@@ -31,6 +31,7 @@ class DraftMetadata:
         pages: int64 ``[rows, pages]``, the pages that hold each row's prefix (padding repeats any page).
         longest_prefix: tokens in the longest prefix.
         mask: bool ``[rows, 1, 1, longest_prefix + length]``, True where a key exists; None when all do.
+        index: int64 ``[tokens]``, each token's place in the padded ``[rows * length]``; None when no row is padded.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class DraftMetadata:
     pages: Tensor
     longest_prefix: int
     mask: Tensor | None
+    index: Tensor | None = None
 
 
 class BlockTable:
@@ -134,13 +136,20 @@ def draft_forward(
     layer: Any, scale: float, query: Tensor, key: Tensor, value: Tensor, metadata: DraftMetadata, output: Tensor
 ) -> Tensor:
     """Write block-bidirectional attention into ``output`` ``[tokens, heads, head_dim]`` and return it."""
-    used = metadata.rows * metadata.length
     head_dim = layer.head_size
+    padded = metadata.rows * metadata.length
+    used = padded if metadata.index is None else len(metadata.index)
 
     def blocks(x: Tensor) -> Tensor:
-        return x[:used].view(metadata.rows, metadata.length, -1, head_dim)
+        x = x[:used].reshape(used, -1, head_dim)
+        if metadata.index is not None:
+            x = x.new_zeros(padded, *x.shape[1:]).index_copy_(0, metadata.index, x)
+        return x.view(metadata.rows, metadata.length, -1, head_dim)
 
     prefix = page_layout(layer).gather(layer.kv_cache, head_dim, metadata.pages, metadata.longest_prefix)
     out = block_attention(blocks(query), blocks(key), blocks(value), prefix, metadata.mask, scale)
-    output[:used].view(metadata.rows, metadata.length, -1, head_dim).copy_(out)
+    if metadata.index is None:
+        output[:used].view(out.shape).copy_(out)
+    else:
+        output[:used].view(used, -1, head_dim).copy_(out.reshape(padded, -1, head_dim)[metadata.index])
     return output

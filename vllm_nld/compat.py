@@ -7,6 +7,8 @@ changed shape.
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -104,6 +106,39 @@ def default_num_speculative_tokens(proposer_paths: tuple[str, ...]) -> None:
     SpeculativeConfig.__post_init__ = fill_then_check
 
 
+def check_requests_at_admission(check: Callable[[Any, Any], None]) -> None:
+    """Have ``check(vllm_config, sampling_params)`` called for every request before vLLM takes it in.
+
+    vLLM has no hook for that while speculation is on: custom logits processors, whose ``validate_params`` would be
+    one, are refused then. So ``InputProcessor.process_inputs`` is wrapped. An :class:`NLDError` becomes vLLM's own
+    validation error, which the OpenAI server answers with HTTP 400. Idempotent.
+
+    Raises:
+        NLDError: ``process_inputs`` has no argument ``params`` any more.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if getattr(original, "checks_nld_requests", False):
+        return
+    signature = inspect.signature(original)
+    if "params" not in signature.parameters:
+        raise NLDError(f"vllm.v1.engine.input_processor.process_inputs changed; supported vLLM: {SUPPORTED}")
+
+    @functools.wraps(original)
+    def check_then_process(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = signature.bind_partial(self, *args, **kwargs).arguments.get("params")
+        try:
+            check(self.vllm_config, params)
+        except NLDError as error:
+            raise VLLMValidationError(str(error)) from error
+        return original(self, *args, **kwargs)
+
+    check_then_process.checks_nld_requests = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = check_then_process
+
+
 def use_worker_subclass(parallel_config: Any) -> None:
     """Choose the worker subclass that introduces the proposer to the model runner, unless the user chose a worker.
 
@@ -131,11 +166,16 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     Raises:
         NLDError: the runner lacks what this relies on.
     """
-    for name in ("drafter", "requests", "input_batch", "effective_drafter_max_model_len", "max_model_len"):
+    from vllm_nld.verify import accept_diffusion
+
+    for name in ("drafter", "rejection_sampler", "requests", "input_batch", "effective_drafter_max_model_len", "max_model_len"):
         if not hasattr(runner, name):
             raise NLDError(f"this vLLM's model runner has no {name!r}; vllm-nld supports vLLM {SUPPORTED}")
     runner.effective_drafter_max_model_len = runner.max_model_len + drafts
     runner.drafter.attach(runner)
+    if not hasattr(runner.rejection_sampler, "apply_logits_processors"):
+        raise NLDError(f"this vLLM's rejection sampler changed; vllm-nld supports vLLM {SUPPORTED}")
+    accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion)
 
 
 def repair_cpu_temperature() -> None:
@@ -148,8 +188,6 @@ def repair_cpu_temperature() -> None:
     Raises:
         NLDError: ``expand_batch_to_tokens`` has another signature than the one replaced.
     """
-    import inspect
-
     import torch
     from vllm.v1.sample import rejection_sampler
 

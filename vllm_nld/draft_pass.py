@@ -1,13 +1,13 @@
-"""One draft: run the target model bidirectionally over [cached prefix, seed + masks] and read the filled block.
+"""Filling blocks: run the target model bidirectionally over [cached prefix, block] until no mask is left.
 
-Nothing is written to the KV cache: the forward context carries no slot mappings.
+Nothing is written to the KV cache: the forward context carries no slot mappings. Drafts of self-speculation and blocks
+of diffusion differ in their rules only, and share their forwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,98 +15,41 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
 from vllm_nld.attention import BlockTable, DraftMetadata, block_table, page_layout
+from vllm_nld.block import Block
+from vllm_nld.selection import select
+
+if TYPE_CHECKING:
+    from vllm_nld.learned_sampler import LearnedSampler
 
 # What one draft forward may gather from the cache, in tokens times rows: gathering pads every row to the longest
 # prefix, and vLLM's memory profile knows nothing of it.
 MAX_GATHERED_TOKENS = 1 << 16
 
 
-@dataclass(frozen=True)
-class DraftRequest:
-    """One request to draft for.
-
-    Attributes:
-        row: its row in vLLM's batch, hence in the block table.
-        seed: the last sampled token; it is not cached yet and opens the block.
-        prefix: tokens in the cache; the block's first position.
-        length: tokens of the block, seed included; at least 2.
-    """
-
-    row: int
-    seed: int
-    prefix: int
-    length: int
-
-
 class DraftPass:
-    """Runs draft passes on the target's weights and cache.
+    """Runs bidirectional forwards on the target's weights and cache.
 
     Attributes:
         forwards: model forwards so far, for the NFE.
+        block_forwards: the same, counted once per block that took part.
+        compact: leave blocks that are done out of the next forward. Off only to measure what it saves.
     """
 
-    def __init__(self, vllm_config: VllmConfig, model: Any, threshold: float = 0.0) -> None:
+    def __init__(self, vllm_config: VllmConfig, model: Any, learned_sampler: LearnedSampler | None = None) -> None:
         config = vllm_config.model_config.hf_config
         self.vllm_config = vllm_config
         self.model = model
-        self.threshold = threshold
+        self.learned_sampler = learned_sampler
         self.mask_token_id: int = config.mask_token_id
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.last_position = vllm_config.model_config.max_model_len - 1
         self.device = next(model.parameters()).device
         self.forwards = 0
+        self.block_forwards = 0
+        self.compact = True
         context = vllm_config.compilation_config.static_forward_context
         self.layers = {name: layer for name, layer in context.items() if hasattr(layer, "kv_cache")}
         self.table: BlockTable = block_table(vllm_config)
-
-    @torch.inference_mode()
-    def run(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
-        """Return each request's drafts: ``length - 1`` token ids, the seed left out."""
-        drafts: dict[int, list[int]] = {}
-        for group in self._groups(requests):
-            drafts |= zip((request.row for request in group), self._fill(group), strict=True)
-        return [drafts[request.row] for request in requests]
-
-    def _groups(self, requests: Sequence[DraftRequest]) -> list[list[DraftRequest]]:
-        """Split into batches that a forward has room for; requests with prefixes of similar length go together.
-
-        The model is compiled for at most ``max_num_batched_tokens`` tokens a forward.
-        """
-        groups: list[list[DraftRequest]] = []
-        length = max(request.length for request in requests)
-        for request in sorted(requests, key=lambda request: request.prefix):
-            rows = len(groups[-1]) + 1 if groups else 0
-            fits = rows * length <= self.max_tokens and rows * (request.prefix + length) <= MAX_GATHERED_TOKENS
-            if groups and fits:
-                groups[-1].append(request)
-            else:
-                groups.append([request])
-        return groups
-
-    def _fill(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
-        """Draft for one batch.
-
-        Blocks of unequal length are padded to the longest; no token sees another block's padding or its own.
-
-        With ``threshold`` 0 every mask is filled by one forward. Above 0 a forward commits the positions at least
-        that probable (and always the best one), until no mask is left.
-        """
-        length = max(request.length for request in requests)
-        prefixes = torch.tensor([request.prefix for request in requests])
-        lengths = torch.tensor([request.length for request in requests])
-        offsets = torch.arange(length)
-        blocks = torch.full((len(requests), length), self.mask_token_id)
-        blocks[:, 0] = torch.tensor([request.seed for request in requests])
-        # Padding may lie past the last position the rotary table knows.
-        positions = (prefixes[:, None] + offsets).clamp_max(self.last_position).to(self.device)
-        metadata = self._metadata([request.row for request in requests], prefixes, lengths)
-        masked = (offsets > 0) & (offsets < lengths[:, None])
-        while masked.any():
-            tokens, confidence = self._forward(blocks, positions, metadata)
-            filled = self._commit(masked, confidence)
-            blocks[filled] = tokens[filled]
-            masked &= ~filled
-        return [blocks[i, 1 : request.length].tolist() for i, request in enumerate(requests)]
 
     def find_layout(self) -> None:
         """Find the cache's page layout now, at start-up, and not with the first request.
@@ -116,41 +59,136 @@ class DraftPass:
         """
         page_layout(next(iter(self.layers.values())))
 
-    def _commit(self, masked: Tensor, confidence: Tensor | None) -> Tensor:
-        """Return which masked positions this forward decides, bool ``[rows, length]``."""
-        if confidence is None:
-            return masked.clone()
-        confidence = confidence.masked_fill(~masked, -1.0)
-        best = torch.zeros_like(masked).scatter_(1, confidence.argmax(1, keepdim=True), True)
-        return masked & (best | (confidence >= self.threshold))
+    @torch.inference_mode()
+    def run(self, blocks: Sequence[Block]) -> None:
+        """Fill every block in place."""
+        for group in self._groups(blocks):
+            self._fill(group)
 
-    def _metadata(self, rows: list[int], prefixes: Tensor, lengths: Tensor) -> DraftMetadata:
+    def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
+        """Split into batches that a forward has room for; blocks with prefixes of similar length go together.
+
+        The model is compiled for at most ``max_num_batched_tokens`` tokens a forward.
+        """
+        groups: list[list[Block]] = []
+        length = max((block.length for block in blocks), default=0)
+        for block in sorted(blocks, key=lambda block: block.prefix):
+            rows = len(groups[-1]) + 1 if groups else 0
+            fits = rows * length <= self.max_tokens and rows * (block.prefix + length) <= MAX_GATHERED_TOKENS
+            if groups and fits:
+                groups[-1].append(block)
+            else:
+                groups.append([block])
+        return groups
+
+    def _fill(self, group: list[Block]) -> None:
+        """Fill one batch; a block that is done leaves it, and the others go on in a smaller forward."""
+        while active := [block for block in group if not block.is_done(self.mask_token_id)]:
+            logits = self.forward(active if self.compact else group)
+            if not self.compact:
+                logits = logits[self._rows_of(group, active)]
+            self._commit(active, logits)
+
+    def _rows_of(self, group: list[Block], active: list[Block]) -> Tensor:
+        """Return which logits rows of a forward over ``group`` belong to ``active`` blocks, bool ``[masked]``."""
+        chosen = {id(block) for block in active}
+        return torch.tensor(
+            [id(block) in chosen for block in group for token in block.tokens if token == self.mask_token_id]
+        )
+
+    def forward(self, blocks: Sequence[Block]) -> Tensor:
+        """Run one forward and return the masked positions' logits, float32 ``[masked, vocab]``, in block order.
+
+        Row i of a bidirectional pass predicts position i. The blocks are laid end to end; only the attention sees
+        them as rows, padded to the longest, and no token sees another block or padding.
+        """
+        self.forwards += 1
+        self.block_forwards += len(blocks)
+        ids = torch.tensor([token for block in blocks for token in block.tokens])
+        positions = torch.cat([torch.arange(block.prefix, block.prefix + block.length) for block in blocks])
+        # No block reaches past the last position; a warm-up's may.
+        positions = positions.clamp_max(self.last_position)
+        per_layer = dict.fromkeys(self.layers, self._metadata(blocks))
+        with set_forward_context(per_layer, self.vllm_config, num_tokens=ids.numel(), slot_mapping={}):
+            hidden = self.model(input_ids=ids.to(self.device), positions=positions.to(self.device))
+        masked = (ids == self.mask_token_id).nonzero().squeeze(1)
+        logits: Tensor = self.model.compute_logits(hidden[masked.to(self.device)])
+        return logits.float()
+
+    def _metadata(self, blocks: Sequence[Block]) -> DraftMetadata:
+        prefixes = torch.tensor([block.prefix for block in blocks])
+        lengths = torch.tensor([block.length for block in blocks])
         longest, length = int(prefixes.max()), int(lengths.max())
         layer = next(iter(self.layers.values()))
         page_size = page_layout(layer).page_size(layer)
-        mask = None
-        if int(prefixes.min()) < longest or int(lengths.min()) < length:
+        ragged = int(lengths.min()) < length
+        mask = index = None
+        if int(prefixes.min()) < longest or ragged:
             cached = torch.arange(longest) < prefixes[:, None]
             fresh = torch.arange(length) < lengths[:, None]
             mask = torch.cat((cached, fresh), dim=1)[:, None, None].to(self.device)
-        pages = self.table.rows(rows, longest, page_size)
-        return DraftMetadata(len(rows), length, pages, longest, mask)
+            if ragged:
+                index = fresh.flatten().nonzero().squeeze(1).to(self.device)
+        pages = self.table.rows([block.row for block in blocks], longest, page_size)
+        return DraftMetadata(len(blocks), length, pages, longest, mask, index)
 
-    def _forward(self, blocks: Tensor, positions: Tensor, metadata: DraftMetadata) -> tuple[Tensor, Tensor | None]:
-        """Return predicted tokens ``[rows, length]`` and, if a threshold asks for it, their probabilities."""
-        self.forwards += 1
-        ids = blocks.flatten().to(self.device)
-        per_layer = dict.fromkeys(self.layers, metadata)
-        with set_forward_context(per_layer, self.vllm_config, num_tokens=ids.numel(), slot_mapping={}):
-            hidden = self.model(input_ids=ids, positions=positions.flatten())
-        # Row i of a bidirectional pass predicts position i; the seed's own row is of no use.
-        rows, length = blocks.shape
-        logits = self.model.compute_logits(hidden.view(rows, length, -1)[:, 1:].flatten(0, 1))
-        tokens = torch.full_like(blocks, self.mask_token_id)
-        tokens[:, 1:] = logits.argmax(-1).view(rows, length - 1).to(blocks.device)
-        if self.threshold == 0:
-            return tokens, None
-        confidence = torch.zeros(blocks.shape)
-        best = logits.float().softmax(-1).amax(-1)
-        confidence[:, 1:] = best.view(rows, length - 1).to(confidence.device)
-        return tokens, confidence
+    def _commit(self, blocks: Sequence[Block], logits: Tensor) -> None:
+        """Choose a token for every masked position, decide which to commit, and write those into the blocks."""
+        masked = _padded([[token == self.mask_token_id for token in block.tokens] for block in blocks])
+        tokens = self._choose(blocks, logits)
+        peak = torch.logsumexp(logits, -1)
+        confidence = (logits.gather(1, tokens[:, None]).squeeze(1) - peak).exp()
+        dense = torch.zeros(masked.shape)
+        dense[masked] = confidence.cpu()
+        entropy = None
+        if any(block.rule.sampler == "entropy_budget" for block in blocks):
+            entropy = torch.zeros(masked.shape)
+            entropy[masked] = torch.special.entr(logits.softmax(-1)).sum(-1).cpu()
+        chosen = torch.full(masked.shape, self.mask_token_id)
+        chosen[masked] = tokens.cpu()
+        committed = select(blocks, masked, self._score(blocks, logits, masked, dense), entropy)
+        # One conversion each: reading tensors element by element costs more than the selection itself.
+        for block, row, values, surety in zip(
+            blocks, committed.tolist(), chosen.tolist(), dense.tolist(), strict=True
+        ):
+            block.passes += 1
+            for position in range(block.length):
+                if row[position]:
+                    block.tokens[position] = values[position]
+                    block.confidence[position] = surety[position]
+
+    def _choose(self, blocks: Sequence[Block], logits: Tensor) -> Tensor:
+        """Return a token per masked position, int64 ``[masked]``."""
+        tokens = logits.argmax(-1)
+        start = 0
+        for block in blocks:
+            positions = [i for i, token in enumerate(block.tokens) if token == self.mask_token_id]
+            if block.choice is not None:
+                rows = slice(start, start + len(positions))
+                decided = [token for token in block.tokens if token != self.mask_token_id]
+                tokens[rows] = block.choice.choose(logits[rows], positions, decided)
+            start += len(positions)
+        return tokens
+
+    def _score(self, blocks: Sequence[Block], logits: Tensor, masked: Tensor, confidence: Tensor) -> Tensor:
+        """Return what ranks the positions: confidence, or the learned sampler's prediction where a row asks for it."""
+        rows = [row for row, block in enumerate(blocks) if block.rule.sampler == "learned"]
+        if not rows or self.learned_sampler is None:
+            return confidence
+        dense = logits.new_zeros(*masked.shape, logits.shape[-1])
+        dense[masked.to(logits.device)] = logits
+        ids = torch.full(masked.shape, self.mask_token_id)
+        present = torch.zeros_like(masked)
+        for row, block in enumerate(blocks):
+            ids[row, : block.length] = torch.tensor(block.tokens)
+            present[row, : block.length] = True
+        arguments = (dense[rows], ids[rows].to(logits.device), masked[rows].to(logits.device))
+        score = confidence.clone()
+        score[rows] = self.learned_sampler.correctness(*arguments, present[rows].to(logits.device)).cpu()
+        return score
+
+
+def _padded(rows: list[list[bool]]) -> Tensor:
+    """Return bool ``[rows, longest]``, False behind the end of a shorter row."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [False] * (longest - len(row)) for row in rows])

@@ -10,8 +10,8 @@ from vllm_nld.checkpoint_check import check_tensors
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NAMESPACE, NLDOptions
+from vllm_nld.request_options import PROPOSER_PATHS
 
-PROPOSER_PATHS = ("vllm_nld.SelfSpeculation", "vllm_nld.proposer.SelfSpeculation")
 UNQUANTIZED_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 OWN_ARCHITECTURE = "VllmNLDForCausalLM"
 """Name this extension's model is always registered under, whatever vLLM itself calls ``ARCHITECTURE``."""

@@ -1,8 +1,13 @@
-"""The extension's own options: ``--additional-config '{"nld": {...}}'``."""
+"""The extension's own options, for an engine and for a request.
+
+An engine's defaults come from ``--additional-config '{"nld": {...}}'``. A request overrides them by
+``SamplingParams(extra_args={"nld": {...}})``, or ``vllm_xargs`` of the OpenAI server
+(:mod:`vllm_nld.request_options`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -10,23 +15,72 @@ from vllm_nld.errors import NLDError
 
 NAMESPACE = "nld"
 
+Mode = Literal["auto", "ar", "diffusion", "self_speculation"]
+Sampler = Literal["confidence_threshold", "top_k", "left_to_right", "entropy_budget", "learned"]
+
 
 class NLDOptions(BaseModel):
-    """Options under ``additional_config["nld"]``. Unknown keys and wrong types are refused."""
+    """Options under ``nld``. Unknown keys and wrong types are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    mode: Mode = Field(
+        default="auto",
+        description="How a request decodes. auto picks AR or self-speculation per step by measured cost and acceptance; "
+        "diffusion is never picked, since its text is not AR's.",
+    )
+    block_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens of a block, seed included; at most 1 + num_speculative_tokens, which is the default.",
+    )
     draft_threshold: float = Field(
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="0 fills a block by one draft forward. Above 0, each draft forward commits only the positions at "
-        "least this probable (and always the best one), and drafting repeats until the block is full.",
+        description="Self-speculation. 0 fills a block by one draft forward. Above 0, each draft forward commits only "
+        "the positions at least this probable (and always the best one), and drafting repeats until the block is full.",
+    )
+    sampler: Sampler = Field(
+        default="confidence_threshold",
+        description="Diffusion. Which masked positions a denoising forward commits.",
+    )
+    threshold: float = Field(
+        default=0.9,
+        ge=0.0,
+        le=1.0,
+        description="Diffusion, samplers confidence_threshold and learned: commit the positions at least this sure "
+        "(and always the surest one).",
+    )
+    tokens_per_step: int | None = Field(
+        default=None,
+        ge=1,
+        description="Diffusion, samplers top_k and left_to_right: positions committed by a denoising forward. By "
+        "default an even share of the block over max_denoising_steps, or 1.",
+    )
+    entropy_budget: float = Field(
+        default=0.3,
+        ge=0.0,
+        description="Diffusion, sampler entropy_budget: commit positions in order of entropy while the sum of their "
+        "entropies without the largest stays within this many nats.",
+    )
+    max_denoising_steps: int | None = Field(
+        default=None, ge=1, description="Diffusion: denoising forwards per block; the last one commits all that is left."
+    )
+    temperature: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="Diffusion: temperature of the denoising passes; by default the request's own temperature.",
+    )
+    seed_first: bool = Field(
+        default=True,
+        description="Diffusion: the causal pass decides a block's first token. False masks that position, too, as "
+        "servers do that have no causal seed.",
     )
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> NLDOptions:
-        """Read the options of an engine.
+        """Read the defaults of an engine.
 
         Raises:
             NLDError: a key is unknown, or a value has the wrong type or lies outside its range.
@@ -35,20 +89,20 @@ class NLDOptions(BaseModel):
         return cls.parse(additional.get(NAMESPACE, {}) if isinstance(additional, dict) else {})
 
     @classmethod
-    def parse(cls, raw: object) -> NLDOptions:
-        """Validate ``raw``; see :meth:`from_vllm_config`."""
+    def parse(cls, raw: object, where: str = f'additional_config["{NAMESPACE}"]') -> NLDOptions:
+        """Validate ``raw``, which came from ``where``; see :meth:`from_vllm_config`."""
         if not isinstance(raw, dict):
-            raise NLDError(f'additional_config["{NAMESPACE}"]={raw!r}, but an object such as {{}} is needed')
+            raise NLDError(f"{where}={raw!r}, but an object such as {{}} is needed")
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise NLDError("; ".join(_explain(item) for item in error.errors())) from None
+            raise NLDError("; ".join(_explain(item, where) for item in error.errors())) from None
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, where: str) -> str:
     """One pydantic complaint as: option, value, what is allowed."""
     key = ".".join(str(part) for part in item["loc"])
-    name = f'additional_config["{NAMESPACE}"].{key}'
+    name = f"{where}.{key}"
     if item["type"] == "extra_forbidden":
         return f"{name}={item['input']!r} is unknown; allowed keys: {', '.join(NLDOptions.model_fields)}"
     return f"{name}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

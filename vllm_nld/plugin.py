@@ -19,7 +19,7 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    from vllm_nld import engine_config, errors
+    from vllm_nld import engine_config, errors, request_options
     from vllm_nld.config import NemotronLabsDiffusionConfig
 
     errors.show_plainly()
@@ -32,4 +32,5 @@ def register() -> None:
             AutoConfig.register(MODEL_TYPE, NemotronLabsDiffusionConfig, exist_ok=True)
             ModelRegistry.register_model(ARCHITECTURE, model)
         engine_config.install(upstream_serves)
-    compat.default_num_speculative_tokens(engine_config.PROPOSER_PATHS)
+    compat.default_num_speculative_tokens(request_options.PROPOSER_PATHS)
+    compat.check_requests_at_admission(request_options.check_admission)

@@ -1,12 +1,12 @@
 """The proposer behind ``--speculative-config '{"model": "vllm_nld.SelfSpeculation"}'``.
 
-vLLM calls it after every step: the causal pass has just verified the last drafts (or finished a prefill), the cache
-holds exactly the decided tokens but the last, and that last token seeds the next block.
+vLLM calls it after every step: the causal pass has just verified the last drafts (or committed a diffusion block, or
+finished a prefill), the cache holds exactly the decided tokens but the last, and that last token seeds the next block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
 from typing import Any
 
 import numpy as np
@@ -14,111 +14,232 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_nld import compat
-from vllm_nld.draft_pass import DraftPass, DraftRequest
+from vllm_nld.accounting import Ledger
+from vllm_nld.auto import AutoMode, Candidate
+from vllm_nld.block import Block
+from vllm_nld.draft_pass import DraftPass
+from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions
+from vllm_nld.request_options import EngineTraits
+from vllm_nld.requests import Requests, RequestState
+from vllm_nld.thinking import thinking_tokens
 
 logger = init_logger("vllm.nld.proposer")
 
+TokenArray = np.ndarray[Any, np.dtype[Any]]
+
 
 class SelfSpeculation:
-    """Drafts a block per request with the target model itself (spec'd by vLLM's ``custom_class`` interface).
+    """Hands vLLM each request's next tokens to verify or to commit (vLLM's ``custom_class`` interface).
 
     Attributes:
-        block_length: seed plus drafts, in tokens.
-        cycles: drafts handed out so far, one per request and step.
+        block_length: tokens of the longest block, seed included.
+        draft_pass: fills blocks; made when the model is loaded.
+        auto: auto mode's choices and prices.
+        ledger: what was done so far.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
         self.options = NLDOptions.from_vllm_config(vllm_config)
         self.block_length: int = 1 + vllm_config.speculative_config.num_speculative_tokens
+        self.vocab_size: int = vllm_config.model_config.get_vocab_size()
+        self.mask_token_id: int = vllm_config.model_config.hf_config.mask_token_id
         self.max_model_len: int = vllm_config.model_config.max_model_len
-        self.eos_token_ids = _eos_token_ids(vllm_config.model_config.hf_config)
         self.draft_pass: DraftPass | None = None
-        self.cycles = 0
-        self._requests: _Requests | None = None
+        self.auto = AutoMode(self.block_length)
+        self.ledger = Ledger()
+        self._requests: Requests | None = None
+        self._scheduled: dict[str, int] = {}
+        self._drafted: dict[str, list[int]] = {}
+        self._left_at: float | None = None
         if vllm_config.device_config.device_type == "cpu":
             compat.repair_cpu_temperature()
 
     def load_model(self, target_model: Any) -> None:
         """Take the loaded target: its weights are the draft's weights."""
-        self.draft_pass = DraftPass(self.vllm_config, target_model, self.options.draft_threshold)
+        traits = EngineTraits.of(self.vllm_config)
+        sampler = None
+        if traits.learned_sampler is not None:
+            from vllm_nld.learned_sampler import LearnedSampler
+
+            sampler = LearnedSampler.load(traits.learned_sampler).to(next(target_model.parameters()).device)
+        self.draft_pass = DraftPass(self.vllm_config, target_model, sampler)
         logger.info(
-            "Self-speculation is active: block length %d (1 seed + %d drafts), draft threshold %s",
+            "Self-speculation is active: block length %d (1 seed + %d drafts), draft threshold %s, mode %s",
             self.block_length,
             self.block_length - 1,
             self.options.draft_threshold,
+            self.options.mode,
         )
 
     def attach(self, runner: Any) -> None:
-        """Let the proposer see the requests' sampling parameters and the final length limit (called by the worker)."""
+        """Let the proposer see the requests and the final length limit (called by the worker)."""
         self.max_model_len = runner.max_model_len
-        self._requests = _Requests(runner)
+        self._requests = Requests(runner, EngineTraits.of(self.vllm_config), thinking_tokens(self.vllm_config))
+
+    def is_diffusion(self, row: int) -> bool:
+        """Whether the request in a batch row decodes by diffusion."""
+        return self._known_requests().at(row).is_diffusion
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Take note of what the causal pass is about to run, and forget requests that are over (called by the worker).
+
+        Args:
+            scheduler_output: vLLM's ``SchedulerOutput``.
+        """
+        self._scheduled = scheduler_output.num_scheduled_tokens
+        self._drafted = scheduler_output.scheduled_spec_decode_tokens
+        for request_id in scheduler_output.finished_req_ids:
+            state = self._known_requests().finish(request_id)
+            if state is not None:
+                logger.debug("%s (mode %s): %s", request_id, state.options.mode, state.tally.summary())
 
     def propose(
         self,
         sampled_token_ids: list[list[int]],
-        num_tokens_no_spec: np.ndarray[Any, np.dtype[Any]],
-        token_ids_cpu: np.ndarray[Any, np.dtype[Any]],
+        num_tokens_no_spec: TokenArray,
+        token_ids_cpu: TokenArray,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Return the drafts of every batch row, an empty list where the next step is to be plain AR.
+        """Return the tokens that every batch row's next causal pass runs behind its last token; empty for plain AR.
 
         Args:
-            sampled_token_ids: per row, the tokens this step decided; empty while its prompt is being prefilled.
+            sampled_token_ids: per row, the tokens this step decided; empty while its prompt is being prefilled. The
+                last one of a diffusion request is replaced where diffusion, not the causal pass, is to decide it.
             num_tokens_no_spec: ``[rows]``, decided tokens per row, this step's included.
-            token_ids_cpu: ``[rows, max_model_len]``, unused: the seed is the last sampled token.
+            token_ids_cpu: ``[rows, max_model_len]``, written where a token is replaced.
             slot_mappings: unused: a draft pass writes nothing.
         """
-        requests = []
-        for row, sampled in enumerate(sampled_token_ids):
-            decided = int(num_tokens_no_spec[row])
-            length = self._length(row, sampled, decided)
-            if length >= 2:
-                requests.append(DraftRequest(row, sampled[-1], decided - 1, length))
+        entered = time.perf_counter()
+        requests = self._known_requests()
+        rows = [row for row, sampled in enumerate(sampled_token_ids) if sampled]
+        states = {row: requests.at(row) for row in rows}
+        self._time_step(states, len(sampled_token_ids), entered)
+        for row, state in states.items():
+            self._settle(state, sampled_token_ids[row])
+        tokens = _Tokens(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        if requests:
-            assert self.draft_pass is not None, "vLLM calls load_model() before propose()"
-            for request, tokens in zip(requests, self.draft_pass.run(requests), strict=True):
-                drafts[request.row] = tokens
-            self.cycles += len(requests)
+        blocks = self._blocks(states, tokens, drafts)
+        self._fill(blocks, states, len(rows))
+        for row, block in blocks.items():
+            drafts[row] = self._hand_out(states[row], block, tokens)
+        self._left_at = time.perf_counter()
         return drafts
 
-    def _length(self, row: int, sampled: list[int], decided: int) -> int:
-        """Tokens of the row's next block, seed included; below 2 there is nothing to draft."""
-        if not sampled or not self.eos_token_ids.isdisjoint(sampled):
-            return 0
-        # The verify step runs the seed and the drafts, and vLLM keeps one position free for the token it yields.
-        length = min(self.block_length, self.max_model_len - decided)
-        if self._requests is not None:
-            length = min(length, self._requests.remaining(row))
-        return length
+    def _known_requests(self) -> Requests:
+        if self._requests is None:
+            raise NLDError(
+                f"worker_cls={self.vllm_config.parallel_config.worker_cls!r} did not introduce the model runner to the "
+                "proposer; allowed: auto, or a subclass of vllm_nld.worker.NLDCPUWorker or NLDGPUWorker"
+            )
+        return self._requests
+
+    def _time_step(self, states: dict[int, RequestState], rows: int, now: float) -> None:
+        """Learn what the causal step cost, host time included, unless a prefill was part of it."""
+        if self._left_at is None or len(states) < rows or not states:
+            return
+        if any(state.is_prefill(self._scheduled, self._drafted) for state in states.values()):
+            return
+        tokens = sum(self._scheduled.get(state.request_id, 0) for state in states.values())
+        self.auto.observe_step(rows, tokens, now - self._left_at)
+
+    def _settle(self, state: RequestState, sampled: list[int]) -> None:
+        """Book the causal pass that has just decided ``sampled``."""
+        drafts = len(self._drafted.get(state.request_id, ()))
+        accepted = len(sampled) - 1
+        prefill = state.is_prefill(self._scheduled, self._drafted)
+        if state.is_diffusion:
+            kind, mode = "commit", "diffusion"
+            state.pending = state.pending[drafts:]
+        elif drafts:
+            kind = mode = "verify"
+            mode = "self_speculation"
+            state.learn(drafts, accepted, self._known_requests().prior, self.auto.calibration)
+        else:
+            kind = "ar"
+            mode = "self_speculation" if state.options.mode == "self_speculation" and prefill else "ar"
+        self.ledger.causal(state.tally, "prefill" if prefill else kind, mode, len(sampled), accepted)
+
+    def _blocks(
+        self, states: dict[int, RequestState], tokens: _Tokens, drafts: list[list[int]]
+    ) -> dict[int, Block]:
+        """Return the blocks to fill, by row. Where a diffusion block is only half committed, its rest is handed out."""
+        blocks: dict[int, Block] = {}
+        candidates: list[Candidate] = []
+        decided_tokens = len(states)
+        for row, state in states.items():
+            sampled, decided = tokens.sampled[row], int(tokens.decided[row])
+            room = self.max_model_len - decided
+            if state.is_over(sampled):
+                continue
+            if state.is_diffusion:
+                if state.pending:
+                    tokens.replace_last(row, state.pending.pop(0), state)
+                    drafts[row] = list(state.pending)[: max(0, room - 1)]
+                else:
+                    block = state.diffusion_block(
+                        row, sampled[-1], decided - 1, room, self.block_length, self.mask_token_id, self.vocab_size
+                    )
+                    if block is not None:
+                        blocks[row] = block
+                decided_tokens += len(drafts[row]) + (blocks[row].length - 1 if row in blocks else 0)
+            elif state.options.mode != "ar":
+                longest = min(state.options.block_length or self.block_length, room)
+                longest = state.longest_draft_block(longest)
+                if longest < 2:
+                    continue
+                if state.options.mode == "self_speculation":
+                    blocks[row] = state.draft_block(row, sampled[-1], decided - 1, longest, self.mask_token_id)
+                    decided_tokens += longest - 1
+                elif not state.is_reproducible:
+                    candidates.append(Candidate(row, state.acceptance, longest, state.idle_steps))
+        for row, length in self.auto.plan(candidates, len(states), decided_tokens).items():
+            seed, prefix = tokens.sampled[row][-1], int(tokens.decided[row]) - 1
+            blocks[row] = states[row].draft_block(row, seed, prefix, length, self.mask_token_id)
+        for candidate in candidates:
+            states[candidate.row].idle_steps = 0 if candidate.row in blocks else candidate.idle_steps + 1
+        return blocks
+
+    def _fill(self, blocks: dict[int, Block], states: dict[int, RequestState], requests: int) -> None:
+        if not blocks:
+            return
+        assert self.draft_pass is not None, "vLLM calls load_model() before propose()"
+        started = time.perf_counter()
+        self.draft_pass.run(list(blocks.values()))
+        seconds = time.perf_counter() - started
+        for row, block in blocks.items():
+            kind, mode = ("denoise", "diffusion") if states[row].is_diffusion else ("draft", "self_speculation")
+            self.ledger.block(states[row].tally, kind, mode, block.passes)
+        if all(block.passes == 1 for block in blocks.values()):
+            self.auto.observe_draft(sum(block.length for block in blocks.values()), seconds)
+        automatic = [row for row in blocks if states[row].options.mode == "auto"]
+        if automatic:
+            keep = self.auto.trim([blocks[row].confidence[1:] for row in automatic], requests, seconds)
+            for row, drafts in zip(automatic, keep, strict=True):
+                del blocks[row].tokens[1 + drafts :]
+
+    def _hand_out(self, state: RequestState, block: Block, tokens: _Tokens) -> list[int]:
+        """Return a filled block's tokens behind its first, which is decided by now."""
+        filled = block.decided(self.mask_token_id)
+        if not state.is_diffusion:
+            state.confidence = block.confidence[1:]
+            return filled[1:]
+        if not state.options.seed_first:
+            tokens.replace_last(block.row, filled[0], state)
+        if state.may_replace_sampled:
+            state.pending = filled[1:]
+        return filled[1:]
 
 
-class _Requests:
-    """Read-only view of the model runner's requests."""
+class _Tokens:
+    """The step's tokens as vLLM keeps them, in three places that must agree."""
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
+    def __init__(self, sampled: list[list[int]], decided: TokenArray, ids: TokenArray) -> None:
+        self.sampled, self.decided, self.ids = sampled, decided, ids
 
-    def remaining(self, row: int) -> int:
-        """Tokens the row may generate next; a cycle that verifies n drafts generates at most n + 1.
-
-        A cycle does not reach past ``min_tokens``: after accepted drafts vLLM 0.32 forbids the stop tokens in the bonus
-        position by the number of tokens before the cycle, where AR would allow them.
-        """
-        request = self._runner.requests[self._runner.input_batch.req_ids[row]]
-        params = request.sampling_params
-        if params is None:
-            return int(self._runner.max_model_len)
-        generated = len(request.output_token_ids)
-        limit = self._runner.max_model_len if params.max_tokens is None else params.max_tokens - generated
-        return int(min(limit, params.min_tokens - generated) if generated < params.min_tokens else limit)
-
-
-def _eos_token_ids(config: Any) -> frozenset[int]:
-    """A request whose model said end-of-sequence is over (or ignores it, which costs one plain step)."""
-    eos: int | Mapping[int, Any] | list[int] | None = config.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset([eos]) if isinstance(eos, int) else frozenset(eos)
+    def replace_last(self, row: int, token: int, state: RequestState) -> None:
+        """Replace the last sampled token of a row; vLLM returns the very lists that it passed to ``propose``."""
+        self.sampled[row][-1] = token
+        self.ids[row, int(self.decided[row]) - 1] = token
+        state.cached.output_token_ids[-1] = token

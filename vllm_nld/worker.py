@@ -36,6 +36,7 @@ class _IntroducesProposer:
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a causal step, as vLLM does, and count it."""
         self._target_forwards += scheduler_output.total_num_scheduled_tokens > 0
+        self.model_runner.drafter.begin_step(scheduler_output)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def nld_counters(self) -> dict[str, int]:
@@ -48,7 +49,7 @@ class _IntroducesProposer:
         return {
             "target_forwards": self._target_forwards,
             "draft_forwards": drafter.draft_pass.forwards,
-            "cycles": drafter.cycles,
+            "cycles": drafter.ledger.total.blocks["self_speculation"],
         }
 
 

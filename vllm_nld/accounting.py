@@ -1,0 +1,77 @@
+"""What requests have cost and yielded: forwards by kind, tokens by mode, blocks, accepted drafts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+DECODE_KINDS = {"ar": ("ar",), "self_speculation": ("draft", "verify"), "diffusion": ("denoise", "commit")}
+"""Forwards that a mode's tokens cost. The prefill is free, as in the published TPF of AR and diffusion."""
+
+
+@dataclass
+class Tally:
+    """Counts of one request, or of all of them.
+
+    A forward that serves n requests counts n times over all of them.
+
+    Attributes:
+        forwards: by kind: prefill, ar, draft, verify, denoise, commit.
+        tokens: generated tokens by mode.
+        blocks: blocks by mode.
+        accepted: accepted drafts by mode.
+    """
+
+    forwards: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    blocks: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)
+
+    def tokens_per_forward(self, mode: str) -> float | None:
+        """Return tokens per decode forward of a mode, or None before its first."""
+        forwards = sum(self.forwards[kind] for kind in DECODE_KINDS[mode])
+        return self.tokens[mode] / forwards if forwards else None
+
+    def acceptance_length(self) -> float | None:
+        """Return 1 + accepted / drafts of self-speculation, as vLLM defines it, or None before the first draft."""
+        blocks = self.blocks["self_speculation"]
+        return 1 + self.accepted["self_speculation"] / blocks if blocks else None
+
+    def passes_per_block(self) -> float | None:
+        """Return denoising forwards per diffusion block, or None before the first."""
+        blocks = self.blocks["diffusion"]
+        return self.forwards["denoise"] / blocks if blocks else None
+
+    def summary(self) -> str:
+        """One line for the log."""
+        parts = [f"{mode} {count} tokens" for mode, count in sorted(self.tokens.items()) if count]
+        for mode in sorted(self.tokens):
+            rate = self.tokens_per_forward(mode)
+            if rate is not None:
+                parts.append(f"TPF {rate:.2f} ({mode})")
+        length, passes = self.acceptance_length(), self.passes_per_block()
+        parts += [f"acceptance length {length:.2f}"] if length is not None else []
+        parts += [f"{passes:.2f} denoising passes per block"] if passes is not None else []
+        parts.append("forwards " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.forwards.items())))
+        return "; ".join(parts)
+
+
+class Ledger:
+    """Books every step for the request and for the total."""
+
+    def __init__(self) -> None:
+        self.total = Tally()
+
+    def causal(self, tally: Tally, kind: str, mode: str, tokens: int, accepted: int) -> None:
+        """Book a request's share of a causal pass."""
+        for book in (tally, self.total):
+            book.forwards[kind] += 1
+            book.tokens[mode] += tokens
+            if accepted:
+                book.accepted[mode] += accepted
+
+    def block(self, tally: Tally, kind: str, mode: str, passes: int) -> None:
+        """Book a block that was drafted (or denoised) in ``passes`` forwards."""
+        for book in (tally, self.total):
+            book.forwards[kind] += passes
+            book.blocks[mode] += 1

@@ -1,0 +1,194 @@
+"""Auto mode: per step and per request, AR or self-speculation, and how long a block, by expected tokens per second.
+
+A step of the engine decides R + G tokens, one per request and G by accepted drafts, and takes C seconds. Both depend on
+which requests draft, how long their blocks are, and how many of the drafts are put to the test; the choice that
+maximises (R + G) / C is taken. Text is not at stake: AR and self-speculation give the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vllm.logger import init_logger
+
+from vllm_nld.acceptance import Acceptance, Calibration
+from vllm_nld.costs import Costs
+
+logger = init_logger("vllm.nld.auto")
+
+PROBE_SHARE = 0.01
+"""Share of the time that may go into steps which are taken to learn something, not because they look best."""
+FRESH_AR_SECONDS = 10.0
+"""How old the price of an AR step may become before one is taken to see whether it still holds."""
+AR_SAMPLES = 3
+"""AR steps needed at a number of requests before their price is believed."""
+PROBE_EVERY = 64
+"""Steps without a draft after which a request's acceptance counts as unknown."""
+
+
+@dataclass
+class Candidate:
+    """A request in auto mode that could draft.
+
+    Attributes:
+        row: its row in the batch.
+        acceptance: what is known of its drafts.
+        longest: tokens of its longest possible block, seed included; at least 2.
+        idle_steps: steps since it last drafted.
+    """
+
+    row: int
+    acceptance: Acceptance
+    longest: int
+    idle_steps: int = 0
+
+
+class AutoMode:
+    """Chooses block lengths, and how many drafts to verify.
+
+    Attributes:
+        costs: what steps cost here.
+        decisions: how often a request got which ``(mode, block length)``.
+    """
+
+    def __init__(self, block_length: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.block_length = block_length
+        self.costs = Costs()
+        self.calibration = Calibration()
+        self.decisions: Counter[tuple[str, int]] = Counter()
+        self._clock = clock
+        self._kept = 1.0
+        self._last_ar: dict[int, float] = {}
+        self._busy = 0.0
+        self._probing = 0.0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Block lengths to choose from: powers of two, and the longest."""
+        return [n for n in (4, 8, 16, 32, 64) if n < self.block_length] + [self.block_length]
+
+    def plan(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> dict[int, int]:
+        """Return block lengths by row; rows that are not in it take an AR step.
+
+        Args:
+            candidates: requests that could draft.
+            requests: all requests of the batch that decode, these included.
+            tokens: what the next causal pass runs anyway: one token a request, and the blocks of other modes.
+        """
+        if not candidates:
+            return {}
+        chosen, why = self._best(candidates, requests, tokens), "best"
+        probe = self._probe(candidates, requests, tokens, chosen)
+        if probe is not None:
+            chosen, why = probe
+        for candidate in candidates:
+            length = chosen.get(candidate.row, 1)
+            self.decisions["ar" if length == 1 else "self_speculation", length] += 1
+        if logger.isEnabledFor(10):
+            logger.debug("auto (%s): %d requests, blocks %s; %s", why, requests, chosen, self._prices(requests))
+        return chosen
+
+    def _best(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> dict[int, int]:
+        ranked = sorted(candidates, key=lambda candidate: -candidate.acceptance.rate)
+        # Accepted drafts of other modes are decided whatever is chosen here.
+        best, choice = tokens / max(self._plain_seconds(requests, tokens), 1e-9), dict[int, int]()
+        for length in self.lengths:
+            gained, block_tokens, blocks = 0.0, 0, dict[int, int]()
+            for candidate in ranked:
+                own = min(length, candidate.longest)
+                gained += candidate.acceptance.expected_tokens(own) - 1
+                block_tokens += own
+                blocks[candidate.row] = own
+                rate = (tokens + gained) / max(self._cycle_seconds(tokens, block_tokens, len(blocks)), 1e-9)
+                if rate > best:
+                    best, choice = rate, dict(blocks)
+        return choice
+
+    def _plain_seconds(self, requests: int, tokens: int) -> float:
+        return self.costs.ar.seconds(requests) if tokens == requests else self.costs.verify.seconds(tokens)
+
+    def _cycle_seconds(self, tokens: int, block_tokens: int, blocks: int) -> float:
+        verified = tokens + max(1, round(self._kept * (block_tokens - blocks)))
+        return self.costs.draft.seconds(block_tokens) + self.costs.verify.seconds(verified)
+
+    def _probe(
+        self, candidates: Sequence[Candidate], requests: int, tokens: int, chosen: dict[int, int]
+    ) -> tuple[dict[int, int], str] | None:
+        """Return a choice that is made to learn something, with its reason, if one is due and affordable."""
+        if chosen and tokens == requests:
+            bucket = self.costs.ar.bucket(requests)
+            if self.costs.ar.samples.get(bucket, 0) < AR_SAMPLES:
+                return {}, "AR's price is unknown"
+            stale = self._clock() - self._last_ar.get(bucket, 0.0) > FRESH_AR_SECONDS
+            if stale and self._afford(self.costs.ar.seconds(requests)):
+                return {}, "AR's price is old"
+        if chosen:
+            return None
+        due = [candidate for candidate in candidates if candidate.idle_steps >= PROBE_EVERY]
+        if not due:
+            return None
+        length = min(self.lengths[0] * 2, self.block_length)
+        blocks = {candidate.row: min(length, candidate.longest) for candidate in due}
+        cycle = self._cycle_seconds(tokens, sum(blocks.values()), len(blocks))
+        extra = cycle - self._plain_seconds(requests, tokens)
+        return (blocks, "acceptance is unknown") if self._afford(max(extra, 0.0)) else None
+
+    def _afford(self, seconds: float) -> bool:
+        if self._probing + seconds > PROBE_SHARE * self._busy:
+            return False
+        self._probing += seconds
+        return True
+
+    def trim(self, confidences: Sequence[list[float]], requests: int, draft_seconds: float) -> list[int]:
+        """Return how many drafts of each block to verify, by their confidence.
+
+        Drafts are added in the order of their chance to be accepted (which falls along a block) as long as tokens
+        per second rise; drafting is paid already, but belongs to the cycle's time all the same.
+
+        Args:
+            confidences: per block, its drafts' confidences.
+            requests: requests of the batch that decode.
+            draft_seconds: what the draft took.
+        """
+        chances: list[tuple[float, int]] = []
+        for block, values in enumerate(confidences):
+            chance = 1.0
+            for value in values:
+                chance *= self.calibration.probability(value)
+                chances.append((chance, block))
+        chances.sort(key=lambda item: -item[0])
+        best, keep, gained = 0.0, 1, 0.0
+        for count, (chance, _) in enumerate(chances, 1):
+            gained += chance
+            rate = (requests + gained) / (draft_seconds + self.costs.verify.seconds(requests + count))
+            if rate > best:
+                best, keep = rate, count
+        kept = [0] * len(confidences)
+        for _, block in chances[:keep]:
+            kept[block] += 1
+        self._kept += 0.1 * (keep / max(1, len(chances)) - self._kept)
+        return kept
+
+    def observe_step(self, requests: int, tokens: int, seconds: float) -> None:
+        """Take in the price of a causal step, host time included: ``tokens`` of ``requests`` requests."""
+        self._busy += seconds
+        if tokens == requests:
+            self.costs.ar.observe(requests, seconds)
+            self._last_ar[self.costs.ar.bucket(requests)] = self._clock()
+        else:
+            self.costs.verify.observe(tokens, seconds)
+
+    def observe_draft(self, tokens: int, seconds: float) -> None:
+        """Take in the price of filling blocks of ``tokens`` tokens."""
+        self._busy += seconds
+        self.costs.draft.observe(tokens, seconds)
+
+    def _prices(self, requests: int) -> str:
+        length = self.block_length
+        return (
+            f"AR step {self.costs.ar.seconds(requests) * 1e3:.2f} ms, draft of {length} "
+            f"{self.costs.draft.seconds(length) * 1e3:.2f} ms, verify {self.costs.verify.seconds(length) * 1e3:.2f} ms"
+        )

@@ -1,0 +1,85 @@
+"""What steps cost on this machine, in seconds: measured at start-up, and again with every step."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+WEIGHT = 0.1
+"""Weight of a new measurement in the running mean."""
+OUTLIER = 3.0
+"""A measurement counts for at most this many times the mean: a page fault or a busy neighbour is no cost of ours."""
+
+
+class CostCurve:
+    """Seconds of a forward as a function of its size, by interpolation between the sizes that were measured."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._seconds: dict[int, float] = {}
+        self.samples: dict[int, int] = {}
+
+    @staticmethod
+    def bucket(size: int) -> int:
+        """Round a size so that few buckets are kept: exact up to 8, then to within about 12 %."""
+        step = max(1, 1 << max(0, size.bit_length() - 4))
+        return -(-size // step) * step
+
+    def start(self, size: int, seconds: float) -> None:
+        """Set a first guess, which the first real measurement replaces."""
+        self._set(self.bucket(size), seconds)
+
+    def observe(self, size: int, seconds: float) -> None:
+        """Take a measurement in."""
+        bucket = self.bucket(size)
+        count = self.samples.get(bucket, 0)
+        self.samples[bucket] = count + 1
+        if count == 0:
+            self._set(bucket, seconds)
+            return
+        mean = self._seconds[bucket]
+        weight = max(WEIGHT, 1 / (count + 1))
+        self._set(bucket, mean + weight * (min(seconds, OUTLIER * mean) - mean))
+
+    def seconds(self, size: int) -> float:
+        """Return the expected seconds; 0 if nothing was ever measured."""
+        if not self._sizes or size <= 0:
+            return 0.0
+        bucket = self.bucket(size)
+        place = bisect_left(self._sizes, bucket)
+        if place < len(self._sizes) and self._sizes[place] == bucket:
+            return self._seconds[bucket]
+        if place == 0:
+            return self._seconds[self._sizes[0]]
+        if place == len(self._sizes):
+            # A forward at least as large costs at most in proportion.
+            last = self._sizes[-1]
+            return self._seconds[last] * bucket / last
+        low, high = self._sizes[place - 1], self._sizes[place]
+        share = (bucket - low) / (high - low)
+        return self._seconds[low] * (1 - share) + self._seconds[high] * share
+
+    def _set(self, bucket: int, seconds: float) -> None:
+        if bucket not in self._seconds:
+            insort(self._sizes, bucket)
+        self._seconds[bucket] = seconds
+
+
+class Costs:
+    """The three prices of auto mode.
+
+    Attributes:
+        ar: a step in which every request gets one token, by requests.
+        verify: a step with drafts in it, by tokens of the causal pass.
+        draft: filling blocks by one forward, by tokens of the blocks.
+    """
+
+    def __init__(self) -> None:
+        self.ar, self.verify, self.draft = CostCurve(), CostCurve(), CostCurve()
+
+    def start(self, size: int, forward_seconds: float) -> None:
+        """Take in a start-up measurement: one forward over ``size`` tokens.
+
+        The three passes run the same weights, so they start out equal; real steps soon tell them apart.
+        """
+        for curve in (self.ar, self.verify, self.draft):
+            curve.start(size, forward_seconds)

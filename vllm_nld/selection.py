@@ -1,0 +1,67 @@
+"""Which masked positions of a block a forward commits: the selection policies of block diffusion.
+
+Every policy commits at least one position per forward. Positions are ranked with ties in favour of the left one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_nld.block import Block, CommitRule
+
+
+def select(blocks: Sequence[Block], masked: Tensor, score: Tensor, entropy: Tensor | None) -> Tensor:
+    """Return the positions that this forward commits, bool ``[rows, length]`` on the CPU.
+
+    Args:
+        blocks: the rows' blocks; ``passes`` counts the forwards before this one.
+        masked: bool ``[rows, length]``, the undecided positions.
+        score: float ``[rows, length]``: the chosen token's probability, or for the sampler ``learned`` the predicted
+            probability that it is right.
+        entropy: float ``[rows, length]``, nats; needed if a row's sampler is ``entropy_budget``.
+    """
+    committed = torch.zeros_like(masked)
+    by_rule: dict[str, list[int]] = {}
+    for row, block in enumerate(blocks):
+        last = block.rule.max_steps is not None and block.passes + 1 >= block.rule.max_steps
+        by_rule.setdefault("all" if last else block.rule.sampler, []).append(row)
+    for name, rows in by_rule.items():
+        rules = [blocks[row].rule for row in rows]
+        if name == "all":
+            committed[rows] = masked[rows]
+        elif name in ("confidence_threshold", "learned"):
+            committed[rows] = _above(rules, masked[rows], score[rows])
+        elif name == "entropy_budget":
+            assert entropy is not None
+            committed[rows] = _within_budget(rules, masked[rows], entropy[rows])
+        else:
+            positions = -torch.arange(masked.shape[1], dtype=torch.float32).expand(len(rows), -1)
+            order = score[rows] if name == "top_k" else positions
+            quotas = [blocks[row].rule.quota(int(masked[row].sum()), blocks[row].passes) for row in rows]
+            committed[rows] = masked[rows] & (_ranks(masked[rows], order) < torch.tensor(quotas)[:, None])
+    return committed
+
+
+def _above(rules: list[CommitRule], masked: Tensor, score: Tensor) -> Tensor:
+    thresholds = torch.tensor([rule.threshold for rule in rules])[:, None]
+    return masked & ((score >= thresholds) | (_ranks(masked, score) == 0))
+
+
+def _within_budget(rules: list[CommitRule], masked: Tensor, entropy: Tensor) -> Tensor:
+    """The longest prefix, by ascending entropy, whose sum without its largest member is within the budget."""
+    ranks = _ranks(masked, -entropy)
+    ascending = torch.zeros_like(entropy).scatter_(1, ranks, entropy.masked_fill(~masked, 0.0))
+    # The largest member of a prefix in ascending order is its last, so this is the sum of those before it.
+    before = (ascending.cumsum(1) - ascending).gather(1, ranks)
+    budgets = torch.tensor([rule.entropy_budget for rule in rules])[:, None]
+    return masked & ((before <= budgets) | (ranks == 0))
+
+
+def _ranks(masked: Tensor, score: Tensor) -> Tensor:
+    """Return each masked position's rank by descending score, int64 ``[rows, length]``; the others come last."""
+    order = score.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(score.shape[1]).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)

@@ -1,0 +1,35 @@
+"""Diffusion on the speculative-decoding path: a denoised block is committed by the causal pass, not judged by it.
+
+Verification of self-speculation is vLLM's rejection sampler as it is. For the rows of diffusion requests its target
+distribution is replaced by certainty of the draft, after the log-probabilities' copy was taken, so those still say
+what the causal pass thought of each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]) -> None:
+    """Make a rejection sampler accept every draft of the batch rows for which ``is_diffusion(row)`` holds; idempotent."""
+    original = rejection_sampler.apply_logits_processors
+    if getattr(original, "accepts_diffusion", False):
+        return
+
+    def apply(logits: Tensor, sampling_metadata: Any, metadata: Any) -> Tensor:
+        processed: Tensor = original(logits, sampling_metadata, metadata)
+        start = 0
+        for row, drafts in enumerate(metadata.num_draft_tokens):
+            if drafts and is_diffusion(row):
+                rows = torch.arange(start, start + drafts, device=processed.device)
+                processed[rows] = -torch.inf
+                processed[rows, metadata.draft_token_ids[rows].long()] = 0.0
+            start += drafts
+        return processed
+
+    apply.accepts_diffusion = True  # type: ignore[attr-defined]
+    rejection_sampler.apply_logits_processors = apply
