@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ CACHE_BYTES = 1 << 25
 
 @contextlib.contextmanager
 def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | None = None, **settings: Any) -> Iterator:
-    """Yield an LLM on random or embedded weights; ``spec`` is False, True (default drafts) or a number of drafts."""
+    """Yield an LLM on random or embedded weights.
+
+    ``spec`` is False, True (default drafts) or a number of drafts; with it, the default mode is self-speculation.
+    """
     from vllm import LLM
 
     speculative = None
@@ -29,7 +32,8 @@ def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | Non
         "kv_cache_memory_bytes": CACHE_BYTES,
         "disable_log_stats": False,
         "enable_prefix_caching": False,
-        "additional_config": {"nld": options or {}},
+        # Auto mode, the default, chooses by measured time: what it drafts differs from run to run.
+        "additional_config": {"nld": {"mode": "self_speculation"} | (options or {}) if spec else options or {}},
         "speculative_config": speculative,
     }
     llm = LLM(model=str(folder), **(defaults | settings))
@@ -51,6 +55,30 @@ def generate(llm: Any, prompts: list[list[int]], **params: Any) -> list[list[int
 def runner(llm: Any) -> Any:
     """The model runner of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
+    """Have every block filled by ``drafts(block)``, its tokens behind the seed, and no forward run."""
+
+    def run(blocks: Any) -> None:
+        for block in blocks:
+            block.tokens[1:] = drafts(block)
+            block.passes = 1
+
+    runner(llm).drafter.draft_pass.run = run
+
+
+def watch_blocks(llm: Any, seen: Callable[[Any], None]) -> None:
+    """Call ``seen(block)`` for every block, once it is filled."""
+    draft_pass = runner(llm).drafter.draft_pass
+    original = draft_pass.run
+
+    def run(blocks: Any) -> None:
+        original(blocks)
+        for block in blocks:
+            seen(block)
+
+    draft_pass.run = run
 
 
 def metric(llm: Any, name: str) -> int:

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from engines import accepted, counters, engine, generate, metric, random_prompts, runner
+from engines import (
+    accepted,
+    counters,
+    engine,
+    generate,
+    metric,
+    random_prompts,
+    replace_drafts,
+    runner,
+    watch_blocks,
+)
 from models import random_model, save, small_config
 
 from vllm_nld.reference import ReferenceModel, ar_generate
@@ -32,13 +42,12 @@ def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path) -> None:
         draft_pass = runner(llm).drafter.draft_pass
         original, passes = draft_pass.run, []
 
-        def compare(requests: Any) -> Any:
+        def compare(blocks: Any) -> None:
             before = [layer.kv_cache.clone() for layer in draft_pass.layers.values()]
-            drafts = original(requests)
+            original(blocks)
             after = [layer.kv_cache for layer in draft_pass.layers.values()]
             passes.append(all(torch.equal(x, y) for x, y in zip(before, after, strict=True)))
             assert any(x.any() for x in before), "nothing was cached, so nothing was compared"
-            return drafts
 
         draft_pass.run = compare
         generate(llm, random_prompts([3, 70, 140], 24))
@@ -52,24 +61,21 @@ def test_random_drafts_cost_cycles_but_change_no_token(model: ReferenceModel, fo
     expected = solo(model, prompts, 60)
     generator = torch.Generator().manual_seed(0)
 
-    def random_drafts(requests: Any) -> list[list[int]]:
-        return [torch.randint(0, 24, (r.length - 1,), generator=generator).tolist() for r in requests]
+    def random_drafts(block: Any) -> list[int]:
+        return torch.randint(0, 24, (block.length - 1,), generator=generator).tolist()
 
-    def oracle_drafts(requests: Any) -> list[list[int]]:
-        def next_tokens(request: Any) -> list[int]:
-            ids = next(p + e for p, e in zip(prompts, expected, strict=True) if _is_at(p + e, request))
-            drafts = ids[request.prefix + 1 : request.prefix + request.length]
-            return drafts + [0] * (request.length - 1 - len(drafts))
+    def oracle_drafts(block: Any) -> list[int]:
+        ids = next(p + e for p, e in zip(prompts, expected, strict=True) if _is_at(p + e, block))
+        drafts = ids[block.prefix + 1 : block.prefix + block.length]
+        return drafts + [0] * (block.length - 1 - len(drafts))
 
-        return [next_tokens(request) for request in requests]
-
-    def _is_at(ids: list[int], request: Any) -> bool:
-        return len(ids) > request.prefix and ids[request.prefix] == request.seed
+    def _is_at(ids: list[int], block: Any) -> bool:
+        return len(ids) > block.prefix and ids[block.prefix] == block.tokens[0]
 
     cycles = {}
     for name, draft in (("random", random_drafts), ("oracle", oracle_drafts)):
         with engine(folder, spec=True, max_num_seqs=1) as llm:
-            runner(llm).drafter.draft_pass.run = draft
+            replace_drafts(llm, draft)
             assert generate(llm, prompts, max_tokens=60) == expected
             cycles[name] = counters(llm)["cycles"]
     assert cycles["random"] > 2 * cycles["oracle"]
@@ -82,11 +88,11 @@ def test_a_stop_token_right_behind_min_tokens(model: ReferenceModel, folder: Pat
     texts = [(ids, solo(model, [ids], 24, eos_token_id=-1)[0]) for ids in tried]
     prompt, text = next((p, t) for p, t in texts if t[bonus] not in t[:bonus])
 
-    def oracle_drafts(requests: Any) -> list[list[int]]:
-        return [(prompt + text)[r.prefix + 1 : r.prefix + r.length] for r in requests]
+    def oracle_drafts(block: Any) -> list[int]:
+        return (prompt + text)[block.prefix + 1 : block.prefix + block.length]
 
     with engine(folder, spec=True) as llm:
-        runner(llm).drafter.draft_pass.run = oracle_drafts
+        replace_drafts(llm, oracle_drafts)
         settings = {"max_tokens": 20, "min_tokens": 5, "stop_token_ids": [text[bonus]], "ignore_eos": True}
         assert generate(llm, [prompt], **settings) == [text[: bonus + 1]]
         assert counters(llm)["cycles"] > 0
@@ -215,9 +221,7 @@ def test_the_mask_token_is_never_emitted(tmp_path: Path) -> None:
     prompts = random_prompts([3, 50], 24)
     with engine(folder, spec=True, options={"draft_threshold": 0.9}) as llm:
         drafts: list[int] = []
-        draft_pass = runner(llm).drafter.draft_pass
-        original = draft_pass.run
-        draft_pass.run = lambda requests: [drafts.extend(ids) or ids for ids in original(requests)]
+        watch_blocks(llm, lambda block: drafts.extend(block.tokens))
         greedy = generate(llm, prompts, max_tokens=40)
         sampled = generate(llm, prompts, max_tokens=40, temperature=1.0, seed=1)
     assert greedy == solo(model, prompts, 40)

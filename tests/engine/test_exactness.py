@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import accepted, counters, engine, generate, random_prompts, runner
+from engines import accepted, counters, engine, generate, random_prompts, runner, watch_blocks
 from models import random_model, save, small_config, yarn
 
 from vllm_nld.reference import ar_generate, linear_spec_generate
@@ -62,16 +62,8 @@ def test_every_cycle_equals_the_reference(threshold: float, drafts: bool | int, 
     folder = save(model, tmp_path)
     block_length = 16 if drafts is True else drafts + 1
     with engine(folder, spec=drafts, options={"draft_threshold": threshold}, max_num_seqs=1) as llm:
-        draft_pass = runner(llm).drafter.draft_pass
         blocks: list[list[int]] = []
-        original = draft_pass.run
-
-        def record(requests: Any) -> Any:
-            drafted = original(requests)
-            blocks.extend([request.seed, *tokens] for request, tokens in zip(requests, drafted, strict=True))
-            return drafted
-
-        draft_pass.run = record
+        watch_blocks(llm, lambda block: blocks.append(list(block.tokens)))
         for prompt in random_prompts([1, 40, 90, 170], 24, seed=7):
             blocks.clear()
             before, accepted_before = counters(llm), accepted(llm)

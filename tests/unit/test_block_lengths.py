@@ -1,101 +1,125 @@
-"""How long a row's next block is."""
+"""How long a request's next block is, and when there is none."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 
-from vllm_nld.draft_pass import MAX_GATHERED_TOKENS, DraftPass, DraftRequest
-from vllm_nld.proposer import SelfSpeculation, _eos_token_ids, _Requests
+from vllm_nld.acceptance import Acceptance
+from vllm_nld.block import Block
+from vllm_nld.draft_pass import MAX_GATHERED_TOKENS, DraftPass
+from vllm_nld.options import NLDOptions
+from vllm_nld.requests import RequestState
+from vllm_nld.thinking import ThinkingBudget
+
+MASK = 99
 
 
-def proposer(remaining: int | None = None) -> SelfSpeculation:
-    """A proposer without an engine: block length 8, 100 positions, ends at 2 or 3."""
-    made: SelfSpeculation = object.__new__(SelfSpeculation)
-    made.block_length, made.max_model_len, made.cycles = 8, 100, 0
-    made.eos_token_ids = frozenset({2, 3})
-    made.draft_pass = None
-    made._requests = None
-    if remaining is not None:
-        made._requests = SimpleNamespace(remaining=lambda row: remaining)  # type: ignore[assignment]
-    return made
+def state(
+    generated: list[int], thinking: ThinkingBudget | None = None, options: dict[str, Any] | None = None, **params: Any
+) -> RequestState:
+    """A request without an engine; its prompt is 1, 2, 3."""
+    settings: dict[str, Any] = {
+        "max_tokens": None, "min_tokens": 0, "temperature": 0.0, "seed": None, "logprobs": None, "ignore_eos": False,
+        "structured_outputs": None, "eos_token_id": None, "stop_token_ids": [], "all_stop_token_ids": set(),
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "allowed_token_ids": None,
+        "top_k": 0, "top_p": 1.0,
+    }  # fmt: skip
+    cached = SimpleNamespace(
+        prompt_token_ids=[1, 2, 3],
+        output_token_ids=generated,
+        sampling_params=SimpleNamespace(**(settings | params)),
+        num_computed_tokens=3 + len(generated) - 1,
+        num_prompt_tokens=3,
+    )
+    return RequestState("r", cached, NLDOptions.parse(options or {}), Acceptance(), thinking)
 
 
 @pytest.mark.parametrize(
-    ("sampled", "decided", "remaining", "length"),
+    ("generated", "params", "length"),
     [
-        ([7], 10, None, 8),
-        ([7, 8, 9], 10, 50, 8),
-        ([], 10, 50, 0),
-        ([2], 10, 50, 0),
-        ([7, 3, 9], 10, 50, 0),
-        ([7], 92, 50, 8),
-        ([7], 93, 50, 7),
-        ([7], 98, 50, 2),
-        ([7], 99, 50, 1),
-        ([7], 10, 8, 8),
-        ([7], 10, 3, 3),
-        ([7], 10, 1, 1),
-        ([7], 97, 2, 2),
-        ([7], 98, 5, 2),
+        (5, {}, 8),
+        (5, {"max_tokens": 20}, 8),
+        (5, {"max_tokens": 9}, 4),
+        (5, {"max_tokens": 6}, 1),
+        (5, {"max_tokens": 20, "min_tokens": 8}, 3),
+        (8, {"max_tokens": 20, "min_tokens": 8}, 8),
     ],
 )
-def test_length(sampled: list[int], decided: int, remaining: int | None, length: int) -> None:
-    assert proposer(remaining)._length(0, sampled, decided) == length
+def test_a_cycle_ends_at_max_tokens_and_min_tokens(generated: int, params: dict[str, int], length: int) -> None:
+    assert state([7] * generated, **params).longest_draft_block(8) == length
 
 
-def test_propose_drafts_only_where_it_may() -> None:
-    made = proposer()
-    seen: list[DraftRequest] = []
-
-    def run(requests: list[DraftRequest]) -> list[list[int]]:
-        seen.extend(requests)
-        return [[50 + request.row] * (request.length - 1) for request in requests]
-
-    made.draft_pass = SimpleNamespace(run=run)  # type: ignore[assignment]
-    decided = np.array([10, 20, 97, 99, 30])
-    drafts = made.propose([[4, 5], [], [6], [7], [2]], decided, np.zeros((5, 100), dtype=np.int32))
-    assert drafts == [[50] * 7, [], [52] * 2, [], []]
-    assert seen == [DraftRequest(0, 5, 9, 8), DraftRequest(2, 6, 96, 3)]
-    assert made.cycles == 2
+def test_a_cycle_ends_with_the_thinking_budget() -> None:
+    budget = ThinkingBudget(limit=5, start_tokens=[3], end_tokens=[13])
+    assert state([7, 7], budget).longest_draft_block(8) == 4, "3 thinking tokens may follow, then the forced bonus"
+    assert state([7] * 5, budget).longest_draft_block(8) == 1
+    assert state([7, 13, 7], budget).longest_draft_block(8) == 8, "thinking is over"
+    assert state([7, 7]).longest_draft_block(8) == 8
 
 
-def test_propose_without_work_runs_nothing() -> None:
-    assert proposer().propose([[], [2]], np.array([5, 6]), np.zeros((2, 100), dtype=np.int32)) == [[], []]
+def diffusion(made: RequestState, room: int = 100) -> Block | None:
+    return made.diffusion_block(0, made.cached.output_token_ids[-1], 10, room, 8, MASK, 24)
 
 
-def test_remaining_reads_the_runner() -> None:
-    def request(max_tokens: int | None, generated: int, min_tokens: int = 0) -> SimpleNamespace:
-        params = SimpleNamespace(max_tokens=max_tokens, min_tokens=min_tokens)
-        return SimpleNamespace(sampling_params=params, output_token_ids=[0] * generated)
+@pytest.mark.parametrize(
+    ("options", "params", "room", "tokens"),
+    [
+        ({}, {}, 100, [6] + [MASK] * 7),
+        ({"block_length": 4}, {}, 100, [6] + [MASK] * 3),
+        ({}, {"max_tokens": 4}, 100, [6] + [MASK] * 2),
+        ({}, {"max_tokens": 3}, 100, [6] + [MASK]),
+        ({}, {"max_tokens": 2}, 100, None),
+        ({}, {}, 3, [6] + [MASK] * 2),
+        ({}, {}, 1, None),
+        ({"seed_first": False}, {"max_tokens": 2}, 100, [MASK]),
+        ({"seed_first": False}, {}, 100, [MASK] * 8),
+    ],
+)
+def test_a_diffusion_block(
+    options: dict[str, Any], params: dict[str, int], room: int, tokens: list[int] | None
+) -> None:
+    block = diffusion(state([5, 6], options={"mode": "diffusion", **options}, **params), room)
+    assert (block and block.tokens) == tokens
 
-    runner = SimpleNamespace(
-        requests={"a": request(20, 5), "b": request(None, 5), "c": request(20, 5, 8), "d": request(20, 8, 8)},
-        input_batch=SimpleNamespace(req_ids=["b", "a", "c", "d"]),
-        max_model_len=100,
-    )
-    requests = _Requests(runner)
-    assert requests.remaining(1) == 15
-    assert requests.remaining(0) == 100
-    assert requests.remaining(2) == 3, "a block ends at min_tokens"
-    assert requests.remaining(3) == 12
+
+def test_a_diffusion_block_holds_the_end_of_thinking() -> None:
+    budget = ThinkingBudget(limit=5, start_tokens=[3], end_tokens=[13, 14])
+    block = diffusion(state([7, 6], budget, {"mode": "diffusion"}))
+    assert block is not None
+    assert block.tokens == [6, MASK, MASK, MASK, 13, 14, MASK, MASK]
+    unseeded = diffusion(state([7, 6], budget, {"mode": "diffusion", "seed_first": False}))
+    assert unseeded is not None
+    assert unseeded.tokens == [MASK, MASK, MASK, MASK, 13, 14, MASK, MASK]
 
 
-def test_eos_token_ids() -> None:
-    assert _eos_token_ids(SimpleNamespace(eos_token_id=None)) == frozenset()
-    assert _eos_token_ids(SimpleNamespace(eos_token_id=11)) == {11}
-    assert _eos_token_ids(SimpleNamespace(eos_token_id=[11, 2])) == {11, 2}
+def test_a_stop_token_ends_a_request() -> None:
+    assert state([5], eos_token_id=2).is_over([4, 2])
+    assert not state([5], eos_token_id=2, ignore_eos=True).is_over([4, 2])
+    assert state([5], stop_token_ids=[9], ignore_eos=True).is_over([9])
+    unseeded = state([5], options={"mode": "diffusion", "seed_first": False}, eos_token_id=2)
+    assert not unseeded.is_over([4, 2]), "the last token is yet to be replaced"
+    assert unseeded.is_over([2, 4])
+
+
+def test_prefill_is_told_from_decoding() -> None:
+    made = state([7, 7])
+    assert not made.is_prefill({"r": 1}, {})
+    assert not made.is_prefill({"r": 8}, {"r": [1] * 7})
+    assert made.is_prefill({"r": 8}, {}), "a resumption"
+    made.cached.num_computed_tokens = 2
+    assert made.is_prefill({"r": 1}, {}), "the last token of a prompt"
 
 
 def test_groups_have_room_in_a_forward() -> None:
     drafts: DraftPass = object.__new__(DraftPass)
     drafts.max_tokens = 24
-    requests = [DraftRequest(row, 0, prefix, 8) for row, prefix in enumerate((500, 10, 30, 20, 40_000, 70_000))]
-    assert [[r.row for r in group] for group in drafts._groups(requests)] == [[1, 3, 2], [0], [4], [5]]
-    for group in drafts._groups(requests):
+    blocks = [Block(row, prefix, [0] * 8) for row, prefix in enumerate((500, 10, 30, 20, 40_000, 70_000))]
+    assert [[block.row for block in group] for group in drafts._groups(blocks)] == [[1, 3, 2], [0], [4], [5]]
+    for group in drafts._groups(blocks):
         assert len(group) * 8 <= 24
-        assert len(group) == 1 or len(group) * (max(r.prefix for r in group) + 8) <= MAX_GATHERED_TOKENS
-    assert sorted(r.row for group in drafts._groups(requests) for r in group) == list(range(6))
-    assert len(drafts._groups(requests)) < 6
+        assert len(group) == 1 or len(group) * (max(b.prefix for b in group) + 8) <= MAX_GATHERED_TOKENS
+    assert sorted(block.row for group in drafts._groups(blocks) for block in group) == list(range(6))
+    assert len(drafts._groups(blocks)) < 6

@@ -1,4 +1,4 @@
-"""The three published generation methods, one request at a time, on the dense model.
+"""AR and linear self-speculation, one request at a time, on the dense model (block diffusion: ``diffusion.py``).
 
 Names and counting follow the released remote code. NFE counts model forwards; whether the prefill is among them
 differs by method and is stated in each docstring. Deliberate deviations from the released code:
@@ -68,85 +68,16 @@ def ar_generate(
     generator: torch.Generator | None = None,
 ) -> Generation:
     """Causal decoding, one token per forward. NFE equals the generated tokens; the prefill is not counted."""
-    eos, budget = _eos(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
+    eos, budget = eos_ids(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
     cache, generated = KVCache(), list[int]()
-    logits = model.causal(_ids(model, prompt_ids), cache)[0, -1:]
+    logits = model.causal(ids_tensor(model, prompt_ids), cache)[0, -1:]
     while len(generated) < max_new_tokens:
         token = budget.end_token if budget.forces(generated) else int(pick(logits, temperature, generator))
         generated.append(int(token or 0))
         if generated[-1] in eos or len(generated) == max_new_tokens:
             break
-        logits = model.causal(_ids(model, generated[-1:]), cache)[0, -1:]
+        logits = model.causal(ids_tensor(model, generated[-1:]), cache)[0, -1:]
     return Generation(prompt_ids + generated, len(generated))
-
-
-@torch.inference_mode()
-def generate(
-    model: ReferenceModel,
-    prompt_ids: list[int],
-    max_new_tokens: int = 128,
-    block_length: int | None = None,
-    threshold: float | None = None,
-    temperature: float = 0.0,
-    eos_token_id: int | None = None,
-    max_thinking_tokens: int | None = None,
-    end_think_token_id: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Generation:
-    """Block diffusion. NFE counts every denoising forward and each block's causal commit; the prefill is free.
-
-    Args:
-        threshold: commit every position at least this confident (and always the best one); ``None`` commits an
-            even share of the block per step instead.
-    """
-    block_length = block_length or model.config.block_size
-    eos, budget = _eos(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
-    cache, generated, nfe = KVCache(), list[int](), 0
-    logits = model.causal(_ids(model, prompt_ids), cache)[0, -1:]
-    while len(generated) < max_new_tokens:
-        length = min(block_length, max_new_tokens - len(generated))
-        block = [int(pick(logits, temperature, generator))] + [model.config.mask_token_id] * (length - 1)
-        due = next((i for i in range(length) if budget.forces(generated, i)), None)
-        if due is not None:
-            block[due] = int(budget.end_token or 0)
-        nfe += _denoise(model, cache, block, threshold, temperature, eos, generator)
-        logits = model.causal(_ids(model, block), cache)[0, -1:]
-        nfe += 1
-        end = _first(block, eos)
-        generated += block[: end + 1] if end is not None else block
-        if end is not None:
-            break
-    return Generation(prompt_ids + generated, nfe)
-
-
-def _denoise(
-    model: ReferenceModel,
-    cache: KVCache,
-    block: list[int],
-    threshold: float | None,
-    temperature: float,
-    eos: set[int],
-    generator: torch.Generator | None,
-) -> int:
-    """Fill the block's masks in place; returns the number of bidirectional forwards."""
-    mask_id, forwards = model.config.mask_token_id, 0
-    share, extra = divmod(block.count(mask_id), len(block))
-    while mask_id in block:
-        end = _first(block, eos)
-        if end is not None and mask_id not in block[:end]:
-            break
-        logits = model.bidirectional(_ids(model, block), cache)[0]
-        quota = share + (forwards < extra)
-        forwards += 1
-        tokens = pick(logits, temperature, generator)
-        confidence = logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-        open_rows = torch.tensor([token == mask_id for token in block], device=logits.device)
-        ranked = confidence.masked_fill(~open_rows, -torch.inf).sort(descending=True, stable=True)
-        for rank, (score, row) in enumerate(zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)):
-            wanted = rank < max(quota, 1) if threshold is None else rank == 0 or score >= threshold
-            if wanted and block[row] == mask_id:
-                block[row] = int(tokens[row])
-    return forwards
 
 
 @torch.inference_mode()
@@ -171,9 +102,9 @@ def linear_spec_generate(
             least this probable (and always the best one), until the block is full.
     """
     block_length = block_length or model.config.block_size
-    eos, budget = _eos(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
+    eos, budget = eos_ids(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
     cache = KVCache()
-    logits = model.causal(_ids(model, prompt_ids), cache)[0, -1:]
+    logits = model.causal(ids_tensor(model, prompt_ids), cache)[0, -1:]
     seed = int(budget.end_token or 0) if budget.forces([]) else int(pick(logits, temperature, generator))
     result = Generation([], nfe=1)
     generated = [seed]
@@ -182,7 +113,7 @@ def linear_spec_generate(
         # A cycle emits at most block_length tokens: near the end the block shrinks with what may still be emitted.
         length = min(block_length, max_new_tokens - len(generated))
         block, forwards = draft_block(model, cache, seed, length, threshold, temperature, generator)
-        verified = pick(model.causal(_ids(model, block), cache)[0], temperature, generator).tolist()
+        verified = pick(model.causal(ids_tensor(model, block), cache)[0], temperature, generator).tolist()
         emitted: list[int] = []
         for row, token in enumerate(verified):
             emitted.append(int(budget.end_token or 0) if budget.forces(generated + emitted) else token)
@@ -192,7 +123,7 @@ def linear_spec_generate(
         result.nfe += forwards + 1
         result.drafts.append(block)
         result.accepted.append(len(emitted))
-        end = _first(emitted, eos)
+        end = first_of(emitted, eos)
         generated += emitted if end is None else emitted[: end + 1]
         seed = generated[-1]
     result.ids = prompt_ids + generated
@@ -212,7 +143,7 @@ def draft_block(
     mask_id = model.config.mask_token_id
     block, forwards = [seed] + [mask_id] * (length - 1), 0
     while mask_id in block[1:]:
-        logits = model.bidirectional(_ids(model, block), cache)[0]
+        logits = model.bidirectional(ids_tensor(model, block), cache)[0]
         forwards += 1
         tokens = pick(logits, temperature, generator)
         tempered = logits / temperature if temperature else logits
@@ -225,17 +156,19 @@ def draft_block(
     return block, forwards
 
 
-def _ids(model: ReferenceModel, ids: list[int]) -> Tensor:
+def ids_tensor(model: ReferenceModel, ids: list[int]) -> Tensor:
+    """Return token ids as int64 ``[1, tokens]`` on the model's device."""
     return torch.tensor([ids], device=model.diffusion_head.weight.device)
 
 
-def _eos(model: ReferenceModel, eos_token_id: int | None) -> set[int]:
-    """End-of-sequence ids: the argument, else the config's (an id, a list, or none)."""
+def eos_ids(model: ReferenceModel, eos_token_id: int | None) -> set[int]:
+    """Return the end-of-sequence ids: the argument, else the config's (an id, a list, or none)."""
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
     if eos is None:
         return set()
     return {eos} if isinstance(eos, int) else set(eos)
 
 
-def _first(tokens: list[int], wanted: set[int]) -> int | None:
+def first_of(tokens: list[int], wanted: set[int]) -> int | None:
+    """Return the place of the first token that is one of ``wanted``, or None."""
     return next((i for i, token in enumerate(tokens) if token in wanted), None)

@@ -1,0 +1,185 @@
+"""Block diffusion in vLLM: token for token and forward for forward what the reference does, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import engine, generate, metric, random_prompts, runner, watch_blocks
+from models import random_model, save, small_config
+
+from vllm_nld.accounting import Tally
+from vllm_nld.reference import ReferenceModel, ar_generate
+from vllm_nld.reference import generate as reference_generate
+
+LENGTHS = [1, 40, 90, 170, 3, 64, 17, 130]
+
+
+@pytest.fixture(scope="module")
+def model() -> ReferenceModel:
+    return random_model(small_config(eos_token_id=11, block_size=16), seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(model: ReferenceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(model, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Any:
+    with engine(folder, spec=True, max_num_seqs=8) as made:
+        yield made
+
+
+def watch_tallies(llm: Any) -> dict[tuple[int, ...], Tally]:
+    """Collect what each request has cost, by its prompt, as requests end."""
+    tallies: dict[tuple[int, ...], Tally] = {}
+    requests = runner(llm).drafter._requests
+    if not hasattr(requests, "original"):
+        requests.original = requests.finish
+
+    def finish(request_id: str) -> Any:
+        state = requests.original(request_id)
+        if state is not None:
+            tallies[tuple(state.cached.prompt_token_ids)] = state.tally
+        return state
+
+    requests.finish = finish
+    return tallies
+
+
+def run(llm: Any, prompts: list[list[int]], budget: int, **nld: Any) -> tuple[list[list[int]], list[int]]:
+    """Return texts and, per request, denoising forwards + commits."""
+    tallies = watch_tallies(llm)
+    texts = generate(llm, prompts, max_tokens=budget, extra_args={"nld": {"mode": "diffusion", **nld}})
+    generate(llm, [[1, 2]], max_tokens=1)  # vLLM tells the worker of finished requests with the next step
+    return texts, [tallies[tuple(p)].forwards["denoise"] + tallies[tuple(p)].forwards["commit"] for p in prompts]
+
+
+POLICIES: list[dict[str, Any]] = [
+    {"threshold": 0.9},
+    {"threshold": 0.3},
+    {"threshold": 0.0},
+    {"threshold": 1.0, "max_denoising_steps": 3},
+    {"threshold": 0.3, "block_length": 4},
+    {"threshold": 0.25, "block_length": 7, "max_denoising_steps": 1},
+    {"sampler": "top_k", "tokens_per_step": 3},
+    {"sampler": "top_k", "max_denoising_steps": 4},
+    {"sampler": "top_k"},
+    {"sampler": "left_to_right", "tokens_per_step": 2},
+    {"sampler": "left_to_right", "max_denoising_steps": 5, "block_length": 9},
+    {"sampler": "entropy_budget", "entropy_budget": 1.5},
+    {"sampler": "entropy_budget", "entropy_budget": 0.0},
+    {"threshold": 0.3, "seed_first": False},
+    {"sampler": "top_k", "tokens_per_step": 4, "seed_first": False, "block_length": 8},
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: ",".join(f"{k}={v}" for k, v in policy.items()))
+@pytest.mark.parametrize("budget", [50, 33])
+def test_tokens_and_forwards_equal_the_reference(
+    llm: Any, model: ReferenceModel, policy: dict[str, Any], budget: int
+) -> None:
+    """Eight requests at once, each at its own denoising depth; 33 leaves a last block of one token."""
+    prompts = random_prompts(LENGTHS, 24, seed=7)
+    expected = [reference_generate(model, ids, budget, **policy) for ids in prompts]
+    texts, nfe = run(llm, prompts, budget, **policy)
+    assert texts == [g.ids[len(ids) :] for g, ids in zip(expected, prompts, strict=True)]
+    assert nfe == [g.nfe for g in expected]
+
+
+def test_a_request_alone_does_the_same(llm: Any, model: ReferenceModel) -> None:
+    for ids in random_prompts(LENGTHS, 24, seed=7)[:4]:
+        expected = reference_generate(model, ids, 50, threshold=0.3)
+        assert run(llm, [ids], 50, threshold=0.3) == ([expected.ids[len(ids) :]], [expected.nfe])
+
+
+def test_a_stop_token_ends_its_block_early(llm: Any, model: ReferenceModel) -> None:
+    """Some block must end with masks behind its stop token, or nothing was tested."""
+    prompts = random_prompts(LENGTHS, 24, seed=11)
+    unfinished: list[bool] = []
+    watch_blocks(llm, lambda block: unfinished.append(5 in block.tokens))
+    for stop in (7, 9, 13, 17, 21):
+        expected = [reference_generate(model, ids, 48, threshold=0.2, eos_token_id=stop) for ids in prompts]
+        tallies = watch_tallies(llm)
+        nld = {"nld": {"mode": "diffusion", "threshold": 0.2}}
+        texts = generate(llm, prompts, max_tokens=48, stop_token_ids=[stop], ignore_eos=True, extra_args=nld)
+        generate(llm, [[1, 2]], max_tokens=1)
+        assert texts == [g.ids[len(ids) :] for g, ids in zip(expected, prompts, strict=True)]
+        nfe = [tallies[tuple(ids)].forwards["denoise"] + tallies[tuple(ids)].forwards["commit"] for ids in prompts]
+        assert nfe == [g.nfe for g in expected]
+    assert any(unfinished)
+
+
+def test_ignore_eos_goes_on(llm: Any, model: ReferenceModel) -> None:
+    prompts = random_prompts(LENGTHS, 24, seed=11)
+    texts = generate(llm, prompts, max_tokens=48, ignore_eos=True, extra_args={"nld": {"mode": "diffusion"}})
+    assert texts == [
+        reference_generate(model, ids, 48, threshold=0.9, eos_token_id=-1).ids[len(ids) :] for ids in prompts
+    ]
+
+
+def test_finished_blocks_leave_the_pass(llm: Any) -> None:
+    """The forwards shrink to the blocks that still need one; without that, tokens are the same."""
+    prompts = random_prompts(LENGTHS, 24, seed=7)
+    draft_pass = runner(llm).drafter.draft_pass
+    spent = {}
+    for compact in (True, False):
+        draft_pass.compact = compact
+        before = (draft_pass.forwards, draft_pass.block_forwards)
+        texts, _ = run(llm, prompts, 50, threshold=0.3)
+        spent[compact] = (texts, draft_pass.forwards - before[0], draft_pass.block_forwards - before[1])
+    draft_pass.compact = True
+    assert spent[True][:2] == spent[False][:2]
+    assert spent[True][2] < 0.8 * spent[False][2]
+
+
+def test_modes_mix_in_one_batch(llm: Any, model: ReferenceModel) -> None:
+    from vllm import SamplingParams
+
+    prompts = random_prompts(LENGTHS, 24, seed=7)
+    modes = ["ar", "diffusion", "self_speculation", "auto"] * 2
+    params = [
+        SamplingParams(temperature=0, max_tokens=40, detokenize=False, extra_args={"nld": {"mode": mode}})
+        for mode in modes
+    ]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    for mode, ids, output in zip(modes, prompts, outputs, strict=True):
+        if mode == "diffusion":
+            expected = reference_generate(model, ids, 40, threshold=0.9)
+        else:
+            expected = ar_generate(model, ids, 40)
+        assert list(output.outputs[0].token_ids) == expected.ids[len(ids) :], mode
+
+
+def test_preemption_does_not_change_the_text(folder: Path, model: ReferenceModel) -> None:
+    """A cache too small for all: blocks are dropped half way, and go on where they were."""
+    prompts = random_prompts([60, 61, 62, 63], 24, seed=21)
+    expected = [reference_generate(model, ids, 120, threshold=0.3, eos_token_id=-1) for ids in prompts]
+    pages = 14
+    page_bytes = 2 * 2 * 2 * 32 * 4 * 32  # layers, keys and values, heads, head size, float32, tokens
+    with engine(folder, spec=True, block_size=32, kv_cache_memory_bytes=pages * page_bytes, max_model_len=224) as llm:
+        nld = {"mode": "diffusion", "threshold": 0.3}
+        texts = generate(llm, prompts, max_tokens=120, ignore_eos=True, extra_args={"nld": nld})
+        assert metric(llm, "vllm:num_preemptions") > 0
+    assert texts == [g.ids[len(ids) :] for g, ids in zip(expected, prompts, strict=True)]
+
+
+def test_a_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: ReferenceModel) -> None:
+    """The scheduler drops drafts that a step has no room for; the rest of the block is committed by the next."""
+    prompts = random_prompts([20, 21, 22, 23], 24, seed=22)
+    expected = [reference_generate(model, ids, 60, threshold=0.3) for ids in prompts]
+    with engine(folder, spec=True, max_num_batched_tokens=40, max_num_seqs=4, max_model_len=200) as llm:
+        cut: list[int] = []
+        drafter = runner(llm).drafter
+        original = drafter.begin_step
+
+        def begin_step(output: Any) -> None:
+            cut.extend(len(ids) for ids in output.scheduled_spec_decode_tokens.values())
+            original(output)
+
+        drafter.begin_step = begin_step
+        texts, _ = run(llm, prompts, 60, threshold=0.3)
+    assert texts == [g.ids[len(ids) :] for g, ids in zip(expected, prompts, strict=True)]
+    assert any(0 < count < 15 for count in cut[:-4])
