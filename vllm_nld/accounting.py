@@ -42,6 +42,16 @@ class Tally:
         blocks = self.blocks["diffusion"]
         return self.forwards["denoise"] / blocks if blocks else None
 
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """Return the counts as plain dicts."""
+        return {name: dict(getattr(self, name)) for name in ("forwards", "tokens", "blocks", "accepted")}
+
+    @classmethod
+    def between(cls, before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> Tally:
+        """Return what was added between two results of :meth:`as_dict`."""
+        names = ("forwards", "tokens", "blocks", "accepted")
+        return cls(*(Counter(after[name]) - Counter(before[name]) for name in names))
+
     def summary(self) -> str:
         """One line for the log."""
         parts = [f"{mode} {count} tokens" for mode, count in sorted(self.tokens.items()) if count]

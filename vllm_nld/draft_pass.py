@@ -6,6 +6,7 @@ of diffusion differ in their rules only, and share their forwards.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,19 @@ class DraftPass:
             NLDError: the layout is unknown.
         """
         page_layout(next(iter(self.layers.values())))
+
+    @torch.inference_mode()
+    def time_forward(self, tokens: int, block_length: int) -> float:
+        """Return the seconds of a forward over ``tokens`` masks in blocks that have no prefix; it is not counted."""
+        rows = -(-tokens // block_length)
+        length = -(-tokens // rows)
+        blocks = [Block(0, 0, [self.mask_token_id] * length) for _ in range(rows)]
+        counts = self.forwards, self.block_forwards
+        started = time.perf_counter()
+        self.forward(blocks).argmax(-1).tolist()  # reading the result waits for a device to finish
+        seconds = time.perf_counter() - started
+        self.forwards, self.block_forwards = counts
+        return seconds
 
     @torch.inference_mode()
     def run(self, blocks: Sequence[Block]) -> None:
@@ -129,7 +143,10 @@ class DraftPass:
             mask = torch.cat((cached, fresh), dim=1)[:, None, None].to(self.device)
             if ragged:
                 index = fresh.flatten().nonzero().squeeze(1).to(self.device)
-        pages = self.table.rows([block.row for block in blocks], longest, page_size)
+        if longest:
+            pages = self.table.rows([block.row for block in blocks], longest, page_size)
+        else:
+            pages = torch.zeros(len(blocks), 0, dtype=torch.int64, device=self.device)
         return DraftMetadata(len(blocks), length, pages, longest, mask, index)
 
     def _commit(self, blocks: Sequence[Block], logits: Tensor) -> None:

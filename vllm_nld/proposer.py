@@ -73,6 +73,17 @@ class SelfSpeculation:
             self.options.mode,
         )
 
+    def measure_costs(self, seconds: float = 2.0) -> None:
+        """Time forwards of growing size for auto mode, for at most about ``seconds`` (called by the worker, warmed up)."""
+        assert self.draft_pass is not None, "vLLM loads the model before it warms up"
+        largest = self.block_length * self.vllm_config.scheduler_config.max_num_seqs
+        size, spent = 1, 0.0
+        while size <= min(largest, self.draft_pass.max_tokens) and spent < seconds:
+            times = [self.draft_pass.time_forward(size, self.block_length) for _ in range(3)]
+            spent += sum(times)
+            self.auto.costs.start(size, min(times))
+            size *= 2
+
     def attach(self, runner: Any) -> None:
         """Let the proposer see the requests and the final length limit (called by the worker)."""
         self.max_model_len = runner.max_model_len

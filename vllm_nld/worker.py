@@ -28,6 +28,12 @@ class _IntroducesProposer:
         self.model_runner.drafter.draft_pass.find_layout()
         return result
 
+    def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Warm up, as vLLM does, and learn what forwards cost here, for auto mode."""
+        result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+        self.model_runner.drafter.measure_costs()
+        return result
+
     def update_max_model_len(self, max_model_len: int) -> None:
         """Lower the limit to what the cache holds (``--max-model-len auto``), and tell the proposer."""
         super().update_max_model_len(max_model_len)  # type: ignore[misc]
@@ -51,6 +57,15 @@ class _IntroducesProposer:
             "draft_forwards": drafter.draft_pass.forwards,
             "cycles": drafter.ledger.total.blocks["self_speculation"],
         }
+
+    def nld_tally(self) -> dict[str, dict[str, int]]:
+        """Return the ledger since start-up: ``forwards`` by kind, ``tokens``, ``blocks`` and ``accepted`` by mode.
+
+        Also ``decisions`` of auto mode, keyed ``"mode block_length"``, one per request and step.
+        """
+        drafter = self.model_runner.drafter
+        decisions = {f"{mode} {length}": count for (mode, length), count in drafter.auto.decisions.items()}
+        return {**drafter.ledger.total.as_dict(), "decisions": decisions}
 
 
 class NLDCPUWorker(_IntroducesProposer, CPUWorker):  # type: ignore[misc]

@@ -27,7 +27,7 @@ def test_good(raw: dict[str, object], threshold: float) -> None:
         ({"draft_threshold": True}, ["draft_threshold=True", "valid number"]),
         ({"draft_threshold": None}, ["draft_threshold=None", "valid number"]),
         ({"draft_threshold": float("nan")}, ["draft_threshold=nan"]),
-        ({"threshold": 0.5}, [".threshold=0.5", "unknown", "draft_threshold"]),
+        ({"treshold": 0.5}, [".treshold=0.5", "unknown", "draft_threshold"]),
         ({"draft_threshold": 2.0, "other": 1}, ["draft_threshold=2.0", ".other=1", "; "]),
         ([], ["=[]", "object"]),
         ("on", ["='on'", "object"]),

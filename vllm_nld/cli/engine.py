@@ -42,20 +42,21 @@ def engine(model: str, *, drafts: int | None = None, **settings: Any) -> Iterato
         drafts: tokens to draft per cycle, 0 for the checkpoint's default; None for plain AR.
         settings: further arguments of ``LLM``.
     """
-    from vllm import LLM
-
     speculative: dict[str, Any] | None = None
     if drafts is not None:
         speculative = {"model": PROPOSER} | ({"num_speculative_tokens": drafts} if drafts else {})
-    llm = LLM(
-        model=model,
-        max_num_seqs=1,
-        enforce_eager=True,
-        kv_cache_memory_bytes=1 << 28,
-        speculative_config=speculative,
-        disable_log_stats=False,
-        **settings,
-    )
+        # What is compared here is always-on self-speculation; auto mode has its own benchmark.
+        settings = {"additional_config": {"nld": {"mode": "self_speculation"}}} | settings
+    with engine_with(model=model, max_num_seqs=1, speculative_config=speculative, **settings) as llm:
+        yield llm
+
+
+@contextlib.contextmanager
+def engine_with(**settings: Any) -> Iterator[Any]:
+    """Yield an ``LLM`` with these arguments, eager, with metrics and a small cache, and free it afterwards."""
+    from vllm import LLM
+
+    llm = LLM(**({"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "disable_log_stats": False} | settings))
     try:
         yield llm
     finally:

@@ -1,0 +1,111 @@
+"""What a request may ask for: ``extra_args["nld"]`` and its HTTP spellings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_nld.errors import NLDError
+from vllm_nld.options import NLDOptions
+from vllm_nld.request_options import MODES_OF_KEY, EngineTraits, request_options
+
+
+def read(extra_args: Any, traits: EngineTraits | None = None, **params: Any) -> NLDOptions:
+    settings = {"bad_words": None, "logprobs": None, "structured_outputs": None}
+    traits = traits or EngineTraits(NLDOptions(), 16, Path("learned"))
+    return request_options(SimpleNamespace(extra_args=extra_args, **(settings | params)), traits)
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"nld": {}}, {"kv_transfer_params": {}}, {"nld": "{}"}])
+def test_nothing_asked_for_means_auto(extra_args: Any) -> None:
+    assert read(extra_args) == NLDOptions()
+    assert read(extra_args).mode == "auto"
+
+
+@pytest.mark.parametrize(
+    "extra_args",
+    [
+        {"nld": {"mode": "diffusion", "threshold": 0.5, "seed_first": False}},
+        {"nld": '{"mode": "diffusion", "threshold": 0.5, "seed_first": false}'},
+        {"nld.mode": "diffusion", "nld.threshold": 0.5, "nld.seed_first": 0},
+        {"nld": {"mode": "diffusion"}, "nld.threshold": 0.5, "nld.seed_first": False},
+    ],
+)
+def test_the_three_spellings(extra_args: dict[str, Any]) -> None:
+    options = read(extra_args)
+    assert (options.mode, options.threshold, options.seed_first) == ("diffusion", 0.5, False)
+
+
+def test_the_engines_defaults_hold_where_the_request_is_silent() -> None:
+    traits = EngineTraits(NLDOptions(mode="diffusion", threshold=0.7, block_length=8), 16)
+    assert read({"nld": {"threshold": 0.4}}, traits) == NLDOptions(mode="diffusion", threshold=0.4, block_length=8)
+    assert read({"nld": {"mode": "ar"}}, traits).mode == "ar"
+
+
+@pytest.mark.parametrize(
+    ("nld", "words"),
+    [
+        ({"mode": "fast"}, [".mode='fast'", "'auto'", "'self_speculation'"]),
+        ({"modes": "ar"}, [".modes='ar'", "unknown", "allowed keys: mode"]),
+        ({"mode": "diffusion", "threshold": 1.5}, [".threshold=1.5", "less than or equal to 1"]),
+        ({"mode": "diffusion", "threshold": "0.5"}, [".threshold='0.5'", "valid number"]),
+        ({"mode": "diffusion", "block_length": 17}, [".block_length=17", "2 to 16"]),
+        ({"mode": "diffusion", "block_length": 1}, [".block_length=1", "greater than or equal to 2"]),
+        ({"mode": "diffusion", "sampler": "best"}, [".sampler='best'", "'top_k'"]),
+        ({"mode": "ar", "threshold": 0.5}, [".threshold=0.5", "no effect in mode 'ar'", "diffusion"]),
+        ({"threshold": 0.5}, [".threshold=0.5", "no effect in mode 'auto'"]),
+        ({"mode": "ar", "block_length": 4}, [".block_length=4", "no effect", "auto, self_speculation, diffusion"]),
+        ({"mode": "diffusion", "tokens_per_step": 2}, ["no effect with sampler", "top_k, left_to_right"]),
+        ({"mode": "diffusion", "sampler": "top_k", "threshold": 0.5}, ["no effect with sampler 'top_k'"]),
+        ({"mode": "diffusion", "max_denoising_steps": 0}, [".max_denoising_steps=0"]),
+        ({"mode": "diffusion", "temperature": -1.0}, [".temperature=-1.0"]),
+        ([1], ["=[1]", "object"]),
+        ("mode=ar", ["'mode=ar'", "JSON"]),
+        ("[1]", ["object"]),
+    ],
+)
+def test_bad(nld: Any, words: list[str]) -> None:
+    with pytest.raises(NLDError) as caught:
+        read({"nld": nld})
+    message = str(caught.value)
+    assert message.startswith('extra_args["nld"]')
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_what_diffusion_cannot_hold() -> None:
+    diffusion = {"nld": {"mode": "diffusion"}}
+    with pytest.raises(NLDError, match=r"bad_words=.*out of order"):
+        read(diffusion, bad_words=["x"])
+    assert read({"nld": {"mode": "self_speculation"}}, bad_words=["x"]).mode == "self_speculation"
+    unseeded = {"nld": {"mode": "diffusion", "seed_first": False}}
+    with pytest.raises(NLDError, match=r"logprobs=0 .*seed_first=True"):
+        read(unseeded, logprobs=0)
+    with pytest.raises(NLDError, match="structured_outputs="):
+        read(unseeded, structured_outputs=object())
+    assert not read(unseeded).seed_first
+    assert read(diffusion, logprobs=3, structured_outputs=object()).mode == "diffusion"
+
+
+def test_an_engine_without_speculation() -> None:
+    plain = EngineTraits(NLDOptions(), None)
+    assert read({"nld": {"mode": "ar"}}, plain).mode == "ar"
+    assert read({}, plain).mode == "auto"
+    for mode in ("diffusion", "self_speculation"):
+        with pytest.raises(NLDError, match=f"mode='{mode}'.*--speculative-config"):
+            read({"nld": {"mode": mode}}, plain)
+
+
+def test_a_checkpoint_without_a_learned_sampler() -> None:
+    learned = {"nld": {"mode": "diffusion", "sampler": "learned"}}
+    assert read(learned).sampler == "learned"
+    with pytest.raises(NLDError, match="learned_sampler"):
+        read(learned, EngineTraits(NLDOptions(), 16))
+
+
+def test_every_key_but_mode_says_where_it_applies() -> None:
+    assert {*MODES_OF_KEY, "mode"} == set(NLDOptions.model_fields)

@@ -1,0 +1,82 @@
+"""The selection policies, against the reference's plain ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_nld.block import Block, CommitRule
+from vllm_nld.reference.diffusion import Policy, _chosen
+from vllm_nld.selection import select
+
+MASK, VOCAB = 5, 12
+RULES = st.builds(
+    CommitRule,
+    sampler=st.sampled_from(["confidence_threshold", "top_k", "left_to_right", "entropy_budget"]),
+    threshold=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
+    tokens_per_step=st.sampled_from([None, 1, 3, 20]),
+    entropy_budget=st.sampled_from([0.0, 0.5, 2.0, 50.0]),
+    max_steps=st.sampled_from([None, 1, 2, 5]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10_000), st.lists(st.tuples(RULES, st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=5))
+def test_rows_follow_their_own_rules(seed: int, rows: list[tuple[CommitRule, int, int]]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(length for _, length, _ in rows)
+    blocks: list[Block] = []
+    masked = torch.zeros(len(rows), longest, dtype=torch.bool)
+    score, entropy = torch.zeros(len(rows), longest), torch.zeros(len(rows), longest)
+    expected: list[list[int]] = []
+    for row, (rule, length, passes) in enumerate(rows):
+        open_ = torch.rand(length, generator=generator) < 0.7
+        open_[int(torch.randint(length, (1,), generator=generator))] = True
+        logits = torch.randn(length, VOCAB, generator=generator).mul(3).index_fill(1, torch.tensor(MASK), -torch.inf)
+        tokens = logits.argmax(-1)
+        block = [MASK if is_open else 7 for is_open in open_.tolist()]
+        blocks.append(Block(row, 0, list(block), rule, passes=passes))
+        masked[row, :length] = open_
+        score[row, :length] = logits.softmax(-1).amax(-1)
+        entropy[row, :length] = torch.special.entr(logits.softmax(-1)).sum(-1)
+        policy = Policy(rule.sampler, rule.threshold, rule.tokens_per_step, rule.entropy_budget, rule.max_steps)
+        expected.append(sorted(_chosen(block, MASK, logits, tokens, policy, passes)))
+    committed = select(blocks, masked, score, entropy)
+    assert [row.nonzero().flatten().tolist() for row in committed] == expected
+    assert (committed & ~masked).sum() == 0
+    assert committed.any(1).all(), "every forward commits something"
+
+
+@pytest.mark.parametrize(
+    ("rule", "masked", "passes", "quota"),
+    [
+        ({"tokens_per_step": 3}, 9, 4, 3),
+        ({}, 9, 0, 1),
+        ({"max_steps": 4}, 15, 0, 4),
+        ({"max_steps": 4}, 11, 1, 4),
+        ({"max_steps": 4}, 7, 2, 4),
+        ({"max_steps": 4}, 3, 3, 3),
+        ({"max_steps": 4}, 3, 9, 3),
+    ],
+)
+def test_quota(rule: dict[str, Any], masked: int, passes: int, quota: int) -> None:
+    assert CommitRule(**rule).quota(masked, passes) == quota
+
+
+def test_ties_go_left() -> None:
+    block = Block(0, 0, [MASK] * 4, CommitRule(sampler="top_k", tokens_per_step=2))
+    masked = torch.tensor([[False, True, True, True]])
+    assert select([block], masked, torch.full((1, 4), 0.5), None).tolist() == [[False, True, True, False]]
+
+
+def test_a_block_is_done() -> None:
+    assert Block(0, 0, [1, 2, 3]).is_done(MASK)
+    assert not Block(0, 0, [1, MASK, 3]).is_done(MASK)
+    assert Block(0, 0, [1, 9, MASK], stop_ids=frozenset({9})).is_done(MASK)
+    assert not Block(0, 0, [1, MASK, 9], stop_ids=frozenset({9})).is_done(MASK)
+    assert Block(0, 0, [1, 9, MASK, 4], stop_ids=frozenset({9})).decided(MASK) == [1, 9]
+    assert Block(0, 0, [1, 4, MASK, 4]).decided(MASK) == [1, 4]

@@ -1,0 +1,142 @@
+"""``vllm-nld bench auto``: auto mode against plain AR and always-on self-speculation, over concurrency.
+
+One engine serves all three, and their runs alternate, so that a noisy machine harms all alike: read the ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.cli.engine import PROPOSER, engine_with, prepare_environment, stdout_to_stderr
+
+MODES = ("ar", "self_speculation", "auto")
+WORKLOADS = ("code", "random", "mix")
+
+
+@dataclass
+class Job:
+    """One request of a workload."""
+
+    prompt: Any
+    temperature: float
+
+
+def run(concurrency: list[int], workloads: list[str], rounds: int, max_tokens: int, dtype: str, as_json: bool) -> None:
+    """Measure every workload and concurrency; print a table or one JSON object."""
+    prepare_environment()
+    with stdout_to_stderr():
+        report = {
+            "model": "tiny",
+            "dtype": dtype,
+            "max_tokens": max_tokens,
+            "rounds": rounds,
+            "results": _measure(concurrency, workloads, rounds, max_tokens, dtype),
+        }
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _show(report)
+
+
+def _measure(
+    concurrency: list[int], workloads: list[str], rounds: int, max_tokens: int, dtype: str
+) -> list[dict[str, Any]]:
+    settings = {
+        "model": str(checkpoint_path("tiny")),
+        "dtype": dtype,
+        "max_num_seqs": max(concurrency),
+        "max_model_len": 2048,
+        "enable_prefix_caching": False,
+        "speculative_config": {"model": PROPOSER},
+    }
+    rows = []
+    with engine_with(**settings) as llm:
+        for workload in workloads:
+            for clients in concurrency:
+                print(f"bench: {workload}, concurrency {clients} ...", file=sys.stderr, flush=True)
+                rows.append(_compare(llm, workload, clients, rounds, max_tokens))
+    return rows
+
+
+def _compare(llm: Any, workload: str, clients: int, rounds: int, max_tokens: int) -> dict[str, Any]:
+    jobs = make_jobs(workload, max(8, 2 * clients))
+    speeds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    before = _decisions(llm)
+    for mode in MODES:
+        serve(llm, jobs, mode, clients, max_tokens)  # warm up: shapes, prices, acceptance
+    for turn in range(rounds):
+        for mode in (*MODES[turn % 3 :], *MODES[: turn % 3]):
+            tokens, seconds = serve(llm, jobs, mode, clients, max_tokens)
+            speeds[mode].append(tokens / seconds)
+    better = [max(pair) for pair in zip(speeds["ar"], speeds["self_speculation"], strict=True)]
+    ratios = [auto / fixed for auto, fixed in zip(speeds["auto"], better, strict=True)]
+    medians = {mode: statistics.median(values) for mode, values in speeds.items()}
+    fixed = max(medians["ar"], medians["self_speculation"])
+    return {
+        "workload": workload,
+        "concurrency": clients,
+        "tokens_per_s": {mode: round(value, 1) for mode, value in medians.items()},
+        "auto_to_better_fixed": round(medians["auto"] / fixed, 3),
+        "auto_to_better_fixed_per_round": round(statistics.median(ratios), 3),
+        "decisions": {f"{mode} {length}": n for (mode, length), n in sorted((_decisions(llm) - before).items())},
+    }
+
+
+def make_jobs(workload: str, count: int) -> list[Job]:
+    """Return requests: held-out code completed greedily, random tokens sampled at temperature 1, or both in turn."""
+    code = [Job(text, 0.0) for _, text in held_out_prompts(count)]
+    generator = random.Random(0)
+    noise = [
+        Job({"prompt_token_ids": [generator.randrange(300, 2000) for _ in range(150)]}, 1.0) for _ in range(count)
+    ]
+    if workload == "mix":
+        return [pair[index % 2] for index, pair in enumerate(zip(code, noise, strict=True))]
+    return code if workload == "code" else noise
+
+
+def serve(llm: Any, jobs: list[Job], mode: str, clients: int, max_tokens: int) -> tuple[int, float]:
+    """Run all jobs with ``clients`` requests in flight; returns generated tokens and seconds."""
+    from vllm import SamplingParams
+
+    core, waiting, tokens, number = llm.llm_engine, list(jobs), 0, 0
+    started = time.perf_counter()
+    while waiting or core.has_unfinished_requests():
+        while waiting and core.get_num_unfinished_requests() < clients:
+            job = waiting.pop(0)
+            params = SamplingParams(
+                temperature=job.temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False,
+                extra_args={"nld": {"mode": mode}},
+            )  # fmt: skip
+            core.add_request(f"{mode}-{started}-{number}", job.prompt, params)
+            number += 1
+        tokens += sum(len(output.outputs[0].token_ids) for output in core.step() if output.finished)
+    return tokens, time.perf_counter() - started
+
+
+def _decisions(llm: Any) -> Counter[tuple[str, int]]:
+    """Return what auto mode has chosen so far, in an in-process engine."""
+    core = llm.llm_engine.engine_core.engine_core
+    counts: Counter[tuple[str, int]] = core.model_executor.driver_worker.worker.model_runner.drafter.auto.decisions
+    return counts.copy()
+
+
+def _show(report: dict[str, Any]) -> None:
+    table = Table("workload", "concurrency", "AR tokens/s", "self-speculation", "auto", "auto / better fixed")
+    for row in report["results"]:
+        speeds = [f"{row['tokens_per_s'][mode]:.0f}" for mode in MODES]
+        table.add_row(row["workload"], str(row["concurrency"]), *speeds, f"{row['auto_to_better_fixed']:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(f"medians of {report['rounds']} alternating runs, tiny checkpoint, {report['dtype']}", style="dim")
