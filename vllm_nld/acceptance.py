@@ -38,6 +38,11 @@ class Acceptance:
         self.accepted = memory * self.accepted + accepted
         self.tested = memory * self.tested + min(accepted + 1, drafts)
 
+    def forget(self, prior: Acceptance, share: float) -> None:
+        """Move towards what is usual on this server: evidence grows old while a request does not draft."""
+        self.accepted += share * (prior.rate * PRIOR_TRIALS - self.accepted)
+        self.tested += share * (PRIOR_TRIALS - self.tested)
+
     def expected_tokens(self, length: int) -> float:
         """Tokens that a cycle over a block of ``length`` tokens yields: 1 + rate + rate^2 + ..., ``length`` terms."""
         rate = min(self.rate, 0.999)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vllm.logger import init_logger
 
@@ -25,6 +26,10 @@ FRESH_AR_SECONDS = 10.0
 """How old the price of an AR step may become before one is taken to see whether it still holds."""
 AR_SAMPLES = 3
 """AR steps needed at a number of requests before their price is believed."""
+AR_STEPS_PER_CHOICE = 8
+"""AR steps that follow from one choice of AR, as long as the batch stays as it is."""
+PROBED_REQUESTS = 4
+"""Requests that are probed together."""
 PROBE_EVERY = 64
 """Steps without a draft after which a request's acceptance counts as unknown."""
 
@@ -64,6 +69,8 @@ class AutoMode:
         self._last_ar: dict[int, float] = {}
         self._busy = 0.0
         self._probing = 0.0
+        self._planning = False
+        self._ar_again: tuple[Any, int] = (None, 0)
 
     @property
     def lengths(self) -> list[int]:
@@ -78,12 +85,20 @@ class AutoMode:
             requests: all requests of the batch that decode, these included.
             tokens: what the next causal pass runs anyway: one token a request, and the blocks of other modes.
         """
+        self._planning = bool(candidates)
         if not candidates:
+            return {}
+        batch = (requests, tokens, [candidate.row for candidate in candidates])
+        if self._ar_again[0] == batch and self._ar_again[1] > 0:
+            # Nothing was learned of these requests since AR was chosen for them, so the choice would be the same.
+            self._ar_again = (batch, self._ar_again[1] - 1)
+            self.decisions["ar", 1] += len(candidates)
             return {}
         chosen, why = self._best(candidates, requests, tokens), "best"
         probe = self._probe(candidates, requests, tokens, chosen)
         if probe is not None:
             chosen, why = probe
+        self._ar_again = (batch, 0 if chosen or probe is not None else AR_STEPS_PER_CHOICE)
         for candidate in candidates:
             length = chosen.get(candidate.row, 1)
             self.decisions["ar" if length == 1 else "self_speculation", length] += 1
@@ -95,6 +110,8 @@ class AutoMode:
         ranked = sorted(candidates, key=lambda candidate: -candidate.acceptance.rate)
         # Accepted drafts of other modes are decided whatever is chosen here.
         best, choice = tokens / max(self._plain_seconds(requests, tokens), 1e-9), dict[int, int]()
+        # One request more or less hardly matters among many: 1, 2, 4, ... of the most promising, or all.
+        counts = {1 << bit for bit in range(len(ranked).bit_length())} | {len(ranked)}
         for length in self.lengths:
             gained, block_tokens, blocks = 0.0, 0, dict[int, int]()
             for candidate in ranked:
@@ -102,6 +119,8 @@ class AutoMode:
                 gained += candidate.acceptance.expected_tokens(own) - 1
                 block_tokens += own
                 blocks[candidate.row] = own
+                if len(blocks) not in counts:
+                    continue
                 rate = (tokens + gained) / max(self._cycle_seconds(tokens, block_tokens, len(blocks)), 1e-9)
                 if rate > best:
                     best, choice = rate, dict(blocks)
@@ -130,6 +149,7 @@ class AutoMode:
         due = [candidate for candidate in candidates if candidate.idle_steps >= PROBE_EVERY]
         if not due:
             return None
+        due = sorted(due, key=lambda candidate: -candidate.idle_steps)[:PROBED_REQUESTS]
         length = min(self.lengths[0] * 2, self.block_length)
         blocks = {candidate.row: min(length, candidate.longest) for candidate in due}
         cycle = self._cycle_seconds(tokens, sum(blocks.values()), len(blocks))
@@ -174,7 +194,7 @@ class AutoMode:
 
     def observe_step(self, requests: int, tokens: int, seconds: float) -> None:
         """Take in the price of a causal step, host time included: ``tokens`` of ``requests`` requests."""
-        self._busy += seconds
+        self._busy += seconds if self._planning else 0.0
         if tokens == requests:
             self.costs.ar.observe(requests, seconds)
             self._last_ar[self.costs.ar.bucket(requests)] = self._clock()
@@ -183,7 +203,7 @@ class AutoMode:
 
     def observe_draft(self, tokens: int, seconds: float) -> None:
         """Take in the price of filling blocks of ``tokens`` tokens."""
-        self._busy += seconds
+        self._busy += seconds if self._planning else 0.0
         self.costs.draft.observe(tokens, seconds)
 
     def _prices(self, requests: int) -> str:

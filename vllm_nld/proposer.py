@@ -209,7 +209,7 @@ class SelfSpeculation:
             seed, prefix = tokens.sampled[row][-1], int(tokens.decided[row]) - 1
             blocks[row] = states[row].draft_block(row, seed, prefix, length, self.mask_token_id)
         for candidate in candidates:
-            states[candidate.row].idle_steps = 0 if candidate.row in blocks else candidate.idle_steps + 1
+            states[candidate.row].note_choice(candidate.row in blocks, self._known_requests().prior)
         return blocks
 
     def _fill(self, blocks: dict[int, Block], states: dict[int, RequestState], requests: int) -> None:

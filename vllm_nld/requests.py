@@ -14,6 +14,9 @@ from vllm_nld.request_options import EngineTraits, request_options
 from vllm_nld.thinking import ThinkingBudget
 from vllm_nld.token_choice import TokenChoice
 
+FORGET_SHARE = 0.01
+"""What a step without a draft takes off the evidence on a request's acceptance."""
+
 
 @dataclass
 class RequestState:
@@ -81,6 +84,14 @@ class RequestState:
         """Whether the causal pass that has just run computed more than decoding needs: a prompt, or a resumption."""
         own = scheduled.get(self.request_id, 0) - len(drafted.get(self.request_id, ()))
         return own > 1 or self.cached.num_computed_tokens < self.cached.num_prompt_tokens
+
+    def note_choice(self, drafts: bool, prior: Acceptance) -> None:
+        """Take note of whether auto mode lets the request draft in the next step."""
+        if drafts:
+            self.idle_steps = 0
+            return
+        self.idle_steps += 1
+        self.acceptance.forget(prior, FORGET_SHARE)
 
     def learn(self, drafts: int, accepted: int, prior: Acceptance, calibration: Calibration) -> None:
         """Take note of a verified block of self-speculation."""

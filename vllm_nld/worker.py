@@ -8,6 +8,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_nld.compat import attach_proposer
+from vllm_nld.metrics import Publisher, snapshot_path, worker_samples
 
 
 class _IntroducesProposer:
@@ -15,11 +16,15 @@ class _IntroducesProposer:
 
     vllm_config: Any
     model_runner: Any
+    rank: int
     _target_forwards = 0
+    _publisher: Publisher | None = None
 
     def init_device(self) -> None:
         """Initialise the device and the runner, as vLLM does, then attach the proposer."""
         super().init_device()  # type: ignore[misc]
+        if self.rank == 0:
+            self._publisher = Publisher(snapshot_path(self.vllm_config))
         attach_proposer(self.model_runner, self.vllm_config.speculative_config.num_speculative_tokens)
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
@@ -40,9 +45,15 @@ class _IntroducesProposer:
         attach_proposer(self.model_runner, self.vllm_config.speculative_config.num_speculative_tokens)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a causal step, as vLLM does, and count it."""
-        self._target_forwards += scheduler_output.total_num_scheduled_tokens > 0
-        self.model_runner.drafter.begin_step(scheduler_output)
+        """Run a causal step, as vLLM does, count it, and publish the counts."""
+        busy = scheduler_output.total_num_scheduled_tokens > 0
+        self._target_forwards += busy
+        drafter = self.model_runner.drafter
+        drafter.begin_step(scheduler_output)
+        if self._publisher is not None:
+            # A step that ends a request may be the last one for long.
+            now = bool(scheduler_output.finished_req_ids)
+            self._publisher.publish(lambda: worker_samples(drafter, self._target_forwards), now)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def nld_counters(self) -> dict[str, int]:

@@ -99,7 +99,7 @@ def make_jobs(workload: str, count: int) -> list[Job]:
     code = [Job(text, 0.0) for _, text in held_out_prompts(count)]
     generator = random.Random(0)
     noise = [
-        Job({"prompt_token_ids": [generator.randrange(300, 2000) for _ in range(150)]}, 1.0) for _ in range(count)
+        Job({"prompt_token_ids": [generator.randrange(20, 500) for _ in range(150)]}, 1.0) for _ in range(count)
     ]
     if workload == "mix":
         return [pair[index % 2] for index, pair in enumerate(zip(code, noise, strict=True))]

@@ -1,0 +1,142 @@
+"""The extension's metrics: their names, how a worker publishes them, and how another process reads them.
+
+vLLM carries no counters of a custom proposer from the worker to the process that serves ``/metrics``. So the worker
+writes a small snapshot file, at a path that both derive from the engine's ``instance_id``, and the API process reads it
+(:mod:`vllm_nld.stat_logger`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+INTERVAL_SECONDS = 0.5
+"""A busy worker publishes at most this often."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's place in Prometheus: kind ``counter`` or ``gauge``, its labels, and what it means."""
+
+    kind: str
+    labels: tuple[str, ...]
+    help: str
+
+
+METRICS: dict[str, Metric] = {
+    "vllm:nld_model_forwards": Metric("counter", ("pass",), "Forwards of the model, by pass: causal or draft."),
+    "vllm:nld_request_forwards": Metric(
+        "counter",
+        ("kind",),
+        "Forwards per request: one that serves n requests counts n. Kinds: prefill, ar, draft, verify, denoise, commit.",
+    ),
+    "vllm:nld_tokens": Metric("counter", ("mode",), "Generated tokens, by the mode of the step that decided them."),
+    "vllm:nld_blocks": Metric("counter", ("mode",), "Blocks drafted or denoised."),
+    "vllm:nld_accepted_tokens": Metric("counter", ("mode",), "Accepted drafts; in diffusion, all that are committed."),
+    "vllm:nld_denoising_passes": Metric("counter", (), "Denoising forwards of diffusion blocks, per block."),
+    "vllm:nld_decisions": Metric(
+        "counter", ("mode", "block_length"), "What auto mode chose, per request and step; block length 1 is AR."
+    ),
+    "vllm:nld_tokens_per_forward": Metric(
+        "gauge", ("mode",), "Tokens per decode forward since start-up (draft, verify, denoise and commit all count)."
+    ),
+    "vllm:nld_acceptance_length": Metric("gauge", (), "1 + accepted / drafted blocks of self-speculation since start-up."),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One value of a metric."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+def snapshot_path(vllm_config: Any) -> Path:
+    """Return where an engine's worker publishes: one file per engine and data-parallel rank."""
+    # vLLM appends the data-parallel rank to the id in some set-ups.
+    engine = vllm_config.instance_id.partition("_dp")[0]
+    rank = vllm_config.parallel_config.data_parallel_rank
+    return Path(tempfile.gettempdir()) / f"vllm-nld-{os.getuid()}-{engine}-{rank}.json"
+
+
+class Publisher:
+    """Writes snapshots; used by the worker of rank 0.
+
+    Args:
+        path: the file; replaced atomically, readable by its owner only, removed when the process ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last = 0.0
+        atexit.register(self.remove)
+
+    def publish(self, samples: Callable[[], Sequence[Sample]], now: bool = False) -> None:
+        """Write ``samples()``, unless that was done a moment ago and ``now`` is False."""
+        moment = time.monotonic()
+        if not now and moment - self._last < INTERVAL_SECONDS:
+            return
+        self._last = moment
+        text = json.dumps({"pid": os.getpid(), "samples": [asdict(sample) for sample in samples()]})
+        partial = self.path.with_suffix(f".{os.getpid()}")
+        # A full disk must not stop the engine: metrics are then old, that is all.
+        with contextlib.suppress(OSError):
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(text)
+            partial.replace(self.path)
+
+    def remove(self) -> None:
+        """Delete the file."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Return what a worker last published; empty if it has not, or not on this host."""
+    try:
+        raw = json.loads(path.read_text())
+        return [Sample(**sample) for sample in raw["samples"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def worker_samples(proposer: Any, causal_forwards: int) -> list[Sample]:
+    """Return the values of all metrics.
+
+    Args:
+        proposer: the worker's :class:`vllm_nld.proposer.SelfSpeculation`.
+        causal_forwards: causal passes so far.
+    """
+    total = proposer.ledger.total
+    draft_forwards = proposer.draft_pass.forwards if proposer.draft_pass is not None else 0
+    samples = [
+        Sample("vllm:nld_model_forwards", {"pass": "causal"}, causal_forwards),
+        Sample("vllm:nld_model_forwards", {"pass": "draft"}, draft_forwards),
+        Sample("vllm:nld_denoising_passes", {}, total.forwards["denoise"]),
+    ]
+    samples += _by_label("vllm:nld_request_forwards", "kind", total.forwards.items())
+    samples += _by_label("vllm:nld_tokens", "mode", total.tokens.items())
+    samples += _by_label("vllm:nld_blocks", "mode", total.blocks.items())
+    samples += _by_label("vllm:nld_accepted_tokens", "mode", total.accepted.items())
+    samples += [
+        Sample("vllm:nld_decisions", {"mode": mode, "block_length": str(length)}, count)
+        for (mode, length), count in sorted(proposer.auto.decisions.items())
+    ]
+    rates = [(mode, total.tokens_per_forward(mode)) for mode in total.tokens]
+    samples += _by_label("vllm:nld_tokens_per_forward", "mode", [(m, r) for m, r in rates if r is not None])
+    length = total.acceptance_length()
+    return samples if length is None else [*samples, Sample("vllm:nld_acceptance_length", {}, length)]
+
+
+def _by_label(name: str, label: str, values: Iterable[tuple[str, float]]) -> list[Sample]:
+    return [Sample(name, {label: key}, value) for key, value in values]
