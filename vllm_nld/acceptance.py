@@ -2,46 +2,84 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-MEMORY = 0.9
+MEMORY = 0.95
 """Weight that a request's earlier blocks keep when a new one is verified."""
-PRIOR_TRIALS = 6.0
-"""What the server's average counts for in a new request, in drafts put to the test."""
+POOLED_MEMORY = 0.99
+"""The same for the average over all requests."""
+
+
+class Prior:
+    """What to expect of a request before, and beside, its own evidence: the average, and how much it counts.
+
+    The average counts for many drafts where requests are alike and for few where they differ. Which it is, is seen from
+    how well each weight would have predicted the blocks so far.
+    """
+
+    WEIGHTS = (3.0, 12.0, 48.0)
+
+    def __init__(self) -> None:
+        # 3 of 4, until something is known: trying costs little.
+        self._accepted, self._tested = 4.5, 6.0
+        self._scores = [0.0] * len(self.WEIGHTS)
+
+    @property
+    def rate(self) -> float:
+        """Share of tested drafts that are accepted, over all requests."""
+        return self._accepted / self._tested
+
+    @property
+    def weight(self) -> float:
+        """How many tested drafts the average counts for."""
+        return self.WEIGHTS[max(range(len(self.WEIGHTS)), key=lambda i: self._scores[i])]
+
+    def observe(self, own: Acceptance, drafts: int, accepted: int) -> None:
+        """Take note of a verified block of a request whose evidence was ``own`` until then."""
+        tested = min(accepted + 1, drafts)
+        for index, weight in enumerate(self.WEIGHTS):
+            rate = min(max(own.rate_with(weight), 0.01), 0.99)
+            likelihood = accepted * math.log(rate) + (tested - accepted) * math.log(1 - rate)
+            self._scores[index] = 0.995 * self._scores[index] + likelihood
+        self._accepted = POOLED_MEMORY * self._accepted + accepted
+        self._tested = POOLED_MEMORY * self._tested + tested
 
 
 @dataclass
 class Acceptance:
-    """Share of drafts that are accepted, among those put to the test: the accepted ones and the first rejected one.
+    """Share of a request's drafts that are accepted, among those tested: the accepted ones and the first rejected one.
 
     Attributes:
+        prior: what is usual on this server.
         accepted: accepted drafts, older ones weighing less.
         tested: drafts put to the test, likewise.
     """
 
-    accepted: float = 0.75 * PRIOR_TRIALS
-    tested: float = PRIOR_TRIALS
-
-    @classmethod
-    def like(cls, prior: Acceptance) -> Acceptance:
-        """Start from a rate known so far, with the weight of a few drafts."""
-        return cls(prior.rate * PRIOR_TRIALS, PRIOR_TRIALS)
+    prior: Prior
+    accepted: float = 0.0
+    tested: float = 0.0
 
     @property
     def rate(self) -> float:
         """Probability that the next draft is accepted, given that those before it in the block were."""
-        return self.accepted / self.tested
+        return self.rate_with(self.prior.weight)
 
-    def observe(self, drafts: int, accepted: int, memory: float = MEMORY) -> None:
+    def rate_with(self, weight: float) -> float:
+        """Return the rate if the average counts for ``weight`` tested drafts."""
+        return (self.accepted + weight * self.prior.rate) / (self.tested + weight)
+
+    def observe(self, drafts: int, accepted: int) -> None:
         """Take note of a verified block of ``drafts`` drafts, the first ``accepted`` of which were accepted."""
-        self.accepted = memory * self.accepted + accepted
-        self.tested = memory * self.tested + min(accepted + 1, drafts)
+        self.prior.observe(self, drafts, accepted)
+        self.accepted = MEMORY * self.accepted + accepted
+        self.tested = MEMORY * self.tested + min(accepted + 1, drafts)
 
-    def forget(self, prior: Acceptance, share: float) -> None:
-        """Move towards what is usual on this server: evidence grows old while a request does not draft."""
-        self.accepted += share * (prior.rate * PRIOR_TRIALS - self.accepted)
-        self.tested += share * (PRIOR_TRIALS - self.tested)
+    def forget(self, share: float) -> None:
+        """Let evidence grow old while a request does not draft; what is usual takes its place."""
+        self.accepted *= 1 - share
+        self.tested *= 1 - share
 
     def expected_tokens(self, length: int) -> float:
         """Tokens that a cycle over a block of ``length`` tokens yields: 1 + rate + rate^2 + ..., ``length`` terms."""

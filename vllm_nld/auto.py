@@ -16,7 +16,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_nld.acceptance import Acceptance, Calibration
-from vllm_nld.costs import Costs
+from vllm_nld.costs import CostCurve, Costs, round_size
 
 logger = init_logger("vllm.nld.auto")
 
@@ -34,6 +34,10 @@ PROBE_EVERY = 64
 """Steps without a draft after which a request's acceptance counts as unknown."""
 
 
+CORRECTION_WEIGHT = 0.1
+"""Weight of a cycle in the corrections."""
+
+
 @dataclass
 class Candidate:
     """A request in auto mode that could draft.
@@ -49,6 +53,29 @@ class Candidate:
     acceptance: Acceptance
     longest: int
     idle_steps: int = 0
+
+
+@dataclass
+class Correction:
+    """How far drafting fell short of what was expected, at a number of requests.
+
+    Attributes:
+        gain: accepted drafts, as a share of those expected.
+        seconds: time of a cycle, as a multiple of the one expected.
+    """
+
+    gain: float = 1.0
+    seconds: float = 1.0
+
+    def observe(self, gain: float, seconds: float) -> None:
+        """Take in what one cycle yielded and took, relative to what was expected."""
+        self.gain += CORRECTION_WEIGHT * (min(gain, 2.0) - self.gain)
+        self.seconds += CORRECTION_WEIGHT * (min(seconds, 2.0) - self.seconds)
+
+    def forget(self) -> None:
+        """Trust the expectations a little more again: nothing is learned while nobody drafts."""
+        self.gain += 0.002 * (1 - self.gain)
+        self.seconds += 0.002 * (1 - self.seconds)
 
 
 class AutoMode:
@@ -70,7 +97,11 @@ class AutoMode:
         self._busy = 0.0
         self._probing = 0.0
         self._planning = False
+        self._charging = False
         self._ar_again: tuple[Any, int] = (None, 0)
+        self._corrections: dict[int, Correction] = {}
+        self._expected: tuple[Correction, float, float] | None = None
+        self._draft_seconds = 0.0
 
     @property
     def lengths(self) -> list[int]:
@@ -89,16 +120,15 @@ class AutoMode:
         if not candidates:
             return {}
         batch = (requests, tokens, [candidate.row for candidate in candidates])
-        if self._ar_again[0] == batch and self._ar_again[1] > 0:
-            # Nothing was learned of these requests since AR was chosen for them, so the choice would be the same.
-            self._ar_again = (batch, self._ar_again[1] - 1)
-            self.decisions["ar", 1] += len(candidates)
-            return {}
         chosen, why = self._best(candidates, requests, tokens), "best"
         probe = self._probe(candidates, requests, tokens, chosen)
         if probe is not None:
             chosen, why = probe
+        self._expect(candidates, requests, tokens, chosen)
         self._ar_again = (batch, 0 if chosen or probe is not None else AR_STEPS_PER_CHOICE)
+        if probe is not None and chosen:
+            self._probing -= self._plain_seconds(requests, tokens)  # an AR step would have had its price, too
+            self._charging = True
         for candidate in candidates:
             length = chosen.get(candidate.row, 1)
             self.decisions["ar" if length == 1 else "self_speculation", length] += 1
@@ -106,8 +136,32 @@ class AutoMode:
             logger.debug("auto (%s): %d requests, blocks %s; %s", why, requests, chosen, self._prices(requests))
         return chosen
 
+    def _expect(self, candidates: Sequence[Candidate], requests: int, tokens: int, chosen: dict[int, int]) -> None:
+        """Write down what the chosen cycle should yield and take, uncorrected."""
+        correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
+        self._expected, self._draft_seconds = None, 0.0
+        if not chosen:
+            correction.forget()
+            return
+        drafting = [candidate for candidate in candidates if candidate.row in chosen]
+        gain = sum(candidate.acceptance.expected_tokens(chosen[candidate.row]) - 1 for candidate in drafting)
+        self._expected = (correction, gain, self._cycle_seconds(tokens, sum(chosen.values()), len(chosen)))
+
+    def stays_with_ar(self, rows: list[int], requests: int, tokens: int) -> bool:
+        """Whether AR was chosen for just these rows a moment ago: nothing was learned since, so it is chosen again.
+
+        Planning takes host time that an AR step, the cheapest of all, would feel.
+        """
+        batch, steps = self._ar_again
+        if steps == 0 or batch != (requests, tokens, rows):
+            return False
+        self._ar_again = (batch, steps - 1)
+        self.decisions["ar", 1] += len(rows)
+        return True
+
     def _best(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> dict[int, int]:
         ranked = sorted(candidates, key=lambda candidate: -candidate.acceptance.rate)
+        correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
         # Accepted drafts of other modes are decided whatever is chosen here.
         best, choice = tokens / max(self._plain_seconds(requests, tokens), 1e-9), dict[int, int]()
         # One request more or less hardly matters among many: 1, 2, 4, ... of the most promising, or all.
@@ -121,7 +175,8 @@ class AutoMode:
                 blocks[candidate.row] = own
                 if len(blocks) not in counts:
                     continue
-                rate = (tokens + gained) / max(self._cycle_seconds(tokens, block_tokens, len(blocks)), 1e-9)
+                seconds = correction.seconds * self._cycle_seconds(tokens, block_tokens, len(blocks))
+                rate = (tokens + correction.gain * gained) / max(seconds, 1e-9)
                 if rate > best:
                     best, choice = rate, dict(blocks)
         return choice
@@ -157,12 +212,10 @@ class AutoMode:
         return (blocks, "acceptance is unknown") if self._afford(max(extra, 0.0)) else None
 
     def _afford(self, seconds: float) -> bool:
-        if self._probing + seconds > PROBE_SHARE * self._busy:
-            return False
-        self._probing += seconds
-        return True
+        """Whether the budget bears this much; what a probe really costs is charged when it is known."""
+        return self._probing + seconds <= PROBE_SHARE * self._busy
 
-    def trim(self, confidences: Sequence[list[float]], requests: int, draft_seconds: float) -> list[int]:
+    def trim(self, confidences: Sequence[list[float]], tokens: int, draft_seconds: float) -> list[int]:
         """Return how many drafts of each block to verify, by their confidence.
 
         Drafts are added in the order of their chance to be accepted (which falls along a block) as long as tokens
@@ -170,7 +223,7 @@ class AutoMode:
 
         Args:
             confidences: per block, its drafts' confidences.
-            requests: requests of the batch that decode.
+            tokens: what the next causal pass runs anyway, as in :meth:`plan`.
             draft_seconds: what the draft took.
         """
         chances: list[tuple[float, int]] = []
@@ -180,10 +233,12 @@ class AutoMode:
                 chance *= self.calibration.probability(value)
                 chances.append((chance, block))
         chances.sort(key=lambda item: -item[0])
-        best, keep, gained = 0.0, 1, 0.0
+        best, keep, gained = 0.0, len(chances), 0.0
         for count, (chance, _) in enumerate(chances, 1):
             gained += chance
-            rate = (requests + gained) / (draft_seconds + self.costs.verify.seconds(requests + count))
+            if count < len(chances) and round_size(tokens + count) != tokens + count:
+                continue
+            rate = (tokens + gained) / (draft_seconds + self.costs.verify.seconds(tokens + count))
             if rate > best:
                 best, keep = rate, count
         kept = [0] * len(confidences)
@@ -192,9 +247,22 @@ class AutoMode:
         self._kept += 0.1 * (keep / max(1, len(chances)) - self._kept)
         return kept
 
-    def observe_step(self, requests: int, tokens: int, seconds: float) -> None:
-        """Take in the price of a causal step, host time included: ``tokens`` of ``requests`` requests."""
-        self._busy += seconds if self._planning else 0.0
+    def observe_step(self, requests: int, tokens: int, accepted: int, seconds: float) -> None:
+        """Take in a causal step.
+
+        Args:
+            requests: requests that it served.
+            tokens: what it ran.
+            accepted: drafts of auto mode's blocks that it accepted.
+            seconds: what it took, host time included.
+        """
+        self._spend(seconds)
+        if self._expected is not None:
+            correction, gain, expected_seconds = self._expected
+            taken = self._draft_seconds + seconds
+            correction.observe(accepted / max(gain, 1e-9), taken / max(expected_seconds, 1e-9))
+            self._expected = None
+        self._charging = False
         if tokens == requests:
             self.costs.ar.observe(requests, seconds)
             self._last_ar[self.costs.ar.bucket(requests)] = self._clock()
@@ -203,8 +271,13 @@ class AutoMode:
 
     def observe_draft(self, tokens: int, seconds: float) -> None:
         """Take in the price of filling blocks of ``tokens`` tokens."""
-        self._busy += seconds if self._planning else 0.0
+        self._spend(seconds)
+        self._draft_seconds += seconds
         self.costs.draft.observe(tokens, seconds)
+
+    def _spend(self, seconds: float) -> None:
+        self._busy += seconds if self._planning else 0.0
+        self._probing += seconds if self._charging else 0.0
 
     def _prices(self, requests: int) -> str:
         length = self.block_length

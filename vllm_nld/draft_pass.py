@@ -17,6 +17,7 @@ from vllm.forward_context import set_forward_context
 
 from vllm_nld.attention import BlockTable, DraftMetadata, block_table, page_layout
 from vllm_nld.block import Block
+from vllm_nld.costs import round_size
 from vllm_nld.selection import select
 
 if TYPE_CHECKING:
@@ -123,11 +124,12 @@ class DraftPass:
         # No block reaches past the last position; a warm-up's may.
         positions = positions.clamp_max(self.last_position)
         per_layer = dict.fromkeys(self.layers, self._metadata(blocks))
+        masked = (ids == self.mask_token_id).nonzero().squeeze(1)
+        ids, positions, wanted = _rounded(ids, self.max_tokens), _rounded(positions, self.max_tokens), _rounded(masked)
         with set_forward_context(per_layer, self.vllm_config, num_tokens=ids.numel(), slot_mapping={}):
             hidden = self.model(input_ids=ids.to(self.device), positions=positions.to(self.device))
-        masked = (ids == self.mask_token_id).nonzero().squeeze(1)
-        logits: Tensor = self.model.compute_logits(hidden[masked.to(self.device)])
-        return logits.float()
+        logits: Tensor = self.model.compute_logits(hidden[wanted.to(self.device)])
+        return logits[: len(masked)].float()
 
     def _metadata(self, blocks: Sequence[Block]) -> DraftMetadata:
         prefixes = torch.tensor([block.prefix for block in blocks])
@@ -203,6 +205,12 @@ class DraftPass:
         score = confidence.clone()
         score[rows] = self.learned_sampler.correctness(*arguments, present[rows].to(logits.device)).cpu()
         return score
+
+
+def _rounded(values: Tensor, limit: int | None = None) -> Tensor:
+    """Repeat the last value up to a size that kernels exist for, but not beyond ``limit``."""
+    size = round_size(len(values)) if limit is None else max(len(values), min(round_size(len(values)), limit))
+    return torch.cat((values, values[-1:].expand(size - len(values))))
 
 
 def _padded(rows: list[list[bool]]) -> Tensor:

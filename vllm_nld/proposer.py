@@ -17,6 +17,7 @@ from vllm_nld import compat
 from vllm_nld.accounting import Ledger
 from vllm_nld.auto import AutoMode, Candidate
 from vllm_nld.block import Block
+from vllm_nld.costs import round_size
 from vllm_nld.draft_pass import DraftPass
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions
@@ -76,13 +77,15 @@ class SelfSpeculation:
     def measure_costs(self, seconds: float = 2.0) -> None:
         """Time forwards of growing size for auto mode, for at most about ``seconds`` (called by the worker, warmed up)."""
         assert self.draft_pass is not None, "vLLM loads the model before it warms up"
-        largest = self.block_length * self.vllm_config.scheduler_config.max_num_seqs
-        size, spent = 1, 0.0
-        while size <= min(largest, self.draft_pass.max_tokens) and spent < seconds:
+        largest = min(
+            self.block_length * self.vllm_config.scheduler_config.max_num_seqs, self.draft_pass.max_tokens
+        )
+        size, spent = 4, 0.0
+        while size <= largest and spent < seconds:
             times = [self.draft_pass.time_forward(size, self.block_length) for _ in range(3)]
             spent += sum(times)
-            self.auto.costs.start(size, min(times))
-            size *= 2
+            self.auto.costs.start(size, min(times))  # the first one compiles kernels
+            size = round_size(size + 1)
 
     def attach(self, runner: Any) -> None:
         """Let the proposer see the requests and the final length limit (called by the worker)."""
@@ -126,7 +129,7 @@ class SelfSpeculation:
         requests = self._known_requests()
         rows = [row for row, sampled in enumerate(sampled_token_ids) if sampled]
         states = {row: requests.at(row) for row in rows}
-        self._time_step(states, len(sampled_token_ids), entered)
+        self._time_step(states, sampled_token_ids, entered)
         for row, state in states.items():
             self._settle(state, sampled_token_ids[row])
         tokens = _Tokens(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
@@ -146,14 +149,16 @@ class SelfSpeculation:
             )
         return self._requests
 
-    def _time_step(self, states: dict[int, RequestState], rows: int, now: float) -> None:
-        """Learn what the causal step cost, host time included, unless a prefill was part of it."""
-        if self._left_at is None or len(states) < rows or not states:
+    def _time_step(self, states: dict[int, RequestState], sampled: list[list[int]], now: float) -> None:
+        """Learn what the causal step yielded and cost, host time included, unless a prefill was part of it."""
+        if self._left_at is None or len(states) < len(sampled) or not states:
             return
         if any(state.is_prefill(self._scheduled, self._drafted) for state in states.values()):
             return
         tokens = sum(self._scheduled.get(state.request_id, 0) for state in states.values())
-        self.auto.observe_step(rows, tokens, now - self._left_at)
+        automatic = [row for row, state in states.items() if state.options.mode == "auto"]
+        accepted = sum(len(sampled[row]) - 1 for row in automatic)
+        self.auto.observe_step(len(states), tokens, accepted, now - self._left_at)
 
     def _settle(self, state: RequestState, sampled: list[int]) -> None:
         """Book the causal pass that has just decided ``sampled``."""
@@ -166,51 +171,69 @@ class SelfSpeculation:
         elif drafts:
             kind = mode = "verify"
             mode = "self_speculation"
-            state.learn(drafts, accepted, self._known_requests().prior, self.auto.calibration)
+            state.learn(drafts, accepted, self.auto.calibration)
         else:
             kind = "ar"
             mode = "self_speculation" if state.options.mode == "self_speculation" and prefill else "ar"
         self.ledger.causal(state.tally, "prefill" if prefill else kind, mode, len(sampled), accepted)
 
-    def _blocks(
-        self, states: dict[int, RequestState], tokens: _Tokens, drafts: list[list[int]]
-    ) -> dict[int, Block]:
+    def _blocks(self, states: dict[int, RequestState], tokens: _Tokens, drafts: list[list[int]]) -> dict[int, Block]:
         """Return the blocks to fill, by row. Where a diffusion block is only half committed, its rest is handed out."""
         blocks: dict[int, Block] = {}
-        candidates: list[Candidate] = []
-        decided_tokens = len(states)
+        automatic: list[int] = []
         for row, state in states.items():
-            sampled, decided = tokens.sampled[row], int(tokens.decided[row])
-            room = self.max_model_len - decided
-            if state.is_over(sampled):
+            if state.options.mode == "ar" or state.is_over(tokens.sampled[row]):
                 continue
             if state.is_diffusion:
-                if state.pending:
-                    tokens.replace_last(row, state.pending.pop(0), state)
-                    drafts[row] = list(state.pending)[: max(0, room - 1)]
-                else:
-                    block = state.diffusion_block(
-                        row, sampled[-1], decided - 1, room, self.block_length, self.mask_token_id, self.vocab_size
-                    )
-                    if block is not None:
-                        blocks[row] = block
-                decided_tokens += len(drafts[row]) + (blocks[row].length - 1 if row in blocks else 0)
-            elif state.options.mode != "ar":
-                longest = min(state.options.block_length or self.block_length, room)
-                longest = state.longest_draft_block(longest)
-                if longest < 2:
-                    continue
-                if state.options.mode == "self_speculation":
-                    blocks[row] = state.draft_block(row, sampled[-1], decided - 1, longest, self.mask_token_id)
-                    decided_tokens += longest - 1
-                elif not state.is_reproducible:
-                    candidates.append(Candidate(row, state.acceptance, longest, state.idle_steps))
-        for row, length in self.auto.plan(candidates, len(states), decided_tokens).items():
-            seed, prefix = tokens.sampled[row][-1], int(tokens.decided[row]) - 1
-            blocks[row] = states[row].draft_block(row, seed, prefix, length, self.mask_token_id)
-        for candidate in candidates:
-            states[candidate.row].note_choice(candidate.row in blocks, self._known_requests().prior)
+                self._diffusion(row, state, tokens, drafts, blocks)
+            elif state.options.mode == "self_speculation":
+                longest = self._longest(row, state, tokens)
+                if longest >= 2:
+                    blocks[row] = self._draft_block(row, state, tokens, longest)
+            elif not state.is_reproducible:
+                automatic.append(row)
+        planned = len(states) + sum(map(len, drafts)) + sum(block.length - 1 for block in blocks.values())
+        if automatic and not self.auto.stays_with_ar(automatic, len(states), planned):
+            for row, length in self._plan(automatic, states, tokens, planned).items():
+                blocks[row] = self._draft_block(row, states[row], tokens, length)
         return blocks
+
+    def _plan(
+        self, rows: list[int], states: dict[int, RequestState], tokens: _Tokens, planned: int
+    ) -> dict[int, int]:
+        """Return the block lengths that auto mode chooses, by row."""
+        candidates: list[Candidate] = []
+        for row in rows:
+            longest = self._longest(row, states[row], tokens)
+            if longest >= 2:
+                candidates.append(Candidate(row, states[row].acceptance, longest, states[row].idle_steps))
+        chosen = self.auto.plan(candidates, len(states), planned)
+        for candidate in candidates:
+            states[candidate.row].note_choice(candidate.row in chosen)
+        return chosen
+
+    def _longest(self, row: int, state: RequestState, tokens: _Tokens) -> int:
+        room = self.max_model_len - int(tokens.decided[row])
+        return state.longest_draft_block(min(state.options.block_length or self.block_length, room))
+
+    def _draft_block(self, row: int, state: RequestState, tokens: _Tokens, length: int) -> Block:
+        return state.draft_block(row, tokens.sampled[row][-1], int(tokens.decided[row]) - 1, length, self.mask_token_id)
+
+    def _diffusion(
+        self, row: int, state: RequestState, tokens: _Tokens, drafts: list[list[int]], blocks: dict[int, Block]
+    ) -> None:
+        """Open a diffusion request's next block, or hand out what is left of the one that was cut short."""
+        decided = int(tokens.decided[row])
+        room = self.max_model_len - decided
+        if state.pending:
+            tokens.replace_last(row, state.pending.pop(0), state)
+            drafts[row] = state.pending[: max(0, room - 1)]
+            return
+        block = state.diffusion_block(
+            row, tokens.sampled[row][-1], decided - 1, room, self.block_length, self.mask_token_id, self.vocab_size
+        )
+        if block is not None:
+            blocks[row] = block
 
     def _fill(self, blocks: dict[int, Block], states: dict[int, RequestState], requests: int) -> None:
         if not blocks:
@@ -226,7 +249,8 @@ class SelfSpeculation:
             self.auto.observe_draft(sum(block.length for block in blocks.values()), seconds)
         automatic = [row for row in blocks if states[row].options.mode == "auto"]
         if automatic:
-            keep = self.auto.trim([blocks[row].confidence[1:] for row in automatic], requests, seconds)
+            others = sum(blocks[row].length - 1 for row in blocks if row not in automatic)
+            keep = self.auto.trim([blocks[row].confidence[1:] for row in automatic], requests + others, seconds)
             for row, drafts in zip(automatic, keep, strict=True):
                 del blocks[row].tokens[1 + drafts :]
 

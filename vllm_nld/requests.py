@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from vllm_nld.acceptance import Acceptance, Calibration
+from vllm_nld.acceptance import Acceptance, Calibration, Prior
 from vllm_nld.accounting import Tally
+from vllm_nld.auto import AR_STEPS_PER_CHOICE
 from vllm_nld.block import Block, CommitRule
 from vllm_nld.options import NLDOptions
 from vllm_nld.request_options import EngineTraits, request_options
@@ -66,7 +68,7 @@ class RequestState:
         """Whether the request's random draws are promised to be the same in every batch."""
         return self.params.seed is not None and self.params.temperature > 0
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end the request."""
         eos = self.params.eos_token_id
@@ -85,18 +87,17 @@ class RequestState:
         own = scheduled.get(self.request_id, 0) - len(drafted.get(self.request_id, ()))
         return own > 1 or self.cached.num_computed_tokens < self.cached.num_prompt_tokens
 
-    def note_choice(self, drafts: bool, prior: Acceptance) -> None:
+    def note_choice(self, drafts: bool) -> None:
         """Take note of whether auto mode lets the request draft in the next step."""
         if drafts:
             self.idle_steps = 0
             return
-        self.idle_steps += 1
-        self.acceptance.forget(prior, FORGET_SHARE)
+        self.idle_steps += 1 + AR_STEPS_PER_CHOICE  # the choice holds for that long
+        self.acceptance.forget(FORGET_SHARE * (1 + AR_STEPS_PER_CHOICE))
 
-    def learn(self, drafts: int, accepted: int, prior: Acceptance, calibration: Calibration) -> None:
+    def learn(self, drafts: int, accepted: int, calibration: Calibration) -> None:
         """Take note of a verified block of self-speculation."""
         self.acceptance.observe(drafts, accepted)
-        prior.observe(drafts, accepted, memory=0.99)
         calibration.observe(self.confidence[:drafts], accepted)
 
     def remaining(self, longest: int) -> int:
@@ -207,7 +208,7 @@ class Requests:
         self._traits = traits
         self._thinking = thinking
         self._states: dict[str, RequestState] = {}
-        self.prior = Acceptance()
+        self.prior = Prior()
 
     def at(self, row: int) -> RequestState:
         """Return the state of the request in a batch row."""
@@ -222,7 +223,7 @@ class Requests:
                 request_id,
                 cached,
                 request_options(cached.sampling_params, self._traits),
-                Acceptance.like(self.prior),
+                Acceptance(self.prior),
                 self._budget(cached.sampling_params),
             )
             self._states[request_id] = state

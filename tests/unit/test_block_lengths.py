@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_nld.acceptance import Acceptance
+from vllm_nld.acceptance import Acceptance, Prior
 from vllm_nld.block import Block
 from vllm_nld.draft_pass import MAX_GATHERED_TOKENS, DraftPass
 from vllm_nld.options import NLDOptions
@@ -34,7 +34,7 @@ def state(
         num_computed_tokens=3 + len(generated) - 1,
         num_prompt_tokens=3,
     )
-    return RequestState("r", cached, NLDOptions.parse(options or {}), Acceptance(), thinking)
+    return RequestState("r", cached, NLDOptions.parse(options or {}), Acceptance(Prior()), thinking)
 
 
 @pytest.mark.parametrize(

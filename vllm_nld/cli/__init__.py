@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -70,5 +71,61 @@ def cycle(
 
     try:
         run(model or ["tiny", "3b"], block or [], prompt_tokens, steps, json)
+    except NLDError as error:
+        raise _fail(error) from None
+
+
+@bench.command()
+def modes(
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to complete.")] = 12,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32 compares token for token; bfloat16 has near-ties.")] = "float32",
+    sol: Annotated[bool, typer.Option(help="Add the speed of light (minutes).")] = True,
+    json: Json = False,
+) -> None:
+    """TPF, acceptance, agreement with AR and speed of every mode on held-out text."""
+    from vllm_nld.cli.bench_modes import run
+
+    try:
+        run(prompts, max_tokens, dtype, sol, json)
+    except NLDError as error:
+        raise _fail(error) from None
+
+
+@bench.command()
+def auto(
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests in flight; may be repeated.")] = None,
+    workload: Annotated[list[str] | None, typer.Option(help="code, random or mix; may be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating runs per mode.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate per request.")] = 96,
+    dtype: Annotated[str, typer.Option(help="Of the embedded checkpoint.")] = "bfloat16",
+    json: Json = False,
+) -> None:
+    """Auto mode against plain AR and always-on self-speculation, over concurrency."""
+    from vllm_nld.cli.bench_auto import run
+
+    try:
+        run(concurrency or [1, 2, 4, 8, 16, 32], workload or ["code", "mix"], rounds, max_tokens, dtype, json)
+    except NLDError as error:
+        raise _fail(error) from None
+
+
+@app.command()
+def sol(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
+    prompts: Annotated[Path | None, typer.Option(help="One prompt per line, or .jsonl with a key prompt.")] = None,
+    held_out: Annotated[int, typer.Option(min=1, help="Without --prompts: held-out prompts to take.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
+    block_length: Annotated[list[int] | None, typer.Option(min=2, help="May be repeated.")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="Forwards the analysis may take per prompt.")] = 5000,
+    device: Annotated[str, typer.Option(help="PyTorch device of the dense model.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart here (needs matplotlib).")] = None,
+    json: Json = False,
+) -> None:
+    """Tokens per forward that a perfect sampler would reach, beside those of the real modes."""
+    from vllm_nld.cli.sol import run
+
+    try:
+        run(model, prompts, held_out, max_tokens, block_length or [8, 16, 32], budget, device, json, plot)
     except NLDError as error:
         raise _fail(error) from None

@@ -20,6 +20,7 @@ from rich.table import Table
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli.engine import PROPOSER, engine_with, prepare_environment, stdout_to_stderr
+from vllm_nld.errors import NLDError
 
 MODES = ("ar", "self_speculation", "auto")
 WORKLOADS = ("code", "random", "mix")
@@ -34,7 +35,14 @@ class Job:
 
 
 def run(concurrency: list[int], workloads: list[str], rounds: int, max_tokens: int, dtype: str, as_json: bool) -> None:
-    """Measure every workload and concurrency; print a table or one JSON object."""
+    """Measure every workload and concurrency; print a table or one JSON object.
+
+    Raises:
+        NLDError: a workload is unknown.
+    """
+    for name in workloads:
+        if name not in WORKLOADS:
+            raise NLDError(f"--workload {name}: allowed are {', '.join(WORKLOADS)}")
     prepare_environment()
     with stdout_to_stderr():
         report = {
@@ -107,22 +115,36 @@ def make_jobs(workload: str, count: int) -> list[Job]:
 
 
 def serve(llm: Any, jobs: list[Job], mode: str, clients: int, max_tokens: int) -> tuple[int, float]:
-    """Run all jobs with ``clients`` requests in flight; returns generated tokens and seconds."""
-    from vllm import SamplingParams
+    """Keep ``clients`` requests in flight until as many tokens are generated as the jobs ask for, each taken once.
 
-    core, waiting, tokens, number = llm.llm_engine, list(jobs), 0, 0
+    Jobs come round again, and what runs at the end is cut off: with a fixed set of requests the last and slowest one
+    would decide, while nothing else runs. Returns generated tokens and seconds.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    core, tokens, number, wanted = llm.llm_engine, 0, 0, len(jobs) * max_tokens
+    running: set[str] = set()
     started = time.perf_counter()
-    while waiting or core.has_unfinished_requests():
-        while waiting and core.get_num_unfinished_requests() < clients:
-            job = waiting.pop(0)
+    while tokens < wanted:
+        while len(running) < clients:
+            job, name = jobs[number % len(jobs)], f"{mode}-{started}-{number}"
             params = SamplingParams(
                 temperature=job.temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False,
-                extra_args={"nld": {"mode": mode}},
+                extra_args={"nld": {"mode": mode}}, output_kind=RequestOutputKind.DELTA,
             )  # fmt: skip
-            core.add_request(f"{mode}-{started}-{number}", job.prompt, params)
+            core.add_request(name, job.prompt, params)
+            running.add(name)
             number += 1
-        tokens += sum(len(output.outputs[0].token_ids) for output in core.step() if output.finished)
-    return tokens, time.perf_counter() - started
+        for output in core.step():
+            tokens += len(output.outputs[0].token_ids)
+            if output.finished:
+                running.discard(output.request_id)
+    seconds = time.perf_counter() - started
+    core.abort_request(list(running))
+    while core.has_unfinished_requests():
+        core.step()
+    return tokens, seconds
 
 
 def _decisions(llm: Any) -> Counter[tuple[str, int]]:

@@ -1,0 +1,151 @@
+"""The learned sampler: a small Transformer that predicts which of a block's most probable tokens are right.
+
+After the paper's section 3.2 and appendix A: per position a vector of the predicted token's embedding, compressed to 128
+dimensions by PCA, and 16 statistics of the distribution; a few encoder layers over the block; a sigmoid. It sees no
+hidden states of the language model. The features here are our own choice, since the paper's list is not public.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vllm_nld.errors import NLDError
+
+STATISTICS = 16
+TOP = 5
+
+
+class LearnedSamplerConfig(BaseModel):
+    """Sizes of the network; the defaults are the paper's (about 4.8 million parameters)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vocab_size: int = Field(ge=1)
+    token_dims: int = Field(default=128, ge=1)
+    d_model: int = Field(default=384, ge=1)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=6, ge=1)
+    feed_forward: int = Field(default=768, ge=1)
+
+
+class LearnedSampler(nn.Module):
+    """Predicts the probability that a masked position's most probable token is the one serial denoising ends with.
+
+    Attributes:
+        token_features: ``[vocab, token_dims]``, the compressed embedding; stored with the weights, so that nothing of
+            the language model is needed.
+    """
+
+    token_features: Tensor
+
+    def __init__(self, config: LearnedSamplerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("token_features", torch.zeros(config.vocab_size, config.token_dims))
+        self.inputs = nn.Linear(config.token_dims + STATISTICS, config.d_model)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                config.d_model, config.heads, config.feed_forward, dropout=0.0, batch_first=True, norm_first=True
+            )
+            for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, 1)
+
+    def forward(self, tokens: Tensor, statistics: Tensor, present: Tensor) -> Tensor:
+        """Return logits float32 ``[rows, length]`` of "the most probable token is right".
+
+        Args:
+            tokens: int64 ``[rows, length]``, the predicted token, or the committed one.
+            statistics: float32 ``[rows, length, STATISTICS]``, see :func:`statistics`.
+            present: bool ``[rows, length]``, False behind the end of a shorter block.
+        """
+        x = self.inputs(torch.cat((self.token_features[tokens].float(), statistics), dim=-1))
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=~present)
+        out: Tensor = self.head(self.norm(x)).squeeze(-1)
+        return out
+
+    @torch.inference_mode()
+    def correctness(self, logits: Tensor, blocks: Tensor, masked: Tensor, present: Tensor | None = None) -> Tensor:
+        """Return the probability that each masked position's argmax is right, float32 ``[rows, length]``; 0 elsewhere.
+
+        Args:
+            logits: float32 ``[rows, length, vocab]`` of a bidirectional pass; read at masked positions only.
+            blocks: int64 ``[rows, length]``, the current tokens.
+            masked: bool ``[rows, length]``.
+            present: bool ``[rows, length]``, False behind the end of a shorter block; None: every position is there.
+        """
+        present = torch.ones_like(masked) if present is None else present
+        tokens = torch.where(masked, logits.argmax(-1), blocks)
+        return self(tokens, statistics(logits, masked, present), present).sigmoid() * masked
+
+    @classmethod
+    def load(cls, folder: Path) -> LearnedSampler:
+        """Load ``config.json`` and ``model.safetensors`` from a checkpoint's folder ``learned_sampler``.
+
+        Raises:
+            NLDError: a file is missing, or they do not fit each other.
+        """
+        try:
+            config = LearnedSamplerConfig.model_validate(json.loads((folder / "config.json").read_text()))
+            sampler = cls(config)
+            sampler.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()})
+        except (OSError, ValueError, ValidationError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise NLDError(f"learned sampler in {folder} cannot be loaded: {reason}") from None
+        return sampler.eval()
+
+    def save(self, folder: Path) -> None:
+        """Write what :meth:`load` reads, in float16."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+        save_file({key: value.half().contiguous() for key, value in self.state_dict().items()}, folder / "model.safetensors")
+
+
+def statistics(logits: Tensor, masked: Tensor, present: Tensor) -> Tensor:
+    """Return float32 ``[rows, length, STATISTICS]``: what the distributions and the block's state say.
+
+    Everything is a function of the block's current state; nothing depends on other rows or on padding.
+    """
+    rows, length = masked.shape
+    probabilities = torch.where(masked[..., None], logits.float(), 0.0).softmax(-1) * masked[..., None]
+    top = probabilities.topk(TOP, dim=-1).values
+    first = top[..., :1]
+    entropy = torch.special.entr(probabilities).sum(-1, keepdim=True)
+    log_odds = torch.logit(first, eps=1e-6) / 10 * masked[..., None]
+    place = torch.arange(length, device=logits.device).expand(rows, -1)
+    committed = present & ~masked
+    left, right = _distances(committed, place)
+    share = masked.sum(1, keepdim=True) / present.sum(1, keepdim=True)
+    score = first.squeeze(-1).masked_fill(~masked, -1.0)
+    rank = (score[:, None, :] > score[:, :, None]).sum(-1) / masked.sum(1, keepdim=True).clamp_min(1) * masked
+    columns = (
+        top,
+        first - top[..., 1:2],
+        top[..., :3].sum(-1, keepdim=True),
+        entropy,
+        log_odds,
+        place[..., None] / 32,
+        share[..., None].expand(rows, length, 1),
+        committed[..., None],
+        left[..., None],
+        right[..., None],
+        rank[..., None],
+        (left[..., None] == 1 / 8) & masked[..., None],
+    )
+    return torch.cat([column.float() for column in columns], dim=-1)
+
+
+def _distances(committed: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far the nearest committed position is to the left and to the right, in eighths, at most 1."""
+    far = place.shape[1] + 8
+    last = torch.where(committed, place, -far).cummax(1).values
+    next_ = torch.where(committed, place, 2 * far).flip(1).cummin(1).values.flip(1)
+    return ((place - last) / 8).clamp(max=1), ((next_ - place) / 8).clamp(max=1)

@@ -1,0 +1,193 @@
+"""Speed of light: how few forwards a perfect sampler would need to fill a block (the paper's SOL analysis).
+
+The target of a block is what serial denoising ends with: one position per forward, the surest first. The question is in
+how few forwards the very same block can be reached when several positions are committed at once. After each forward
+the masked positions whose most probable token is the target's are ordered by confidence, and the longest run of that
+order is committed from which serial denoising still ends in the target ("recursive dynamic compaction"). Longest runs
+are a greedy choice, and other subsets are not tried, so the result is a lower bound of what is possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vllm_nld.reference.model import KVCache, ReferenceModel
+
+
+@dataclass
+class OracleBlock:
+    """One block's analysis.
+
+    Attributes:
+        target: the block that serial denoising ends with, seed first.
+        commits: positions committed by each forward of the oracle, in order.
+        complete: False if the simulation budget ran out: the rest was committed serially then.
+    """
+
+    target: list[int]
+    commits: list[list[int]] = field(default_factory=list)
+    complete: bool = True
+
+
+@dataclass
+class SpeedOfLight:
+    """A prompt's analysis, or that of several prompts together.
+
+    Attributes:
+        tokens: tokens of the filled blocks, seeds included.
+        denoising: forwards of the oracle.
+        commits: causal forwards, one per block.
+        serial: forwards of serial denoising, for comparison.
+        simulated: forwards that the analysis itself took.
+        blocks: blocks analysed.
+        incomplete: blocks for which the budget ran out.
+    """
+
+    tokens: int = 0
+    denoising: int = 0
+    commits: int = 0
+    serial: int = 0
+    simulated: int = 0
+    blocks: int = 0
+    incomplete: int = 0
+
+    def add(self, other: SpeedOfLight) -> None:
+        """Add another analysis' counts."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def tpf_denoising(self) -> float:
+        """Tokens per denoising forward; commits are left out."""
+        return self.tokens / self.denoising if self.denoising else float(self.tokens)
+
+    @property
+    def tpf(self) -> float:
+        """Tokens per forward, each block's causal commit counted."""
+        return self.tokens / max(1, self.denoising + self.commits)
+
+
+@torch.inference_mode()
+def analyse(
+    model: ReferenceModel,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    block_length: int,
+    budget: int = 5000,
+    progress: Callable[[int], None] | None = None,
+) -> SpeedOfLight:
+    """Analyse the blocks of one prompt; the text goes on with each block's target.
+
+    Args:
+        model: the dense model.
+        prompt_ids: the prompt.
+        max_new_tokens: tokens to generate.
+        block_length: tokens of a block, seed included.
+        budget: forwards that the analysis may take, batched probes counted one by one.
+        progress: called with the number of tokens whenever a block is done.
+    """
+    device = model.diffusion_head.weight.device
+    cache, result = KVCache(), SpeedOfLight()
+    logits = model.causal(torch.tensor([prompt_ids], device=device), cache)[0, -1]
+    while result.tokens < max_new_tokens:
+        length = min(block_length, max_new_tokens - result.tokens)
+        simulator = _Simulator(model, cache, budget - result.simulated)
+        block = simulator.analyse(int(logits.argmax()), length)
+        result.add(
+            SpeedOfLight(
+                length, len(block.commits), 1, length - 1, simulator.spent, 1, 0 if block.complete else 1
+            )
+        )
+        logits = model.causal(torch.tensor([block.target], device=device), cache)[0, -1]
+        if progress is not None:
+            progress(length)
+    return result
+
+
+class _Simulator:
+    """Denoising runs over one cached prefix, with a budget of forwards."""
+
+    def __init__(self, model: ReferenceModel, cache: KVCache, budget: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.mask_id: int = model.config.mask_token_id
+        self.budget = budget
+        self.spent = 0
+
+    def analyse(self, seed: int, length: int) -> OracleBlock:
+        """Return the oracle's way through one block."""
+        state = [seed] + [self.mask_id] * (length - 1)
+        order, target = self._serial(state)
+        block = OracleBlock(target)
+        while self.mask_id in state:
+            if self.spent >= self.budget:
+                block.complete = False
+                block.commits += [[position] for position in order if state[position] == self.mask_id]
+                break
+            commit = self._longest_safe_run(state, target)
+            block.commits.append(commit)
+            for position in commit:
+                state[position] = target[position]
+        return block
+
+    def _serial(self, state: list[int]) -> tuple[list[int], list[int]]:
+        """Return the positions in the order in which serial denoising commits them, and the finished block."""
+        tokens = torch.tensor([state])
+        order: list[int] = []
+        while (tokens == self.mask_id).any():
+            best, predicted, _ = self._look(tokens)
+            order.append(int(best[0]))
+            tokens[0, best[0]] = predicted[0, best[0]]
+        return order, [int(token) for token in tokens[0]]
+
+    def _look(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, for states ``[rows, length]``: surest masked position, most probable tokens, their confidence."""
+        rows = len(states)
+        self.spent += rows
+        expanded = KVCache(
+            [k.expand(rows, -1, -1, -1) for k in self.cache.keys], [v.expand(rows, -1, -1, -1) for v in self.cache.values]
+        )
+        logits = self.model.bidirectional(states.to(self.model.diffusion_head.weight.device), expanded).cpu()
+        confidence, predicted = logits.softmax(-1).max(-1)
+        confidence = confidence.masked_fill(states != self.mask_id, -1.0)
+        return confidence.argmax(1), predicted, confidence
+
+    def _longest_safe_run(self, state: list[int], target: list[int]) -> list[int]:
+        """Return the positions to commit now: the longest run by confidence from which serial denoising hits the target.
+
+        The surest position of all is what serial denoising itself would commit here, so a run of one is safe.
+        """
+        _, predicted, confidence = self._look(torch.tensor([state]))
+        right = [
+            position
+            for position in confidence[0].argsort(descending=True, stable=True).tolist()
+            if state[position] == self.mask_id and int(predicted[0, position]) == target[position]
+        ]
+        probes = []
+        for count in range(2, len(right) + 1):
+            probe = list(state)
+            for position in right[:count]:
+                probe[position] = target[position]
+            probes.append(probe)
+        safe = self._reach(torch.tensor(probes), torch.tensor(target)) if probes else []
+        longest = max((count for count, reached in enumerate(safe, 2) if reached), default=1)
+        return right[:longest] or [int(confidence[0].argmax())]
+
+    def _reach(self, probes: Tensor, target: Tensor) -> list[bool]:
+        """Return which probes ``[rows, length]`` end in the target when they are denoised serially.
+
+        A probe is dropped as soon as it commits a wrong token.
+        """
+        alive = torch.ones(len(probes), dtype=torch.bool)
+        while True:
+            going = (alive & (probes == self.mask_id).any(1)).nonzero().flatten()
+            if not len(going):
+                return [bool(value) for value in alive]
+            best, predicted, _ = self._look(probes[going])
+            tokens = predicted.gather(1, best[:, None]).squeeze(1)
+            alive[going] = tokens == target[best]
+            probes[going, best] = tokens
