@@ -32,7 +32,7 @@ def llm() -> Iterator[Any]:
         "max_num_seqs": 8,
         "max_model_len": 1024,
         "enable_prefix_caching": True,
-        "block_size": 16,
+        "block_size": 32,
         # A model this small would fill its answer with white space, which a JSON grammar allows without end.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
         "reasoning_config": ReasoningConfig(
