@@ -165,7 +165,7 @@ class DraftPass:
             entropy[masked] = torch.special.entr(logits.softmax(-1)).sum(-1).cpu()
         chosen = torch.full(masked.shape, self.mask_token_id)
         chosen[masked] = tokens.cpu()
-        committed = select(blocks, masked, self._score(blocks, logits, masked, dense), entropy)
+        committed = select(blocks, masked, dense, entropy, self._correctness(blocks, logits, masked))
         # One conversion each: reading tensors element by element costs more than the selection itself.
         for block, row, values, surety in zip(
             blocks, committed.tolist(), chosen.tolist(), dense.tolist(), strict=True
@@ -189,11 +189,12 @@ class DraftPass:
             start += len(positions)
         return tokens
 
-    def _score(self, blocks: Sequence[Block], logits: Tensor, masked: Tensor, confidence: Tensor) -> Tensor:
-        """Return what ranks the positions: confidence, or the learned sampler's prediction where a row asks for it."""
+    def _correctness(self, blocks: Sequence[Block], logits: Tensor, masked: Tensor) -> Tensor | None:
+        """Return the learned sampler's predictions, float ``[rows, length]``, if a row asks for them."""
         rows = [row for row, block in enumerate(blocks) if block.rule.sampler == "learned"]
-        if not rows or self.learned_sampler is None:
-            return confidence
+        if not rows:
+            return None
+        assert self.learned_sampler is not None, "admission refuses the sampler where there is none"
         dense = logits.new_zeros(*masked.shape, logits.shape[-1])
         dense[masked.to(logits.device)] = logits
         ids = torch.full(masked.shape, self.mask_token_id)
@@ -201,9 +202,9 @@ class DraftPass:
         for row, block in enumerate(blocks):
             ids[row, : block.length] = torch.tensor(block.tokens)
             present[row, : block.length] = True
-        arguments = (dense[rows], ids[rows].to(logits.device), masked[rows].to(logits.device))
-        score = confidence.clone()
-        score[rows] = self.learned_sampler.correctness(*arguments, present[rows].to(logits.device)).cpu()
+        columns = (tensor[rows].to(logits.device) for tensor in (ids, masked, present))
+        score = torch.zeros(masked.shape)
+        score[rows] = self.learned_sampler.correctness(dense[rows], *columns).cpu()
         return score
 
 

@@ -19,6 +19,8 @@ from vllm_nld.errors import NLDError
 
 STATISTICS = 16
 TOP = 5
+LOG_ODDS = TOP + 3
+"""Column of the statistics with the log-odds of the most probable token, divided by 10."""
 
 
 class LearnedSamplerConfig(BaseModel):
@@ -32,6 +34,7 @@ class LearnedSamplerConfig(BaseModel):
     layers: int = Field(default=4, ge=1)
     heads: int = Field(default=6, ge=1)
     feed_forward: int = Field(default=768, ge=1)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
 class LearnedSampler(nn.Module):
@@ -51,12 +54,16 @@ class LearnedSampler(nn.Module):
         self.inputs = nn.Linear(config.token_dims + STATISTICS, config.d_model)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                config.d_model, config.heads, config.feed_forward, dropout=0.0, batch_first=True, norm_first=True
+                config.d_model, config.heads, config.feed_forward, dropout=config.dropout, batch_first=True, norm_first=True
             )
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, 1)
+        # An untrained network predicts what the language model says of itself; training learns where that is wrong.
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.trust = nn.Parameter(torch.tensor(10.0))
 
     def forward(self, tokens: Tensor, statistics: Tensor, present: Tensor) -> Tensor:
         """Return logits float32 ``[rows, length]`` of "the most probable token is right".
@@ -69,7 +76,7 @@ class LearnedSampler(nn.Module):
         x = self.inputs(torch.cat((self.token_features[tokens].float(), statistics), dim=-1))
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~present)
-        out: Tensor = self.head(self.norm(x)).squeeze(-1)
+        out: Tensor = self.head(self.norm(x)).squeeze(-1) + self.trust * statistics[..., LOG_ODDS]
         return out
 
     @torch.inference_mode()

@@ -49,8 +49,8 @@ class NLDOptions(BaseModel):
         default=0.9,
         ge=0.0,
         le=1.0,
-        description="Diffusion, samplers confidence_threshold and learned: commit the positions at least this sure "
-        "(and always the surest one).",
+        description="Diffusion, samplers confidence_threshold and learned: commit the positions of at least this confidence, "
+        "or this predicted probability to be right (and always the one of highest confidence).",
     )
     tokens_per_step: int | None = Field(
         default=None,

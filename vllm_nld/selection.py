@@ -13,15 +13,22 @@ from torch import Tensor
 from vllm_nld.block import Block, CommitRule
 
 
-def select(blocks: Sequence[Block], masked: Tensor, score: Tensor, entropy: Tensor | None) -> Tensor:
+def select(
+    blocks: Sequence[Block],
+    masked: Tensor,
+    confidence: Tensor,
+    entropy: Tensor | None = None,
+    learned: Tensor | None = None,
+) -> Tensor:
     """Return the positions that this forward commits, bool ``[rows, length]`` on the CPU.
 
     Args:
         blocks: the rows' blocks; ``passes`` counts the forwards before this one.
         masked: bool ``[rows, length]``, the undecided positions.
-        score: float ``[rows, length]``: the chosen token's probability, or for the sampler ``learned`` the predicted
-            probability that it is right.
+        confidence: float ``[rows, length]``, the chosen token's probability.
         entropy: float ``[rows, length]``, nats; needed if a row's sampler is ``entropy_budget``.
+        learned: float ``[rows, length]``, the learned sampler's probability that the token is right; needed if a row's
+            sampler is ``learned``.
     """
     committed = torch.zeros_like(masked)
     by_rule: dict[str, list[int]] = {}
@@ -32,22 +39,26 @@ def select(blocks: Sequence[Block], masked: Tensor, score: Tensor, entropy: Tens
         rules = [blocks[row].rule for row in rows]
         if name == "all":
             committed[rows] = masked[rows]
-        elif name in ("confidence_threshold", "learned"):
-            committed[rows] = _above(rules, masked[rows], score[rows])
+        elif name == "confidence_threshold":
+            committed[rows] = _above(rules, masked[rows], confidence[rows], confidence[rows])
+        elif name == "learned":
+            assert learned is not None
+            committed[rows] = _above(rules, masked[rows], confidence[rows], learned[rows])
         elif name == "entropy_budget":
             assert entropy is not None
             committed[rows] = _within_budget(rules, masked[rows], entropy[rows])
         else:
             positions = -torch.arange(masked.shape[1], dtype=torch.float32).expand(len(rows), -1)
-            order = score[rows] if name == "top_k" else positions
+            order = confidence[rows] if name == "top_k" else positions
             quotas = [blocks[row].rule.quota(int(masked[row].sum()), blocks[row].passes) for row in rows]
             committed[rows] = masked[rows] & (_ranks(masked[rows], order) < torch.tensor(quotas)[:, None])
     return committed
 
 
-def _above(rules: list[CommitRule], masked: Tensor, score: Tensor) -> Tensor:
+def _above(rules: list[CommitRule], masked: Tensor, confidence: Tensor, score: Tensor) -> Tensor:
+    """Positions whose score reaches the threshold, and the one of highest confidence: serial denoising's choice."""
     thresholds = torch.tensor([rule.threshold for rule in rules])[:, None]
-    return masked & ((score >= thresholds) | (_ranks(masked, score) == 0))
+    return masked & ((score >= thresholds) | (_ranks(masked, confidence) == 0))
 
 
 def _within_budget(rules: list[CommitRule], masked: Tensor, entropy: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ python examples/train_tiny/learned_sampler.py vllm_nld/checkpoints/tiny
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import corpus
+import numpy as np
 import torch
 import torch.nn.functional as F
 from self_text import own_text
@@ -92,26 +94,52 @@ def collect(model: ReferenceModel, prefixes: Tensor, length: int, generator: tor
     return States.join([part for part in parts if part.masked.any()])
 
 
+def collect_all(
+    model: ReferenceModel, stream: np.ndarray, args: argparse.Namespace, generator: torch.Generator
+) -> dict[int, list[States]]:
+    """Return states by block length, behind real text that the model has continued a little by itself."""
+    rows = own_text(model, stream, args.blocks, prefix=96, new_tokens=48, seed=args.seed)
+    parts: dict[int, list[States]] = {}
+    with torch.inference_mode():
+        for index, batch in enumerate(tqdm(rows.split(64), unit="batch", desc="denoising")):
+            end = 96 + int(torch.randint(48, (1,), generator=generator))
+            length = args.lengths[index % len(args.lengths)]
+            parts.setdefault(length, []).append(collect(model, batch[:, :end], length, generator))
+    return parts
+
+
 def train(sampler: LearnedSampler, states: States, held_out: States, args: argparse.Namespace) -> None:
-    """Minimise the binary cross-entropy of the masked positions."""
-    optimizer = torch.optim.AdamW(sampler.parameters(), lr=args.learning_rate, weight_decay=0.01)
+    """Minimise the binary cross-entropy of the masked positions; keep the weights that did best on held-out blocks."""
+    optimizer = torch.optim.AdamW(sampler.parameters(), lr=args.learning_rate, weight_decay=0.05)
     steps = args.epochs * (len(states.tokens) // args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(args.seed)
+    best, kept = evaluate(sampler, held_out), copy.deepcopy(sampler.state_dict())
+    tqdm.write(f"held-out loss of the model's own confidence: {best:.4f}")
     bar = tqdm(total=steps, unit="step", desc="training")
     while bar.n < steps:
         order = torch.randperm(len(states.tokens), generator=generator)
         for rows in order.split(args.batch)[: len(order) // args.batch]:
-            loss = loss_of(sampler, states, rows)
+            loss = loss_of(sampler.train(), states, rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             bar.update()
-            if bar.n % 200 == 0:
-                with torch.inference_mode():
-                    other = loss_of(sampler, held_out, torch.arange(min(4096, len(held_out.tokens))))
-                bar.set_postfix(loss=f"{loss.item():.3f}", held_out=f"{other.item():.3f}")
+            if bar.n % 100 == 0:
+                found = evaluate(sampler, held_out)
+                if found < best:
+                    best, kept = found, copy.deepcopy(sampler.state_dict())
+                bar.set_postfix(loss=f"{loss.item():.4f}", held_out=f"{found:.4f}", best=f"{best:.4f}")
+    sampler.load_state_dict(kept)
+
+
+@torch.inference_mode()
+def evaluate(sampler: LearnedSampler, states: States) -> float:
+    """Return the mean loss over many states."""
+    parts = torch.arange(len(states.tokens)).split(1024)
+    losses = [loss_of(sampler.eval(), states, rows) * int(states.masked[rows].sum()) for rows in parts]
+    return float(sum(losses) / states.masked.sum())
 
 
 def loss_of(sampler: LearnedSampler, states: States, rows: Tensor) -> Tensor:
@@ -134,30 +162,32 @@ def main() -> None:
     """Collect states, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--blocks", type=int, default=3072, help="blocks to denoise")
+    parser.add_argument("--blocks", type=int, default=6144, help="blocks to denoise")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 16, 8], help="block lengths, taken in turn")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--d-model", type=int, default=128, help="384 in the paper, for models of 3B and more")
     parser.add_argument("--layers", type=int, default=2, help="4 in the paper")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--states", type=Path, help="keep the collected states here, to train again without collecting")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = load_reference(args.checkpoint)
     stream = corpus.encode(corpus.documents(), Tokenizer.from_file(str(args.checkpoint / "tokenizer.json")))
-    rows = own_text(model, stream, args.blocks, prefix=96, new_tokens=48, seed=args.seed)
-    parts: dict[int, list[States]] = {}
-    with torch.inference_mode():
-        for index, batch in enumerate(tqdm(rows.split(64), unit="batch", desc="denoising")):
-            end = 96 + int(torch.randint(48, (1,), generator=generator))
-            length = args.lengths[index % len(args.lengths)]
-            parts.setdefault(length, []).append(collect(model, batch[:, :end], length, generator))
+    if args.states is None or not args.states.is_file():
+        parts = collect_all(model, stream, args, generator)
+        if args.states is not None:
+            torch.save({length: [vars(part) for part in listed] for length, listed in parts.items()}, args.states)
+    else:
+        saved = torch.load(args.states)
+        parts = {length: [States(**part) for part in listed] for length, listed in saved.items()}
     states, held_out = pad_and_split(parts)
     config = LearnedSamplerConfig(
         vocab_size=model.config.vocab_size, d_model=args.d_model, layers=args.layers, heads=4,
-        feed_forward=2 * args.d_model,
+        feed_forward=2 * args.d_model, dropout=args.dropout,
     )  # fmt: skip
     sampler = LearnedSampler(config)
     sampler.token_features.copy_(compressed_embedding(model, config.token_dims))
@@ -166,7 +196,7 @@ def main() -> None:
 
 
 def pad_and_split(parts: dict[int, list[States]]) -> tuple[States, States]:
-    """Return training states, and those of each length's last batch, held out; shorter blocks are padded."""
+    """Return training states, and those of each length's last tenth of batches, held out; shorter blocks are padded."""
     longest = max(parts)
 
     def widen(state: States) -> States:
@@ -179,8 +209,10 @@ def pad_and_split(parts: dict[int, list[States]]) -> tuple[States, States]:
             F.pad(state.present, (0, short)),
         )
 
-    train_parts = [widen(part) for listed in parts.values() for part in listed[:-1]]
-    return States.join(train_parts), States.join([widen(listed[-1]) for listed in parts.values()])
+    ends = {length: -max(1, len(listed) // 10) for length, listed in parts.items()}
+    train_parts = [widen(part) for length, listed in parts.items() for part in listed[: ends[length]]]
+    held_out = [widen(part) for length, listed in parts.items() for part in listed[ends[length] :]]
+    return States.join(train_parts), States.join(held_out)
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ def fill(
     blocks, forwards = blocks.clone(), torch.zeros(len(blocks), dtype=torch.int64)
     while (masked := blocks == model.config.mask_token_id).any():
         logits = model.bidirectional(blocks, cache)
-        score = logits.softmax(-1).amax(-1) if sampler is None else sampler.correctness(logits, blocks, masked)
-        score = score.masked_fill(~masked, -1.0)
-        best = torch.zeros_like(masked).scatter_(1, score.argmax(1, keepdim=True), True)
+        confidence = logits.softmax(-1).amax(-1).masked_fill(~masked, -1.0)
+        score = confidence if sampler is None else sampler.correctness(logits, blocks, masked)
+        best = torch.zeros_like(masked).scatter_(1, confidence.argmax(1, keepdim=True), True)
         blocks = torch.where(masked & (best | (score >= threshold)), logits.argmax(-1), blocks)
         forwards += masked.any(1)
     return blocks, forwards

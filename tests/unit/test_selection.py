@@ -70,7 +70,7 @@ def test_quota(rule: dict[str, Any], masked: int, passes: int, quota: int) -> No
 def test_ties_go_left() -> None:
     block = Block(0, 0, [MASK] * 4, CommitRule(sampler="top_k", tokens_per_step=2))
     masked = torch.tensor([[False, True, True, True]])
-    assert select([block], masked, torch.full((1, 4), 0.5), None).tolist() == [[False, True, True, False]]
+    assert select([block], masked, torch.full((1, 4), 0.5)).tolist() == [[False, True, True, False]]
 
 
 def test_a_block_is_done() -> None:

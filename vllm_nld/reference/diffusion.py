@@ -123,14 +123,14 @@ def _chosen(
     if policy.max_steps is not None and forwards + 1 >= policy.max_steps:
         return masked
     probabilities = logits.softmax(-1)
-    confidence = probabilities.gather(-1, tokens[:, None]).squeeze(-1).tolist()
+    confidence = score = probabilities.gather(-1, tokens[:, None]).squeeze(-1).tolist()
+    surest = sorted(masked, key=lambda row: -confidence[row])
     if policy.sampler == "learned":
         assert policy.learned is not None
         ids = torch.tensor([block], device=logits.device)
-        confidence = policy.learned.correctness(logits[None], ids, ids == mask_id)[0].tolist()
-    surest = sorted(masked, key=lambda row: -confidence[row])
+        score = policy.learned.correctness(logits[None], ids, ids == mask_id)[0].tolist()
     if policy.sampler in ("confidence_threshold", "learned"):
-        return [row for rank, row in enumerate(surest) if rank == 0 or confidence[row] >= policy.threshold]
+        return [row for rank, row in enumerate(surest) if rank == 0 or score[row] >= policy.threshold]
     if policy.sampler == "entropy_budget":
         entropy = torch.special.entr(probabilities).sum(-1).tolist()
         run = sorted(masked, key=lambda row: entropy[row])
