@@ -168,7 +168,14 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     """
     from vllm_nld.verify import accept_diffusion
 
-    for name in ("drafter", "rejection_sampler", "requests", "input_batch", "effective_drafter_max_model_len", "max_model_len"):
+    for name in (
+        "drafter",
+        "rejection_sampler",
+        "requests",
+        "input_batch",
+        "effective_drafter_max_model_len",
+        "max_model_len",
+    ):
         if not hasattr(runner, name):
             raise NLDError(f"this vLLM's model runner has no {name!r}; vllm-nld supports vLLM {SUPPORTED}")
     runner.effective_drafter_max_model_len = runner.max_model_len + drafts

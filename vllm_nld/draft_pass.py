@@ -167,9 +167,7 @@ class DraftPass:
         chosen[masked] = tokens.cpu()
         committed = select(blocks, masked, dense, entropy, self._correctness(blocks, logits, masked))
         # One conversion each: reading tensors element by element costs more than the selection itself.
-        for block, row, values, surety in zip(
-            blocks, committed.tolist(), chosen.tolist(), dense.tolist(), strict=True
-        ):
+        for block, row, values, surety in zip(blocks, committed.tolist(), chosen.tolist(), dense.tolist(), strict=True):
             block.passes += 1
             for position in range(block.length):
                 if row[position]:

@@ -1,6 +1,6 @@
 """The learned sampler: a small Transformer that predicts which of a block's most probable tokens are right.
 
-After the paper's section 3.2 and appendix A: per position a vector of the predicted token's embedding, compressed to 128
+After the paper's section 3.2 and appendix A: per position the predicted token's embedding, compressed to 128
 dimensions by PCA, and 16 statistics of the distribution; a few encoder layers over the block; a sigmoid. It sees no
 hidden states of the language model. The features here are our own choice, since the paper's list is not public.
 """
@@ -54,7 +54,12 @@ class LearnedSampler(nn.Module):
         self.inputs = nn.Linear(config.token_dims + STATISTICS, config.d_model)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                config.d_model, config.heads, config.feed_forward, dropout=config.dropout, batch_first=True, norm_first=True
+                config.d_model,
+                config.heads,
+                config.feed_forward,
+                dropout=config.dropout,
+                batch_first=True,
+                norm_first=True,
             )
             for _ in range(config.layers)
         )
@@ -91,7 +96,8 @@ class LearnedSampler(nn.Module):
         """
         present = torch.ones_like(masked) if present is None else present
         tokens = torch.where(masked, logits.argmax(-1), blocks)
-        return self(tokens, statistics(logits, masked, present), present).sigmoid() * masked
+        predicted: Tensor = self(tokens, statistics(logits, masked, present), present).sigmoid() * masked
+        return predicted
 
     @classmethod
     def load(cls, folder: Path) -> LearnedSampler:
@@ -103,7 +109,9 @@ class LearnedSampler(nn.Module):
         try:
             config = LearnedSamplerConfig.model_validate(json.loads((folder / "config.json").read_text()))
             sampler = cls(config)
-            sampler.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()})
+            sampler.load_state_dict(
+                {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+            )
         except (OSError, ValueError, ValidationError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise NLDError(f"learned sampler in {folder} cannot be loaded: {reason}") from None
@@ -113,7 +121,9 @@ class LearnedSampler(nn.Module):
         """Write what :meth:`load` reads, in float16."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
-        save_file({key: value.half().contiguous() for key, value in self.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {key: value.half().contiguous() for key, value in self.state_dict().items()}, folder / "model.safetensors"
+        )
 
 
 def statistics(logits: Tensor, masked: Tensor, present: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ METRICS: dict[str, Metric] = {
     "vllm:nld_request_forwards": Metric(
         "counter",
         ("kind",),
-        "Forwards per request: one that serves n requests counts n. Kinds: prefill, ar, draft, verify, denoise, commit.",
+        "Forwards per request: one that serves n counts n. Kinds: prefill, ar, draft, verify, denoise, commit.",
     ),
     "vllm:nld_tokens": Metric("counter", ("mode",), "Generated tokens, by the mode of the step that decided them."),
     "vllm:nld_blocks": Metric("counter", ("mode",), "Blocks drafted or denoised."),
@@ -48,7 +48,9 @@ METRICS: dict[str, Metric] = {
     "vllm:nld_tokens_per_forward": Metric(
         "gauge", ("mode",), "Tokens per decode forward since start-up (draft, verify, denoise and commit all count)."
     ),
-    "vllm:nld_acceptance_length": Metric("gauge", (), "1 + accepted / drafted blocks of self-speculation since start-up."),
+    "vllm:nld_acceptance_length": Metric(
+        "gauge", (), "1 + accepted / drafted blocks of self-speculation since start-up."
+    ),
 }
 
 

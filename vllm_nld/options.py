@@ -26,7 +26,7 @@ class NLDOptions(BaseModel):
 
     mode: Mode = Field(
         default="auto",
-        description="How a request decodes. auto picks AR or self-speculation per step by measured cost and acceptance; "
+        description="How a request decodes. auto picks AR or self-speculation per step by cost and acceptance; "
         "diffusion is never picked, since its text is not AR's.",
     )
     block_length: int | None = Field(
@@ -49,8 +49,8 @@ class NLDOptions(BaseModel):
         default=0.9,
         ge=0.0,
         le=1.0,
-        description="Diffusion, samplers confidence_threshold and learned: commit the positions of at least this confidence, "
-        "or this predicted probability to be right (and always the one of highest confidence).",
+        description="Diffusion, samplers confidence_threshold and learned: commit the positions of at least this "
+        "confidence, or this predicted probability to be right (and always the one of highest confidence).",
     )
     tokens_per_step: int | None = Field(
         default=None,
@@ -65,7 +65,9 @@ class NLDOptions(BaseModel):
         "entropies without the largest stays within this many nats.",
     )
     max_denoising_steps: int | None = Field(
-        default=None, ge=1, description="Diffusion: denoising forwards per block; the last one commits all that is left."
+        default=None,
+        ge=1,
+        description="Diffusion: denoising forwards per block; the last one commits all that is left.",
     )
     temperature: float | None = Field(
         default=None,

@@ -75,11 +75,9 @@ class SelfSpeculation:
         )
 
     def measure_costs(self, seconds: float = 2.0) -> None:
-        """Time forwards of growing size for auto mode, for at most about ``seconds`` (called by the worker, warmed up)."""
+        """Time forwards of growing size for auto mode, for about ``seconds`` at most (called by the worker)."""
         assert self.draft_pass is not None, "vLLM loads the model before it warms up"
-        largest = min(
-            self.block_length * self.vllm_config.scheduler_config.max_num_seqs, self.draft_pass.max_tokens
-        )
+        largest = min(self.block_length * self.vllm_config.scheduler_config.max_num_seqs, self.draft_pass.max_tokens)
         size, spent = 4, 0.0
         while size <= largest and spent < seconds:
             times = [self.draft_pass.time_forward(size, self.block_length) for _ in range(3)]
@@ -198,9 +196,7 @@ class SelfSpeculation:
                 blocks[row] = self._draft_block(row, states[row], tokens, length)
         return blocks
 
-    def _plan(
-        self, rows: list[int], states: dict[int, RequestState], tokens: _Tokens, planned: int
-    ) -> dict[int, int]:
+    def _plan(self, rows: list[int], states: dict[int, RequestState], tokens: _Tokens, planned: int) -> dict[int, int]:
         """Return the block lengths that auto mode chooses, by row."""
         candidates: list[Candidate] = []
         for row in rows:

@@ -98,9 +98,7 @@ def analyse(
         simulator = _Simulator(model, cache, budget - result.simulated)
         block = simulator.analyse(int(logits.argmax()), length)
         result.add(
-            SpeedOfLight(
-                length, len(block.commits), 1, length - 1, simulator.spent, 1, 0 if block.complete else 1
-            )
+            SpeedOfLight(length, len(block.commits), 1, length - 1, simulator.spent, 1, 0 if block.complete else 1)
         )
         logits = model.causal(torch.tensor([block.target], device=device), cache)[0, -1]
         if progress is not None:
@@ -149,7 +147,8 @@ class _Simulator:
         rows = len(states)
         self.spent += rows
         expanded = KVCache(
-            [k.expand(rows, -1, -1, -1) for k in self.cache.keys], [v.expand(rows, -1, -1, -1) for v in self.cache.values]
+            [k.expand(rows, -1, -1, -1) for k in self.cache.keys],
+            [v.expand(rows, -1, -1, -1) for v in self.cache.values],
         )
         logits = self.model.bidirectional(states.to(self.model.diffusion_head.weight.device), expanded).cpu()
         confidence, predicted = logits.softmax(-1).max(-1)
@@ -157,7 +156,7 @@ class _Simulator:
         return confidence.argmax(1), predicted, confidence
 
     def _longest_safe_run(self, state: list[int], target: list[int]) -> list[int]:
-        """Return the positions to commit now: the longest run by confidence from which serial denoising hits the target.
+        """Return the positions to commit now: the longest run from which serial denoising still hits the target.
 
         The surest position of all is what serial denoising itself would commit here, so a run of one is safe.
         """

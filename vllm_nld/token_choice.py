@@ -73,9 +73,9 @@ class TokenChoice:
         assert self.penalties is not None
         presence, frequency, repetition = self.penalties
         prompt, output = self.history
-        counts = torch.bincount(
-            torch.tensor([*output, *committed], dtype=torch.int64), minlength=self.vocab_size
-        ).to(logits.device)[: logits.shape[-1]]
+        counts = torch.bincount(torch.tensor([*output, *committed], dtype=torch.int64), minlength=self.vocab_size).to(
+            logits.device
+        )[: logits.shape[-1]]
         seen = counts > 0
         in_prompt = torch.zeros_like(seen)
         in_prompt[torch.tensor(sorted(set(prompt)), dtype=torch.int64)] = True

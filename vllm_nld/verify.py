@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]) -> None:
-    """Make a rejection sampler accept every draft of the batch rows for which ``is_diffusion(row)`` holds; idempotent."""
+    """Make a rejection sampler accept every draft of the rows for which ``is_diffusion(row)`` holds; idempotent."""
     original = rejection_sampler.apply_logits_processors
     if getattr(original, "accepts_diffusion", False):
         return

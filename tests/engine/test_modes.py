@@ -203,7 +203,7 @@ def test_diffusion_temperature_is_its_own(llm: Any) -> None:
 def test_the_thinking_budget_forces_the_end(llm: Any, mode: str, budget: int) -> None:
     """The end token comes exactly where the budget ends, and the text is the reference's."""
     model = load_reference(checkpoint_path("tiny"))
-    prompts = [output.prompt_token_ids + [THINK] for output in complete(llm, TEXTS, "ar", max_tokens=1)]
+    prompts = [[*output.prompt_token_ids, THINK] for output in complete(llm, TEXTS, "ar", max_tokens=1)]
     outputs = complete(
         llm, [{"prompt_token_ids": ids} for ids in prompts], mode, thinking_token_budget=budget, max_tokens=32
     )

@@ -70,7 +70,7 @@ def diffusion(made: RequestState, room: int = 100) -> Block | None:
         ({}, {}, 100, [6] + [MASK] * 7),
         ({"block_length": 4}, {}, 100, [6] + [MASK] * 3),
         ({}, {"max_tokens": 4}, 100, [6] + [MASK] * 2),
-        ({}, {"max_tokens": 3}, 100, [6] + [MASK]),
+        ({}, {"max_tokens": 3}, 100, [6, MASK]),
         ({}, {"max_tokens": 2}, 100, None),
         ({}, {}, 3, [6] + [MASK] * 2),
         ({}, {}, 1, None),

@@ -106,9 +106,7 @@ def make_jobs(workload: str, count: int) -> list[Job]:
     """Return requests: held-out code completed greedily, random tokens sampled at temperature 1, or both in turn."""
     code = [Job(text, 0.0) for _, text in held_out_prompts(count)]
     generator = random.Random(0)
-    noise = [
-        Job({"prompt_token_ids": [generator.randrange(20, 500) for _ in range(150)]}, 1.0) for _ in range(count)
-    ]
+    noise = [Job({"prompt_token_ids": [generator.randrange(20, 500) for _ in range(150)]}, 1.0) for _ in range(count)]
     if workload == "mix":
         return [pair[index % 2] for index, pair in enumerate(zip(code, noise, strict=True))]
     return code if workload == "code" else noise

@@ -119,7 +119,9 @@ def _agreement(tokens: list[int], expected: list[int]) -> float:
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table("mode", "TPF", "acceptance length", "passes / block", "same text as AR", "agreeing prefix", "tokens/s")
+    table = Table(
+        "mode", "TPF", "acceptance length", "passes / block", "same text as AR", "agreeing prefix", "tokens/s"
+    )
     for row in report["modes"]:
         table.add_row(
             row["mode"],

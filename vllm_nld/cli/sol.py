@@ -160,7 +160,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     names += [f"speed of light\nblock {row['block_length']}" for row in report["speed_of_light"]]
     values = [row["tpf"] for row in (*report["modes"], *report["speed_of_light"])]
     figure, axes = pyplot.subplots(figsize=(8, 4))
-    bars = axes.bar(names, values, color=["tab:blue"] * len(report["modes"]) + ["tab:orange"] * len(report["speed_of_light"]))
+    bars = axes.bar(
+        names, values, color=["tab:blue"] * len(report["modes"]) + ["tab:orange"] * len(report["speed_of_light"])
+    )
     axes.bar_label(bars, fmt="%.2f")
     axes.set_ylabel("tokens per forward")
     axes.set_title(f"{report['model']}, {report['prompts']} prompts x {report['max_tokens']} tokens")

@@ -115,9 +115,7 @@ def _denoise(
     return forwards
 
 
-def _chosen(
-    block: list[int], mask_id: int, logits: Tensor, tokens: Tensor, policy: Policy, forwards: int
-) -> list[int]:
+def _chosen(block: list[int], mask_id: int, logits: Tensor, tokens: Tensor, policy: Policy, forwards: int) -> list[int]:
     """Return the positions to commit after ``forwards`` earlier forwards of this block."""
     masked = [row for row, token in enumerate(block) if token == mask_id]
     if policy.max_steps is not None and forwards + 1 >= policy.max_steps:

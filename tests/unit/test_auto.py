@@ -1,0 +1,182 @@
+"""Auto mode's choices, on made-up prices."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from vllm_nld.acceptance import Acceptance, Calibration, Prior
+from vllm_nld.auto import AR_SAMPLES, AR_STEPS_PER_CHOICE, PROBE_SHARE, AutoMode, Candidate
+from vllm_nld.costs import CostCurve, round_size
+
+
+def made(clock: list[float] | None = None, slope: float = 0.01, cap: int = 512) -> AutoMode:
+    """A machine on which a forward takes 1 s + ``slope`` s a token; AR's price is known."""
+    auto = AutoMode(16, clock=(lambda: clock[0]) if clock is not None else lambda: 0.0)
+    for size in range(1, cap):
+        auto.costs.start(size, 1 + slope * size)
+        for _ in range(AR_SAMPLES):
+            auto.costs.ar.observe(size, 1 + slope * size)
+    return auto
+
+
+def candidates(*rates: float) -> list[Candidate]:
+    found = []
+    for row, rate in enumerate(rates):
+        acceptance = Acceptance(Prior(), accepted=1e6 * rate, tested=1e6)
+        found.append(Candidate(row, acceptance, 16))
+    return found
+
+
+def test_good_drafts_are_taken_and_bad_ones_are_not() -> None:
+    assert made().plan(candidates(0.95), 1, 1) == {0: 16}
+    assert made().plan(candidates(0.1), 1, 1) == {}
+    assert made().plan([], 3, 3) == {}
+
+
+def test_the_block_length_follows_acceptance() -> None:
+    """Where tokens cost, a long block pays only if it is accepted."""
+    lengths = [made(slope=0.08).plan(candidates(rate), 1, 1).get(0, 1) for rate in (0.3, 0.8, 0.9, 0.98)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] == 1
+    assert 1 < lengths[1] < lengths[-1] == 16
+
+
+def test_only_the_promising_requests_draft() -> None:
+    chosen = made(slope=0.05).plan(candidates(0.05, 0.97, 0.1, 0.96), 4, 4)
+    assert set(chosen) == {1, 3}
+
+
+def test_a_busy_device_decodes_one_token_at_a_time() -> None:
+    """Where every token has its full price, as at high concurrency, drafts cannot pay."""
+    auto = AutoMode(16, clock=lambda: 0.0)
+    for size in range(1, 600):
+        auto.costs.start(size, 0.01 * size)
+        for _ in range(AR_SAMPLES):
+            auto.costs.ar.observe(size, 0.01 * size)
+    assert auto.plan(candidates(*[0.8] * 32), 32, 32) == {}
+
+
+def test_a_request_s_own_limit_is_kept() -> None:
+    (candidate,) = candidates(0.95)
+    assert made().plan([Candidate(0, candidate.acceptance, 3)], 1, 1) == {0: 3}
+
+
+def test_ar_is_priced_before_anything_is_chosen() -> None:
+    auto = AutoMode(16, clock=lambda: 0.0)
+    for size in range(1, 64):
+        auto.costs.start(size, 1.0)
+    steps = 0
+    while not auto.plan(candidates(0.95), 1, 1):
+        auto.observe_step(1, 1, 0, 1.0)
+        steps += 1
+        assert steps < 50
+    assert steps == AR_SAMPLES
+
+
+def test_ar_once_chosen_is_kept_for_some_steps() -> None:
+    auto = made()
+    assert auto.plan(candidates(0.1, 0.1), 2, 2) == {}
+    assert [auto.stays_with_ar([0, 1], 2, 2) for _ in range(AR_STEPS_PER_CHOICE + 1)] == [True] * 8 + [False]
+    auto.plan(candidates(0.1, 0.1), 2, 2)
+    assert not auto.stays_with_ar([0, 1, 2], 3, 3), "the batch is another one"
+    assert auto.decisions["ar", 1] == 2 + 2 * AR_STEPS_PER_CHOICE + 2
+
+
+def test_probes_stay_within_their_budget() -> None:
+    """Requests whose acceptance is unknown are tried, but for a small share of the time."""
+    auto, idle, probing, busy = made(), 0, 0.0, 0.0
+    for _ in range(20_000):
+        (candidate,) = candidates(0.05)
+        candidate.idle_steps = idle
+        chosen = auto.plan([candidate], 1, 1)
+        idle = 0 if chosen else idle + 1
+        seconds = 1.01
+        if chosen:
+            auto.observe_draft(8, 1.08)
+            seconds = 1.08
+            probing += 1.08 + 0.07
+        auto.observe_step(1, 8 if chosen else 1, 0, seconds)
+        busy += seconds + (1.08 if chosen else 0.0)
+    assert 0.3 * PROBE_SHARE < probing / busy < 1.5 * PROBE_SHARE
+
+
+def test_promises_that_are_not_kept_are_believed_less() -> None:
+    """Expected gains of 10 tokens a cycle that never come: drafting ends, though each request's own rate looks good."""
+    auto = made(slope=0.05)
+    cycles = 0
+    for _ in range(200):
+        chosen = auto.plan(candidates(0.95), 1, 1)
+        if chosen:
+            cycles += 1
+            auto.observe_draft(16, 1.8)
+        auto.observe_step(1, 16 if chosen else 1, 0, 1.8 if chosen else 1.05)
+    assert 5 < cycles < 60
+
+
+def test_trim_keeps_what_pays() -> None:
+    auto = made(slope=0.2)
+    assert auto.trim([[0.99] * 15], 1, 1.0) == [15]
+    (kept,) = auto.trim([[0.97, 0.97, 0.97] + [0.05] * 12], 1, 1.0)
+    assert kept == 3
+    assert auto.trim([[0.99] * 7, [0.05] * 7], 2, 1.0)[1] == 0
+    assert sum(auto.trim([[0.01] * 15], 1, 1.0)) >= 1, "what is drafted is put to the test"
+
+
+def test_rounded_sizes_are_few() -> None:
+    assert [round_size(n) for n in (1, 4, 5, 16, 17, 64, 65, 500)] == [4, 4, 8, 16, 24, 64, 80, 512]
+    assert len({round_size(n) for n in range(1, 513)}) < 45
+
+
+def test_cost_curve() -> None:
+    curve = CostCurve()
+    assert curve.seconds(5) == 0.0
+    curve.start(4, 1.0)
+    curve.start(8, 3.0)
+    assert curve.seconds(6) == pytest.approx(2.0)
+    assert curve.seconds(1) == 1.0
+    assert curve.seconds(16) == pytest.approx(6.0)
+    curve.observe(8, 5.0)
+    assert curve.seconds(8) == 5.0, "a real measurement replaces the first guess"
+    for _ in range(200):
+        curve.observe(8, 4.0)
+    assert curve.seconds(8) == pytest.approx(4.0, rel=0.01)
+    curve.observe(8, 1000.0)
+    assert curve.seconds(8) < 5.0, "an outlier is no cost"
+
+
+@pytest.mark.parametrize(("rates", "weight"), [((0.7,) * 20, 48.0), ((0.05, 0.95) * 10, 3.0)])
+def test_the_average_counts_for_much_where_requests_are_alike(rates: tuple[float, ...], weight: float) -> None:
+    prior, generator = Prior(), random.Random(0)
+    for _ in range(5):
+        for rate in rates:
+            own = Acceptance(prior)
+            for _ in range(8):
+                accepted = 0
+                while accepted < 15 and generator.random() < rate:
+                    accepted += 1
+                own.observe(15, accepted)
+    assert prior.weight == weight
+
+
+def test_acceptance_learns_and_forgets() -> None:
+    own = Acceptance(Prior())
+    assert own.rate == pytest.approx(0.75)
+    for _ in range(30):
+        own.observe(15, 1)
+    assert own.rate < 0.62
+    low = own.rate
+    for _ in range(300):
+        own.forget(0.05)
+    assert own.rate == pytest.approx(own.prior.rate) != low
+    assert Acceptance(Prior(), 1e9 * 0.5, 1e9).expected_tokens(3) == pytest.approx(1.75)
+
+
+def test_confidence_is_calibrated_by_outcome() -> None:
+    calibration = Calibration()
+    assert calibration.probability(0.97) == pytest.approx(0.97)
+    for _ in range(500):
+        calibration.observe([0.97], 0)
+    assert calibration.probability(0.97) < 0.1
+    assert calibration.probability(0.5) == pytest.approx(0.55)
