@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -18,6 +20,7 @@ from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
 BIN = Path(sys.executable).parent
+SPECULATE = {"vllm_xargs": {"nld.mode": "self_speculation"}}  # auto mode, the default, may choose AR
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -30,6 +33,8 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [str(BIN / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port), "--host", "127.0.0.1"]
     command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
     command += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
+    # A model this small would fill a tool's arguments with white space, which a JSON grammar allows without end.
+    command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     # The environment of the in-process tests must not leak into what a user would start.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     with log.open("w") as output:
@@ -59,9 +64,11 @@ def model(client: OpenAI) -> str:
     return client.models.list().data[0].id
 
 
-def metric(base_url: str, name: str) -> float:
+def metric(base_url: str, name: str, label: str = "") -> float:
+    """A metric's value, summed over the series that carry ``label``."""
     text = urllib.request.urlopen(f"{base_url}/metrics", timeout=10).read().decode()
     lines = [line for line in text.splitlines() if line.startswith(f"{name}{{") or line.startswith(f"{name}_total{{")]
+    lines = [line for line in lines if label in line]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
@@ -69,7 +76,7 @@ def test_completions_streamed_and_not(client: OpenAI, model: str, base_url: str)
     from vllm_nld.reference import ar_generate, load_reference
 
     ((_, prompt),) = held_out_prompts(1)
-    settings = {"model": model, "prompt": prompt, "max_tokens": 48, "temperature": 0.0}
+    settings = {"model": model, "prompt": prompt, "max_tokens": 48, "temperature": 0.0, "extra_body": SPECULATE}
     before = metric(base_url, "vllm:spec_decode_num_accepted_tokens")
     whole = client.completions.create(**settings)
     assert metric(base_url, "vllm:spec_decode_num_accepted_tokens") > before
@@ -108,6 +115,91 @@ def test_bad_requests_are_refused(client: OpenAI, model: str) -> None:
 
     with pytest.raises(BadRequestError):
         client.completions.create(model=model, prompt="x", max_tokens=100_000)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [lambda mode: {"nld.mode": mode}, lambda mode: {"nld": json.dumps({"mode": mode})}],
+    ids=["flat", "json"],
+)
+def test_every_mode_on_one_server(client: OpenAI, model: str, spelling: Callable[[str], dict[str, str]]) -> None:
+    ((_, prompt),) = held_out_prompts(1)
+    texts = {}
+    for mode in ("ar", "self_speculation", "auto", "diffusion"):
+        settings = {"model": model, "prompt": prompt, "max_tokens": 48, "temperature": 0.0}
+        settings["extra_body"] = {"vllm_xargs": spelling(mode)}
+        completion = client.completions.create(**settings)
+        texts[mode] = completion.choices[0].text
+        assert completion.usage is not None
+        assert completion.usage.completion_tokens == 48
+        streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**settings, stream=True))
+        assert streamed == texts[mode]
+    assert texts["ar"] == texts["self_speculation"] == texts["auto"]
+
+
+@pytest.mark.parametrize(
+    ("xargs", "words"),
+    [
+        ({"nld.mode": "fast"}, ["mode='fast'", "'self_speculation'"]),
+        ({"nld.speed": 3}, ["speed=3", "unknown", "allowed keys"]),
+        ({"nld": '{"mode": "ar", "threshold": 0.5}'}, ["threshold=0.5", "no effect in mode 'ar'"]),
+        ({"nld.mode": "diffusion", "nld.block_length": 64}, ["block_length=64", "2 to 16"]),
+        ({"nld": "diffusion"}, ["'diffusion'", "JSON"]),
+    ],
+)
+def test_an_unsuitable_mode_is_http_400(
+    client: OpenAI, model: str, xargs: dict[str, Any], words: list[str]
+) -> None:
+    from openai import BadRequestError
+
+    for create, ask in (
+        (client.completions.create, {"prompt": "x"}),
+        (client.chat.completions.create, {"messages": [{"role": "user", "content": "x"}]}),
+    ):
+        with pytest.raises(BadRequestError) as caught:
+            create(model=model, max_tokens=4, extra_body={"vllm_xargs": xargs}, **ask)
+        for word in words:
+            assert word in str(caught.value)
+    assert client.completions.create(model=model, prompt="x", max_tokens=4).choices[0].text
+
+
+def test_named_tools_get_valid_arguments_in_every_mode(client: OpenAI, model: str) -> None:
+    parameters = {"type": "object", "properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"]}
+    tool = {"type": "function", "function": {"name": "pick", "parameters": parameters}}
+    for mode in ("ar", "self_speculation", "diffusion", "auto"):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Pick."}],
+            tools=[tool],
+            tool_choice={"type": "function", "function": {"name": "pick"}},
+            max_tokens=400,
+            extra_body={"vllm_xargs": {"nld.mode": mode}},
+        )
+        (call,) = answer.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments)["n"] in (1, 2, 3), mode
+
+
+def test_metrics_tell_the_modes_apart(client: OpenAI, model: str, base_url: str) -> None:
+    ((_, prompt),) = held_out_prompts(1)
+
+    def tokens_of(mode: str) -> float:
+        return metric(base_url, "vllm:nld_tokens", f'mode="{mode}"')
+
+    for mode in ("ar", "self_speculation", "diffusion"):
+        before = tokens_of(mode)
+        settings = {"model": model, "prompt": prompt, "max_tokens": 40, "temperature": 0.0}
+        client.completions.create(**settings, extra_body={"vllm_xargs": {"nld.mode": mode}})
+        for _ in range(50):  # the last values come with the step that tells the worker of the request's end
+            if tokens_of(mode) >= before + 40:
+                break
+            time.sleep(0.1)
+        assert before + 40 <= tokens_of(mode) <= before + 40 + 16, "no more than a block is decided in excess"
+    for kind in ("prefill", "ar", "draft", "verify", "denoise", "commit"):
+        assert metric(base_url, "vllm:nld_request_forwards", f'kind="{kind}"') > 0
+    assert metric(base_url, "vllm:nld_model_forwards", 'pass="draft"') > 0
+    assert metric(base_url, "vllm:nld_tokens_per_forward", 'mode="self_speculation"') > 1
+    assert metric(base_url, "vllm:nld_acceptance_length") > 1
+    assert metric(base_url, "vllm:nld_denoising_passes") > 0
 
 
 def test_the_example_client(base_url: str) -> None:
