@@ -91,8 +91,9 @@ class SelfSpeculation:
         self._requests = Requests(runner, EngineTraits.of(self.vllm_config), thinking_tokens(self.vllm_config))
 
     def is_diffusion(self, row: int) -> bool:
-        """Whether the request in a batch row decodes by diffusion."""
-        return self._known_requests().at(row).is_diffusion
+        """Whether the request in a batch row decodes by diffusion; vLLM's warm-up samples rows without requests."""
+        requests = self._known_requests()
+        return row < requests.rows and requests.at(row).is_diffusion
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Take note of what the causal pass is about to run, and forget requests that are over (called by the worker).

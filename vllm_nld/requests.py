@@ -210,6 +210,11 @@ class Requests:
         self._states: dict[str, RequestState] = {}
         self.prior = Prior()
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that hold a request."""
+        return len(self._runner.input_batch.req_ids)
+
     def at(self, row: int) -> RequestState:
         """Return the state of the request in a batch row."""
         return self.state(self._runner.input_batch.req_ids[row])
