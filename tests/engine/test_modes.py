@@ -13,6 +13,7 @@ from engines import engine, metric
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.learned_sampler import LearnedSampler
 from vllm_nld.reference import ar_generate, load_reference
 from vllm_nld.reference import generate as reference_generate
 
@@ -169,10 +170,16 @@ def test_the_cached_prefix_changes_nothing(llm: Any, mode: str) -> None:
 
 def test_diffusion_equals_the_reference_on_real_weights(llm: Any) -> None:
     model = load_reference(checkpoint_path("tiny"))
-    for nld in ({"threshold": 0.7}, {"threshold": 0.5, "block_length": 8}, {"sampler": "entropy_budget"}):
+    learned = LearnedSampler.load(checkpoint_path("tiny") / "learned_sampler")
+    for nld in (
+        {"threshold": 0.7},
+        {"sampler": "entropy_budget"},
+        {"sampler": "learned", "threshold": 0.8},
+        {"sampler": "learned", "threshold": 0.6, "block_length": 8},
+    ):
         for output in complete(llm, TEXTS[:2], "diffusion", nld, max_tokens=48):
             prompt = list(output.prompt_token_ids)
-            expected = reference_generate(model, prompt, 48, **nld)
+            expected = reference_generate(model, prompt, 48, learned=learned, **nld)
             assert list(output.outputs[0].token_ids) == expected.ids[len(prompt) :]
 
 

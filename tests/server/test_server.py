@@ -147,9 +147,7 @@ def test_every_mode_on_one_server(client: OpenAI, model: str, spelling: Callable
         ({"nld": "diffusion"}, ["'diffusion'", "JSON"]),
     ],
 )
-def test_an_unsuitable_mode_is_http_400(
-    client: OpenAI, model: str, xargs: dict[str, Any], words: list[str]
-) -> None:
+def test_an_unsuitable_mode_is_http_400(client: OpenAI, model: str, xargs: dict[str, Any], words: list[str]) -> None:
     from openai import BadRequestError
 
     for create, ask in (
@@ -164,7 +162,12 @@ def test_an_unsuitable_mode_is_http_400(
 
 
 def test_json_schemas_are_kept_in_every_mode(client: OpenAI, model: str) -> None:
-    schema = {"type": "object", "properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2, 3]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     for mode in ("ar", "self_speculation", "diffusion", "auto"):
         answer = client.chat.completions.create(
             model=model,
