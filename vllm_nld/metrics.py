@@ -63,12 +63,19 @@ class Sample:
     value: float
 
 
-def snapshot_path(vllm_config: Any) -> Path:
-    """Return where an engine's worker publishes: one file per engine and data-parallel rank."""
+def snapshot_path(vllm_config: Any, index: int | None = None) -> Path:
+    """Return where an engine's worker publishes: one file per engine and data-parallel rank.
+
+    Args:
+        vllm_config: vLLM's config, the same in the API process and the worker.
+        index: data-parallel rank, which is the label ``engine`` of ``/metrics``; None for this process's own.
+    """
+    if index is None:
+        # Not data_parallel_rank: vLLM sets that to 0 in every engine of a dense model, and keeps the rank here.
+        index = vllm_config.parallel_config.data_parallel_index
     # vLLM appends the data-parallel rank to the id in some set-ups.
     engine = vllm_config.instance_id.partition("_dp")[0]
-    rank = vllm_config.parallel_config.data_parallel_rank
-    return Path(tempfile.gettempdir()) / f"vllm-nld-{os.getuid()}-{engine}-{rank}.json"
+    return Path(tempfile.gettempdir()) / f"vllm-nld-{os.getuid()}-{engine}-{index}.json"
 
 
 class Publisher:
@@ -90,17 +97,27 @@ class Publisher:
             return
         self._last = moment
         text = json.dumps({"pid": os.getpid(), "samples": [asdict(sample) for sample in samples()]})
-        partial = self.path.with_suffix(f".{os.getpid()}")
         # A full disk must not stop the engine: metrics are then old, that is all.
         with contextlib.suppress(OSError):
-            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(text)
-            partial.replace(self.path)
+            # mkstemp follows no link that somebody else put into the shared folder; mode 0600.
+            handle, partial = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.name}.")
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(text)
+                Path(partial).replace(self.path)
+            except OSError:
+                Path(partial).unlink()
 
     def remove(self) -> None:
         """Delete the file."""
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        remove_snapshot(self.path)
+
+
+def remove_snapshot(path: Path) -> None:
+    """Delete a snapshot, and what a worker that was killed while writing left beside it."""
+    with contextlib.suppress(OSError):
+        for file in (path, *path.parent.glob(f"{path.name}.*")):
+            file.unlink(missing_ok=True)
 
 
 def read_samples(path: Path) -> list[Sample]:

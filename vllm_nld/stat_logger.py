@@ -5,6 +5,7 @@ The snapshots are read when Prometheus scrapes, so that a scrape after the last 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_nld import MODEL_TYPE
-from vllm_nld.metrics import METRICS, read_samples, snapshot_path
+from vllm_nld.metrics import METRICS, read_samples, remove_snapshot, snapshot_path
 from vllm_nld.request_options import EngineTraits
 
 logger = init_logger("vllm.nld.metrics")
@@ -28,15 +29,27 @@ class SnapshotCollector(Collector):
     Args:
         model_name: value of the label ``model_name``.
         paths: snapshot files by the value of the label ``engine``.
+
+    Attributes:
+        active: engines (values of that label) that have run a step: their snapshots must exist.
     """
 
     def __init__(self, model_name: str, paths: dict[str, Path]) -> None:
         self.model_name = model_name
         self.paths = paths
+        self.active: set[str] = set()
+        self._warned: set[str] = set()
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Yield every metric with a value."""
         found = [(engine, sample) for engine, path in self.paths.items() for sample in read_samples(path)]
+        for engine in self.active - self._warned - {engine for engine, _ in found}:
+            self._warned.add(engine)
+            logger.warning(
+                "no vllm:nld_* metrics of engine %s: %s is not readable here (worker on another host?)",
+                engine,
+                self.paths.get(engine),
+            )
         for name, metric in METRICS.items():
             family = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
             labels = [*metric.labels, "model_name", "engine"]
@@ -56,6 +69,8 @@ class SnapshotCollector(Collector):
 class NLDStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
     """Registers the collector for engines that run this extension's proposer; does nothing for others."""
 
+    _collector: SnapshotCollector | None = None
+
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         config = vllm_config.model_config
         if config.hf_config.model_type != MODEL_TYPE or EngineTraits.of(vllm_config).block_length is None:
@@ -63,14 +78,19 @@ class NLDStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
         if os.getenv("PROMETHEUS_MULTIPROC_DIR") is not None:
             logger.warning("vllm:nld_* metrics are not served with several API servers (--api-server-count)")
             return
-        own = snapshot_path(vllm_config)
-        paths = {str(index): own.with_name(f"{own.stem.rpartition('-')[0]}-{index}.json") for index in engine_indexes}
+        paths = {str(index): snapshot_path(vllm_config, index) for index in engine_indexes}
         for collector in [c for c in REGISTRY._collector_to_names if isinstance(c, SnapshotCollector)]:
             REGISTRY.unregister(collector)  # an engine that was made before in this process
-        REGISTRY.register(SnapshotCollector(config.served_model_name, paths))
+        self._collector = SnapshotCollector(config.served_model_name, paths)
+        REGISTRY.register(self._collector)
+        for path in paths.values():
+            # vLLM kills its workers at shutdown (--shutdown-timeout is 0), so they cannot remove their files.
+            atexit.register(remove_snapshot, path)
 
-    def record(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: values are read when they are asked for."""
+    def record(self, *args: Any, engine_idx: int = 0, **kwargs: Any) -> None:
+        """Note that the engine has run; values are read when they are asked for."""
+        if self._collector is not None:
+            self._collector.active.add(str(engine_idx))
 
     def log_engine_initialized(self) -> None:
         """Do nothing."""

@@ -82,7 +82,7 @@ def config(model_type: str = MODEL_TYPE, speculative: Any = None) -> Any:
     model = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type), model="/x", served_model_name="m")
     return SimpleNamespace(
         instance_id="abc_dp1",
-        parallel_config=SimpleNamespace(data_parallel_rank=1),
+        parallel_config=SimpleNamespace(data_parallel_rank=0, data_parallel_index=1),  # as in a dense model's engine 1
         model_config=model,
         speculative_config=speculative,
         additional_config={},
@@ -91,6 +91,71 @@ def config(model_type: str = MODEL_TYPE, speculative: Any = None) -> Any:
 
 def test_both_processes_find_the_same_file() -> None:
     assert snapshot_path(config()).name == f"vllm-nld-{os.getuid()}-abc-1.json"
+    assert snapshot_path(config(), 1) == snapshot_path(config())
+    assert snapshot_path(config(), 0) != snapshot_path(config())
+
+
+def test_the_api_process_registers_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import atexit
+
+    from prometheus_client.registry import REGISTRY
+
+    from vllm_nld import stat_logger
+
+    at_exit: list[Any] = []
+    warnings: list[str] = []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(atexit, "register", lambda function, *args: at_exit.append((function, args)))
+    monkeypatch.setattr(stat_logger.logger, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    engine = config(speculative=SimpleNamespace(model="vllm_nld.SelfSpeculation", num_speculative_tokens=3))
+    made = [stat_logger.NLDStatLogger(engine, [0, 1]) for _ in range(2)][-1]
+    own = [c for c in REGISTRY._collector_to_names if isinstance(c, stat_logger.SnapshotCollector)]
+    try:
+        assert len(own) == 1, "the second engine of a process replaces the first"
+        assert generate_latest(REGISTRY).decode().count("vllm:nld_") == 0
+        assert warnings == [], "no engine has run yet"
+        Publisher(snapshot_path(engine)).publish(lambda: SAMPLES)
+        (tmp_path / f"{snapshot_path(engine).name}.part").write_text("{")  # of a worker killed while writing
+        for index in (0, 1):
+            made.record(None, None, engine_idx=index)
+        for _ in range(2):
+            assert (
+                'vllm:nld_tokens_total{engine="1",mode="ar",model_name="m"} 7.0' in generate_latest(REGISTRY).decode()
+            )
+        assert len(warnings) == 1, "once, and only of the engine whose file is missing"
+        assert "engine 0" in warnings[0]
+        for function, args in at_exit:
+            function(*args)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        for collector in own:
+            REGISTRY.unregister(collector)
+
+
+def test_several_api_servers_get_one_warning_and_no_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from prometheus_client.registry import REGISTRY
+
+    from vllm_nld import stat_logger
+
+    warnings: list[str] = []
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(stat_logger.logger, "warning", lambda text, *args: warnings.append(text % args))
+    speculative = SimpleNamespace(model="vllm_nld.SelfSpeculation", num_speculative_tokens=3)
+    stat_logger.NLDStatLogger(config(speculative=speculative), [0])
+    assert len(warnings) == 1
+    assert not [c for c in REGISTRY._collector_to_names if isinstance(c, stat_logger.SnapshotCollector)]
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    publisher = Publisher(tmp_path / "a.json")
+    publisher.path.symlink_to(victim)
+    publisher.path.with_suffix(f".{os.getpid()}").symlink_to(victim)
+    publisher.publish(lambda: SAMPLES)
+    assert victim.read_text() == "precious"
+    assert read_samples(publisher.path) == SAMPLES
 
 
 @pytest.mark.parametrize(
