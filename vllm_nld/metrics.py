@@ -72,7 +72,8 @@ def snapshot_path(vllm_config: Any, index: int | None = None) -> Path:
     """
     if index is None:
         # Not data_parallel_rank: vLLM sets that to 0 in every engine of a dense model, and keeps the rank here.
-        index = vllm_config.parallel_config.data_parallel_index
+        parallel = vllm_config.parallel_config
+        index = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
     # vLLM appends the data-parallel rank to the id in some set-ups.
     engine = vllm_config.instance_id.partition("_dp")[0]
     return Path(tempfile.gettempdir()) / f"vllm-nld-{os.getuid()}-{engine}-{index}.json"

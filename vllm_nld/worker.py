@@ -51,9 +51,8 @@ class _IntroducesProposer:
         drafter = self.model_runner.drafter
         drafter.begin_step(scheduler_output)
         if self._publisher is not None:
-            # A step that ends a request may be the last one for long.
-            now = bool(scheduler_output.finished_req_ids)
-            self._publisher.publish(lambda: worker_samples(drafter, self._target_forwards), now)
+            # vLLM tells of the last request's end by a step without tokens: the last one for as long as it is idle.
+            self._publisher.publish(lambda: worker_samples(drafter, self._target_forwards), now=not busy)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def nld_counters(self) -> dict[str, int]:
