@@ -14,7 +14,7 @@ QUESTION = "Write the Python function read."
 
 
 def main() -> None:
-    """Send four requests and print the answers."""
+    """Send requests and print the answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1", help="the server's address, with /v1")
     args = parser.parse_args()
@@ -30,6 +30,10 @@ def main() -> None:
         if chunk.choices:
             print(chunk.choices[0].text, end="", flush=True)
     print()
+
+    for mode in ("ar", "self_speculation", "auto", "diffusion"):
+        answer = client.completions.create(**completion, extra_body={"vllm_xargs": {"nld.mode": mode}})
+        print(f"--- mode {mode}\n{answer.choices[0].text}")
 
     chat = {
         "model": model,
