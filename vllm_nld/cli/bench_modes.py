@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from typing import Any
@@ -13,7 +14,7 @@ from rich.table import Table
 from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
-from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
+from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
 
 CONVENTION = "tokens per decode forward (draft, verify, denoise and commit all count); the prefill is left out"
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -41,6 +42,7 @@ def run(prompts: int, max_tokens: int, dtype: str, sol: bool, as_json: bool) -> 
     texts = [text for _, text in held_out_prompts(prompts)]
     with stdout_to_stderr():
         rows = _measure(texts, max_tokens, dtype)
+        compaction = _compaction([text for _, text in held_out_prompts(8)], max_tokens, dtype)
         report = {
             "model": "tiny",
             "dtype": dtype,
@@ -48,6 +50,7 @@ def run(prompts: int, max_tokens: int, dtype: str, sol: bool, as_json: bool) -> 
             "max_tokens": max_tokens,
             "tpf_convention": CONVENTION,
             "modes": rows,
+            "compaction": compaction,
             "speed_of_light": _speed_of_light(texts, max_tokens) if sol else [],
         }
     if as_json:
@@ -101,6 +104,35 @@ def _one_mode(
     return row, tokens
 
 
+def _compaction(texts: list[str], max_tokens: int, dtype: str, rounds: int = 3) -> dict[str, Any]:
+    """Return what it saves that finished blocks leave the denoising forward, on a batch of diffusion requests."""
+    from vllm import SamplingParams
+
+    settings = {"model": str(checkpoint_path("tiny")), "dtype": dtype, "max_num_seqs": len(texts)}
+    found: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+    print("bench: compaction ...", file=sys.stderr, flush=True)
+    with engine_with(**settings, speculative_config={"model": PROPOSER}) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        draft_pass = core.model_executor.driver_worker.worker.model_runner.drafter.draft_pass
+        nld = {"mode": "diffusion", "threshold": 0.7}
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args={"nld": nld})
+        llm.generate(texts, params, use_tqdm=False)  # warm up
+        for turn in range(2 * rounds):
+            draft_pass.compact = turn % 2 == 0
+            blocks, started = draft_pass.block_forwards, time.perf_counter()
+            llm.generate(texts, params, use_tqdm=False)
+            found[draft_pass.compact].append((time.perf_counter() - started, draft_pass.block_forwards - blocks))
+        draft_pass.compact = True
+    seconds = {compact: statistics.median(s for s, _ in runs) for compact, runs in found.items()}
+    return {
+        "requests": len(texts),
+        "threshold": 0.7,
+        "block_forwards": found[True][0][1],
+        "block_forwards_without": found[False][0][1],
+        "speed_up": round(seconds[False] / seconds[True], 3),
+    }
+
+
 def _speed_of_light(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
     from vllm_nld.cli.sol import speed_of_light
 
@@ -136,6 +168,12 @@ def _show(report: dict[str, Any]) -> None:
         table.add_row(f"speed of light, block {row['block_length']}", f"{row['tpf']:.2f}", "-", "-", "-", "-", "-")
     console = Console()
     console.print(table)
+    saved = report["compaction"]
+    console.print(
+        f"finished blocks leave the pass ({saved['requests']} diffusion requests, threshold {saved['threshold']}): "
+        f"{saved['block_forwards']} block forwards instead of {saved['block_forwards_without']}, "
+        f"{saved['speed_up']:.2f} times as fast"
+    )
     console.print(f"TPF: {CONVENTION}; {report['prompts']} held-out prompts, {report['dtype']}, one request at a time")
 
 
