@@ -212,6 +212,7 @@ def test_the_example_client(base_url: str) -> None:
 def test_bench_serve_prints_acceptance(base_url: str, model: str) -> None:
     command = [str(BIN / "vllm"), "bench", "serve", "--model", model, "--base-url", base_url]
     command += ["--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "32"]
-    result = subprocess.run([*command, "--num-prompts", "4"], capture_output=True, text=True, timeout=240)
+    command += ["--num-prompts", "4", "--extra-body", json.dumps(SPECULATE)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Acceptance length" in result.stdout
