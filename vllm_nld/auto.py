@@ -28,6 +28,8 @@ AR_SAMPLES = 3
 """AR steps needed at a number of requests before their price is believed."""
 AR_STEPS_PER_CHOICE = 8
 """AR steps that follow from one choice of AR, as long as the batch stays as it is."""
+MARGIN = 1.06
+"""How much better than AR drafting must look: the best of many noisy estimates looks better than it is."""
 PROBED_REQUESTS = 4
 """Requests that are probed together."""
 PROBE_EVERY = 64
@@ -163,7 +165,7 @@ class AutoMode:
         ranked = sorted(candidates, key=lambda candidate: -candidate.acceptance.rate)
         correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
         # Accepted drafts of other modes are decided whatever is chosen here.
-        best, choice = tokens / max(self._plain_seconds(requests, tokens), 1e-9), dict[int, int]()
+        best, choice = MARGIN * tokens / max(self._plain_seconds(requests, tokens), 1e-9), dict[int, int]()
         # One request more or less hardly matters among many: 1, 2, 4, ... of the most promising, or all.
         counts = {1 << bit for bit in range(len(ranked).bit_length())} | {len(ranked)}
         for length in self.lengths:
