@@ -1,13 +1,10 @@
 """Speed of light: how few forwards a perfect sampler would need to fill a block (the paper's SOL analysis).
 
-The target of a block is what serial denoising ends with: one position per bidirectional forward, the surest first. The
-question is in how few forwards the very same block can be reached when several positions are committed at once. After
-each forward, the masked positions whose most probable token is the target's are ordered by confidence, and the longest
-run of that order is committed from which serial denoising still ends in the target ("recursive dynamic compaction").
-Taking the longest run is a greedy choice, and other subsets are not tried, so what is found is a lower bound of the
-tokens per forward that are possible.
-
-Everything is deterministic: ties of confidence go to the leftmost position, and no random numbers are drawn.
+The target of a block is what serial denoising ends with: one position per forward, the surest first. The question is in
+how few forwards the very same block can be reached when several positions are committed at once. After each forward
+the masked positions whose most probable token is the target's are ordered by confidence, and the longest run of that
+order is committed from which serial denoising still ends in the target ("recursive dynamic compaction"). Longest runs
+are a greedy choice, and other subsets are not tried, so the result is a lower bound of what is possible.
 """
 
 from __future__ import annotations
@@ -16,26 +13,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from vllm_nld.reference.generate import ids_tensor
 from vllm_nld.reference.model import KVCache, ReferenceModel
 
-State = tuple[int, ...]
-"""Token ids of a block, seed first; the mask token stands for "undecided"."""
 
-
-@dataclass(frozen=True)
+@dataclass
 class OracleBlock:
     """One block's analysis.
 
     Attributes:
-        target: token ids that serial denoising ends with, seed first.
-        commits: positions (0 is the seed) that each forward of the oracle commits, the surest first.
-        complete: False if a longer run could not be tried because the simulation budget was spent.
+        target: the block that serial denoising ends with, seed first.
+        commits: positions committed by each forward of the oracle, in order.
+        complete: False if the simulation budget ran out: the rest was committed serially then.
     """
 
     target: list[int]
-    commits: list[list[int]]
+    commits: list[list[int]] = field(default_factory=list)
     complete: bool = True
 
 
@@ -44,47 +38,32 @@ class SpeedOfLight:
     """A prompt's analysis, or that of several prompts together.
 
     Attributes:
-        blocks: the blocks in the order of the text.
-        simulated: bidirectional forwards that the analysis itself took, in sequences (a batch of 5 counts 5).
+        tokens: tokens of the filled blocks, seeds included.
+        denoising: forwards of the oracle.
+        commits: causal forwards, one per block.
+        serial: forwards of serial denoising, for comparison.
+        simulated: forwards that the analysis itself took.
+        blocks: blocks analysed.
+        incomplete: blocks for which the budget ran out.
     """
 
-    blocks: list[OracleBlock] = field(default_factory=list)
+    tokens: int = 0
+    denoising: int = 0
+    commits: int = 0
+    serial: int = 0
     simulated: int = 0
+    blocks: int = 0
+    incomplete: int = 0
 
     def add(self, other: SpeedOfLight) -> None:
-        """Add another analysis."""
-        self.blocks += other.blocks
-        self.simulated += other.simulated
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the filled blocks, seeds included."""
-        return sum(len(block.target) for block in self.blocks)
-
-    @property
-    def denoising(self) -> int:
-        """Bidirectional forwards of the oracle."""
-        return sum(len(block.commits) for block in self.blocks)
-
-    @property
-    def serial(self) -> int:
-        """Bidirectional forwards of serial denoising, for comparison."""
-        return sum(len(block.target) - 1 for block in self.blocks)
-
-    @property
-    def commits(self) -> int:
-        """Causal forwards: one per block, but none for a block that is only its seed, as in block diffusion."""
-        return sum(len(block.target) > 1 for block in self.blocks)
-
-    @property
-    def incomplete(self) -> int:
-        """Blocks for which the simulation budget ran out."""
-        return sum(not block.complete for block in self.blocks)
+        """Add another analysis' counts."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     @property
     def tpf_denoising(self) -> float:
-        """Tokens per denoising forward; the causal commits are left out."""
-        return self.tokens / max(1, self.denoising)
+        """Tokens per denoising forward; commits are left out."""
+        return self.tokens / self.denoising if self.denoising else float(self.tokens)
 
     @property
     def tpf(self) -> float:
@@ -99,135 +78,115 @@ def analyse(
     max_new_tokens: int,
     block_length: int,
     budget: int = 5000,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> SpeedOfLight:
-    """Analyse the blocks of one prompt; the text goes on with each block's target, stop tokens included.
+    """Analyse the blocks of one prompt; the text goes on with each block's target.
 
     Args:
         model: the dense model.
-        prompt_ids: the prompt's token ids, at least one.
-        max_new_tokens: tokens to generate; the last block shrinks to what is left.
-        block_length: tokens of a block, seed included; at least 2.
-        budget: bidirectional forwards that the analysis may take, in sequences. When they are spent, a run that is not
-            known to be safe counts as unsafe; what serial denoising does next is always known and always safe. The
-            serial run of every block is made in any case, as the text needs it, so ``simulated`` may exceed the budget.
+        prompt_ids: the prompt.
+        max_new_tokens: tokens to generate.
+        block_length: tokens of a block, seed included.
+        budget: forwards that the analysis may take, batched probes counted one by one.
         progress: called with the number of tokens whenever a block is done.
     """
-    cache, result, done = KVCache(), SpeedOfLight(), 0
-    logits = model.causal(ids_tensor(model, prompt_ids), cache)[0, -1]
-    while done < max_new_tokens:
-        length = min(block_length, max_new_tokens - done)
-        oracle = Oracle(model, cache, budget - result.simulated)
-        block = oracle.analyse(int(logits.argmax()), length)
-        result.add(SpeedOfLight([block], oracle.simulated))
-        logits = model.causal(ids_tensor(model, block.target), cache)[0, -1]
-        done += length
+    device = model.diffusion_head.weight.device
+    cache, result = KVCache(), SpeedOfLight()
+    logits = model.causal(torch.tensor([prompt_ids], device=device), cache)[0, -1]
+    while result.tokens < max_new_tokens:
+        length = min(block_length, max_new_tokens - result.tokens)
+        simulator = _Simulator(model, cache, budget - result.simulated)
+        block = simulator.analyse(int(logits.argmax()), length)
+        result.add(
+            SpeedOfLight(length, len(block.commits), 1, length - 1, simulator.spent, 1, 0 if block.complete else 1)
+        )
+        logits = model.causal(torch.tensor([block.target], device=device), cache)[0, -1]
         if progress is not None:
             progress(length)
     return result
 
 
-class Oracle:
-    """The analysis of one block over a cached prefix.
-
-    Every state goes through the model once and the answer is kept. That saves forwards, as runs of denoising meet, and
-    it makes serial denoising a function of the state: rounding that depends on the batch cannot turn a run that was
-    found safe into an unsafe one.
-
-    Attributes:
-        simulated: forwards so far, in sequences.
-    """
+class _Simulator:
+    """Denoising runs over one cached prefix, with a budget of forwards."""
 
     def __init__(self, model: ReferenceModel, cache: KVCache, budget: int) -> None:
         self.model = model
         self.cache = cache
+        self.mask_id: int = model.config.mask_token_id
         self.budget = budget
-        self.simulated = 0
-        self._mask_id: int = model.config.mask_token_id
-        self._answers: dict[State, tuple[list[int], list[float]]] = {}
+        self.spent = 0
 
     def analyse(self, seed: int, length: int) -> OracleBlock:
-        """Return the oracle's way through the block ``[seed, mask, mask, ...]`` of ``length`` tokens."""
-        state: State = (seed,) + (self._mask_id,) * (length - 1)
-        target = self._serial(state)
-        commits: list[list[int]] = []
-        complete = True
-        while self._mask_id in state:
-            run, decided = self._longest_safe_run(state, target)
-            commits.append(run)
-            complete &= decided
-            state = _filled(state, run, target)
-        return OracleBlock(list(target), commits, complete)
+        """Return the oracle's way through one block."""
+        state = [seed] + [self.mask_id] * (length - 1)
+        order, target = self._serial(state)
+        block = OracleBlock(target)
+        while self.mask_id in state:
+            if self.spent >= self.budget:
+                block.complete = False
+                block.commits += [[position] for position in order if state[position] == self.mask_id]
+                break
+            commit = self._longest_safe_run(state, target)
+            block.commits.append(commit)
+            for position in commit:
+                state[position] = target[position]
+        return block
 
-    def _serial(self, state: State) -> State:
-        """Return the finished block that serial denoising makes of ``state``, budget or not."""
-        while self._mask_id in state:
-            self._look([state])
-            position, token = self._next(state)
-            state = (*state[:position], token, *state[position + 1 :])
-        return state
+    def _serial(self, state: list[int]) -> tuple[list[int], list[int]]:
+        """Return the positions in the order in which serial denoising commits them, and the finished block."""
+        tokens = torch.tensor([state])
+        order: list[int] = []
+        while (tokens == self.mask_id).any():
+            best, predicted, _ = self._look(tokens)
+            order.append(int(best[0]))
+            tokens[0, best[0]] = predicted[0, best[0]]
+        return order, [int(token) for token in tokens[0]]
 
-    def _look(self, states: list[State]) -> None:
-        """Run the model on distinct states of one length, as one batch, and keep what it says of each position."""
-        if not states:
-            return
+    def _look(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, for states ``[rows, length]``: surest masked position, most probable tokens, their confidence."""
         rows = len(states)
-        self.simulated += rows
-        prefix = KVCache(
-            [keys.expand(rows, -1, -1, -1) for keys in self.cache.keys],
-            [values.expand(rows, -1, -1, -1) for values in self.cache.values],
+        self.spent += rows
+        expanded = KVCache(
+            [k.expand(rows, -1, -1, -1) for k in self.cache.keys],
+            [v.expand(rows, -1, -1, -1) for v in self.cache.values],
         )
-        ids = torch.tensor(states, device=self.model.diffusion_head.weight.device)
-        logits = self.model.bidirectional(ids, prefix)  # float32 [rows, length, vocab]
-        tokens = logits.argmax(-1, keepdim=True)
-        confidence = logits.softmax(-1).gather(-1, tokens).squeeze(-1)
-        for state, answer in zip(
-            states, zip(tokens.squeeze(-1).tolist(), confidence.tolist(), strict=True), strict=True
-        ):
-            self._answers[state] = answer
+        logits = self.model.bidirectional(states.to(self.model.diffusion_head.weight.device), expanded).cpu()
+        confidence, predicted = logits.softmax(-1).max(-1)
+        confidence = confidence.masked_fill(states != self.mask_id, -1.0)
+        return confidence.argmax(1), predicted, confidence
 
-    def _ordered(self, state: State) -> list[int]:
-        """Return the masked positions, the surest first and the leftmost first among equals."""
-        _, confidence = self._answers[state]
-        masked = [position for position, token in enumerate(state) if token == self._mask_id]
-        return sorted(masked, key=lambda position: -confidence[position])
+    def _longest_safe_run(self, state: list[int], target: list[int]) -> list[int]:
+        """Return the positions to commit now: the longest run from which serial denoising still hits the target.
 
-    def _next(self, state: State) -> tuple[int, int]:
-        """Return the position and the token that serial denoising commits next."""
-        position = self._ordered(state)[0]
-        return position, self._answers[state][0][position]
-
-    def _longest_safe_run(self, state: State, target: State) -> tuple[list[int], bool]:
-        """Return the positions to commit now, and whether the budget sufficed to find the longest run.
-
-        ``state`` is one from which serial denoising ends in ``target``: so its surest position is right, and committing
-        that one alone leads to the next state of the same serial run, which is safe.
-
-        Runs of 2, 3, ... positions are denoised together, one batch per step. One is dropped as soon as it commits a
-        wrong token, or as soon as a longer one has reached the target.
+        The surest position of all is what serial denoising itself would commit here, so a run of one is safe.
         """
-        tokens, _ = self._answers[state]
-        right = [position for position in self._ordered(state) if tokens[position] == target[position]]
-        longest, untried = 1, 1
-        probes = {count: _filled(state, right[:count], target) for count in range(len(right), 1, -1)}
-        while probes:
-            unseen = list(dict.fromkeys(probe for probe in probes.values() if probe not in self._answers))
-            unseen = [probe for probe in unseen if self._mask_id in probe]
-            self._look(unseen[: max(0, self.budget - self.simulated)])
-            going: dict[int, State] = {}
-            for count, probe in probes.items():
-                if self._mask_id not in probe:
-                    longest = max(longest, count)
-                elif probe not in self._answers:
-                    untried = max(untried, count)
-                else:
-                    position, token = self._next(probe)
-                    if token == target[position]:
-                        going[count] = _filled(probe, [position], target)
-            probes = {count: probe for count, probe in going.items() if count > longest}
-        return right[:longest], untried <= longest
+        _, predicted, confidence = self._look(torch.tensor([state]))
+        right = [
+            position
+            for position in confidence[0].argsort(descending=True, stable=True).tolist()
+            if state[position] == self.mask_id and int(predicted[0, position]) == target[position]
+        ]
+        probes = []
+        for count in range(2, len(right) + 1):
+            probe = list(state)
+            for position in right[:count]:
+                probe[position] = target[position]
+            probes.append(probe)
+        safe = self._reach(torch.tensor(probes), torch.tensor(target)) if probes else []
+        longest = max((count for count, reached in enumerate(safe, 2) if reached), default=1)
+        return right[:longest] or [int(confidence[0].argmax())]
 
+    def _reach(self, probes: Tensor, target: Tensor) -> list[bool]:
+        """Return which probes ``[rows, length]`` end in the target when they are denoised serially.
 
-def _filled(state: State, positions: list[int], target: State) -> State:
-    """Return ``state`` with the target's tokens at ``positions``."""
-    return tuple(target[i] if i in positions else token for i, token in enumerate(state))
+        A probe is dropped as soon as it commits a wrong token.
+        """
+        alive = torch.ones(len(probes), dtype=torch.bool)
+        while True:
+            going = (alive & (probes == self.mask_id).any(1)).nonzero().flatten()
+            if not len(going):
+                return [bool(value) for value in alive]
+            best, predicted, _ = self._look(probes[going])
+            tokens = predicted.gather(1, best[:, None]).squeeze(1)
+            alive[going] = tokens == target[best]
+            probes[going, best] = tokens
