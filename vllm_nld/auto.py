@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -22,6 +22,10 @@ logger = init_logger("vllm.nld.auto")
 
 PROBE_SHARE = 0.01
 """Share of the time that may go into steps which are taken to learn something, not because they look best."""
+PROBE_SAVINGS = 10.0
+"""Seconds of work whose share may be saved up for probes: a quiet hour must not pay for a burst of them."""
+HOPE = 0.9
+"""Acceptance rate of a request that would be worth finding: where not even that pays, nobody is probed."""
 FRESH_AR_SECONDS = 10.0
 """How old the price of an AR step may become before one is taken to see whether it still holds."""
 AR_SAMPLES = 3
@@ -96,8 +100,7 @@ class AutoMode:
         self._clock = clock
         self._kept = 1.0
         self._last_ar: dict[int, float] = {}
-        self._busy = 0.0
-        self._probing = 0.0
+        self._allowance = 0.0
         self._planning = False
         self._charging = False
         self._ar_again: tuple[Any, int] = (None, 0)
@@ -129,7 +132,7 @@ class AutoMode:
         self._expect(candidates, requests, tokens, chosen)
         self._ar_again = (batch, 0 if chosen or probe is not None else AR_STEPS_PER_CHOICE)
         if probe is not None and chosen:
-            self._probing -= self._plain_seconds(requests, tokens)  # an AR step would have had its price, too
+            self._allowance += self._plain_seconds(requests, tokens)  # an AR step would have had its price, too
             self._charging = True
         for candidate in candidates:
             length = chosen.get(candidate.row, 1)
@@ -161,9 +164,13 @@ class AutoMode:
         self.decisions["ar", 1] += len(rows)
         return True
 
-    def _best(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> dict[int, int]:
+    def _best(
+        self, candidates: Sequence[Candidate], requests: int, tokens: int, gain: float | None = None
+    ) -> dict[int, int]:
+        """Return the blocks with the most tokens per second; expected gains count ``gain`` times (None: corrected)."""
         ranked = sorted(candidates, key=lambda candidate: -candidate.acceptance.rate)
         correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
+        gain = correction.gain if gain is None else gain
         # Accepted drafts of other modes are decided whatever is chosen here.
         best, choice = MARGIN * tokens / max(self._plain_seconds(requests, tokens), 1e-9), dict[int, int]()
         # One request more or less hardly matters among many: 1, 2, 4, ... of the most promising, or all.
@@ -178,7 +185,7 @@ class AutoMode:
                 if len(blocks) not in counts:
                     continue
                 seconds = correction.seconds * self._cycle_seconds(tokens, block_tokens, len(blocks))
-                rate = (tokens + correction.gain * gained) / max(seconds, 1e-9)
+                rate = (tokens + gain * gained) / max(seconds, 1e-9)
                 if rate > best:
                     best, choice = rate, dict(blocks)
         return choice
@@ -204,7 +211,7 @@ class AutoMode:
         if chosen:
             return None
         due = [candidate for candidate in candidates if candidate.idle_steps >= PROBE_EVERY]
-        if not due:
+        if not due or not self._best(_hoped(due), requests, tokens, gain=1.0):
             return None
         due = sorted(due, key=lambda candidate: -candidate.idle_steps)[:PROBED_REQUESTS]
         length = min(self.lengths[0] * 2, self.block_length)
@@ -215,7 +222,7 @@ class AutoMode:
 
     def _afford(self, seconds: float) -> bool:
         """Whether the budget bears this much; what a probe really costs is charged when it is known."""
-        return self._probing + seconds <= PROBE_SHARE * self._busy
+        return seconds <= self._allowance
 
     def trim(self, confidences: Sequence[list[float]], tokens: int, draft_seconds: float) -> list[int]:
         """Return how many drafts of each block to verify, by their confidence.
@@ -278,8 +285,10 @@ class AutoMode:
         self.costs.draft.observe(tokens, seconds)
 
     def _spend(self, seconds: float) -> None:
-        self._busy += seconds if self._planning else 0.0
-        self._probing += seconds if self._charging else 0.0
+        if self._planning:
+            self._allowance = min(self._allowance + PROBE_SHARE * seconds, PROBE_SHARE * PROBE_SAVINGS)
+        if self._charging:
+            self._allowance -= seconds
 
     def _prices(self, requests: int) -> str:
         length = self.block_length
@@ -287,3 +296,9 @@ class AutoMode:
             f"AR step {self.costs.ar.seconds(requests) * 1e3:.2f} ms, draft of {length} "
             f"{self.costs.draft.seconds(length) * 1e3:.2f} ms, verify {self.costs.verify.seconds(length) * 1e3:.2f} ms"
         )
+
+
+def _hoped(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates as they would be if their drafts were good."""
+    good = Acceptance(candidates[0].acceptance.prior, accepted=1e6 * HOPE, tested=1e6)
+    return [replace(candidate, acceptance=good) for candidate in candidates]

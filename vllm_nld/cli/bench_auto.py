@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -32,6 +32,7 @@ class Job:
 
     prompt: Any
     temperature: float
+    tokens: int = 0
 
 
 def run(concurrency: list[int], workloads: list[str], rounds: int, max_tokens: int, dtype: str, as_json: bool) -> None:
@@ -79,14 +80,14 @@ def _measure(
 
 
 def _compare(llm: Any, workload: str, clients: int, rounds: int, max_tokens: int) -> dict[str, Any]:
-    jobs = make_jobs(workload, max(8, 2 * clients))
+    jobs = make_jobs(workload, max(8, 2 * clients), max_tokens)
     speeds: dict[str, list[float]] = {mode: [] for mode in MODES}
     before = _decisions(llm)
     for mode in MODES:
-        serve(llm, jobs, mode, clients, max_tokens)  # warm up: shapes, prices, acceptance
+        serve(llm, jobs, mode, clients)  # warm up: shapes, prices, acceptance
     for turn in range(rounds):
         for mode in (*MODES[turn % 3 :], *MODES[: turn % 3]):
-            tokens, seconds = serve(llm, jobs, mode, clients, max_tokens)
+            tokens, seconds = serve(llm, jobs, mode, clients)
             speeds[mode].append(tokens / seconds)
     better = [max(pair) for pair in zip(speeds["ar"], speeds["self_speculation"], strict=True)]
     ratios = [auto / fixed for auto, fixed in zip(speeds["auto"], better, strict=True)]
@@ -102,17 +103,21 @@ def _compare(llm: Any, workload: str, clients: int, rounds: int, max_tokens: int
     }
 
 
-def make_jobs(workload: str, count: int) -> list[Job]:
-    """Return requests: held-out code completed greedily, random tokens sampled at temperature 1, or both in turn."""
+def make_jobs(workload: str, count: int, tokens: int) -> list[Job]:
+    """Return requests: held-out code completed greedily, random tokens sampled at temperature 1, or both in turn.
+
+    They ask for half of ``tokens`` to one and a half times as many, as real ones differ: with one length for all, AR
+    would run in lockstep and prefill a whole batch at once, which no server sees and no other mode can.
+    """
     code = [Job(text, 0.0) for _, text in held_out_prompts(count)]
     generator = random.Random(0)
     noise = [Job({"prompt_token_ids": [generator.randrange(20, 500) for _ in range(150)]}, 1.0) for _ in range(count)]
-    if workload == "mix":
-        return [pair[index % 2] for index, pair in enumerate(zip(code, noise, strict=True))]
-    return code if workload == "code" else noise
+    mix = [pair[index % 2] for index, pair in enumerate(zip(code, noise, strict=True))]
+    jobs = {"code": code, "random": noise, "mix": mix}[workload]
+    return [replace(job, tokens=generator.randrange(tokens // 2, tokens + tokens // 2)) for job in jobs]
 
 
-def serve(llm: Any, jobs: list[Job], mode: str, clients: int, max_tokens: int) -> tuple[int, float]:
+def serve(llm: Any, jobs: list[Job], mode: str, clients: int) -> tuple[int, float]:
     """Keep ``clients`` requests in flight until as many tokens are generated as the jobs ask for, each taken once.
 
     Jobs come round again, and what runs at the end is cut off: with a fixed set of requests the last and slowest one
@@ -121,14 +126,14 @@ def serve(llm: Any, jobs: list[Job], mode: str, clients: int, max_tokens: int) -
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    core, tokens, number, wanted = llm.llm_engine, 0, 0, len(jobs) * max_tokens
+    core, tokens, number, wanted = llm.llm_engine, 0, 0, sum(job.tokens for job in jobs)
     running: set[str] = set()
     started = time.perf_counter()
     while tokens < wanted:
         while len(running) < clients:
             job, name = jobs[number % len(jobs)], f"{mode}-{started}-{number}"
             params = SamplingParams(
-                temperature=job.temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False,
+                temperature=job.temperature, max_tokens=job.tokens, ignore_eos=True, detokenize=False,
                 extra_args={"nld": {"mode": mode}}, output_kind=RequestOutputKind.DELTA,
             )  # fmt: skip
             core.add_request(name, job.prompt, params)
