@@ -101,6 +101,7 @@ class AutoMode:
         self._kept = 1.0
         self._last_ar: dict[int, float] = {}
         self._allowance = 0.0
+        self._wanted = 0.0
         self._planning = False
         self._charging = False
         self._ar_again: tuple[Any, int] = (None, 0)
@@ -222,6 +223,7 @@ class AutoMode:
 
     def _afford(self, seconds: float) -> bool:
         """Whether the budget bears this much; what a probe really costs is charged when it is known."""
+        self._wanted = seconds
         return seconds <= self._allowance
 
     def trim(self, confidences: Sequence[list[float]], tokens: int, draft_seconds: float) -> list[int]:
@@ -286,7 +288,8 @@ class AutoMode:
 
     def _spend(self, seconds: float) -> None:
         if self._planning:
-            self._allowance = min(self._allowance + PROBE_SHARE * seconds, PROBE_SHARE * PROBE_SAVINGS)
+            savings = max(PROBE_SHARE * PROBE_SAVINGS, self._wanted)  # a slow machine's one probe may cost more
+            self._allowance = min(self._allowance + PROBE_SHARE * seconds, savings)
         if self._charging:
             self._allowance -= seconds
 

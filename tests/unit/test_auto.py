@@ -102,6 +102,20 @@ def test_probes_stay_within_their_budget() -> None:
     assert 0.3 * PROBE_SHARE < probing / busy < 1.5 * PROBE_SHARE
 
 
+def test_nobody_is_probed_where_even_good_drafts_would_not_pay() -> None:
+    auto = AutoMode(16, clock=lambda: 0.0)
+    for size in range(1, 600):
+        auto.costs.start(size, 0.01 * size)
+        for _ in range(AR_SAMPLES):
+            auto.costs.ar.observe(size, 0.01 * size)
+    for _ in range(1000):
+        idle = candidates(*[0.1] * 16)
+        for candidate in idle:
+            candidate.idle_steps = 10_000
+        assert auto.plan(idle, 16, 16) == {}
+        auto.observe_step(16, 16, 0, 0.16)
+
+
 def test_promises_that_are_not_kept_are_believed_less() -> None:
     """Expected gains of 10 tokens a cycle that never come: drafting ends, though each request's own rate looks good."""
     auto = made(slope=0.05)
