@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
-from vllm_nld.attention import BlockTable, DraftMetadata, block_table, page_layout
+from vllm_nld.attention.backend import BlockTable, DraftMetadata, block_table, page_layout
 from vllm_nld.block import Block
 from vllm_nld.costs import round_size
 from vllm_nld.selection import select

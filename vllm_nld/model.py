@@ -20,7 +20,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from vllm_nld import compat
-from vllm_nld.attention import block_attention_backend
+from vllm_nld.attention.backend import block_attention_backend
 from vllm_nld.config import NemotronLabsDiffusionConfig
 
 
