@@ -43,7 +43,7 @@ class Implementation:
         return module
 
 
-IMPLEMENTATIONS = (Implementation("torch", "vllm_nld.attention.torch_ops"),)
+IMPLEMENTATIONS = (Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3),)
 
 
 def having(operator: str) -> list[Any]:
