@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 OPERATORS = ("block_attention", "accept_prefix", "move_kv")
 
 
@@ -24,6 +26,7 @@ class Implementation:
         examples: batches that hypothesis draws; few where each takes long.
         longest_prefix: of a drawn batch.
         repeats: runs that must give the same bits.
+        interpreted: runs on CPU only through Triton's interpreter; ``test_triton_interpreted.py`` starts that process.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Implementation:
     examples: int = 100
     longest_prefix: int = 600
     repeats: int = 20
+    interpreted: bool = False
 
     def load(self, device: str) -> Any:
         """Import the module; skip the test, with the module's reason, where it does not run."""
@@ -43,7 +47,12 @@ class Implementation:
         return module
 
 
-IMPLEMENTATIONS = (Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3),)
+IMPLEMENTATIONS = (
+    Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3),
+    Implementation(
+        "triton", "vllm_nld.attention.triton_ops", examples=25, longest_prefix=200, repeats=3, interpreted=True
+    ),
+)
 
 
 def having(operator: str) -> list[Any]:
@@ -53,4 +62,5 @@ def having(operator: str) -> list[Any]:
         for implementation in IMPLEMENTATIONS
         if operator in implementation.operators
         for device in DEVICES
+        if INTERPRETING or device != "cpu" or not implementation.interpreted
     ]
