@@ -1,0 +1,456 @@
+"""Random ragged cases of the operators in ``docs/operators.md``, and the checks that every implementation has to pass.
+
+A spec is a small frozen record that hypothesis draws and prints; ``arguments(spec, ...)`` builds the tensors from it.
+Whatever an implementation must not read (unused page slots, tokens behind the last row) is NaN, as is the output.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_nld.attention import torch_ops
+from vllm_nld.pages import LAYOUTS
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+NOWHERE = 1 << 30
+"""Page id behind the used part of a block table: reading the page would be far out of bounds."""
+
+K_SCALE, V_SCALE = 0.5, 1.75
+"""Scales of float8 caches, all different from 1 and from each other."""
+
+
+def cache_shapes(pages: int, kv_heads: int, page_size: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+    """Shape of the cache under each of ``vllm_nld.pages.LAYOUTS``, in the same order."""
+    fused = (pages, kv_heads, page_size, 2 * head_dim)
+    by_token = (page_size, kv_heads, head_dim)
+    return (
+        fused,
+        fused,
+        fused,
+        (2, pages, *by_token),
+        (pages, 2, *by_token),
+        (2, pages, kv_heads, page_size, head_dim),
+    )
+
+
+def empty_cache(
+    layout: int, pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Key and value views ``[pages, kv_heads, page_size, head_dim]`` of a cache full of NaN."""
+    shape = cache_shapes(pages, kv_heads, page_size, head_dim)[layout]
+    cache = torch.full(shape, torch.nan).to(dtype)
+    return LAYOUTS[layout].split(cache, head_dim)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One batch for block_attention.
+
+    Attributes:
+        prefixes: cached tokens of each row.
+        lengths: fresh tokens of each row.
+        kinds: mask kind of each row.
+        heads: query heads per KV head, KV heads.
+        head_dim: size of one head.
+        page_size: tokens per page.
+        layout: index into ``vllm_nld.pages.LAYOUTS``.
+        cache: dtype of the cache; None for the query's.
+        shared: rows use the first row's whole pages for as much of their prefix as these cover.
+        padding: fresh tokens behind the last row.
+        loose: the host-side bounds are larger than the batch, and the block table has unused columns.
+        fused: query, key and value are views of one tensor.
+        quadratic: rows of kind 2 have the mask of quadratic self-speculation instead of random bits.
+        scale: multiplier of the scores, in units of ``head_dim ** -0.5``.
+        seed: of the random numbers.
+    """
+
+    prefixes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    kinds: tuple[int, ...]
+    heads: tuple[int, int] = (1, 2)
+    head_dim: int = 64
+    page_size: int = 16
+    layout: int = 3
+    cache: torch.dtype | None = None
+    shared: bool = False
+    padding: int = 0
+    loose: bool = False
+    fused: bool = False
+    quadratic: bool = False
+    scale: float = 1.0
+    seed: int = 0
+
+
+@st.composite
+def attention_specs(
+    draw: st.DrawFn,
+    longest_prefix: int = 600,
+    longest_block: int = 40,
+    most_heads: int = 8,
+    head_dims: Sequence[int] = (32, 64, 80, 96, 128, 256),
+    caches: Sequence[torch.dtype | None] = (None, *FLOAT8),
+) -> AttentionSpec:
+    """Draw batches: short rows, at times one long one; empty prefixes, empty blocks, single tokens."""
+    rows = draw(st.integers(1, 6))
+    page_size = draw(st.sampled_from((16, 32, 128)))
+    prefix = st.one_of(
+        st.just(0),
+        st.integers(1, 50),
+        st.integers(1, 3).map(lambda pages: min(pages * page_size, longest_prefix)),
+    )
+    length = st.one_of(st.just(0), st.just(1), st.integers(2, 17))
+    prefixes = draw(st.lists(prefix, min_size=rows, max_size=rows))
+    lengths = draw(st.lists(length, min_size=rows, max_size=rows))
+    if draw(st.booleans()):
+        row = draw(st.integers(0, rows - 1))
+        prefixes[row] = draw(st.integers(longest_prefix // 2, longest_prefix))
+        lengths[row] = draw(st.integers(1, longest_block))
+    ratios = [(g, h) for g, h in ((1, 3), (4, 2), (3, 2), (8, 1), (1, 1), (4, 1)) if g * h <= most_heads]
+    return AttentionSpec(
+        prefixes=tuple(prefixes),
+        lengths=tuple(lengths),
+        kinds=tuple(draw(st.lists(st.integers(0, 2), min_size=rows, max_size=rows))),
+        heads=draw(st.sampled_from(ratios)),
+        head_dim=draw(st.sampled_from(head_dims)),
+        page_size=page_size,
+        layout=draw(st.integers(0, len(LAYOUTS) - 1)),
+        cache=draw(st.sampled_from(caches)),
+        shared=draw(st.booleans()),
+        padding=draw(st.sampled_from((0, 3))),
+        loose=draw(st.booleans()),
+        fused=draw(st.booleans()),
+        quadratic=draw(st.booleans()),
+        scale=draw(st.sampled_from((1.0, 2.0))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+# What random drawing may miss in a short run; every implementation gets these as well.
+EDGE_SPECS = {
+    "long row beside short ones": AttentionSpec((1100, 3, 0, 16), (4, 1, 7, 0), (0, 1, 2, 0), heads=(4, 1), layout=0),
+    "one long row": AttentionSpec((1500,), (1,), (1,), heads=(4, 2)),
+    "all masks": AttentionSpec((20, 33, 5), (9, 40, 36), (0, 1, 2), padding=2, quadratic=True),
+    "random words": AttentionSpec((0, 19), (35, 64), (2, 2), padding=2, seed=3),
+    "sees nothing": AttentionSpec((0, 0, 7), (3, 1, 2), (2, 2, 2), seed=1),
+    "causal beyond one tile": AttentionSpec((5,), (150,), (1,), heads=(3, 1), head_dim=32),
+    "nothing fresh": AttentionSpec((5, 0), (0, 0), (0, 1), padding=4),
+    "shared pages": AttentionSpec((64, 64, 40), (2, 3, 4), (0, 1, 2), page_size=32, shared=True, loose=True, layout=2),
+    "whole pages": AttentionSpec((128, 256), (4, 5), (1, 0), page_size=128, heads=(8, 1), head_dim=128, fused=True),
+    "padded head": AttentionSpec((30, 17), (4, 5), (1, 2), heads=(3, 2), head_dim=80, layout=0, padding=1),
+    "float8 e4m3": AttentionSpec((70, 3), (4, 5), (0, 2), cache=torch.float8_e4m3fn, layout=4, loose=True),
+    "float8 e5m2": AttentionSpec((700, 3), (4, 5), (0, 1), cache=torch.float8_e5m2, layout=1, page_size=32),
+    "wide head": AttentionSpec((40, 9), (8, 3), (0, 1), heads=(4, 1), head_dim=256, layout=5),
+}
+
+
+def quadratic_mask(length: int) -> Tensor:
+    """Mask of quadratic self-speculation, bool ``[length, length]``.
+
+    Of ``(k + 1) ** 2`` tokens, the first ``k + 1`` are drafts to verify, causal. Then come ``k + 1`` groups of k mask
+    tokens, one for every number of drafts that may be accepted: a group sees the drafts up to that number and itself,
+    both ways. A length that is no square gives the beginning of the next larger square's mask.
+    """
+    side = 1
+    while side * side < length:
+        side += 1
+    mask = torch.zeros(side * side, side * side, dtype=torch.bool)
+    mask[:side, :side] = torch.ones(side, side, dtype=torch.bool).tril()
+    for accepted in range(side):
+        group = slice(side + accepted * (side - 1), side + (accepted + 1) * (side - 1))
+        mask[group, : accepted + 1] = True
+        mask[group, group] = True
+    return mask[:length, :length]
+
+
+def pack_words(mask: Tensor, words: int) -> Tensor:
+    """Pack bool ``[L, L]`` into int32 ``[L, words]``."""
+    bits = torch.zeros(mask.shape[0], words * 32, dtype=torch.int64)
+    bits[:, : mask.shape[1]] = mask
+    packed = (bits.view(-1, words, 32) << torch.arange(32)).sum(-1)
+    return packed.to(torch.int32)  # wraps around: bit 31 is the sign
+
+
+def _mask_words(spec: AttentionSpec, generator: torch.Generator) -> Tensor | None:
+    """Random bits everywhere, behind each block's end and in other rows too; about 1 query in 5 sees nothing."""
+    if 2 not in spec.kinds:
+        return None
+    words = -(-max(1, *spec.lengths) // 32)
+    tokens = sum(spec.lengths) + spec.padding
+    drawn = torch.randint(-(2**31), 2**31, (tokens, words), generator=generator, dtype=torch.int64).to(torch.int32)
+    first = 0
+    for kind, length in zip(spec.kinds, spec.lengths, strict=True):
+        here = drawn[first : first + length]
+        first += length
+        if kind != 2:
+            continue
+        if spec.quadratic:
+            here.copy_(pack_words(quadratic_mask(length), words))
+        else:
+            blind = torch.rand(length, generator=generator) < 0.2
+            here[blind] &= ~pack_words(torch.ones(1, length, dtype=torch.bool), words)
+    return drawn
+
+
+def _block_table(spec: AttentionSpec, generator: torch.Generator) -> tuple[Tensor, int]:
+    """Permuted page ids ``[R, M]``, unused entries ``NOWHERE``, and how many pages the cache has."""
+    counts = [-(-n // spec.page_size) for n in spec.prefixes]
+    pages = sum(counts) + 2
+    order = torch.randperm(pages, generator=generator).to(torch.int32)
+    columns = max(1, *counts) + 3 * spec.loose
+    table = torch.full((len(counts), columns + spec.loose), NOWHERE, dtype=torch.int32)
+    used = 0
+    for row, count in enumerate(counts):
+        table[row, :count] = order[used : used + count]
+        used += count
+        if spec.shared:
+            whole = min(spec.prefixes[row], spec.prefixes[0]) // spec.page_size
+            table[row, :whole] = table[0, :whole]
+    return table[:, :columns], pages  # if loose, a view: rows are farther apart than they are long
+
+
+def _fresh(spec: AttentionSpec, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, NaN behind the last row."""
+    group, kv_heads = spec.heads
+    tokens, dim = sum(spec.lengths) + spec.padding, spec.head_dim
+    widths = [group * kv_heads, kv_heads, kv_heads]
+    joined = torch.randn(tokens, sum(widths), dim, generator=generator).to(dtype)
+    joined[sum(spec.lengths) :] = torch.nan
+    query, key, value = joined.split(widths, 1)
+    return (query, key, value) if spec.fused else (query.contiguous(), key.contiguous(), value.contiguous())
+
+
+def attention_arguments(spec: AttentionSpec, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+    """Build the arguments of block_attention for ``dtype`` on ``device``."""
+    generator = torch.Generator().manual_seed(spec.seed)
+    query, key, value = _fresh(spec, dtype, generator)
+    table, pages = _block_table(spec, generator)
+    cache_dtype = spec.cache or dtype
+    key_pages, value_pages = empty_cache(spec.layout, pages, spec.heads[1], spec.page_size, spec.head_dim, cache_dtype)
+    for row, cached in enumerate(spec.prefixes):
+        for token in range(0, cached, spec.page_size):
+            page, count = int(table[row, token // spec.page_size]), min(spec.page_size, cached - token)
+            for pool in (key_pages, value_pages):
+                drawn = torch.randn(spec.heads[1], count, spec.head_dim, generator=generator)
+                _raw(pool)[page, :, :count] = _raw(drawn.to(cache_dtype))
+    starts = torch.tensor([0, *spec.lengths]).cumsum(0).to(torch.int32)
+    scales = (K_SCALE, V_SCALE) if spec.cache in FLOAT8 else (1.0, 1.0)
+    arguments = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_pages": key_pages,
+        "value_pages": value_pages,
+        "block_table": table,
+        "prefix_lens": torch.tensor(spec.prefixes, dtype=torch.int32),
+        "block_starts": starts,
+        "mask_kinds": torch.tensor(spec.kinds, dtype=torch.int32),
+        "mask_words": _mask_words(spec, generator),
+        "scale": spec.scale * spec.head_dim**-0.5,
+        "k_scale": scales[0],
+        "v_scale": scales[1],
+        "max_length": max(spec.lengths) + 2 * spec.loose,
+        "max_prefix": max(spec.prefixes) + (spec.page_size + 1) * spec.loose,
+        "output": torch.full(query.shape, torch.nan, dtype=dtype),
+    }
+    return {name: to_device(x, device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+def to_device(x: Tensor, device: str) -> Tensor:
+    """Copy to a device with the same strides and storage size (``Tensor.to`` makes some views contiguous)."""
+    if device == "cpu":
+        return x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    moved = storage.to(device)
+    return moved.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def _raw(x: Tensor) -> Tensor:
+    """The bytes of a float8 tensor, which PyTorch cannot assign or compare everywhere; other tensors as they are."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+def bits(x: Tensor) -> Tensor:
+    """Integers of the same bits, so that NaN equals NaN."""
+    return (
+        x.detach()
+        .cpu()
+        .contiguous()
+        .view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    )
+
+
+def oracle(arguments: dict[str, Any]) -> Tensor:
+    """The float64 result, on CPU; NaN where nothing is written."""
+    wide = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    for name in ("query", "key", "value", "key_pages", "value_pages", "output"):
+        if wide[name].element_size() > 1:
+            wide[name] = wide[name].double()
+    wide["output"].fill_(torch.nan)
+    torch_ops.block_attention(**wide)
+    result: Tensor = wide["output"]
+    return result
+
+
+def check(implementation: Any, spec: AttentionSpec, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Check block_attention: not much farther from the truth than PyTorch, and nothing else written.
+
+    The error against float64 may be twice that of PyTorch in the same dtype, plus a floor: where PyTorch happens to
+    be exact, rounding the result once (half an epsilon) and, in float32, another order of summation must be allowed.
+    """
+    arguments = attention_arguments(spec, dtype, device)
+    inputs = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and name != "output"}
+    before = {name: bits(x).clone() for name, x in inputs.items()}
+    expected = oracle(arguments)
+    plain = dict(arguments, output=arguments["output"].clone())
+    torch_ops.block_attention(**plain)
+    implementation.block_attention(**arguments)
+
+    for name, x in inputs.items():
+        assert torch.equal(bits(x), before[name]), f"{name} was written"
+    used = sum(spec.lengths)
+    found = arguments["output"].cpu()
+    assert found[used:].isnan().all(), "tokens behind the last row were written"
+    assert not found[:used].isnan().any(), "NaN: unused slots or padding were read, or tokens were not written"
+    if used == 0:
+        return
+    largest = expected[:used].abs().max()
+    floor = float(largest) * torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 0.5)
+    allowed = 2 * (plain["output"][:used].cpu().double() - expected[:used]).abs().max() + floor
+    errors = (found[:used].double() - expected[:used]).abs()
+    assert errors.max() <= allowed, (
+        f"error {errors.max():.3g} at token {errors.flatten(1).amax(1).argmax()}, allowed {allowed:.3g}"
+    )
+    assert (found[:used][expected[:used].eq(0).all(-1)] == 0).all(), "a query that sees nothing must get zeros"
+
+
+def check_deterministic(
+    implementation: Any, spec: AttentionSpec, dtype: torch.dtype, device: str = "cpu", runs: int = 20
+) -> None:
+    """Check that block_attention gives the same bits every time."""
+    arguments = attention_arguments(spec, dtype, device)
+    first = None
+    for _ in range(runs):
+        arguments["output"].fill_(torch.nan)
+        implementation.block_attention(**arguments)
+        found = bits(arguments["output"]).clone()
+        first = found if first is None else first
+        assert torch.equal(found, first), "two runs differ"
+
+
+@dataclass(frozen=True)
+class AcceptSpec:
+    """One batch for accept_prefix: each row's drafts and its targets (one more)."""
+
+    drafts: tuple[tuple[int, ...], ...]
+    targets: tuple[tuple[int, ...], ...]
+
+
+@st.composite
+def accept_specs(draw: st.DrawFn, most_rows: int = 6, longest: int = 40) -> AcceptSpec:
+    """Draw rows that agree for a while; behind the first disagreement they may agree again."""
+    tokens = st.sampled_from((0, 1, 2**40))  # the last does not fit 32 bits
+    drafts, targets = [], []
+    for _ in range(draw(st.integers(1, most_rows))):
+        length = draw(st.one_of(st.just(0), st.integers(1, 4), st.integers(1, longest)))
+        row = draw(st.lists(tokens, min_size=length, max_size=length))
+        same = draw(st.integers(0, length))
+        rest = draw(st.lists(tokens, min_size=length - same + 1, max_size=length - same + 1))
+        drafts.append(tuple(row))
+        targets.append((*row[:same], *rest))
+    return AcceptSpec(tuple(drafts), tuple(targets))
+
+
+def check_accept(implementation: Any, spec: AcceptSpec, device: str = "cpu") -> None:
+    """Check accept_prefix against a loop over rows and tokens."""
+    accepted, tokens, token_starts, seeds = [], [], [0], []
+    for drafts, targets in zip(spec.drafts, spec.targets, strict=True):
+        count = 0
+        while count < len(drafts) and drafts[count] == targets[count]:
+            count += 1
+        accepted.append(count)
+        tokens.extend(targets[: count + 1])
+        token_starts.append(len(tokens))
+        seeds.append(targets[count])
+    tokens += [-1] * (sum(map(len, spec.targets)) - len(tokens))
+    starts = torch.tensor([0, *map(len, spec.drafts)]).cumsum(0).to(torch.int32)
+    found = implementation.accept_prefix(
+        torch.tensor([token for row in spec.drafts for token in row], dtype=torch.int64, device=device),
+        torch.tensor([token for row in spec.targets for token in row], dtype=torch.int64, device=device),
+        starts.to(device),
+    )
+    expected = (
+        torch.tensor(accepted, dtype=torch.int32),
+        torch.tensor(tokens, dtype=torch.int64),
+        torch.tensor(token_starts, dtype=torch.int32),
+        torch.tensor(seeds, dtype=torch.int64),
+    )
+    for name, x, y in zip(("accepted", "tokens", "token_starts", "seeds"), found, expected, strict=True):
+        assert x.dtype == y.dtype, f"{name}: {x.dtype}"
+        assert torch.equal(x.cpu(), y), f"{name}: {x.tolist()} instead of {y.tolist()}"
+
+
+@dataclass(frozen=True)
+class MoveSpec:
+    """One batch for move_kv: slots to copy, and the caches they are in."""
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    layers: int
+    pages: int
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    layout: int
+    dtype: torch.dtype
+
+
+@st.composite
+def move_specs(draw: st.DrawFn) -> MoveSpec:
+    """Draw moves: targets are distinct and nobody's source; a source may have several targets, or stay where it is."""
+    pages, page_size = draw(st.integers(2, 5)), draw(st.sampled_from((16, 32)))
+    slots = draw(st.permutations(range(pages * page_size)))
+    count = draw(st.integers(0, 12))
+    targets = slots[:count]
+    sources = draw(st.lists(st.sampled_from(slots[count:]), min_size=count, max_size=count))
+    if count and draw(st.booleans()):
+        sources[0] = targets[0]
+    return MoveSpec(
+        sources=tuple(sources),
+        targets=tuple(targets),
+        layers=draw(st.integers(1, 3)),
+        pages=pages,
+        page_size=page_size,
+        kv_heads=draw(st.integers(1, 3)),
+        head_dim=draw(st.sampled_from((32, 80, 96))),
+        layout=draw(st.integers(0, len(LAYOUTS) - 1)),
+        dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16, *FLOAT8))),
+    )
+
+
+def check_move(implementation: Any, spec: MoveSpec, device: str = "cpu") -> None:
+    """Check move_kv against a loop over layers and moves; every other slot keeps its bits."""
+    generator = torch.Generator().manual_seed(0)
+    caches = []
+    for _ in range(spec.layers):
+        views = empty_cache(spec.layout, spec.pages, spec.kv_heads, spec.page_size, spec.head_dim, spec.dtype)
+        for pool in views:
+            _raw(pool).copy_(_raw(torch.randn(pool.shape, generator=generator).to(spec.dtype)))
+            caches.append(pool)
+    expected = [bits(pool).clone() for pool in caches]
+    for pool in expected:
+        for source, target in zip(spec.sources, spec.targets, strict=True):
+            size = spec.page_size
+            pool[target // size, :, target % size] = pool[source // size, :, source % size]
+    moved = [to_device(pool, device) for pool in copy.copy(caches)]
+    implementation.move_kv(
+        moved, *(torch.tensor(slots, dtype=torch.int64, device=device) for slots in (spec.sources, spec.targets))
+    )
+    for index, (pool, wanted) in enumerate(zip(moved, expected, strict=True)):
+        assert torch.equal(bits(pool), wanted), f"cache {index} differs"

@@ -1,0 +1,66 @@
+"""The implementations of the operators that the tests of this folder run. A further one is one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+OPERATORS = ("block_attention", "accept_prefix", "move_kv")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A module with the operators as functions and, if it does not run everywhere, ``unavailable(device)``.
+
+    Attributes:
+        name: shown in test ids.
+        module: import path.
+        operators: which of the three it has.
+        examples: batches that hypothesis draws; few where each takes long.
+        longest_prefix: of a drawn batch.
+        repeats: runs that must give the same bits.
+        interpreted: runs on CPU only through Triton's interpreter; ``test_triton_interpreted.py`` starts that process.
+    """
+
+    name: str
+    module: str
+    operators: tuple[str, ...] = OPERATORS
+    examples: int = 100
+    longest_prefix: int = 600
+    repeats: int = 20
+    interpreted: bool = False
+
+    def load(self, device: str) -> Any:
+        """Import the module; skip the test, with the module's reason, where it does not run."""
+        module = importlib.import_module(self.module)
+        unavailable = getattr(module, "unavailable", None)
+        reason = unavailable(torch.device(device)) if unavailable else None
+        if reason:
+            pytest.skip(f"{self.name}: {reason}")
+        return module
+
+
+IMPLEMENTATIONS = (
+    Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3),
+    Implementation(
+        "triton", "vllm_nld.attention.triton_ops", examples=25, longest_prefix=200, repeats=3, interpreted=True
+    ),
+)
+
+
+def having(operator: str) -> list[Any]:
+    """Parameters (implementation, device) of a test of one operator."""
+    return [
+        pytest.param(implementation, device, id=f"{implementation.name}-{device}")
+        for implementation in IMPLEMENTATIONS
+        if operator in implementation.operators
+        for device in DEVICES
+        if INTERPRETING or device != "cpu" or not implementation.interpreted
+    ]

@@ -1,0 +1,58 @@
+"""Every implementation of the operators in ``docs/operators.md``, on the same random ragged batches."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from implementations import Implementation, having
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def run_examples(count: int, strategy: st.SearchStrategy, body) -> None:  # type: ignore[no-untyped-def]
+    """Run ``body`` on drawn examples; how many is only known inside a test, per implementation."""
+    quiet = settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    quiet(given(strategy)(body))()
+
+
+@pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", cases.EDGE_SPECS)
+def test_attention_edges(implementation: Implementation, device: str, dtype: torch.dtype, name: str) -> None:
+    cases.check(implementation.load(device), cases.EDGE_SPECS[name], dtype, device)
+
+
+@pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
+def test_attention(implementation: Implementation, device: str) -> None:
+    module = implementation.load(device)
+    drawn = st.tuples(cases.attention_specs(implementation.longest_prefix), st.sampled_from(DTYPES))
+    run_examples(implementation.examples, drawn, lambda pair: cases.check(module, *pair, device))
+
+
+@pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
+@pytest.mark.parametrize("name", ["long row beside short ones", "all masks"])
+def test_attention_is_deterministic(implementation: Implementation, device: str, name: str) -> None:
+    module = implementation.load(device)
+    cases.check_deterministic(module, cases.EDGE_SPECS[name], torch.bfloat16, device, implementation.repeats)
+
+
+@pytest.mark.parametrize(("implementation", "device"), having("accept_prefix"))
+def test_accept_prefix(implementation: Implementation, device: str) -> None:
+    module = implementation.load(device)
+    run_examples(implementation.examples, cases.accept_specs(), lambda spec: cases.check_accept(module, spec, device))
+
+
+@pytest.mark.parametrize(("implementation", "device"), having("move_kv"))
+def test_move_kv(implementation: Implementation, device: str) -> None:
+    module = implementation.load(device)
+    run_examples(implementation.examples, cases.move_specs(), lambda spec: cases.check_move(module, spec, device))
