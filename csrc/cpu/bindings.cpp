@@ -87,9 +87,9 @@ void check_rows(const nld::BlockAttention& call, int64_t tokens, int64_t pages_p
         const int32_t kind = call.mask_kinds[row];
         STD_TORCH_CHECK(kind >= nld::kAll && kind <= nld::kWords, "block_attention: mask_kinds[", row, "] is ", kind,
                         "; allowed: 0 (all), 1 (causal), 2 (mask_words)");
-        STD_TORCH_CHECK(kind != nld::kWords || (call.mask_words != nullptr && int64_t{call.mask_width} * 32 >= length),
+        STD_TORCH_CHECK(kind != nld::kWords || int64_t{call.mask_width} * 32 >= length,
                         "block_attention: mask_kinds[", row, "] asks for mask_words, which ",
-                        call.mask_words == nullptr ? "are not given" : "are too narrow for the block");
+                        call.mask_width == 0 ? "are not given" : "are too narrow for the block");
     }
 }
 

@@ -113,6 +113,29 @@ inline void put(typename Math::Element* to, const T* from, int64_t stride, bool 
     if constexpr (Math::kPair == 2) to[1] = second ? element_of<Math>(from[stride], scale) : typename Math::Element{};
 }
 
+// Packs two neighbouring lines of the summed dimension, `count` pairs of elements that are contiguous in each.
+template <class Math, class T>
+inline void interleave(typename Math::Element* to, const T* a, const T* b, int count, float scale) {
+    int i = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        const __m512i low = _mm512_set_epi32(0x2f000f + 0, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009,
+                                             0x280008, 0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002,
+                                             0x210001, 0x200000);
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+        for (; i + 32 <= count; i += 32) {
+            const __m512i first = _mm512_loadu_si512(a + i), second = _mm512_loadu_si512(b + i);
+            _mm512_storeu_si512(to + 2 * i, _mm512_permutex2var_epi16(first, low, second));
+            _mm512_storeu_si512(to + 2 * i + 32, _mm512_permutex2var_epi16(first, high, second));
+        }
+    }
+#endif
+    for (; i < count; ++i) {
+        to[i * Math::kPair] = element_of<Math>(a[i], scale);
+        if constexpr (Math::kPair == 2) to[2 * i + 1] = element_of<Math>(b[i], scale);
+    }
+}
+
 // keys[dim / kPair][kTile][kPair], from column `place` on. The summed dimension is the head's.
 template <class Math, class T>
 void pack_keys(typename Math::Element* keys, int place, const Run<T>& run, int head_dim) {
@@ -121,7 +144,7 @@ void pack_keys(typename Math::Element* keys, int place, const Run<T>& run, int h
         for (int d = 0; d < head_dim; d += kPair) {
             auto* to = keys + (d / kPair * kTile + place) * kPair;
             const T* from = run.data + d * run.dim;
-            for (int t = 0; t < run.count; ++t) put<Math>(to + t * kPair, from + t, run.dim, true, run.scale);
+            interleave<Math>(to, from, from + run.dim, run.count, run.scale);
         }
         return;
     }
@@ -151,7 +174,7 @@ void pack_values(typename Math::Element* values, int place, const Run<T>& run, i
         const T* from = run.data + t * run.token;
         const bool second = t + 1 < run.count;
         if (run.dim == 1 && (second || kPair == 1)) {
-            for (int d = 0; d < head_dim; ++d) put<Math>(to + d * kPair, from + d, run.token, true, run.scale);
+            interleave<Math>(to, from, from + run.token, head_dim, run.scale);
         } else {
             for (int d = 0; d < head_dim; ++d)
                 put<Math>(to + d * kPair, from + d * run.dim, run.token, second, run.scale);
@@ -181,6 +204,47 @@ inline void for_each_run(const BlockAttention& call, const Item& item, const Pag
         }
     }
 }
+
+// Asks for a tile's lines in memory, a few at a time between products: pages lie anywhere, hardware prefetchers do not follow
+// block tables, and a core waits if it is asked for all at once.
+class Prefetcher {
+   public:
+    template <class T>
+    void add(const Run<T>& run, int head_dim) {
+        if (count_ == kMost) return;
+        const bool columns = run.token == 1;
+        stretches_[count_++] = {reinterpret_cast<const char*>(run.data),
+                                static_cast<int64_t>((columns ? run.dim : run.token) * sizeof(T)),
+                                columns ? head_dim : run.count,
+                                static_cast<int>((columns ? run.count : head_dim) * sizeof(T))};
+        lines_ += stretches_[count_ - 1].lines;
+    }
+
+    int lines() const { return lines_; }
+
+    void ask(int lines) {
+        while (lines > 0 && at_ < count_) {
+            const Stretch& stretch = stretches_[at_];
+            for (; line_ < stretch.lines && lines > 0; ++line_, --lines) {
+                const char* data = stretch.data + line_ * stretch.stride;
+                for (int byte = 0; byte < stretch.bytes; byte += 64) __builtin_prefetch(data + byte, 0, 2);
+            }
+            if (line_ < stretch.lines) return;
+            line_ = 0;
+            ++at_;
+        }
+    }
+
+   private:
+    static constexpr int kMost = 16;
+    struct Stretch {
+        const char* data;
+        int64_t stride;
+        int lines, bytes;
+    };
+    Stretch stretches_[kMost];
+    int count_ = 0, lines_ = 0, at_ = 0, line_ = 0;
+};
 
 // Which of the 64 keys from `first` on a query sees.
 inline uint64_t visible(const BlockAttention& call, const Item& item, int query, int first) {
@@ -291,14 +355,26 @@ struct Kernel {
             [&](const auto& run, int place) { pack_values<Math>(values, place, run, call.head_dim, dim); });
     }
 
-    static void attend(const BlockAttention& call, const Item& item, int first, const Scratch& s) {
+    static Prefetcher next_tile(const BlockAttention& call, const Item& item, int head, int first, bool is_last) {
+        Prefetcher next;
+        if (is_last) return next;
+        const int count = least(kTile, item.keys - first);
+        auto add = [&](const auto& run, int) { next.add(run, call.head_dim); };
+        for_each_run<PageT, FreshT>(call, item, call.key_pages, call.key, head, first, count, add);
+        for_each_run<PageT, FreshT>(call, item, call.value_pages, call.value, head, first, count, add);
+        return next;
+    }
+
+    static void attend(const BlockAttention& call, const Item& item, int first, Prefetcher next, const Scratch& s) {
         const int count = queries_of(call, item), group = call.heads / call.kv_heads, dim = padded_dim(call.head_dim);
         const float scale = call.scale * 1.44269504089f;
         const bool masked = !all_visible(call, item, first);
         const auto *queries = static_cast<const Element*>(s.queries), *keys = static_cast<const Element*>(s.keys),
                    *values = static_cast<const Element*>(s.values);
+        const int lines = next.lines() * kRows / count + 1;
         for (int q = 0; q < count; q += kRows) {
             const int rows = least(kRows, count - q);
+            next.ask(lines);
             for (int column = 0; column < kTile; column += 2 * kLanes)
                 multiply<Math, false>(queries + q * dim, dim, keys + column * kPair, kTile, call.head_dim / kPair,
                                       s.scores + column, kTile);
@@ -328,7 +404,7 @@ struct Kernel {
         std::memset(s.scores, 0, sizeof(float) * 16 * kTile);
         for (int tile = first; tile < last; ++tile) {
             load_tile(call, item, head, tile * kTile, s);
-            attend(call, item, tile * kTile, s);
+            attend(call, item, tile * kTile, next_tile(call, item, head, (tile + 1) * kTile, tile + 1 == last), s);
         }
     }
 
