@@ -338,7 +338,7 @@ class SelfSpeculation:
                 del blocks[row].tokens[1 + drafts :]
 
     def _run(self, blocks: list[Block], others: bool) -> None:
-        """Run forwards until the given blocks are filled, and over parked requests' blocks until a causal pass is due."""
+        """Run forwards until the blocks are filled, and over parked requests' blocks until a causal pass is due."""
 
         def leave(forwards: int) -> bool:
             return may_leave(forwards, blocks, self.parked, others, self.mask_token_id)
