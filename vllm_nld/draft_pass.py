@@ -7,11 +7,12 @@ of diffusion differ in their rules only, and share their forwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
@@ -66,7 +67,7 @@ class DraftPass:
         """Return the seconds of a forward over ``tokens`` masks in blocks that have no prefix; it is not counted."""
         rows = -(-tokens // block_length)
         length = -(-tokens // rows)
-        blocks = [Block(0, 0, [self.mask_token_id] * length) for _ in range(rows)]
+        blocks = [Block(0, [self.mask_token_id] * length) for _ in range(rows)]
         counts = self.forwards, self.block_forwards
         started = time.perf_counter()
         self.forward(blocks).argmax(-1).tolist()  # reading the result waits for a device to finish
@@ -74,11 +75,30 @@ class DraftPass:
         self.forwards, self.block_forwards = counts
         return seconds
 
+    def locate(self, blocks: Mapping[int, Block]) -> None:
+        """Note the pages that hold the prefixes of blocks, given by their batch rows in the step that has just run."""
+        longest = max((block.prefix for block in blocks.values()), default=0)
+        if longest:
+            layer = next(iter(self.layers.values()))
+            pages = self.table.rows(list(blocks), longest, page_layout(layer).page_size(layer))
+            for block, own in zip(blocks.values(), pages, strict=True):
+                block.pages = own
+
     @torch.inference_mode()
-    def run(self, blocks: Sequence[Block]) -> None:
-        """Fill every block in place."""
-        for group in self._groups(blocks):
-            self._fill(group)
+    def run(self, blocks: Sequence[Block], leave: Callable[[int], bool] | None = None) -> None:
+        """Fill every block in place.
+
+        Args:
+            blocks: those that are done already take no part.
+            leave: asked after every forward, with the number of forwards so far, whether to stop with blocks unfilled.
+        """
+        forwards = 0
+        while active := [block for block in blocks if not block.is_done(self.mask_token_id)]:
+            for group in self._groups(active if self.compact else blocks):
+                self._advance(group)
+            forwards += 1
+            if leave is not None and leave(forwards):
+                break
 
     def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
         """Split into batches that a forward has room for; blocks with prefixes of similar length go together.
@@ -96,13 +116,13 @@ class DraftPass:
                 groups.append([block])
         return groups
 
-    def _fill(self, group: list[Block]) -> None:
-        """Fill one batch; a block that is done leaves it, and the others go on in a smaller forward."""
-        while active := [block for block in group if not block.is_done(self.mask_token_id)]:
-            logits = self.forward(active if self.compact else group)
-            if not self.compact:
-                logits = logits[self._rows_of(group, active)]
-            self._commit(active, logits)
+    def _advance(self, group: list[Block]) -> None:
+        """Run one forward over a batch, of which the blocks that are done are here only if not compacted away."""
+        active = [block for block in group if not block.is_done(self.mask_token_id)]
+        if not active:
+            return
+        logits = self.forward(group)
+        self._commit(active, logits if len(active) == len(group) else logits[self._rows_of(group, active)])
 
     def _rows_of(self, group: list[Block], active: list[Block]) -> Tensor:
         """Return which logits rows of a forward over ``group`` belong to ``active`` blocks, bool ``[masked]``."""
@@ -146,10 +166,16 @@ class DraftPass:
             if ragged:
                 index = fresh.flatten().nonzero().squeeze(1).to(self.device)
         if longest:
-            pages = self.table.rows([block.row for block in blocks], longest, page_size)
+            count = -(-longest // page_size)
+            pages = pad_sequence([self._pages(block)[:count] for block in blocks], batch_first=True)
         else:
             pages = torch.zeros(len(blocks), 0, dtype=torch.int64, device=self.device)
         return DraftMetadata(len(blocks), length, pages, longest, mask, index)
+
+    @staticmethod
+    def _pages(block: Block) -> Tensor:
+        assert block.pages is not None, "a block is located before its first forward"
+        return block.pages
 
     def _commit(self, blocks: Sequence[Block], logits: Tensor) -> None:
         """Choose a token for every masked position, decide which to commit, and write those into the blocks."""
