@@ -42,7 +42,9 @@ class SnapshotCollector(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Yield every metric with a value."""
-        found = [(engine, sample) for engine, path in find_snapshots(self.prefix).items() for sample in read_samples(path)]
+        found = [
+            (engine, sample) for engine, path in find_snapshots(self.prefix).items() for sample in read_samples(path)
+        ]
         if not found:
             self._warn()
         for name, metric in METRICS.items():
