@@ -194,8 +194,7 @@ def test_the_reasoning_parser_works_in_every_mode(client: OpenAI, model: str) ->
         assert "think>" not in parsed.reasoning + parsed.content, mode
 
 
-@pytest.mark.parametrize("choice", ["named", "required"])
-@pytest.mark.parametrize("thinks", [False, True], ids=["", "thinking"])
+@pytest.mark.parametrize(("choice", "thinks"), [("named", False), ("required", True)], ids=["named", "required"])
 def test_tools_are_called_in_every_mode(client: OpenAI, model: str, choice: str, thinks: bool) -> None:
     """With ``strict``: without it vLLM's hermes parser leaves the arguments free, to be any JSON at all."""
     schema = {
