@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_nld import MODEL_TYPE, plugin
-from vllm_nld.accounting import Ledger, Tally
+from vllm_nld.accounting import DECODE_KINDS, Ledger, Tally
 from vllm_nld.metrics import (
     METRICS,
     Publisher,
@@ -246,18 +246,30 @@ def test_worker_samples_follow_the_table() -> None:
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+    """By their whole names, and by labels and label values that they carry."""
     text = (ROOT / "examples/grafana/nld_dashboard.json").read_text()
     dashboard = json.loads(text)
     assert len(dashboard["panels"]) >= 8
     own = set(re.findall(r"vllm:nld_\w+", text))
-    known = {name + ("_total" if metric.kind == "counter" else "") for name, metric in METRICS.items()}
-    assert own <= known
-    assert own
+    known = {name + ("_total" if metric.kind == "counter" else ""): metric for name, metric in METRICS.items()}
+    assert own == set(known), "every metric has its place in it"
     import vllm
 
     source = (Path(vllm.__file__).parent / "v1/metrics/loggers.py").read_text()
     for name in set(re.findall(r"vllm:\w+", text)) - own:
-        assert re.sub(r"_(bucket|sum|count|total)$", "", name) in source, name
+        assert f'"{re.sub(r"_(bucket|sum|count|total)$", "", name)}"' in source, name
+    values = {
+        "mode": {"ar", "self_speculation", "diffusion"},
+        "kind": {k for kinds in DECODE_KINDS.values() for k in kinds},
+    }
+    for expression in (target["expr"] for panel in dashboard["panels"] for target in panel["targets"]):
+        for name, selector in re.findall(r"(vllm:nld_\w+)\{([^}]*)\}", expression):
+            for label, value in re.findall(r'(\w+)=~?"([^"]*)"', selector):
+                assert label in (*known[name].labels, "model_name"), (name, label)
+                assert label == "model_name" or set(value.split("|")) <= values[label], (name, value)
+        for labels in re.findall(r"by \(([^)]*)\)", expression):
+            for name in re.findall(r"vllm:nld_\w+", expression):
+                assert set(labels.split(", ")) <= set(known[name].labels), (name, labels)
 
 
 def test_every_metric_is_documented() -> None:
