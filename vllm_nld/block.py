@@ -66,7 +66,7 @@ class Block:
         stop_ids: a block is done as soon as one of these is decided with nothing undecided before it.
         passes: forwards that the block has taken.
         confidence: per position, the probability of the chosen token when it was committed; 1 where it was given.
-        pages: int64, the cache pages that hold the prefix, and perhaps more. The block's own copy, because its request
+        pages: int32, the cache pages that hold the prefix, and perhaps more. The block's own copy, because its request
             may leave vLLM's batch while it is filled. None before the first forward and while the request is preempted.
     """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +25,8 @@ from vllm_nld.selection import select
 if TYPE_CHECKING:
     from vllm_nld.learned_sampler import LearnedSampler
 
-# What one draft forward may gather from the cache, in tokens times rows: gathering pads every row to the longest
-# prefix, and vLLM's memory profile knows nothing of it.
-MAX_GATHERED_TOKENS = 1 << 16
+BIDIRECTIONAL = 0
+"""Mask kind of the operator."""
 
 
 class DraftPass:
@@ -101,19 +101,16 @@ class DraftPass:
                 break
 
     def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
-        """Split into batches that a forward has room for; blocks with prefixes of similar length go together.
-
-        The model is compiled for at most ``max_num_batched_tokens`` tokens a forward.
-        """
+        """Split into batches of at most ``max_num_batched_tokens`` tokens, for which the model is compiled."""
         groups: list[list[Block]] = []
-        length = max((block.length for block in blocks), default=0)
-        for block in sorted(blocks, key=lambda block: block.prefix):
-            rows = len(groups[-1]) + 1 if groups else 0
-            fits = rows * length <= self.max_tokens and rows * (block.prefix + length) <= MAX_GATHERED_TOKENS
-            if groups and fits:
+        used = 0
+        for block in blocks:
+            if groups and used + block.length <= self.max_tokens:
                 groups[-1].append(block)
+                used += block.length
             else:
                 groups.append([block])
+                used = block.length
         return groups
 
     def _advance(self, group: list[Block]) -> None:
@@ -134,8 +131,7 @@ class DraftPass:
     def forward(self, blocks: Sequence[Block]) -> Tensor:
         """Run one forward and return the masked positions' logits, float32 ``[masked, vocab]``, in block order.
 
-        Row i of a bidirectional pass predicts position i. The blocks are laid end to end; only the attention sees
-        them as rows, padded to the longest, and no token sees another block or padding.
+        Row i of a bidirectional pass predicts position i. The blocks are laid end to end, ragged as they are.
         """
         self.forwards += 1
         self.block_forwards += len(blocks)
@@ -152,28 +148,22 @@ class DraftPass:
         return logits[: len(masked)].float()
 
     def _metadata(self, blocks: Sequence[Block]) -> DraftMetadata:
-        prefixes = torch.tensor([block.prefix for block in blocks])
-        lengths = torch.tensor([block.length for block in blocks])
-        longest, length = int(prefixes.max()), int(lengths.max())
-        layer = next(iter(self.layers.values()))
-        page_size = page_layout(layer).page_size(layer)
-        ragged = int(lengths.min()) < length
-        mask = index = None
-        if int(prefixes.min()) < longest or ragged:
-            cached = torch.arange(longest) < prefixes[:, None]
-            fresh = torch.arange(length) < lengths[:, None]
-            mask = torch.cat((cached, fresh), dim=1)[:, None, None].to(self.device)
-            if ragged:
-                index = fresh.flatten().nonzero().squeeze(1).to(self.device)
+        lengths, prefixes = [block.length for block in blocks], [block.prefix for block in blocks]
+        longest = max(prefixes)
         if longest:
-            count = -(-longest // page_size)
-            pages = pad_sequence([self._pages(block)[:count] for block in blocks], batch_first=True)
+            pages = pad_sequence([self._pages(block) for block in blocks], batch_first=True)
         else:
-            pages = torch.zeros(len(blocks), 0, dtype=torch.int64, device=self.device)
-        return DraftMetadata(len(blocks), length, pages, longest, mask, index)
+            pages = torch.zeros(len(blocks), 0, dtype=torch.int32, device=self.device)
 
-    @staticmethod
-    def _pages(block: Block) -> Tensor:
+        def ints(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(self.device)
+
+        starts = ints([0, *accumulate(lengths)])
+        return DraftMetadata(pages, ints(prefixes), starts, ints([BIDIRECTIONAL] * len(blocks)), max(lengths), longest)
+
+    def _pages(self, block: Block) -> Tensor:
+        if block.prefix == 0:
+            return torch.zeros(0, dtype=torch.int32, device=self.device)
         assert block.pages is not None, "a block is located before its first forward"
         return block.pages
 
