@@ -81,10 +81,28 @@ class Acceptance:
         self.accepted *= 1 - share
         self.tested *= 1 - share
 
+    @property
+    def hopeful_rate(self) -> float:
+        """The rate plus one standard deviation of what is believed of it (a beta distribution).
+
+        Choosing by it tries a request of which little is known, where requests differ and it may well be a good one:
+        what is learned serves all the rest of its text. With evidence the hope goes, and where requests are alike there is none.
+        """
+        rate, evidence = self.rate, self.tested + self.prior.weight
+        return rate + math.sqrt(rate * (1 - rate) / (evidence + 1))
+
     def expected_tokens(self, length: int) -> float:
         """Tokens that a cycle over a block of ``length`` tokens yields: 1 + rate + rate^2 + ..., ``length`` terms."""
-        rate = min(self.rate, 0.999)
-        return float((1 - rate**length) / (1 - rate))
+        return _cycle_tokens(self.rate, length)
+
+    def hopeful_tokens(self, length: int) -> float:
+        """The same at the hopeful rate."""
+        return _cycle_tokens(self.hopeful_rate, length)
+
+
+def _cycle_tokens(rate: float, length: int) -> float:
+    rate = min(rate, 0.999)
+    return float((1 - rate**length) / (1 - rate))
 
 
 class Calibration:

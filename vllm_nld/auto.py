@@ -169,7 +169,7 @@ class AutoMode:
         self, candidates: Sequence[Candidate], requests: int, tokens: int, gain: float | None = None
     ) -> dict[int, int]:
         """Return the blocks with the most tokens per second; expected gains count ``gain`` times (None: corrected)."""
-        ranked = sorted(candidates, key=lambda candidate: -candidate.acceptance.rate)
+        ranked = sorted(candidates, key=lambda candidate: -candidate.acceptance.hopeful_rate)
         correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
         gain = correction.gain if gain is None else gain
         # Accepted drafts of other modes are decided whatever is chosen here.
@@ -180,7 +180,7 @@ class AutoMode:
             gained, block_tokens, blocks = 0.0, 0, dict[int, int]()
             for candidate in ranked:
                 own = min(length, candidate.longest)
-                gained += candidate.acceptance.expected_tokens(own) - 1
+                gained += candidate.acceptance.hopeful_tokens(own) - 1
                 block_tokens += own
                 blocks[candidate.row] = own
                 if len(blocks) not in counts:

@@ -127,7 +127,8 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
 
 
 @accept_prefix.register_fake
-def _(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tensors of the results' shapes and dtypes, for tracing."""
     rows = starts.shape[0] - 1
     return (
         starts.new_empty(rows),

@@ -6,9 +6,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vllm_nld.ops import native_library
+from vllm_nld.ops import fake_accept_prefix, native_library
 
 
 @cache
@@ -27,24 +26,10 @@ def _load() -> str | None:
 
 def _register_fakes() -> None:
     """Tell torch.compile what the operators return; what they write is in their schemas."""
-
-    @torch.library.register_fake("vllm_nld_cpu::block_attention")
-    def _(*_: Any) -> None:
-        return None
-
-    @torch.library.register_fake("vllm_nld_cpu::move_kv")
-    def _(*_: Any) -> None:
-        return None
-
-    @torch.library.register_fake("vllm_nld_cpu::accept_prefix")
-    def _(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = starts.shape[0] - 1
-        return (
-            starts.new_empty(rows),
-            targets.new_empty(targets.shape[0]),
-            starts.new_empty(rows + 1),
-            targets.new_empty(rows),
-        )
+    register: Any = torch.library.register_fake
+    register("vllm_nld_cpu::block_attention", lambda *_: None)
+    register("vllm_nld_cpu::move_kv", lambda *_: None)
+    register("vllm_nld_cpu::accept_prefix", fake_accept_prefix)
 
 
 def unavailable(device: torch.device) -> str | None:

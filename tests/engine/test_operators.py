@@ -1,0 +1,104 @@
+"""Engines with each implementation of the operators that this machine can run, and the causal steps that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import counters, engine, generate, random_prompts
+from models import random_model, save, small_config
+
+from vllm_nld import ops
+from vllm_nld.attention import backend
+from vllm_nld.errors import NLDError
+from vllm_nld.reference import ReferenceModel, ar_generate
+from vllm_nld.reference import generate as reference_generate
+
+CPU = torch.device("cpu")
+PROMPTS = random_prompts([1, 17, 64, 130, 33], 24, seed=3)
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The choice of an implementation is made once a process; make it anew, before and after."""
+    caches = ops.implementation, ops.function, backend.fast_causal
+    for cached in caches:
+        cached.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def model() -> ReferenceModel:
+    return random_model(small_config(vocab_size=24, block_size=8, eos_token_id=None), 0)
+
+
+@pytest.fixture(scope="module")
+def folder(model: ReferenceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(model, tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", [one.name for one in ops.IMPLEMENTATIONS if "cpu" in one.devices])
+def test_texts_equal_the_reference(
+    name: str, model: ReferenceModel, folder: Path, fresh_choice: pytest.MonkeyPatch
+) -> None:
+    fresh_choice.setenv(ops.ENVIRONMENT_VARIABLE, name)
+    try:
+        assert ops.implementation("block_attention", "cpu").name == name
+    except NLDError as error:
+        pytest.skip(str(error))
+    with engine(folder, spec=True) as llm:
+        expected = [ar_generate(model, ids, 24).ids[len(ids) :] for ids in PROMPTS]
+        assert generate(llm, PROMPTS) == expected
+        assert counters(llm)["draft_forwards"] > 0
+        denoised = [reference_generate(model, ids, 24, threshold=0.3).ids[len(ids) :] for ids in PROMPTS]
+        nld = {"mode": "diffusion", "threshold": 0.3}
+        assert generate(llm, PROMPTS, extra_args={"nld": nld}) == denoised
+
+
+def test_an_unknown_implementation_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
+    fresh_choice.setenv(ops.ENVIRONMENT_VARIABLE, "fortran")
+    with pytest.raises(NLDError, match="VLLM_NLD_OPS=fortran: allowed are cpp, cuda, triton, xformers, torch"):
+        ops.implementation("block_attention", "cpu")
+
+
+def test_an_implementation_for_another_device_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
+    fresh_choice.setenv(ops.ENVIRONMENT_VARIABLE, "cuda")
+    with pytest.raises(NLDError, match="VLLM_NLD_OPS=cuda does not run on cpu: it serves cuda, not cpu"):
+        ops.implementation("block_attention", "cpu")
+
+
+def test_causal_steps_agree_with_vllms_attention(folder: Path, fresh_choice: pytest.MonkeyPatch) -> None:
+    """In bfloat16 a prefill runs the operator under its causal mask, or vLLM's own attention: the same probabilities."""
+    if not backend.fast_causal("cpu", torch.bfloat16):
+        pytest.skip("this CPU has no bfloat16 products")
+    found = []
+    calls: list[int] = []
+    original = backend.verify_blocks
+
+    def counted(metadata: Any, query: torch.Tensor) -> Any:
+        blocks = original(metadata, query)
+        calls.append(blocks is not None)
+        return blocks
+
+    fresh_choice.setattr(backend, "verify_blocks", counted)
+    for fast in (True, False):
+        fresh_choice.setattr(backend, "fast_causal", lambda *_, fast=fast: fast)
+        calls.clear()
+        with engine(folder, dtype="bfloat16", max_num_batched_tokens=48) as llm:
+            found.append(prompt_logprobs(llm))
+        assert any(calls) == fast
+    torch.testing.assert_close(found[0], found[1], atol=0.08, rtol=0)
+
+
+def prompt_logprobs(llm: Any) -> torch.Tensor:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS[1:]], params, use_tqdm=False)
+    return torch.tensor([next(iter(at.values())).logprob for out in outputs for at in out.prompt_logprobs[1:]])

@@ -1,0 +1,161 @@
+"""The C++ operator beyond what all implementations share: every instruction set, unsuitable input, long rows, torch's checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import cases
+import pytest
+import torch
+
+from vllm_nld import ops
+from vllm_nld.attention import cpp_ops
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(cpp_ops.unavailable(CPU) is not None, reason=f"C++ operators: {cpp_ops.unavailable(CPU)}")
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def forced(request: pytest.FixtureRequest) -> Iterator[str]:
+    try:
+        cpp_ops.instruction_set(request.param)
+    except RuntimeError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    cpp_ops.instruction_set("")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", cases.EDGE_SPECS)
+def test_every_instruction_set(forced: str, name: str, dtype: torch.dtype) -> None:
+    cases.check(cpp_ops, cases.EDGE_SPECS[name], dtype)
+
+
+def test_a_very_long_row_beside_short_ones() -> None:
+    """32k cached tokens, split over all threads, beside rows that fit a tile."""
+    spec = cases.AttentionSpec((32_700, 0, 40), (16, 3, 1), (0, 1, 0), heads=(4, 1), head_dim=64, page_size=128, layout=0)
+    cases.check(cpp_ops, spec, torch.bfloat16)
+    cases.check_deterministic(cpp_ops, spec, torch.bfloat16)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads(threads: int) -> None:
+    """Stretches of work end inside items, several times in one item with many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in ("one long row", "long row beside short ones", "all masks", "nothing fresh"):
+            cases.check(cpp_ops, cases.EDGE_SPECS[name], torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def spoiled(**changes: Any) -> dict[str, Any]:
+    """Arguments of a small valid call with some of them replaced; functions are given the valid one."""
+    arguments = cases.attention_arguments(cases.AttentionSpec((20, 3), (4, 2), (0, 2)), torch.float32)
+    for name, change in changes.items():
+        arguments[name] = change(arguments[name]) if callable(change) else change
+    return arguments
+
+
+def with_entry(index: Any, value: int) -> Any:
+    def change(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[index] = value
+        return x
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_table": with_entry((0, 1), 99)}, r"block_table\[0, 1\] is 99; allowed: 0 to"),
+        ({"block_table": with_entry((0, 0), -1)}, r"block_table\[0, 0\] is -1"),
+        ({"block_table": lambda x: x.long()}, "block_table must be int32"),
+        ({"block_table": lambda x: x[:1]}, "block_table must have 2 dimension"),
+        ({"prefix_lens": with_entry(1, -1)}, r"prefix_lens\[1\] is -1"),
+        ({"prefix_lens": with_entry(1, 10_000)}, r"prefix_lens\[1\] is 10000; allowed: 0 to"),
+        ({"block_starts": with_entry(2, 7)}, r"block_starts\[2\] is 7; allowed: 4 to 6"),
+        ({"block_starts": with_entry(1, 9)}, r"block_starts\[1\] is 9"),
+        ({"block_starts": with_entry(0, -2)}, r"block_starts\[0\] is -2"),
+        ({"mask_kinds": with_entry(0, 3)}, r"mask_kinds\[0\] is 3; allowed: 0"),
+        ({"mask_words": None}, "asks for mask_words, which are not given"),
+        ({"mask_words": lambda x: x[:3]}, "mask_words must have 2 dimension"),
+        ({"query": lambda x: x.double()}, "dtype of query is not supported; allowed: float32"),
+        ({"key": lambda x: x.bfloat16()}, "dtype of key differs"),
+        ({"output": lambda x: x.half()}, "dtype of output differs"),
+        ({"query": lambda x: x[..., :40]}, "head size is 40; allowed: multiples of 16"),
+        ({"query": lambda x: x[0]}, "query has 2 dimensions; needed: 3"),
+        ({"query": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)}, "query has inner stride"),
+        ({"value": lambda x: x[:, :1]}, "value has shape"),
+        ({"key_pages": lambda x: x.bfloat16()}, "differ in shape or dtype"),
+        ({"key_pages": lambda x: x[:, :, :8]}, "differ in shape or dtype"),
+        ({"key_pages": lambda x: x.flatten(1, 2)}, "key_pages has 3 dimensions; needed: 4"),
+        ({"scale": 0.0}, "scale is 0"),
+    ],
+)  # fmt: skip
+def test_unsuitable_input_is_an_error(changes: dict[str, Any], message: str) -> None:
+    arguments = spoiled(**changes)
+    with pytest.raises(RuntimeError, match=message):
+        cpp_ops.block_attention(**arguments)
+    assert arguments["output"].isnan().all(), "something was written"
+
+
+@pytest.mark.parametrize(
+    ("drafts", "targets", "starts", "message"),
+    [
+        ([1, 2], [1, 2], [0, 2], "targets has 2 entries; needed: 3"),
+        ([1, 2], [1, 2, 3], [0, 1], "starts must go from 0 to 2"),
+        ([1, 2], [1, 2, 3, 4, 5], [0, 3, 1, 2], r"starts\[2\] is 1; allowed: 3 or more"),
+    ],
+)
+def test_unsuitable_drafts_are_an_error(drafts: Any, targets: Any, starts: Any, message: str) -> None:
+    arguments = torch.tensor(drafts), torch.tensor(targets), torch.tensor(starts, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=message):
+        cpp_ops.accept_prefix(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "message"),
+    [
+        ([0, 64], [1, 2], "move 1 is from 64 to 2; allowed: 0 to 63"),
+        ([0], [-1], "move 0 is from 0 to -1"),
+        ([0, 1], [1, 2], "a target is another move's source"),
+        ([0, 1], [5, 5], "a target is another move's source or target"),
+        ([0, 1], [5], "2 sources and 1 targets"),
+    ],
+)
+def test_unsuitable_moves_are_an_error(sources: Any, targets: Any, message: str) -> None:
+    cache = torch.randn(4, 2, 16, 32)
+    before = cache.clone()
+    with pytest.raises(RuntimeError, match=message):
+        cpp_ops.move_kv([cache], torch.tensor(sources), torch.tensor(targets))
+    assert torch.equal(cache, before)
+
+
+def test_torch_accepts_the_operators() -> None:
+    """Schemas, fake implementations and aliasing; under torch.compile, too."""
+    arguments = cases.attention_arguments(cases.EDGE_SPECS["all masks"], torch.float32)
+    accept = torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3, 4, 9]), torch.tensor([0, 2, 3], dtype=torch.int32)
+    moves = [torch.randn(4, 2, 16, 32)], torch.tensor([0, 1]), torch.tensor([5, 6])
+    arguments["output"].zero_()  # NaN is unequal to itself
+    for library in (torch.ops.vllm_nld, torch.ops.vllm_nld_cpu):
+        torch.library.opcheck(library.block_attention.default, (), arguments)
+        torch.library.opcheck(library.accept_prefix.default, accept)
+        torch.library.opcheck(library.move_kv.default, moves)
+
+
+def test_compiled_code_may_call_them() -> None:
+    arguments = cases.attention_arguments(cases.EDGE_SPECS["whole pages"], torch.float32)
+    expected = arguments["output"].clone()
+    cpp_ops.block_attention(**(arguments | {"output": expected}))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def double(arguments: dict[str, Any]) -> torch.Tensor:
+        ops.block_attention(**arguments)
+        return arguments["output"] * 2
+
+    assert torch.equal(double(arguments), expected * 2)
