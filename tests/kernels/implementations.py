@@ -12,6 +12,7 @@ import torch
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HALF = (torch.bfloat16, torch.float16)
 OPERATORS = ("block_attention", "accept_prefix", "move_kv")
 
 
@@ -23,6 +24,8 @@ class Implementation:
         name: shown in test ids.
         module: import path.
         operators: which of the three it has.
+        dtypes: of the query.
+        devices: where it runs; one that this machine lacks is left out.
         examples: batches that hypothesis draws; few where each takes long.
         longest_prefix: of a drawn batch.
         repeats: runs that must give the same bits.
@@ -32,6 +35,8 @@ class Implementation:
     name: str
     module: str
     operators: tuple[str, ...] = OPERATORS
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
+    devices: tuple[str, ...] = ("cpu", "cuda")
     examples: int = 100
     longest_prefix: int = 600
     repeats: int = 20
@@ -50,7 +55,7 @@ class Implementation:
 IMPLEMENTATIONS = (
     Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3),
     Implementation(
-        "triton", "vllm_nld.attention.triton_ops", examples=25, longest_prefix=200, repeats=3, interpreted=True
+        "triton", "vllm_nld.attention.triton_ops", examples=20, longest_prefix=200, repeats=3, interpreted=True
     ),
 )
 
@@ -62,5 +67,6 @@ def having(operator: str) -> list[Any]:
         for implementation in IMPLEMENTATIONS
         if operator in implementation.operators
         for device in DEVICES
+        if device in implementation.devices
         if INTERPRETING or device != "cpu" or not implementation.interpreted
     ]

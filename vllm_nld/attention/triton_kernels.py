@@ -115,12 +115,12 @@ def attention_kernel(
         page = tl.load(block_table + row * table_row + position // PAGE, mask=seen, other=0).to(tl.int64)
         place = position % PAGE
         k = _load_page_tile(
-            key_pages + kv_head * kp_head, page[None, :], place[None, :], seen[None, :], dim[:, None], in_head[:, None],
-            kp_page, kp_place, kp_dim, q.dtype, E5M2, FP8,
+            key_pages + kv_head * kp_head, page[None, :], place[None, :], seen[None, :],
+            dim[:, None], in_head[:, None], kp_page, kp_place, kp_dim, q.dtype, E5M2, FP8,
         )  # fmt: skip
         v = _load_page_tile(
-            value_pages + kv_head * vp_head, page[:, None], place[:, None], seen[:, None], dim[None, :], in_head[None, :],
-            vp_page, vp_place, vp_dim, q.dtype, E5M2, FP8,
+            value_pages + kv_head * vp_head, page[:, None], place[:, None], seen[:, None],
+            dim[None, :], in_head[None, :], vp_page, vp_place, vp_dim, q.dtype, E5M2, FP8,
         )  # fmt: skip
         acc, top, total = _attend(acc, top, total, q, k, v, seen[None, :], page_scale_log2, UPCAST)
     if FP8:
