@@ -34,6 +34,8 @@ def stand_in(query: Tensor, keys: Tensor, values: Tensor, bias: Any, scale: floa
         slots = (table.long()[..., None] * bias.page_size + torch.arange(bias.page_size)).flatten()
         keys, values = keys[:, slots], values[:, slots]
         bias = bias._UNPAGED_TYPE(q_seqinfo=bias.q_seqinfo, k_seqinfo=bias.k_seqinfo)
+    else:
+        assert not (keys.isnan().any() or values.isnan().any()), "unused slots were copied as they were"
     if not isinstance(bias, Tensor):
         bias = bias.materialize((query.shape[1], keys.shape[1]))
     # What no query sees, a kernel does not load.
