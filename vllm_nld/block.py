@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from vllm_nld.options import NLDOptions, Sampler
 from vllm_nld.token_choice import TokenChoice
 
@@ -57,7 +59,6 @@ class Block:
     """One request's block.
 
     Attributes:
-        row: the request's row in vLLM's batch, hence in the block table.
         prefix: tokens in the cache; the block's first position.
         tokens: ids from the block's first position on, mask tokens where undecided; filled in place.
         rule: which positions a forward commits.
@@ -65,9 +66,10 @@ class Block:
         stop_ids: a block is done as soon as one of these is decided with nothing undecided before it.
         passes: forwards that the block has taken.
         confidence: per position, the probability of the chosen token when it was committed; 1 where it was given.
+        pages: int32, the cache pages that hold the prefix, and perhaps more. The block's own copy, because its request
+            may leave vLLM's batch while it is filled. None before the first forward and while the request is preempted.
     """
 
-    row: int
     prefix: int
     tokens: list[int]
     rule: CommitRule = CommitRule()
@@ -75,6 +77,7 @@ class Block:
     stop_ids: frozenset[int] = frozenset()
     passes: int = 0
     confidence: list[float] = field(default_factory=list)
+    pages: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.confidence = self.confidence or [1.0] * len(self.tokens)

@@ -6,6 +6,7 @@ changed shape.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -22,6 +23,7 @@ _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_nld.worker.NLDCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vllm_nld.worker.NLDGPUWorker",
 }
+SCHEDULER = "vllm_nld.scheduler.ParkingScheduler"
 
 
 def installed_vllm() -> tuple[str, str] | None:
@@ -155,6 +157,83 @@ def use_worker_subclass(parallel_config: Any) -> None:
     else:
         return
     parallel_config.worker_cls = _WORKERS[platform_worker]
+
+
+def use_scheduler_subclass(scheduler_config: Any) -> None:
+    """Choose the scheduler subclass that leaves parked requests out, unless the user chose a scheduler."""
+    if scheduler_config.scheduler_cls is None and parking_obstacle() is None:
+        scheduler_config.scheduler_cls = SCHEDULER
+
+
+def parks_requests(scheduler_config: Any) -> bool:
+    """Whether the engine's scheduler leaves parked requests out of causal passes."""
+    chosen = scheduler_config.scheduler_cls
+    if chosen is None:
+        return False
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_nld.scheduler import ParkingScheduler
+
+    chosen = resolve_obj_by_qualname(chosen) if isinstance(chosen, str) else chosen
+    return isinstance(chosen, type) and issubclass(chosen, ParkingScheduler)
+
+
+def parking_obstacle() -> str | None:
+    """Return what this vLLM lacks for leaving requests out of a step, or None.
+
+    It has no extension point for that. 0.32 has a mechanism of its own, for decodes that are still in flight in a
+    pipeline (``Request.next_decode_eligible_step``), which its ``DiffusionAsyncScheduler`` uses in the same way.
+    """
+    import dataclasses
+
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler.schedule)
+    if "self.current_step < request.next_decode_eligible_step" not in source:
+        return "Scheduler.schedule does not look at Request.next_decode_eligible_step"
+    if "preempted_req_ids" not in {field.name for field in dataclasses.fields(SchedulerOutput)}:
+        return "SchedulerOutput has no preempted_req_ids"
+    return None
+
+
+def skip_in_next_step(scheduler: Any, request: Any) -> None:
+    """Leave a running request out of the step that is about to be scheduled.
+
+    ``schedule()`` first adds 1 to ``current_step``, then skips requests whose eligible step is later.
+    """
+    request.next_decode_eligible_step = max(request.next_decode_eligible_step, scheduler.current_step + 2)
+
+
+def with_note(carrier: Any, note: Any) -> Any:
+    """Return a copy of a ``SchedulerOutput`` or ``ModelRunnerOutput`` that carries a note of this extension.
+
+    Both are plain dataclasses that vLLM pickles where scheduler and worker are not one process, so an attribute more
+    travels along. A copy, because an empty step's ``ModelRunnerOutput`` is one shared object.
+
+    Raises:
+        NLDError: the object takes no attributes.
+    """
+    noted = copy.copy(carrier)
+    try:
+        noted.nld_note = note
+    except AttributeError as error:
+        raise NLDError(
+            f"this vLLM's {type(carrier).__name__} takes no attributes; vllm-nld supports vLLM {SUPPORTED}"
+        ) from error
+    return noted
+
+
+def note_on(carrier: Any) -> Any:
+    """Return the note that :func:`with_note` put on an object, or None."""
+    return getattr(carrier, "nld_note", None)
+
+
+def draft_token_ids(drafts: dict[str, list[int]]) -> Any:
+    """Return vLLM's ``DraftTokenIds`` of some requests."""
+    from vllm.v1.outputs import DraftTokenIds
+
+    return DraftTokenIds(list(drafts), list(drafts.values()))
 
 
 def attach_proposer(runner: Any, drafts: int) -> None:

@@ -7,11 +7,13 @@ of diffusion differ in their rules only, and share their forwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
@@ -23,9 +25,8 @@ from vllm_nld.selection import select
 if TYPE_CHECKING:
     from vllm_nld.learned_sampler import LearnedSampler
 
-# What one draft forward may gather from the cache, in tokens times rows: gathering pads every row to the longest
-# prefix, and vLLM's memory profile knows nothing of it.
-MAX_GATHERED_TOKENS = 1 << 16
+BIDIRECTIONAL = 0
+"""Mask kind of the operator."""
 
 
 class DraftPass:
@@ -66,7 +67,7 @@ class DraftPass:
         """Return the seconds of a forward over ``tokens`` masks in blocks that have no prefix; it is not counted."""
         rows = -(-tokens // block_length)
         length = -(-tokens // rows)
-        blocks = [Block(0, 0, [self.mask_token_id] * length) for _ in range(rows)]
+        blocks = [Block(0, [self.mask_token_id] * length) for _ in range(rows)]
         counts = self.forwards, self.block_forwards
         started = time.perf_counter()
         self.forward(blocks).argmax(-1).tolist()  # reading the result waits for a device to finish
@@ -74,35 +75,51 @@ class DraftPass:
         self.forwards, self.block_forwards = counts
         return seconds
 
+    def locate(self, blocks: Mapping[int, Block]) -> None:
+        """Note the pages that hold the prefixes of blocks, given by their batch rows in the step that has just run."""
+        longest = max((block.prefix for block in blocks.values()), default=0)
+        if longest:
+            layer = next(iter(self.layers.values()))
+            pages = self.table.rows(list(blocks), longest, page_layout(layer).page_size(layer))
+            for block, own in zip(blocks.values(), pages, strict=True):
+                block.pages = own
+
     @torch.inference_mode()
-    def run(self, blocks: Sequence[Block]) -> None:
-        """Fill every block in place."""
-        for group in self._groups(blocks):
-            self._fill(group)
+    def run(self, blocks: Sequence[Block], leave: Callable[[int], bool] | None = None) -> None:
+        """Fill every block in place.
+
+        Args:
+            blocks: those that are done already take no part.
+            leave: asked after every forward, with the number of forwards so far, whether to stop with blocks unfilled.
+        """
+        forwards = 0
+        while active := [block for block in blocks if not block.is_done(self.mask_token_id)]:
+            for group in self._groups(active if self.compact else blocks):
+                self._advance(group)
+            forwards += 1
+            if leave is not None and leave(forwards):
+                break
 
     def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
-        """Split into batches that a forward has room for; blocks with prefixes of similar length go together.
-
-        The model is compiled for at most ``max_num_batched_tokens`` tokens a forward.
-        """
+        """Split into batches of at most ``max_num_batched_tokens`` tokens, for which the model is compiled."""
         groups: list[list[Block]] = []
-        length = max((block.length for block in blocks), default=0)
-        for block in sorted(blocks, key=lambda block: block.prefix):
-            rows = len(groups[-1]) + 1 if groups else 0
-            fits = rows * length <= self.max_tokens and rows * (block.prefix + length) <= MAX_GATHERED_TOKENS
-            if groups and fits:
+        used = 0
+        for block in blocks:
+            if groups and used + block.length <= self.max_tokens:
                 groups[-1].append(block)
+                used += block.length
             else:
                 groups.append([block])
+                used = block.length
         return groups
 
-    def _fill(self, group: list[Block]) -> None:
-        """Fill one batch; a block that is done leaves it, and the others go on in a smaller forward."""
-        while active := [block for block in group if not block.is_done(self.mask_token_id)]:
-            logits = self.forward(active if self.compact else group)
-            if not self.compact:
-                logits = logits[self._rows_of(group, active)]
-            self._commit(active, logits)
+    def _advance(self, group: list[Block]) -> None:
+        """Run one forward over a batch, of which the blocks that are done are here only if not compacted away."""
+        active = [block for block in group if not block.is_done(self.mask_token_id)]
+        if not active:
+            return
+        logits = self.forward(group)
+        self._commit(active, logits if len(active) == len(group) else logits[self._rows_of(group, active)])
 
     def _rows_of(self, group: list[Block], active: list[Block]) -> Tensor:
         """Return which logits rows of a forward over ``group`` belong to ``active`` blocks, bool ``[masked]``."""
@@ -114,8 +131,7 @@ class DraftPass:
     def forward(self, blocks: Sequence[Block]) -> Tensor:
         """Run one forward and return the masked positions' logits, float32 ``[masked, vocab]``, in block order.
 
-        Row i of a bidirectional pass predicts position i. The blocks are laid end to end; only the attention sees
-        them as rows, padded to the longest, and no token sees another block or padding.
+        Row i of a bidirectional pass predicts position i. The blocks are laid end to end, ragged as they are.
         """
         self.forwards += 1
         self.block_forwards += len(blocks)
@@ -132,24 +148,24 @@ class DraftPass:
         return logits[: len(masked)].float()
 
     def _metadata(self, blocks: Sequence[Block]) -> DraftMetadata:
-        prefixes = torch.tensor([block.prefix for block in blocks])
-        lengths = torch.tensor([block.length for block in blocks])
-        longest, length = int(prefixes.max()), int(lengths.max())
-        layer = next(iter(self.layers.values()))
-        page_size = page_layout(layer).page_size(layer)
-        ragged = int(lengths.min()) < length
-        mask = index = None
-        if int(prefixes.min()) < longest or ragged:
-            cached = torch.arange(longest) < prefixes[:, None]
-            fresh = torch.arange(length) < lengths[:, None]
-            mask = torch.cat((cached, fresh), dim=1)[:, None, None].to(self.device)
-            if ragged:
-                index = fresh.flatten().nonzero().squeeze(1).to(self.device)
+        lengths, prefixes = [block.length for block in blocks], [block.prefix for block in blocks]
+        longest = max(prefixes)
         if longest:
-            pages = self.table.rows([block.row for block in blocks], longest, page_size)
+            pages = pad_sequence([self._pages(block) for block in blocks], batch_first=True)
         else:
-            pages = torch.zeros(len(blocks), 0, dtype=torch.int64, device=self.device)
-        return DraftMetadata(len(blocks), length, pages, longest, mask, index)
+            pages = torch.zeros(len(blocks), 0, dtype=torch.int32, device=self.device)
+
+        def ints(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(self.device)
+
+        starts = ints([0, *accumulate(lengths)])
+        return DraftMetadata(pages, ints(prefixes), starts, ints([BIDIRECTIONAL] * len(blocks)), max(lengths), longest)
+
+    def _pages(self, block: Block) -> Tensor:
+        if block.prefix == 0:
+            return torch.zeros(0, dtype=torch.int32, device=self.device)
+        assert block.pages is not None, "a block is located before its first forward"
+        return block.pages
 
     def _commit(self, blocks: Sequence[Block], logits: Tensor) -> None:
         """Choose a token for every masked position, decide which to commit, and write those into the blocks."""

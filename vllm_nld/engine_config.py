@@ -52,6 +52,7 @@ class NLDEngineConfig:
         if _is_self_speculation(vllm_config.speculative_config):
             _check_speculation(vllm_config)
             compat.use_worker_subclass(vllm_config.parallel_config)
+            compat.use_scheduler_subclass(vllm_config.scheduler_config)
         _check_weights(vllm_config)
 
 

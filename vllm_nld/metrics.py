@@ -2,7 +2,7 @@
 
 vLLM carries no counters of a custom proposer from the worker to the process that serves ``/metrics``. So the worker
 writes a small snapshot file, at a path that both derive from the engine's ``instance_id``, and the API process reads it
-(:mod:`vllm_nld.stat_logger`).
+(:mod:`vllm_nld.collector`).
 """
 
 from __future__ import annotations
@@ -63,20 +63,25 @@ class Sample:
     value: float
 
 
-def snapshot_path(vllm_config: Any, index: int | None = None) -> Path:
-    """Return where an engine's worker publishes: one file per engine and data-parallel rank.
-
-    Args:
-        vllm_config: vLLM's config, the same in the API process and the worker.
-        index: data-parallel rank, which is the label ``engine`` of ``/metrics``; None for this process's own.
-    """
-    if index is None:
-        # Not data_parallel_rank: vLLM sets that to 0 in every engine of a dense model, and keeps the rank here.
-        parallel = vllm_config.parallel_config
-        index = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+def snapshot_prefix(vllm_config: Any) -> Path:
+    """Return what the paths of an engine's snapshots begin with, the same in the API process and in every worker."""
     # vLLM appends the data-parallel rank to the id in some set-ups.
     engine = vllm_config.instance_id.partition("_dp")[0]
-    return Path(tempfile.gettempdir()) / f"vllm-nld-{os.getuid()}-{engine}-{index}.json"
+    return Path(tempfile.gettempdir()) / f"vllm-nld-{os.getuid()}-{engine}-"
+
+
+def snapshot_path(vllm_config: Any) -> Path:
+    """Return where this worker publishes: one file per engine and data-parallel rank."""
+    # Not data_parallel_rank: vLLM sets that to 0 in every engine of a dense model, and keeps the rank here.
+    parallel = vllm_config.parallel_config
+    index = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
+    prefix = snapshot_prefix(vllm_config)
+    return prefix.with_name(f"{prefix.name}{index}.json")
+
+
+def find_snapshots(prefix: Path) -> dict[str, Path]:
+    """Return an engine's snapshots by data-parallel rank, which is the label ``engine`` of ``/metrics``."""
+    return {path.stem.removeprefix(prefix.name): path for path in sorted(prefix.parent.glob(f"{prefix.name}*.json"))}
 
 
 class Publisher:
@@ -111,13 +116,13 @@ class Publisher:
 
     def remove(self) -> None:
         """Delete the file."""
-        remove_snapshot(self.path)
+        remove_snapshots(self.path)
 
 
-def remove_snapshot(path: Path) -> None:
-    """Delete a snapshot, and what a worker that was killed while writing left beside it."""
-    with contextlib.suppress(OSError):
-        for file in (path, *path.parent.glob(f"{path.name}.*")):
+def remove_snapshots(prefix: Path) -> None:
+    """Delete the snapshots that begin so, and what a worker that was killed while writing left beside them."""
+    for file in prefix.parent.glob(f"{prefix.name}*"):
+        with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
 
 

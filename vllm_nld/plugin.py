@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_nld import ARCHITECTURE, MODEL_TYPE, compat
 
 
@@ -19,8 +21,9 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    from vllm_nld import engine_config, errors, request_options
+    from vllm_nld import engine_config, errors
     from vllm_nld.config import NemotronLabsDiffusionConfig
+    from vllm_nld.request_options import PROPOSER_PATHS
 
     errors.show_plainly()
     own = ModelRegistry.get_supported_archs()
@@ -32,5 +35,20 @@ def register() -> None:
             AutoConfig.register(MODEL_TYPE, NemotronLabsDiffusionConfig, exist_ok=True)
             ModelRegistry.register_model(ARCHITECTURE, model)
         engine_config.install(upstream_serves)
-    compat.default_num_speculative_tokens(request_options.PROPOSER_PATHS)
-    compat.check_requests_at_admission(request_options.check_admission)
+    compat.default_num_speculative_tokens(PROPOSER_PATHS)
+    compat.check_requests_at_admission(admit)
+
+
+def admit(vllm_config: Any, params: Any) -> None:
+    """Check a request before its engine sees it; the first one of an engine with self-speculation opens its metrics.
+
+    Raises:
+        NLDError: the request is unsuitable.
+    """
+    from vllm_nld.request_options import check_admission
+
+    traits = check_admission(vllm_config, params)
+    if traits is not None and traits.block_length is not None:
+        from vllm_nld.collector import serve_metrics
+
+        serve_metrics(vllm_config)

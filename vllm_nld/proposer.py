@@ -2,6 +2,9 @@
 
 vLLM calls it after every step: the causal pass has just verified the last drafts (or committed a diffusion block, or
 finished a prefill), the cache holds exactly the decided tokens but the last, and that last token seeds the next block.
+
+Drafts of self-speculation are filled before the call returns. A diffusion block that needs more forwards stays open:
+its request is parked (:mod:`vllm_nld.parking`), and the causal passes of the others go on in between.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from vllm_nld.costs import round_size
 from vllm_nld.draft_pass import DraftPass
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions
+from vllm_nld.parking import Parked, SchedulerNote, WorkerNote, may_leave
 from vllm_nld.request_options import EngineTraits
 from vllm_nld.requests import Requests, RequestState
 from vllm_nld.thinking import thinking_tokens
@@ -38,6 +42,9 @@ class SelfSpeculation:
         draft_pass: fills blocks; made when the model is loaded.
         auto: auto mode's choices and prices.
         ledger: what was done so far.
+        parks: whether requests are parked while their block is open; else a causal pass waits for the slowest block.
+            Needs this extension's scheduler. Also off to measure what it saves.
+        parked: the parked requests.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -54,6 +61,10 @@ class SelfSpeculation:
         self._scheduled: dict[str, int] = {}
         self._drafted: dict[str, list[int]] = {}
         self._left_at: float | None = None
+        self.parks = compat.parks_requests(vllm_config.scheduler_config)
+        self.parked = Parked()
+        self._others_wait = False
+        self._finished_away: dict[str, list[int]] = {}
         if vllm_config.device_config.device_type == "cpu":
             compat.repair_cpu_temperature()
 
@@ -102,11 +113,52 @@ class SelfSpeculation:
             scheduler_output: vLLM's ``SchedulerOutput``.
         """
         self._scheduled = scheduler_output.num_scheduled_tokens
-        self._drafted = scheduler_output.scheduled_spec_decode_tokens
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        # vLLM pads a request that comes with one token to compute by drafts of -1; those are nobody's.
+        self._drafted = {request_id: ids for request_id, ids in drafted.items() if -1 not in ids}
+        note = compat.note_on(scheduler_output)
+        self._others_wait = isinstance(note, SchedulerNote) and note.others_wait
         for request_id in scheduler_output.finished_req_ids:
+            self._unpark(request_id)
             state = self._known_requests().finish(request_id)
             if state is not None:
+                self._abandon(state)
                 logger.debug("%s (mode %s): %s", request_id, state.options.mode, state.tally.summary())
+        for request_id in getattr(scheduler_output, "preempted_req_ids", None) or ():
+            state = self._unpark(request_id)
+            if state is not None and not state.may_replace_sampled:
+                self._abandon(state)  # the resumption samples a token that the block would have to replace
+
+    def _unpark(self, request_id: str) -> RequestState | None:
+        """Take a request out of denoising that is over, or whose pages are gone; return its state if it was parked."""
+        pair = self.parked.drop(request_id)
+        if pair is None:
+            return None
+        state, block = pair
+        block.pages = None
+        state.interrupted = block
+        return state
+
+    def _abandon(self, state: RequestState) -> None:
+        """Book the forwards of a block that is never going to be done."""
+        if state.interrupted is not None:
+            self.ledger.block(state.tally, "denoise", "diffusion", state.interrupted.passes)
+            state.interrupted = None
+
+    def denoise_parked(self) -> None:
+        """Run some forwards although there is nothing for a causal pass to do (called by the worker)."""
+        if not self.parked:
+            return
+        self._run([], others=False)
+        self._finished_away |= self._hand_out_parked()
+        self._left_at = time.perf_counter()
+
+    def take_note(self) -> WorkerNote | None:
+        """Return what the scheduler must know after a step; None if no request is ever parked."""
+        if not self.parks:
+            return None
+        finished, self._finished_away = self._finished_away, {}
+        return WorkerNote(self.parked.ids, finished)
 
     def propose(
         self,
@@ -134,11 +186,23 @@ class SelfSpeculation:
         tokens = _Tokens(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         blocks = self._blocks(states, tokens, drafts)
-        self._fill(blocks, states, len(rows))
+        waits = {row for row, state in states.items() if state.request_id in self.parked}
+        others = self._others_wait or len(rows) < len(drafts)
+        others = others or any(row not in waits and not self._ends(row, states[row], tokens) for row in states)
+        self._fill(blocks, states, len(rows) - len(waits), others)
         for row, block in blocks.items():
-            drafts[row] = self._hand_out(states[row], block, tokens)
+            drafts[row] = self._hand_out(row, states[row], block, tokens)
+        done = self._hand_out_parked()
+        for row in waits:
+            drafts[row] = done.pop(states[row].request_id, [])
+        self._finished_away |= done
         self._left_at = time.perf_counter()
         return drafts
+
+    def _ends(self, row: int, state: RequestState, tokens: _Tokens) -> bool:
+        """Whether a request is certain to be over, so that no causal pass follows."""
+        full = int(tokens.decided[row]) >= self.max_model_len
+        return full or state.remaining(1) <= 0 or state.is_over(tokens.sampled[row])
 
     def _known_requests(self) -> Requests:
         if self._requests is None:
@@ -177,34 +241,47 @@ class SelfSpeculation:
         self.ledger.causal(state.tally, "prefill" if prefill else kind, mode, len(sampled), accepted)
 
     def _blocks(self, states: dict[int, RequestState], tokens: _Tokens, drafts: list[list[int]]) -> dict[int, Block]:
-        """Return the blocks to fill, by row. Where a diffusion block is only half committed, its rest is handed out."""
+        """Return the blocks to fill now, by row, and park requests whose block may take longer.
+
+        Where a diffusion block is only half committed, its rest is handed out.
+        """
         blocks: dict[int, Block] = {}
+        opened: dict[int, Block] = {}
         automatic: list[int] = []
         for row, state in states.items():
             if state.options.mode == "ar" or state.is_over(tokens.sampled[row]):
                 continue
             if state.is_diffusion:
-                self._diffusion(row, state, tokens, drafts, blocks)
+                block = self._diffusion(row, state, tokens, drafts)
+                if block is not None:
+                    parks = self.parks and state.options.seed_first and state.interrupted is None
+                    (opened if parks else blocks)[row] = block
             elif state.options.mode == "self_speculation":
                 longest = self._longest(row, state, tokens)
                 if longest >= 2:
                     blocks[row] = self._draft_block(row, state, tokens, longest)
             elif not state.is_reproducible:
                 automatic.append(row)
-        planned = len(states) + sum(map(len, drafts)) + sum(block.length - 1 for block in blocks.values())
-        if automatic and not self.auto.stays_with_ar(automatic, len(states), planned):
-            for row, length in self._plan(automatic, states, tokens, planned).items():
+        requests = len(states) - len(opened)
+        planned = requests + sum(map(len, drafts)) + sum(block.length - 1 for block in blocks.values())
+        if automatic and not self.auto.stays_with_ar(automatic, requests, planned):
+            for row, length in self._plan(automatic, states, tokens, requests, planned).items():
                 blocks[row] = self._draft_block(row, states[row], tokens, length)
+        self._draft_pass().locate(blocks | opened)
+        for row, block in opened.items():
+            self.parked.park(states[row], block)
         return blocks
 
-    def _plan(self, rows: list[int], states: dict[int, RequestState], tokens: _Tokens, planned: int) -> dict[int, int]:
-        """Return the block lengths that auto mode chooses, by row."""
+    def _plan(
+        self, rows: list[int], states: dict[int, RequestState], tokens: _Tokens, requests: int, planned: int
+    ) -> dict[int, int]:
+        """Return the block lengths that auto mode chooses, by row, for ``requests`` in the next causal pass."""
         candidates: list[Candidate] = []
         for row in rows:
             longest = self._longest(row, states[row], tokens)
             if longest >= 2:
                 candidates.append(Candidate(row, states[row].acceptance, longest, states[row].idle_steps))
-        chosen = self.auto.plan(candidates, len(states), planned)
+        chosen = self.auto.plan(candidates, requests, planned)
         for candidate in candidates:
             states[candidate.row].note_choice(candidate.row in chosen)
         return chosen
@@ -214,54 +291,99 @@ class SelfSpeculation:
         return state.longest_draft_block(min(state.options.block_length or self.block_length, room))
 
     def _draft_block(self, row: int, state: RequestState, tokens: _Tokens, length: int) -> Block:
-        return state.draft_block(row, tokens.sampled[row][-1], int(tokens.decided[row]) - 1, length, self.mask_token_id)
+        return state.draft_block(tokens.sampled[row][-1], int(tokens.decided[row]) - 1, length, self.mask_token_id)
 
-    def _diffusion(
-        self, row: int, state: RequestState, tokens: _Tokens, drafts: list[list[int]], blocks: dict[int, Block]
-    ) -> None:
-        """Open a diffusion request's next block, or hand out what is left of the one that was cut short."""
+    def _diffusion(self, row: int, state: RequestState, tokens: _Tokens, drafts: list[list[int]]) -> Block | None:
+        """Return a diffusion request's next block, or hand out what is left of the one that was cut short."""
         decided = int(tokens.decided[row])
-        room = self.max_model_len - decided
         if state.pending:
-            tokens.replace_last(row, state.pending.pop(0), state)
-            drafts[row] = state.pending[: max(0, room - 1)]
-            return
-        block = state.diffusion_block(
-            row, tokens.sampled[row][-1], decided - 1, room, self.block_length, self.mask_token_id, self.vocab_size
+            drafts[row] = self._hand_out_pending(row, state, tokens)
+            return None
+        if state.interrupted is not None:
+            assert state.interrupted.prefix == decided - 2, "the resumption decides one token behind the block's seed"
+            return state.interrupted
+        return state.diffusion_block(
+            tokens.sampled[row][-1],
+            decided - 1,
+            self.max_model_len - decided,
+            self.block_length,
+            self.mask_token_id,
+            self.vocab_size,
         )
-        if block is not None:
-            blocks[row] = block
 
-    def _fill(self, blocks: dict[int, Block], states: dict[int, RequestState], requests: int) -> None:
-        if not blocks:
-            return
-        assert self.draft_pass is not None, "vLLM calls load_model() before propose()"
+    def _fill(self, blocks: dict[int, Block], states: dict[int, RequestState], requests: int, others: bool) -> None:
+        """Fill the blocks of rows, and carry on with those of parked requests as long as nobody waits.
+
+        Args:
+            blocks: by row.
+            states: of all rows.
+            requests: rows that the next causal pass serves.
+            others: whether that pass has something to do even if no parked request's block becomes done.
+        """
+        mixed = len(self.parked) > 0
         started = time.perf_counter()
-        self.draft_pass.run(list(blocks.values()))
+        self._run(list(blocks.values()), others)
         seconds = time.perf_counter() - started
         for row, block in blocks.items():
             kind, mode = ("denoise", "diffusion") if states[row].is_diffusion else ("draft", "self_speculation")
             self.ledger.block(states[row].tally, kind, mode, block.passes)
-        if all(block.passes == 1 for block in blocks.values()):
-            self.auto.observe_draft(sum(block.length for block in blocks.values()), seconds)
         automatic = [row for row in blocks if states[row].options.mode == "auto"]
+        if mixed:
+            # The forward and the causal pass also serve blocks that auto mode did not reckon with.
+            self.auto.forget_cycle()
+        elif blocks and all(block.passes == 1 for block in blocks.values()):
+            self.auto.observe_draft(sum(block.length for block in blocks.values()), seconds)
         if automatic:
-            others = sum(blocks[row].length - 1 for row in blocks if row not in automatic)
-            keep = self.auto.trim([blocks[row].confidence[1:] for row in automatic], requests + others, seconds)
+            others_drafts = sum(blocks[row].length - 1 for row in blocks if row not in automatic)
+            keep = self.auto.trim([blocks[row].confidence[1:] for row in automatic], requests + others_drafts, seconds)
             for row, drafts in zip(automatic, keep, strict=True):
                 del blocks[row].tokens[1 + drafts :]
 
-    def _hand_out(self, state: RequestState, block: Block, tokens: _Tokens) -> list[int]:
+    def _run(self, blocks: list[Block], others: bool) -> None:
+        """Run forwards until the blocks are filled, and over parked requests' blocks until a causal pass is due."""
+
+        def leave(forwards: int) -> bool:
+            return may_leave(forwards, blocks, self.parked, others, self.mask_token_id)
+
+        self._draft_pass().run([*blocks, *self.parked.blocks], leave)
+
+    def _draft_pass(self) -> DraftPass:
+        assert self.draft_pass is not None, "vLLM calls load_model() before propose()"
+        return self.draft_pass
+
+    def _hand_out_parked(self) -> dict[str, list[int]]:
+        """Return the tokens to commit of the parked requests whose block is done, and let those requests go on."""
+        done: dict[str, list[int]] = {}
+        for state, block in self.parked.take_done(self.mask_token_id):
+            self.ledger.block(state.tally, "denoise", "diffusion", block.passes)
+            done[state.request_id] = self._commits(state, block)
+        return done
+
+    def _hand_out(self, row: int, state: RequestState, block: Block, tokens: _Tokens) -> list[int]:
         """Return a filled block's tokens behind its first, which is decided by now."""
-        filled = block.decided(self.mask_token_id)
         if not state.is_diffusion:
             state.confidence = block.confidence[1:]
-            return filled[1:]
+            return block.decided(self.mask_token_id)[1:]
+        if state.interrupted is not None:
+            # The resumption ran the seed again and sampled behind it, where the block has a token of its own.
+            state.interrupted = None
+            state.pending = block.decided(self.mask_token_id)[1:]
+            return self._hand_out_pending(row, state, tokens)
         if not state.options.seed_first:
-            tokens.replace_last(block.row, filled[0], state)
+            tokens.replace_last(row, block.tokens[0], state)
+        return self._commits(state, block)
+
+    def _commits(self, state: RequestState, block: Block) -> list[int]:
+        """Return the tokens that the causal pass is to commit behind a block's first."""
+        drafts = block.decided(self.mask_token_id)[1:]
         if state.may_replace_sampled:
-            state.pending = filled[1:]
-        return filled[1:]
+            state.pending = list(drafts)
+        return drafts
+
+    def _hand_out_pending(self, row: int, state: RequestState, tokens: _Tokens) -> list[int]:
+        """Put a half-committed block's next token where the causal pass sampled one; return those behind it."""
+        tokens.replace_last(row, state.pending.pop(0), state)
+        return state.pending[: max(0, self.max_model_len - int(tokens.decided[row]) - 1)]
 
 
 class _Tokens:

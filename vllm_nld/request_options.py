@@ -67,17 +67,22 @@ class EngineTraits:
         )
 
 
-def check_admission(vllm_config: Any, params: Any) -> None:
+def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
     """Refuse an unsuitable request of an NLD model before the engine sees it; other models' requests pass.
+
+    Returns:
+        What the engine offers; None for other models.
 
     Raises:
         NLDError: see :func:`request_options`.
     """
     if vllm_config.model_config.hf_config.model_type != MODEL_TYPE or not hasattr(params, "extra_args"):
-        return
+        return None
     if not hasattr(vllm_config, "nld_traits"):
         vllm_config.nld_traits = EngineTraits.of(vllm_config)
-    request_options(params, vllm_config.nld_traits)
+    traits: EngineTraits = vllm_config.nld_traits
+    request_options(params, traits)
+    return traits
 
 
 def request_options(params: Any, engine: EngineTraits) -> NLDOptions:

@@ -33,6 +33,7 @@ class RequestState:
         idle_steps: steps since it last drafted in auto mode.
         confidence: of the drafts that were handed out last.
         pending: tokens of a diffusion block that causal passes are still to commit, in order.
+        interrupted: a diffusion block that was open when the request was preempted; it goes on when the request does.
         tally: what it has cost and yielded so far.
     """
 
@@ -44,6 +45,7 @@ class RequestState:
     idle_steps: int = 0
     confidence: list[float] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
+    interrupted: Block | None = None
     tally: Tally = field(default_factory=Tally)
 
     @property
@@ -78,7 +80,7 @@ class RequestState:
     def is_over(self, sampled: list[int]) -> bool:
         """Whether the tokens just decided end the request, as far as token ids tell."""
         certain = sampled
-        if self.is_diffusion and (self.pending or not self.options.seed_first):
+        if self.is_diffusion and (self.pending or self.interrupted is not None or not self.options.seed_first):
             certain = sampled[:-1]  # the last one is yet to be replaced
         return not self.stop_ids.isdisjoint(certain)
 
@@ -126,17 +128,16 @@ class RequestState:
             return None
         return self.thinking.left(self.cached.prompt_token_ids or [], self.cached.output_token_ids)
 
-    def draft_block(self, row: int, seed: int, prefix: int, length: int, mask_token_id: int) -> Block:
+    def draft_block(self, seed: int, prefix: int, length: int, mask_token_id: int) -> Block:
         """Return a block of self-speculation to fill."""
-        return Block(row, prefix, [seed] + [mask_token_id] * (length - 1), CommitRule.for_drafts(self.options))
+        return Block(prefix, [seed] + [mask_token_id] * (length - 1), CommitRule.for_drafts(self.options))
 
     def diffusion_block(
-        self, row: int, seed: int, prefix: int, room: int, longest: int, mask_token_id: int, vocab_size: int
+        self, seed: int, prefix: int, room: int, longest: int, mask_token_id: int, vocab_size: int
     ) -> Block | None:
         """Return a block of diffusion to fill, or None if there is nothing to decide.
 
         Args:
-            row: batch row.
             seed: the causal pass's token, which opens the block unless the request wants its blocks unseeded.
             prefix: tokens in the cache.
             room: positions up to the length limit.
@@ -151,7 +152,7 @@ class RequestState:
         tokens = [seed if self.options.seed_first else mask_token_id] + [mask_token_id] * (length - 1)
         self._force_end_of_thinking(tokens)
         choice = self._choice(prefix, length, vocab_size)
-        return Block(row, prefix, tokens, CommitRule.for_diffusion(self.options), choice, self.stop_ids)
+        return Block(prefix, tokens, CommitRule.for_diffusion(self.options), choice, self.stop_ids)
 
     def _force_end_of_thinking(self, tokens: list[int]) -> None:
         """Write the end of thinking where the budget ends; the causal pass commits it like any other token."""

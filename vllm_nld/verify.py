@@ -26,8 +26,10 @@ def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]
         for row, drafts in enumerate(metadata.num_draft_tokens):
             if drafts and is_diffusion(row):
                 rows = torch.arange(start, start + drafts, device=processed.device)
-                processed[rows] = -torch.inf
-                processed[rows, metadata.draft_token_ids[rows].long()] = 0.0
+                ids = metadata.draft_token_ids[rows].long()[:, None]
+                certain = torch.full_like(processed[rows], -torch.inf).scatter_(1, ids.clamp_min(0), 0.0)
+                # Behind a prompt that is cached but for a token, vLLM pads with drafts of -1; those are to be rejected.
+                processed[rows] = torch.where(ids >= 0, certain, processed[rows])
             start += drafts
         return processed
 

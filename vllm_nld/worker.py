@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_nld.compat import attach_proposer
+from vllm_nld.compat import attach_proposer, with_note
 from vllm_nld.metrics import Publisher, snapshot_path, worker_samples
 
 
@@ -45,15 +45,28 @@ class _IntroducesProposer:
         attach_proposer(self.model_runner, self.vllm_config.speculative_config.num_speculative_tokens)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a causal step, as vLLM does, count it, and publish the counts."""
+        """Run a causal step, as vLLM does, count it, and publish the counts. A step without tokens denoises."""
         busy = scheduler_output.total_num_scheduled_tokens > 0
         self._target_forwards += busy
         drafter = self.model_runner.drafter
         drafter.begin_step(scheduler_output)
         if self._publisher is not None:
             # vLLM tells of the last request's end by a step without tokens: the last one for as long as it is idle.
-            self._publisher.publish(lambda: worker_samples(drafter, self._target_forwards), now=not busy)
-        return super().execute_model(scheduler_output)  # type: ignore[misc]
+            idle = not busy and not drafter.parked
+            self._publisher.publish(lambda: worker_samples(drafter, self._target_forwards), now=idle)
+        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        if not busy:
+            drafter.denoise_parked()
+        return self._noted(output)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Decide the step's tokens and draft, as vLLM does, and tell the scheduler of blocks that are not done."""
+        return self._noted(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def _noted(self, output: Any) -> Any:
+        """Let a step's result carry what the scheduler must know; None is the first half of a step, not a result."""
+        note = self.model_runner.drafter.take_note() if output is not None else None
+        return output if note is None else with_note(output, note)
 
     def nld_counters(self) -> dict[str, int]:
         """Return counts since start-up, for ``LLM.collective_rpc("nld_counters")``.

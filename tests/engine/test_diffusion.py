@@ -121,16 +121,17 @@ def test_ignore_eos_goes_on(llm: Any, model: ReferenceModel) -> None:
 
 
 def test_finished_blocks_leave_the_pass(llm: Any) -> None:
-    """The forwards shrink to the blocks that still need one; without that, tokens are the same."""
+    """The forwards shrink to the blocks that still need one, also where the step waits for all of them."""
     prompts = random_prompts(LENGTHS, 24, seed=7)
-    draft_pass = runner(llm).drafter.draft_pass
+    drafter = runner(llm).drafter
+    draft_pass, drafter.parks = drafter.draft_pass, False
     spent = {}
     for compact in (True, False):
         draft_pass.compact = compact
         before = (draft_pass.forwards, draft_pass.block_forwards)
         texts, _ = run(llm, prompts, 50, threshold=0.3)
         spent[compact] = (texts, draft_pass.forwards - before[0], draft_pass.block_forwards - before[1])
-    draft_pass.compact = True
+    draft_pass.compact = drafter.parks = True
     assert spent[True][:2] == spent[False][:2]
     assert spent[True][2] < 0.8 * spent[False][2]
 
@@ -167,9 +168,12 @@ def test_preemption_does_not_change_the_text(folder: Path, model: ReferenceModel
 
 
 def test_a_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: ReferenceModel) -> None:
-    """The scheduler drops drafts that a step has no room for; the rest of the block is committed by the next."""
+    """The scheduler drops drafts that a step has no room for; the rest of the block is committed by the next.
+
+    At threshold 0 every block takes one forward, so that all of them want to be committed in one step.
+    """
     prompts = random_prompts([20, 21, 22, 23], 24, seed=22)
-    expected = [reference_generate(model, ids, 60, threshold=0.3) for ids in prompts]
+    expected = [reference_generate(model, ids, 60, threshold=0.0) for ids in prompts]
     with engine(folder, spec=True, max_num_batched_tokens=40, max_num_seqs=4, max_model_len=200) as llm:
         cut: list[int] = []
         drafter = runner(llm).drafter
@@ -180,6 +184,38 @@ def test_a_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: Ref
             original(output)
 
         drafter.begin_step = begin_step
-        texts, _ = run(llm, prompts, 60, threshold=0.3)
+        texts, _ = run(llm, prompts, 60, threshold=0.0)
     assert texts == [g.ids[len(ids) :] for g, ids in zip(expected, prompts, strict=True)]
     assert any(0 < count < 15 for count in cut[:-4])
+
+
+def test_a_prompt_that_is_cached_but_for_its_last_token(folder: Path, model: ReferenceModel) -> None:
+    """vLLM pads such a request with drafts of -1 where others decode already; they must not be accepted."""
+    from vllm import SamplingParams
+
+    prompt, other = random_prompts([65, 20], 24, seed=5)
+
+    def params(mode: str, budget: int, **nld: Any) -> SamplingParams:
+        return SamplingParams(
+            temperature=0, max_tokens=budget, detokenize=False, extra_args={"nld": {"mode": mode, **nld}}
+        )
+
+    with engine(folder, spec=True, enable_prefix_caching=True, block_size=32, max_num_seqs=4) as llm:
+        padded: list[bool] = []
+        drafter, steps = runner(llm).drafter, llm.llm_engine
+        original = drafter.begin_step
+
+        def begin_step(output: Any) -> None:
+            padded.extend(-1 in ids for ids in output.scheduled_spec_decode_tokens.values())
+            original(output)
+
+        drafter.begin_step = begin_step
+        for turn in ("first", "again"):
+            steps.add_request(f"{turn} other", {"prompt_token_ids": other}, params("ar", 60))
+            steps.step()
+            steps.add_request(turn, {"prompt_token_ids": prompt}, params("diffusion", 40, threshold=0.3))
+            texts = {}
+            while steps.has_unfinished_requests():
+                texts.update({output.request_id: list(output.outputs[0].token_ids) for output in steps.step()})
+            assert texts[turn] == reference_generate(model, prompt, 40, threshold=0.3).ids[len(prompt) :]
+        assert any(padded)

@@ -42,9 +42,9 @@ def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path) -> None:
         draft_pass = runner(llm).drafter.draft_pass
         original, passes = draft_pass.run, []
 
-        def compare(blocks: Any) -> None:
+        def compare(blocks: Any, leave: Any) -> None:
             before = [layer.kv_cache.clone() for layer in draft_pass.layers.values()]
-            original(blocks)
+            original(blocks, leave)
             after = [layer.kv_cache for layer in draft_pass.layers.values()]
             passes.append(all(torch.equal(x, y) for x, y in zip(before, after, strict=True)))
             assert any(x.any() for x in before), "nothing was cached, so nothing was compared"
@@ -98,19 +98,16 @@ def test_a_stop_token_right_behind_min_tokens(model: ReferenceModel, folder: Pat
         assert counters(llm)["cycles"] > 0
 
 
-def test_drafting_in_groups_changes_nothing(
-    model: ReferenceModel, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As many forwards as fit: at most max_num_batched_tokens tokens each, few tokens gathered from the cache."""
+def test_drafting_in_groups_changes_nothing(model: ReferenceModel, folder: Path) -> None:
+    """A draft forward has at most max_num_batched_tokens tokens; more blocks take several forwards."""
     prompts = random_prompts([90, 3, 40, 7, 60], 24, seed=4)
     expected = solo(model, prompts, 24)
     forwards = {}
-    for gathered in (1 << 16, 120):
-        monkeypatch.setattr("vllm_nld.draft_pass.MAX_GATHERED_TOKENS", gathered)
-        with engine(folder, spec=True, max_num_batched_tokens=256) as llm:
+    for tokens in (256, 20):
+        with engine(folder, spec=True, max_num_batched_tokens=tokens) as llm:
             assert generate(llm, prompts) == expected
-            forwards[gathered] = counters(llm)["draft_forwards"]
-    assert forwards[120] > forwards[1 << 16]
+            forwards[tokens] = counters(llm)["draft_forwards"]
+    assert forwards[20] > forwards[256]
 
 
 @pytest.mark.parametrize("caching", [True, False])

@@ -9,27 +9,9 @@ import torch
 from engines import counters, engine, generate, random_prompts
 from models import random_model, save, small_config
 
-from vllm_nld.block_attention import block_attention
 from vllm_nld.reference import ar_generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_block_attention_agrees_with_the_cpu(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    query, key, value = draw(2, 16, 8, 64), draw(2, 16, 2, 64), draw(2, 16, 2, 64)
-    prefix = draw(2, 2, 40, 64), draw(2, 2, 40, 64)
-    mask = torch.ones(2, 1, 1, 56, dtype=torch.bool)
-    mask[1, ..., 30:40] = False
-    expected = block_attention(*(x.float() for x in (query, key, value)), tuple(p.float() for p in prefix), mask, 0.125)  # type: ignore[arg-type]
-    found = block_attention(query.cuda(), key.cuda(), value.cuda(), tuple(p.cuda() for p in prefix), mask.cuda(), 0.125)  # type: ignore[arg-type]
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found.float().cpu(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("eager", [True, False])

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,32 @@ from vllm_nld.checkpoints.held_out import held_out_prompts
 
 BIN = Path(sys.executable).parent
 SPECULATE = {"vllm_xargs": {"nld.mode": "self_speculation"}}  # auto mode, the default, may choose AR
+MODES = ["ar", "self_speculation", "auto", "diffusion"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def base_url(log: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
     command = [str(BIN / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port), "--host", "127.0.0.1"]
     command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
     command += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
     # A model this small would fill an answer with white space, which a JSON grammar allows without end.
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    # The chat template thinks only where a request asks for it; this parser takes the opposite for granted.
+    command += ["--reasoning-parser", "nemotron_v3", "--default-chat-template-kwargs", '{"enable_thinking": false}']
+    command += ["--per-request-spec-decode-metrics", "summary"]
     # The environment of the in-process tests must not leak into what a user would start.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    environment["VLLM_LOGGING_LEVEL"] = "DEBUG"  # for the line per request
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -64,6 +76,32 @@ def model(client: OpenAI) -> str:
     return client.models.list().data[0].id
 
 
+@dataclass
+class Parsed:
+    """What vLLM's parsers made of an answer."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, message: Any) -> Parsed:
+        calls = [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or []]
+        return cls(message.content or "", (message.model_extra or {}).get("reasoning") or "", calls)
+
+    @classmethod
+    def joined(cls, chunks: Iterable[Any]) -> Parsed:
+        found, calls = cls(), defaultdict[int, list[str]](lambda: ["", ""])
+        for delta in (choice.delta for chunk in chunks for choice in chunk.choices):
+            found.content += delta.content or ""
+            found.reasoning += (delta.model_extra or {}).get("reasoning") or ""
+            for call in delta.tool_calls or []:
+                calls[call.index][0] += call.function.name or ""
+                calls[call.index][1] += call.function.arguments or ""
+        found.calls = [(name, json.loads(arguments)) for name, arguments in calls.values()]
+        return found
+
+
 def metric(base_url: str, name: str, label: str = "") -> float:
     """A metric's value, summed over the series that carry ``label``."""
     text = urllib.request.urlopen(f"{base_url}/metrics", timeout=10).read().decode()
@@ -88,16 +126,6 @@ def test_completions_streamed_and_not(client: OpenAI, model: str, base_url: str)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     reference = ar_generate(load_reference(checkpoint_path("tiny")), ids, 48).ids[len(ids) :]
     assert whole.choices[0].text == tokenizer.decode(reference)
-
-
-def test_chat_streamed_and_not(client: OpenAI, model: str) -> None:
-    messages = [{"role": "user", "content": "Write the Python function read."}]
-    settings = {"model": model, "messages": messages, "max_tokens": 48, "temperature": 0.0}
-    whole = client.chat.completions.create(**settings)
-    chunks = client.chat.completions.create(**settings, stream=True)
-    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert streamed == whole.choices[0].message.content
-    assert streamed
 
 
 def test_a_cut_off_stream_leaves_the_server_healthy(client: OpenAI, model: str) -> None:
@@ -134,7 +162,94 @@ def test_every_mode_on_one_server(client: OpenAI, model: str, spelling: Callable
         assert completion.usage.completion_tokens == 48
         streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**settings, stream=True))
         assert streamed == texts[mode]
-    assert texts["ar"] == texts["self_speculation"] == texts["auto"]
+    assert texts["ar"] == texts["self_speculation"] == texts["auto"] != texts["diffusion"]
+
+
+def chat(client: OpenAI, model: str, mode: str, xargs: dict[str, Any] | None = None, **settings: Any) -> Parsed:
+    """A greedy chat request, sent whole and streamed; both must be parsed alike."""
+    extra = {"vllm_xargs": {"nld.mode": mode}} | (xargs or {})
+    settings = {"model": model, "temperature": 0.0, "extra_body": extra} | settings
+    whole = Parsed.of(client.chat.completions.create(**settings).choices[0].message)
+    streamed = Parsed.joined(client.chat.completions.create(**settings, stream=True))
+    assert streamed == whole, mode
+    return whole
+
+
+def test_chat_in_every_mode(client: OpenAI, model: str) -> None:
+    messages = [{"role": "user", "content": "Write the Python function read."}]
+    found = {mode: chat(client, model, mode, messages=messages, max_tokens=40) for mode in MODES}
+    assert all(parsed.content and not parsed.reasoning and not parsed.calls for parsed in found.values())
+    assert found["ar"] == found["self_speculation"] == found["auto"] != found["diffusion"]
+
+
+def test_the_reasoning_parser_works_in_every_mode(client: OpenAI, model: str) -> None:
+    """The embedded model never stops thinking by itself, so a budget makes it."""
+    messages = [{"role": "user", "content": "Write the Python function read."}]
+    think = {"chat_template_kwargs": {"enable_thinking": True}, "thinking_token_budget": 20}
+    found = {mode: chat(client, model, mode, think, messages=messages, max_tokens=40) for mode in MODES}
+    assert found["ar"] == found["self_speculation"] == found["auto"]
+    for mode, parsed in found.items():
+        assert parsed.reasoning, mode
+        assert parsed.content, mode
+        assert "think>" not in parsed.reasoning + parsed.content, mode
+
+
+@pytest.mark.parametrize(("choice", "thinks"), [("named", False), ("required", True)], ids=["named", "required"])
+def test_tools_are_called_in_every_mode(client: OpenAI, model: str, choice: str, thinks: bool) -> None:
+    """With ``strict``: without it vLLM's hermes parser leaves the arguments free, to be any JSON at all."""
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2, 3]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    think = {"chat_template_kwargs": {"enable_thinking": thinks}} | ({"thinking_token_budget": 8} if thinks else {})
+    settings = {
+        "messages": [{"role": "user", "content": "Pick."}],
+        "tools": [{"type": "function", "function": {"name": "pick", "parameters": schema, "strict": True}}],
+        "tool_choice": {"type": "function", "function": {"name": "pick"}} if choice == "named" else choice,
+        "parallel_tool_calls": False,  # the grammar of "required" would let this model call without end
+        "max_tokens": 100,
+    }
+    found = {mode: chat(client, model, mode, think, **settings) for mode in MODES}
+    assert found["ar"] == found["self_speculation"] == found["auto"]
+    for mode, parsed in found.items():
+        ((name, arguments),) = parsed.calls
+        assert name == "pick", mode
+        assert set(arguments) == {"n"}, mode
+        assert arguments["n"] in (1, 2, 3), mode
+        assert bool(parsed.reasoning) == thinks, mode
+        assert not parsed.content, mode
+
+
+def test_optional_tools_leave_the_text_alone(client: OpenAI, model: str) -> None:
+    """The embedded model knows no tools: hermes finds no call, and the text is what it is without tools."""
+    plain = {"messages": [{"role": "user", "content": "Write the Python function read."}], "max_tokens": 40}
+    tools = {"tools": [{"type": "function", "function": {"name": "pick"}}], "tool_choice": "auto"}
+    for mode in MODES:
+        assert chat(client, model, mode, **plain, **tools) == chat(client, model, mode, **plain), mode
+
+
+def test_a_request_s_figures_are_in_its_response_and_in_the_log(client: OpenAI, model: str, log: Path) -> None:
+    ((_, prompt),) = held_out_prompts(1)
+    settings = {"model": model, "prompt": prompt, "max_tokens": 40, "temperature": 0.0}
+    for mode, words in {
+        "ar": ["ar 40 tokens", "TPF", "forwards ar 39"],
+        "self_speculation": ["self_speculation", "TPF", "acceptance length", "draft", "verify"],
+        "diffusion": ["diffusion", "TPF", "denoising passes per block", "commit", "denoise"],
+    }.items():
+        answer = client.completions.create(**settings, extra_body={"vllm_xargs": {"nld.mode": mode}})
+        figures = answer.model_extra["metrics"]["speculative_decoding"]
+        assert (figures["num_spec_steps"] > 0) == (mode != "ar")
+        assert (figures["draft_acceptance_rate"] == 1) == (mode == "diffusion")
+        for _ in range(50):  # written with the step that tells the worker of the request's end
+            lines = [line for line in log.read_text().splitlines() if answer.id in line and f"(mode {mode}): " in line]
+            if lines:
+                break
+            time.sleep(0.1)
+        assert len(lines) == 1
+        for word in words:
+            assert word in lines[0]
 
 
 @pytest.mark.parametrize(

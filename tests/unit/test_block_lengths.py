@@ -9,7 +9,7 @@ import pytest
 
 from vllm_nld.acceptance import Acceptance, Prior
 from vllm_nld.block import Block
-from vllm_nld.draft_pass import MAX_GATHERED_TOKENS, DraftPass
+from vllm_nld.draft_pass import DraftPass
 from vllm_nld.options import NLDOptions
 from vllm_nld.requests import RequestState
 from vllm_nld.thinking import ThinkingBudget
@@ -61,7 +61,7 @@ def test_a_cycle_ends_with_the_thinking_budget() -> None:
 
 
 def diffusion(made: RequestState, room: int = 100) -> Block | None:
-    return made.diffusion_block(0, made.cached.output_token_ids[-1], 10, room, 8, MASK, 24)
+    return made.diffusion_block(made.cached.output_token_ids[-1], 10, room, 8, MASK, 24)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,5 @@ def test_prefill_is_told_from_decoding() -> None:
 def test_groups_have_room_in_a_forward() -> None:
     drafts: DraftPass = object.__new__(DraftPass)
     drafts.max_tokens = 24
-    blocks = [Block(row, prefix, [0] * 8) for row, prefix in enumerate((500, 10, 30, 20, 40_000, 70_000))]
-    assert [[block.row for block in group] for group in drafts._groups(blocks)] == [[1, 3, 2], [0], [4], [5]]
-    for group in drafts._groups(blocks):
-        assert len(group) * 8 <= 24
-        assert len(group) == 1 or len(group) * (max(b.prefix for b in group) + 8) <= MAX_GATHERED_TOKENS
-    assert sorted(block.row for group in drafts._groups(blocks) for block in group) == list(range(6))
-    assert len(drafts._groups(blocks)) < 6
+    blocks = [Block(10, [0] * length) for length in (8, 8, 8, 20, 5, 24, 3)]
+    assert [[block.length for block in group] for group in drafts._groups(blocks)] == [[8, 8, 8], [20], [5], [24], [3]]

@@ -6,6 +6,9 @@ import json
 import os
 import re
 import stat
+import time
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,33 +16,48 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from vllm_nld import MODEL_TYPE
-from vllm_nld.accounting import Ledger, Tally
-from vllm_nld.metrics import METRICS, Publisher, Sample, read_samples, snapshot_path, worker_samples
+from vllm_nld import MODEL_TYPE, plugin
+from vllm_nld.accounting import DECODE_KINDS, Ledger, Tally
+from vllm_nld.metrics import (
+    METRICS,
+    Publisher,
+    Sample,
+    find_snapshots,
+    read_samples,
+    snapshot_path,
+    snapshot_prefix,
+    worker_samples,
+)
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = [Sample("vllm:nld_tokens", {"mode": "ar"}, 7), Sample("vllm:nld_acceptance_length", {}, 2.5)]
 
 
-def scrape(paths: dict[str, Path]) -> str:
-    from vllm_nld.stat_logger import SnapshotCollector
+def scrape(prefix: Path) -> str:
+    from vllm_nld.collector import SnapshotCollector
 
     registry = CollectorRegistry()
-    registry.register(SnapshotCollector("m", paths))
+    registry.register(SnapshotCollector("m", prefix))
     return generate_latest(registry).decode()
 
 
 def test_what_is_published_is_scraped(tmp_path: Path) -> None:
-    publisher = Publisher(tmp_path / "a.json")
-    assert scrape({"0": publisher.path}) == "", "nothing yet"
+    publisher, prefix = Publisher(tmp_path / "a-0.json"), tmp_path / "a-"
+    assert scrape(prefix) == "", "nothing yet"
     publisher.publish(lambda: SAMPLES)
     assert read_samples(publisher.path) == SAMPLES
-    text = scrape({"0": publisher.path, "1": tmp_path / "absent.json"})
+    (tmp_path / "a-1.json.part").write_text("{")  # a worker is writing its first
+    (tmp_path / "b-1.json").write_text(publisher.path.read_text())  # another engine's
+    text = scrape(prefix)
     assert 'vllm:nld_tokens_total{engine="0",mode="ar",model_name="m"} 7.0' in text
     assert 'vllm:nld_acceptance_length{engine="0",model_name="m"} 2.5' in text
+    assert 'engine="1"' not in text
+    Publisher(tmp_path / "a-1.json").publish(lambda: SAMPLES)
+    assert 'vllm:nld_tokens_total{engine="1",mode="ar",model_name="m"} 7.0' in scrape(prefix)
     assert stat.S_IMODE(publisher.path.stat().st_mode) == 0o600
     publisher.remove()
-    assert scrape({"0": publisher.path}) == ""
+    assert 'engine="0"' not in scrape(prefix)
+    assert (tmp_path / "a-1.json").exists(), "another worker's"
 
 
 def test_publishing_is_rare_unless_asked_for(tmp_path: Path) -> None:
@@ -89,62 +107,94 @@ def config(model_type: str = MODEL_TYPE, speculative: Any = None) -> Any:
     )
 
 
-def test_both_processes_find_the_same_file() -> None:
-    assert snapshot_path(config()).name == f"vllm-nld-{os.getuid()}-abc-1.json"
-    assert snapshot_path(config(), 1) == snapshot_path(config())
-    assert snapshot_path(config(), 0) != snapshot_path(config())
+def speculating(model: str = "vllm_nld.SelfSpeculation") -> Any:
+    return config(speculative=SimpleNamespace(model=model, num_speculative_tokens=3))
 
 
-def test_the_api_process_registers_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def collectors() -> list[Any]:
+    from prometheus_client.registry import REGISTRY
+
+    from vllm_nld.collector import SnapshotCollector
+
+    return [c for c in REGISTRY._collector_to_names if isinstance(c, SnapshotCollector)]
+
+
+@pytest.fixture
+def warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What the API process warns of, in an environment of its own; what was registered is taken back."""
+    from prometheus_client.registry import REGISTRY
+
+    from vllm_nld import collector
+
+    shown: list[str] = []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(collector.logger, "warning", lambda text, *args: shown.append(text % args))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    yield shown
+    for made in collectors():
+        REGISTRY.unregister(made)
+
+
+def test_both_processes_find_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    worker, api = config(), config()
+    api.instance_id, api.parallel_config.data_parallel_index = "abc", 0
+    assert snapshot_path(worker).name == f"vllm-nld-{os.getuid()}-abc-1.json"
+    snapshot_path(worker).write_text("{}")
+    assert find_snapshots(snapshot_prefix(api)) == {"1": snapshot_path(worker)}
+    api.instance_id = "ab"
+    assert find_snapshots(snapshot_prefix(api)) == {}
+
+
+def test_the_first_request_registers_the_collector(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import atexit
 
     from prometheus_client.registry import REGISTRY
 
-    from vllm_nld import stat_logger
-
     at_exit: list[Any] = []
-    warnings: list[str] = []
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(atexit, "register", lambda function, *args: at_exit.append((function, args)))
-    monkeypatch.setattr(stat_logger.logger, "warning", lambda text, *args: warnings.append(text % args))
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    engine = config(speculative=SimpleNamespace(model="vllm_nld.SelfSpeculation", num_speculative_tokens=3))
-    made = [stat_logger.NLDStatLogger(engine, [0, 1]) for _ in range(2)][-1]
-    own = [c for c in REGISTRY._collector_to_names if isinstance(c, stat_logger.SnapshotCollector)]
-    try:
-        assert len(own) == 1, "the second engine of a process replaces the first"
-        assert generate_latest(REGISTRY).decode().count("vllm:nld_") == 0
-        assert warnings == [], "no engine has run yet"
-        Publisher(snapshot_path(engine)).publish(lambda: SAMPLES)
-        (tmp_path / f"{snapshot_path(engine).name}.part").write_text("{")  # of a worker killed while writing
-        for index in (0, 1):
-            made.record(None, None, engine_idx=index)
-        for _ in range(2):
-            assert (
-                'vllm:nld_tokens_total{engine="1",mode="ar",model_name="m"} 7.0' in generate_latest(REGISTRY).decode()
-            )
-        assert len(warnings) == 1, "once, and only of the engine whose file is missing"
-        assert "engine 0" in warnings[0]
-        for function, args in at_exit:
-            function(*args)
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        for collector in own:
-            REGISTRY.unregister(collector)
+    engines = [speculating(), speculating()]
+    for engine in (engines[0], engines[0], engines[1]):
+        plugin.admit(engine, SimpleNamespace(extra_args=None))
+        assert len(collectors()) == 1, "the second engine of a process replaces the first"
+    assert len(at_exit) == len(engines), "once per engine"
+    assert generate_latest(REGISTRY).decode().count("vllm:nld_") == 0
+    Publisher(snapshot_path(engines[1])).publish(lambda: SAMPLES)
+    (tmp_path / f"{snapshot_path(engines[1]).name}.part").write_text("{")  # of a worker killed while writing
+    assert 'vllm:nld_tokens_total{engine="1",mode="ar",model_name="m"} 7.0' in generate_latest(REGISTRY).decode()
+    for function, args in at_exit:
+        function(*args)
+    assert list(tmp_path.iterdir()) == []
+    assert warnings == []
 
 
-def test_several_api_servers_get_one_warning_and_no_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from prometheus_client.registry import REGISTRY
+def test_a_worker_that_is_out_of_reach_is_warned_of_once(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_nld import collector
 
-    from vllm_nld import stat_logger
-
-    warnings: list[str] = []
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    monkeypatch.setattr(stat_logger.logger, "warning", lambda text, *args: warnings.append(text % args))
-    speculative = SimpleNamespace(model="vllm_nld.SelfSpeculation", num_speculative_tokens=3)
-    stat_logger.NLDStatLogger(config(speculative=speculative), [0])
+    now = time.monotonic()
+    monkeypatch.setattr(collector, "time", SimpleNamespace(monotonic=lambda: now))
+    plugin.admit(speculating(), SimpleNamespace(extra_args=None))
+    (made,) = collectors()
+    list(made.collect())
+    assert warnings == [], "the first step may take a while"
+    now += collector.PATIENCE_SECONDS
+    for _ in range(2):
+        list(made.collect())
     assert len(warnings) == 1
-    assert not [c for c in REGISTRY._collector_to_names if isinstance(c, stat_logger.SnapshotCollector)]
+    assert str(snapshot_prefix(config())) in warnings[0]
+
+
+def test_several_api_servers_get_one_warning_and_no_metrics(
+    warnings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    engine = speculating()
+    for _ in range(2):
+        plugin.admit(engine, SimpleNamespace(extra_args=None))
+    assert len(warnings) == 1
+    assert not collectors()
 
 
 def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
@@ -161,14 +211,16 @@ def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "model"), [("llama", "vllm_nld.SelfSpeculation"), (MODEL_TYPE, None), (MODEL_TYPE, "ngram")]
 )
-def test_nothing_is_registered_for_others(model_type: str, model: str | None) -> None:
-    from prometheus_client.registry import REGISTRY
-
-    from vllm_nld.stat_logger import NLDStatLogger, SnapshotCollector
-
+def test_nothing_is_registered_for_others(model_type: str, model: str | None, warnings: list[str]) -> None:
     speculative = None if model is None else SimpleNamespace(model=model, num_speculative_tokens=3)
-    NLDStatLogger(config(model_type, speculative), [0])
-    assert not [c for c in REGISTRY._collector_to_names if isinstance(c, SnapshotCollector)]
+    plugin.admit(config(model_type, speculative), SimpleNamespace(extra_args=None))
+    assert not collectors()
+
+
+def test_vllm_is_told_of_no_stat_logger() -> None:
+    """With one, it would keep statistics for every model, even with --disable-log-stats."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert list(groups) == ["vllm.general_plugins"]
 
 
 def test_worker_samples_follow_the_table() -> None:
@@ -194,18 +246,30 @@ def test_worker_samples_follow_the_table() -> None:
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+    """By their whole names, and by labels and label values that they carry."""
     text = (ROOT / "examples/grafana/nld_dashboard.json").read_text()
     dashboard = json.loads(text)
     assert len(dashboard["panels"]) >= 8
     own = set(re.findall(r"vllm:nld_\w+", text))
-    known = {name + ("_total" if metric.kind == "counter" else "") for name, metric in METRICS.items()}
-    assert own <= known
-    assert own
+    known = {name + ("_total" if metric.kind == "counter" else ""): metric for name, metric in METRICS.items()}
+    assert own == set(known), "every metric has its place in it"
     import vllm
 
     source = (Path(vllm.__file__).parent / "v1/metrics/loggers.py").read_text()
     for name in set(re.findall(r"vllm:\w+", text)) - own:
-        assert re.sub(r"_(bucket|sum|count|total)$", "", name) in source, name
+        assert f'"{re.sub(r"_(bucket|sum|count|total)$", "", name)}"' in source, name
+    values = {
+        "mode": {"ar", "self_speculation", "diffusion"},
+        "kind": {k for kinds in DECODE_KINDS.values() for k in kinds},
+    }
+    for expression in (target["expr"] for panel in dashboard["panels"] for target in panel["targets"]):
+        for name, selector in re.findall(r"(vllm:nld_\w+)\{([^}]*)\}", expression):
+            for label, value in re.findall(r'(\w+)=~?"([^"]*)"', selector):
+                assert label in (*known[name].labels, "model_name"), (name, label)
+                assert label == "model_name" or set(value.split("|")) <= values[label], (name, value)
+        for labels in re.findall(r"by \(([^)]*)\)", expression):
+            for name in re.findall(r"vllm:nld_\w+", expression):
+                assert set(labels.split(", ")) <= set(known[name].labels), (name, labels)
 
 
 def test_every_metric_is_documented() -> None:

@@ -39,7 +39,7 @@ def test_rows_follow_their_own_rules(seed: int, rows: list[tuple[CommitRule, int
         logits = torch.randn(length, VOCAB, generator=generator).mul(3).index_fill(1, torch.tensor(MASK), -torch.inf)
         tokens = logits.argmax(-1)
         block = [MASK if is_open else 7 for is_open in open_.tolist()]
-        blocks.append(Block(row, 0, list(block), rule, passes=passes))
+        blocks.append(Block(0, list(block), rule, passes=passes))
         masked[row, :length] = open_
         score[row, :length] = logits.softmax(-1).amax(-1)
         entropy[row, :length] = torch.special.entr(logits.softmax(-1)).sum(-1)
@@ -68,15 +68,15 @@ def test_quota(rule: dict[str, Any], masked: int, passes: int, quota: int) -> No
 
 
 def test_ties_go_left() -> None:
-    block = Block(0, 0, [MASK] * 4, CommitRule(sampler="top_k", tokens_per_step=2))
+    block = Block(0, [MASK] * 4, CommitRule(sampler="top_k", tokens_per_step=2))
     masked = torch.tensor([[False, True, True, True]])
     assert select([block], masked, torch.full((1, 4), 0.5)).tolist() == [[False, True, True, False]]
 
 
 def test_a_block_is_done() -> None:
-    assert Block(0, 0, [1, 2, 3]).is_done(MASK)
-    assert not Block(0, 0, [1, MASK, 3]).is_done(MASK)
-    assert Block(0, 0, [1, 9, MASK], stop_ids=frozenset({9})).is_done(MASK)
-    assert not Block(0, 0, [1, MASK, 9], stop_ids=frozenset({9})).is_done(MASK)
-    assert Block(0, 0, [1, 9, MASK, 4], stop_ids=frozenset({9})).decided(MASK) == [1, 9]
-    assert Block(0, 0, [1, 4, MASK, 4]).decided(MASK) == [1, 4]
+    assert Block(0, [1, 2, 3]).is_done(MASK)
+    assert not Block(0, [1, MASK, 3]).is_done(MASK)
+    assert Block(0, [1, 9, MASK], stop_ids=frozenset({9})).is_done(MASK)
+    assert not Block(0, [1, MASK, 9], stop_ids=frozenset({9})).is_done(MASK)
+    assert Block(0, [1, 9, MASK, 4], stop_ids=frozenset({9})).decided(MASK) == [1, 9]
+    assert Block(0, [1, 4, MASK, 4]).decided(MASK) == [1, 4]

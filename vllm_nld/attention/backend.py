@@ -16,30 +16,31 @@ from torch import Tensor
 from vllm.config import CacheConfig
 from vllm.v1.attention.selector import get_attn_backend
 
-from vllm_nld.block_attention import block_attention
+from vllm_nld import ops
+from vllm_nld.attention.torch_ops import CAUSAL
 from vllm_nld.errors import NLDError
 from vllm_nld.pages import PageLayout, find_layout
 
 
 @dataclass(frozen=True)
 class DraftMetadata:
-    """Attention metadata of one draft pass, shared by all layers.
+    """Attention metadata of one draft pass, shared by all layers: what ``ops.block_attention`` asks for.
 
     Attributes:
-        rows: requests that are drafted for.
-        length: tokens per block, padding included.
-        pages: int64 ``[rows, pages]``, the pages that hold each row's prefix (padding repeats any page).
-        longest_prefix: tokens in the longest prefix.
-        mask: bool ``[rows, 1, 1, longest_prefix + length]``, True where a key exists; None when all do.
-        index: int64 ``[tokens]``, each token's place in the padded ``[rows * length]``; None when no row is padded.
+        block_table: int32 ``[rows, pages]``, the pages that hold each row's prefix (padding is never read).
+        prefix_lens: int32 ``[rows]``, cached tokens.
+        block_starts: int32 ``[rows + 1]``, where each row's tokens start.
+        mask_kinds: int32 ``[rows]``, see ``docs/operators.md``.
+        max_length: tokens of the longest block.
+        max_prefix: tokens of the longest prefix.
     """
 
-    rows: int
-    length: int
-    pages: Tensor
-    longest_prefix: int
-    mask: Tensor | None
-    index: Tensor | None = None
+    block_table: Tensor
+    prefix_lens: Tensor
+    block_starts: Tensor
+    mask_kinds: Tensor
+    max_length: int
+    max_prefix: int
 
 
 class BlockTable:
@@ -49,7 +50,7 @@ class BlockTable:
         self.pages: Tensor | None = None
 
     def rows(self, rows: list[int], tokens: int, page_size: int) -> Tensor:
-        """Return the int64 page ids ``[len(rows), ceil(tokens / page_size)]`` of some batch rows.
+        """Return the int32 page ids ``[len(rows), ceil(tokens / page_size)]`` of some batch rows.
 
         Raises:
             NLDError: no step has run yet, so there is no block table.
@@ -58,7 +59,7 @@ class BlockTable:
             raise NLDError("a draft pass was asked for before the first model step")
         count = -(-tokens // page_size)
         index = torch.tensor(rows, device=self.pages.device)
-        return self.pages[index, :count].long()
+        return self.pages[index, :count].int()
 
 
 def block_attention_backend(head_dim: int, cache_config: CacheConfig | None) -> type[Any]:
@@ -91,8 +92,9 @@ def _with_draft_passes(base: type[Any]) -> type[Any]:
             *args: Any,
             **kwargs: Any,
         ) -> Tensor:
-            if isinstance(attn_metadata, DraftMetadata):
-                return draft_forward(layer, self.scale, query, key, value, attn_metadata, output)
+            blocks = attn_metadata if isinstance(attn_metadata, DraftMetadata) else verify_blocks(attn_metadata, query)
+            if blocks is not None:
+                return block_forward(layer, self.scale, query, key, value, blocks, output)
             causal: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             return causal
 
@@ -132,24 +134,66 @@ def page_layout(layer: Any) -> PageLayout:
     return layout
 
 
-def draft_forward(
-    layer: Any, scale: float, query: Tensor, key: Tensor, value: Tensor, metadata: DraftMetadata, output: Tensor
+def verify_blocks(metadata: Any, query: Tensor) -> DraftMetadata | None:
+    """Return a causal step as blocks with a causal mask, or None where the platform's own attention is the better one.
+
+    On a CPU with bfloat16 products the operator is faster as soon as a row has several queries: verify passes, commits
+    and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens read
+    the cache and little else, which the platform's kernel does as well.
+    """
+    if not fast_causal(query.device.type, query.dtype) or metadata is None:
+        return None
+    if metadata.max_query_len <= 1 or metadata.causal is not True:
+        return None
+    if not hasattr(metadata, "nld_blocks"):  # once a step, for all layers
+        starts = metadata.query_start_loc.int()
+        rows = len(starts) - 1
+        metadata.nld_blocks = DraftMetadata(
+            block_table=metadata.block_table[:rows].int(),
+            prefix_lens=metadata.seq_lens[:rows].int() - starts.diff(),
+            block_starts=starts,
+            mask_kinds=torch.full((rows,), CAUSAL, dtype=torch.int32),
+            max_length=metadata.max_query_len,
+            max_prefix=metadata.max_seq_len,
+        )
+    blocks: DraftMetadata = metadata.nld_blocks
+    return blocks
+
+
+@cache
+def fast_causal(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether causal steps of several queries a row should use the operator."""
+    if device_type != "cpu" or dtype != torch.bfloat16:
+        return False
+    if ops.implementation("block_attention", device_type).name != "cpp":
+        return False
+    from vllm_nld.attention.cpp_ops import instruction_set
+
+    return instruction_set() == "avx512bf16"
+
+
+def block_forward(
+    layer: Any, scale: float, query: Tensor, key: Tensor, value: Tensor, blocks: DraftMetadata, output: Tensor
 ) -> Tensor:
-    """Write block-bidirectional attention into ``output`` ``[tokens, heads, head_dim]`` and return it."""
+    """Write attention over cached prefixes and blocks into ``output`` ``[tokens, heads, head_dim]`` and return it."""
     head_dim = layer.head_size
-    padded = metadata.rows * metadata.length
-    used = padded if metadata.index is None else len(metadata.index)
-
-    def blocks(x: Tensor) -> Tensor:
-        x = x[:used].reshape(used, -1, head_dim)
-        if metadata.index is not None:
-            x = x.new_zeros(padded, *x.shape[1:]).index_copy_(0, metadata.index, x)
-        return x.view(metadata.rows, metadata.length, -1, head_dim)
-
-    prefix = page_layout(layer).gather(layer.kv_cache, head_dim, metadata.pages, metadata.longest_prefix)
-    out = block_attention(blocks(query), blocks(key), blocks(value), prefix, metadata.mask, scale)
-    if metadata.index is None:
-        output[:used].view(out.shape).copy_(out)
-    else:
-        output[:used].view(used, -1, head_dim).copy_(out.reshape(padded, -1, head_dim)[metadata.index])
+    key_pages, value_pages = page_layout(layer).split(layer.kv_cache, head_dim)
+    ops.function("block_attention", query.device.type)(
+        query.view(len(query), -1, head_dim),
+        key.view(len(key), -1, head_dim),
+        value.view(len(value), -1, head_dim),
+        key_pages,
+        value_pages,
+        blocks.block_table,
+        blocks.prefix_lens,
+        blocks.block_starts,
+        blocks.mask_kinds,
+        None,
+        scale,
+        1.0,
+        1.0,
+        blocks.max_length,
+        blocks.max_prefix,
+        output.view(len(output), -1, head_dim),
+    )
     return output

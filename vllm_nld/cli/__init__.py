@@ -96,7 +96,7 @@ def modes(
 def auto(
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests in flight; may be repeated.")] = None,
     workload: Annotated[list[str] | None, typer.Option(help="code, random or mix; may be repeated.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Alternating runs per mode.")] = 5,
+    turns: Annotated[int, typer.Option(min=2, help="Turns of half a second per engine.")] = 40,
     max_tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate per request.")] = 96,
     dtype: Annotated[str, typer.Option(help="Of the embedded checkpoint.")] = "bfloat16",
     json: Json = False,
@@ -105,7 +105,7 @@ def auto(
     from vllm_nld.cli.bench_auto import run
 
     try:
-        run(concurrency or [1, 2, 4, 8, 16, 32], workload or ["code", "mix"], rounds, max_tokens, dtype, json)
+        run(concurrency or [1, 2, 4, 8, 16, 32], workload or ["code", "mix"], turns, max_tokens, dtype, json)
     except NLDError as error:
         raise _fail(error) from None
 

@@ -1,17 +1,21 @@
 """``vllm-nld bench auto``: auto mode against plain AR and always-on self-speculation, over concurrency.
 
-One engine serves all three, and their runs alternate, so that a noisy machine harms all alike: read the ratios.
+Every mode has an engine of its own, and the engines take turns of half a second: a machine whose speed changes from
+second to second harms all alike. A second engine in AR is the control: how far it is from the first is what the
+measurement cannot tell apart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -22,8 +26,11 @@ from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli.engine import PROPOSER, engine_with, prepare_environment, stdout_to_stderr
 from vllm_nld.errors import NLDError
 
-MODES = ("ar", "self_speculation", "auto")
+ENGINES = {"ar": "ar", "self_speculation": "self_speculation", "auto": "auto", "control": "ar"}
 WORKLOADS = ("code", "random", "mix")
+TURN_SECONDS = 0.5
+WARM_UP_TURNS = 6
+"""Turns that are not counted: kernels are compiled, prices and acceptance are learned."""
 
 
 @dataclass
@@ -35,7 +42,58 @@ class Job:
     tokens: int = 0
 
 
-def run(concurrency: list[int], workloads: list[str], rounds: int, max_tokens: int, dtype: str, as_json: bool) -> None:
+@dataclass
+class Client:
+    """Keeps requests of one mode in flight on one engine.
+
+    Attributes:
+        llm: the engine.
+        mode: of every request.
+        jobs: taken in turn, for ever, so that the batch is always full.
+        clients: requests in flight.
+    """
+
+    llm: Any
+    mode: str
+    jobs: list[Job]
+    clients: int
+    _running: set[str] = field(default_factory=set)
+    _number: int = 0
+
+    def turn(self, seconds: float) -> tuple[int, float]:
+        """Run for about ``seconds``; returns the tokens generated and the seconds taken."""
+        core, tokens = self.llm.llm_engine, 0
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            while len(self._running) < self.clients:
+                self._add()
+            for output in core.step():
+                tokens += len(output.outputs[0].token_ids)
+                if output.finished:
+                    self._running.discard(output.request_id)
+        return tokens, time.perf_counter() - started
+
+    def _add(self) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        job, name = self.jobs[self._number % len(self.jobs)], f"{id(self)}-{self._number}"
+        params = SamplingParams(
+            temperature=job.temperature, max_tokens=job.tokens, ignore_eos=True, detokenize=False,
+            extra_args={"nld": {"mode": self.mode}}, output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        self.llm.llm_engine.add_request(name, job.prompt, params)
+        self._running.add(name)
+        self._number += 1
+
+    def stop(self) -> None:
+        """Abort what is in flight."""
+        self.llm.llm_engine.abort_request(list(self._running))
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.step()
+
+
+def run(concurrency: list[int], workloads: list[str], turns: int, max_tokens: int, dtype: str, as_json: bool) -> None:
     """Measure every workload and concurrency; print a table or one JSON object.
 
     Raises:
@@ -50,8 +108,8 @@ def run(concurrency: list[int], workloads: list[str], rounds: int, max_tokens: i
             "model": "tiny",
             "dtype": dtype,
             "max_tokens": max_tokens,
-            "rounds": rounds,
-            "results": _measure(concurrency, workloads, rounds, max_tokens, dtype),
+            "turns": turns,
+            "results": _measure(concurrency, workloads, turns, max_tokens, dtype),
         }
     if as_json:
         print(json.dumps(report))
@@ -60,7 +118,7 @@ def run(concurrency: list[int], workloads: list[str], rounds: int, max_tokens: i
 
 
 def _measure(
-    concurrency: list[int], workloads: list[str], rounds: int, max_tokens: int, dtype: str
+    concurrency: list[int], workloads: list[str], turns: int, max_tokens: int, dtype: str
 ) -> list[dict[str, Any]]:
     settings = {
         "model": str(checkpoint_path("tiny")),
@@ -71,36 +129,62 @@ def _measure(
         "speculative_config": {"model": PROPOSER},
     }
     rows = []
-    with engine_with(**settings) as llm:
+    with contextlib.ExitStack() as stack:
+        engines = {name: stack.enter_context(engine_with(**settings)) for name in ENGINES}
         for workload in workloads:
             for clients in concurrency:
                 print(f"bench: {workload}, concurrency {clients} ...", file=sys.stderr, flush=True)
-                rows.append(_compare(llm, workload, clients, rounds, max_tokens))
+                jobs = make_jobs(workload, max(8, 2 * clients), max_tokens)
+                rows.append(_compare(engines, workload, jobs, clients, turns))
     return rows
 
 
-def _compare(llm: Any, workload: str, clients: int, rounds: int, max_tokens: int) -> dict[str, Any]:
-    jobs = make_jobs(workload, max(8, 2 * clients), max_tokens)
-    speeds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    before = _decisions(llm)
-    for mode in MODES:
-        serve(llm, jobs, mode, clients)  # warm up: shapes, prices, acceptance
-    for turn in range(rounds):
-        for mode in (*MODES[turn % 3 :], *MODES[: turn % 3]):
-            tokens, seconds = serve(llm, jobs, mode, clients)
-            speeds[mode].append(tokens / seconds)
-    better = [max(pair) for pair in zip(speeds["ar"], speeds["self_speculation"], strict=True)]
-    ratios = [auto / fixed for auto, fixed in zip(speeds["auto"], better, strict=True)]
-    medians = {mode: statistics.median(values) for mode, values in speeds.items()}
-    fixed = max(medians["ar"], medians["self_speculation"])
+def _compare(engines: dict[str, Any], workload: str, jobs: list[Job], clients: int, turns: int) -> dict[str, Any]:
+    runs = {name: Client(llm, ENGINES[name], jobs, clients) for name, llm in engines.items()}
+    turns_taken: dict[str, list[tuple[int, float]]] = {name: [] for name in runs}
+    before = _decisions(engines["auto"])
+    names = list(runs)
+    for number in range(-WARM_UP_TURNS, turns):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            taken = runs[name].turn(TURN_SECONDS)
+            if number >= 0:
+                turns_taken[name].append(taken)
+    for client in runs.values():
+        client.stop()
+    decisions = _decisions(engines["auto"]) - before
     return {
         "workload": workload,
         "concurrency": clients,
-        "tokens_per_s": {mode: round(value, 1) for mode, value in medians.items()},
-        "auto_to_better_fixed": round(medians["auto"] / fixed, 3),
-        "auto_to_better_fixed_per_round": round(statistics.median(ratios), 3),
-        "decisions": {f"{mode} {length}": n for (mode, length), n in sorted((_decisions(llm) - before).items())},
+        "tokens_per_s": {name: round(speed(taken), 1) for name, taken in turns_taken.items()},
+        "auto_to_better_fixed": round(auto_to_better(turns_taken, range(turns)), 3),
+        "interval_95": bootstrap(turns_taken, turns),
+        "control_to_ar": round(speed(turns_taken["control"]) / speed(turns_taken["ar"]), 3),
+        "decisions": {f"{mode} {length}": n for (mode, length), n in sorted(decisions.items())},
     }
+
+
+def speed(taken: Sequence[tuple[int, float]]) -> float:
+    """Tokens per second over some turns."""
+    return sum(tokens for tokens, _ in taken) / sum(seconds for _, seconds in taken)
+
+
+def auto_to_better(taken: dict[str, list[tuple[int, float]]], turns: Sequence[int]) -> float:
+    """Auto's tokens per second over those of the better fixed mode, over the turns of these numbers.
+
+    AR counts with both its engines: one engine's luck must not raise the bar.
+    """
+    ar = speed([taken[name][turn] for name in ("ar", "control") for turn in turns])
+    fixed = max(ar, speed([taken["self_speculation"][turn] for turn in turns]))
+    return speed([taken["auto"][turn] for turn in turns]) / fixed
+
+
+def bootstrap(taken: dict[str, list[tuple[int, float]]], turns: int, repeats: int = 1000) -> list[float]:
+    """Return the 95 % interval of :func:`auto_to_better` over resampled turns."""
+    generator = random.Random(0)
+    ratios = [auto_to_better(taken, generator.choices(range(turns), k=turns)) for _ in range(repeats)]
+    cuts = statistics.quantiles(ratios, n=40)
+    return [round(cuts[0], 3), round(cuts[-1], 3)]
 
 
 def make_jobs(workload: str, count: int, tokens: int) -> list[Job]:
@@ -117,39 +201,6 @@ def make_jobs(workload: str, count: int, tokens: int) -> list[Job]:
     return [replace(job, tokens=generator.randrange(tokens // 2, tokens + tokens // 2)) for job in jobs]
 
 
-def serve(llm: Any, jobs: list[Job], mode: str, clients: int) -> tuple[int, float]:
-    """Keep ``clients`` requests in flight until as many tokens are generated as the jobs ask for, each taken once.
-
-    Jobs come round again, and what runs at the end is cut off: with a fixed set of requests the last and slowest one
-    would decide, while nothing else runs. Returns generated tokens and seconds.
-    """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    core, tokens, number, wanted = llm.llm_engine, 0, 0, sum(job.tokens for job in jobs)
-    running: set[str] = set()
-    started = time.perf_counter()
-    while tokens < wanted:
-        while len(running) < clients:
-            job, name = jobs[number % len(jobs)], f"{mode}-{started}-{number}"
-            params = SamplingParams(
-                temperature=job.temperature, max_tokens=job.tokens, ignore_eos=True, detokenize=False,
-                extra_args={"nld": {"mode": mode}}, output_kind=RequestOutputKind.DELTA,
-            )  # fmt: skip
-            core.add_request(name, job.prompt, params)
-            running.add(name)
-            number += 1
-        for output in core.step():
-            tokens += len(output.outputs[0].token_ids)
-            if output.finished:
-                running.discard(output.request_id)
-    seconds = time.perf_counter() - started
-    core.abort_request(list(running))
-    while core.has_unfinished_requests():
-        core.step()
-    return tokens, seconds
-
-
 def _decisions(llm: Any) -> Counter[tuple[str, int]]:
     """Return what auto mode has chosen so far, in an in-process engine."""
     core = llm.llm_engine.engine_core.engine_core
@@ -158,10 +209,12 @@ def _decisions(llm: Any) -> Counter[tuple[str, int]]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table("workload", "concurrency", "AR tokens/s", "self-speculation", "auto", "auto / better fixed")
+    table = Table("workload", "concurrency", "AR tokens/s", "self-spec.", "auto", "auto / better", "95 %", "control / AR")
     for row in report["results"]:
-        speeds = [f"{row['tokens_per_s'][mode]:.0f}" for mode in MODES]
-        table.add_row(row["workload"], str(row["concurrency"]), *speeds, f"{row['auto_to_better_fixed']:.3f}")
+        speeds = [f"{row['tokens_per_s'][name]:.0f}" for name in ("ar", "self_speculation", "auto")]
+        low, high = row["interval_95"]
+        ratios = [f"{row['auto_to_better_fixed']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['control_to_ar']:.3f}"]
+        table.add_row(row["workload"], str(row["concurrency"]), *speeds, *ratios)
     console = Console()
     console.print(table)
-    console.print(f"medians of {report['rounds']} alternating runs, tiny checkpoint, {report['dtype']}", style="dim")
+    console.print(f"{report['turns']} turns of {TURN_SECONDS} s each, tiny checkpoint, {report['dtype']}", style="dim")

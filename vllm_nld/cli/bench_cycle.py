@@ -139,9 +139,9 @@ def _time_drafts(llm: Any) -> list[float]:
     draft_pass = core.model_executor.driver_worker.worker.model_runner.drafter.draft_pass
     original, times = draft_pass.run, list[float]()
 
-    def timed(requests: Any) -> Any:
+    def timed(*args: Any) -> Any:
         started = time.perf_counter()
-        drafts = original(requests)
+        drafts = original(*args)
         times.append(time.perf_counter() - started)
         return drafts
 

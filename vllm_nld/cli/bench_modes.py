@@ -14,6 +14,7 @@ from rich.table import Table
 from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.cli import bench_parking
 from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
 
 CONVENTION = "tokens per decode forward (draft, verify, denoise and commit all count); the prefill is left out"
@@ -43,6 +44,8 @@ def run(prompts: int, max_tokens: int, dtype: str, sol: bool, as_json: bool) -> 
     with stdout_to_stderr():
         rows = _measure(texts, max_tokens, dtype)
         compaction = _compaction([text for _, text in held_out_prompts(8)], max_tokens, dtype)
+        requests = len(bench_parking.THRESHOLDS) + bench_parking.AR_REQUESTS
+        parking = bench_parking.measure([text for _, text in held_out_prompts(requests)], max_tokens, dtype)
         report = {
             "model": "tiny",
             "dtype": dtype,
@@ -51,6 +54,7 @@ def run(prompts: int, max_tokens: int, dtype: str, sol: bool, as_json: bool) -> 
             "tpf_convention": CONVENTION,
             "modes": rows,
             "compaction": compaction,
+            "parking": parking,
             "speed_of_light": _speed_of_light(texts, max_tokens) if sol else [],
         }
     if as_json:
@@ -113,7 +117,8 @@ def _compaction(texts: list[str], max_tokens: int, dtype: str, rounds: int = 3) 
     print("bench: compaction ...", file=sys.stderr, flush=True)
     with engine_with(**settings, speculative_config={"model": PROPOSER}) as llm:
         core = llm.llm_engine.engine_core.engine_core
-        draft_pass = core.model_executor.driver_worker.worker.model_runner.drafter.draft_pass
+        drafter = core.model_executor.driver_worker.worker.model_runner.drafter
+        draft_pass, drafter.parks = drafter.draft_pass, False  # all blocks of a step are filled before it ends
         nld = {"mode": "diffusion", "threshold": 0.7}
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args={"nld": nld})
         llm.generate(texts, params, use_tqdm=False)  # warm up
@@ -174,6 +179,8 @@ def _show(report: dict[str, Any]) -> None:
         f"{saved['block_forwards']} block forwards instead of {saved['block_forwards_without']}, "
         f"{saved['speed_up']:.2f} times as fast"
     )
+    for line in bench_parking.lines(report["parking"]):
+        console.print(line)
     console.print(f"TPF: {CONVENTION}; {report['prompts']} held-out prompts, {report['dtype']}, one request at a time")
 
 

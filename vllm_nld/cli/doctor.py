@@ -99,4 +99,24 @@ def _attention() -> str:
 
     with set_current_vllm_config(VllmConfig()):
         backend = get_attn_backend(64, torch.float32, "auto")
-    return f"causal passes: vLLM {backend.get_name()}; draft passes: PyTorch (vllm_nld/block_attention.py)"
+    return f"causal passes: vLLM {backend.get_name()}; draft passes: {_operators()}"
+
+
+def _operators() -> str:
+    """Name what computes the operators on this machine's device, and why nothing better does."""
+    import torch
+
+    from vllm_nld import ops
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = ops.implementation("block_attention", device.type)
+    if chosen.name == "cpp":
+        from vllm_nld.attention.cpp_ops import instruction_set
+
+        return f"C++ ({instruction_set()} for bfloat16)"
+    missing = [
+        f"no {other.name}: {reason}"
+        for other in ops.IMPLEMENTATIONS[: ops.IMPLEMENTATIONS.index(chosen)]
+        if device.type in other.devices and (reason := other.unavailable(device))
+    ]
+    return "; ".join([chosen.name, *missing])

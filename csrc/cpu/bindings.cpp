@@ -1,0 +1,231 @@
+// The operators as torch sees them, by libtorch's stable ABI: one binary serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "block_attention.h"
+#include "compaction.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+nld::DType dtype_of(const Tensor& tensor, const char* name, bool may_be_float8) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return nld::DType::kFloat32;
+        case ScalarType::BFloat16:
+            return nld::DType::kBFloat16;
+        case ScalarType::Half:
+            return nld::DType::kFloat16;
+        case ScalarType::Float8_e4m3fn:
+            STD_TORCH_CHECK(may_be_float8, "block_attention: ", name, " is float8; allowed: float32, bfloat16, float16");
+            return nld::DType::kFloat8E4M3;
+        case ScalarType::Float8_e5m2:
+            STD_TORCH_CHECK(may_be_float8, "block_attention: ", name, " is float8; allowed: float32, bfloat16, float16");
+            return nld::DType::kFloat8E5M2;
+        default:
+            STD_TORCH_CHECK(false, "block_attention: dtype of ", name,
+                            " is not supported; allowed: float32, bfloat16, float16", may_be_float8 ? ", float8" : "");
+    }
+    return nld::DType::kFloat32;
+}
+
+nld::Fresh fresh(const Tensor& tensor, const char* name, int64_t tokens, int64_t heads, int64_t head_dim) {
+    STD_TORCH_CHECK(tensor.dim() == 3, "block_attention: ", name, " has ", tensor.dim(), " dimensions; needed: 3");
+    STD_TORCH_CHECK(tensor.size(0) == tokens && tensor.size(1) == heads && tensor.size(2) == head_dim,
+                    "block_attention: ", name, " has shape [", tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2),
+                    "]; needed: [", tokens, ", ", heads, ", ", head_dim, "]");
+    STD_TORCH_CHECK(tensor.stride(2) == 1, "block_attention: ", name, " has inner stride ", tensor.stride(2),
+                    "; needed: 1");
+    return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+
+nld::Pages pages(const Tensor& tensor, const char* name, int64_t kv_heads, int64_t head_dim, double scale) {
+    STD_TORCH_CHECK(tensor.dim() == 4, "block_attention: ", name, " has ", tensor.dim(), " dimensions; needed: 4");
+    STD_TORCH_CHECK(tensor.size(1) == kv_heads && tensor.size(3) == head_dim && tensor.size(2) > 0, "block_attention: ", name,
+                    " has shape [pages, ", tensor.size(1), ", ", tensor.size(2), ", ", tensor.size(3),
+                    "]; needed: [pages, ", kv_heads, ", page size, ", head_dim, "]");
+    return {tensor.data_ptr(), dtype_of(tensor, name, true), tensor.stride(0),
+            tensor.stride(1),  tensor.stride(2),             tensor.stride(3),
+            static_cast<float>(scale)};
+}
+
+const int32_t* ints(const Tensor& tensor, const char* name, int64_t dims, int64_t size) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int, "block_attention: ", name, " must be int32");
+    STD_TORCH_CHECK(tensor.dim() == dims && tensor.size(0) == size, "block_attention: ", name, " must have ", dims,
+                    " dimension(s), the first of size ", size);
+    STD_TORCH_CHECK(tensor.size(dims - 1) <= 1 || tensor.stride(dims - 1) == 1, "block_attention: ", name,
+                    " must be contiguous in its last dimension");
+    return static_cast<const int32_t*>(tensor.data_ptr());
+}
+
+// Everything that a kernel trusts: lengths, page ids, mask kinds.
+void check_rows(const nld::BlockAttention& call, int64_t tokens, int64_t pages_per_row, int64_t pages) {
+    STD_TORCH_CHECK(call.block_starts[0] >= 0, "block_attention: block_starts[0] is ", call.block_starts[0],
+                    "; allowed: 0 or more");
+    for (int row = 0; row < call.rows; ++row) {
+        const int64_t length = int64_t{call.block_starts[row + 1]} - call.block_starts[row];
+        STD_TORCH_CHECK(length >= 0 && call.block_starts[row + 1] <= tokens, "block_attention: block_starts[", row + 1,
+                        "] is ", call.block_starts[row + 1], "; allowed: ", call.block_starts[row], " to ", tokens);
+        const int64_t prefix = call.prefix_lens[row];
+        STD_TORCH_CHECK(prefix >= 0 && prefix <= pages_per_row * call.page_size, "block_attention: prefix_lens[", row,
+                        "] is ", prefix, "; allowed: 0 to ", pages_per_row * call.page_size, " (", pages_per_row,
+                        " pages of ", call.page_size, ")");
+        for (int64_t i = 0; i * call.page_size < prefix; ++i) {
+            const int32_t page = call.block_table[row * call.table_stride + i];
+            STD_TORCH_CHECK(page >= 0 && page < pages, "block_attention: block_table[", row, ", ", i, "] is ", page,
+                            "; allowed: 0 to ", pages - 1);
+        }
+        const int32_t kind = call.mask_kinds[row];
+        STD_TORCH_CHECK(kind >= nld::kAll && kind <= nld::kWords, "block_attention: mask_kinds[", row, "] is ", kind,
+                        "; allowed: 0 (all), 1 (causal), 2 (mask_words)");
+        STD_TORCH_CHECK(kind != nld::kWords || int64_t{call.mask_width} * 32 >= length,
+                        "block_attention: mask_kinds[", row, "] asks for mask_words, which ",
+                        call.mask_width == 0 ? "are not given" : "are too narrow for the block");
+    }
+}
+
+void run_in_parallel(int count, void (*body)(int, void*), void* context) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i), context);
+    });
+}
+
+void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor block_table,
+                     Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, std::optional<Tensor> mask_words,
+                     double scale, double k_scale, double v_scale, int64_t, int64_t, Tensor output) {
+    STD_TORCH_CHECK(query.dim() == 3, "block_attention: query has ", query.dim(), " dimensions; needed: 3");
+    STD_TORCH_CHECK(key.dim() == 3, "block_attention: key has ", key.dim(), " dimensions; needed: 3");
+    STD_TORCH_CHECK(prefix_lens.dim() == 1, "block_attention: prefix_lens must have 1 dimension(s)");
+    STD_TORCH_CHECK(scale > 0, "block_attention: scale is ", scale, "; allowed: more than 0");
+    const int64_t tokens = query.size(0), heads = query.size(1), dim = query.size(2), kv_heads = key.size(1);
+    const int64_t rows = prefix_lens.size(0);
+    STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "block_attention: ", heads, " query heads and ", kv_heads,
+                    " KV heads; allowed: a multiple");
+    STD_TORCH_CHECK(dim >= 16 && dim <= 256 && dim % 16 == 0, "block_attention: head size is ", dim,
+                    "; allowed: multiples of 16 up to 256");
+    nld::BlockAttention call;
+    call.dtype = dtype_of(query, "query", false);
+    for (const auto& [tensor, name] : {std::pair{&key, "key"}, {&value, "value"}, {&output, "output"}})
+        STD_TORCH_CHECK(tensor->scalar_type() == query.scalar_type(), "block_attention: dtype of ", name,
+                        " differs from the query's");
+    call.rows = static_cast<int>(rows);
+    call.heads = static_cast<int>(heads);
+    call.kv_heads = static_cast<int>(kv_heads);
+    call.head_dim = static_cast<int>(dim);
+    call.query = fresh(query, "query", tokens, heads, dim);
+    call.key = fresh(key, "key", tokens, kv_heads, dim);
+    call.value = fresh(value, "value", tokens, kv_heads, dim);
+    call.output = fresh(output, "output", tokens, heads, dim);
+    call.key_pages = pages(key_pages, "key_pages", kv_heads, dim, k_scale);
+    call.value_pages = pages(value_pages, "value_pages", kv_heads, dim, v_scale);
+    STD_TORCH_CHECK(key_pages.size(0) == value_pages.size(0) && key_pages.size(2) == value_pages.size(2) &&
+                        call.key_pages.dtype == call.value_pages.dtype,
+                    "block_attention: key_pages and value_pages differ in shape or dtype");
+    const bool quantized = call.key_pages.dtype >= nld::DType::kFloat8E4M3;
+    STD_TORCH_CHECK(quantized || call.key_pages.dtype == call.dtype,
+                    "block_attention: dtype of key_pages is neither the query's nor float8");
+    if (!quantized) call.key_pages.scale = call.value_pages.scale = 1.0f;
+    call.page_size = static_cast<int>(key_pages.size(2));
+    call.block_table = ints(block_table, "block_table", 2, rows);
+    call.table_stride = block_table.stride(0);
+    call.prefix_lens = ints(prefix_lens, "prefix_lens", 1, rows);
+    call.block_starts = ints(block_starts, "block_starts", 1, rows + 1);
+    call.mask_kinds = ints(mask_kinds, "mask_kinds", 1, rows);
+    call.mask_words = mask_words ? ints(*mask_words, "mask_words", 2, tokens) : nullptr;
+    call.mask_width = mask_words ? static_cast<int>(mask_words->size(1)) : 0;
+    STD_TORCH_CHECK(!mask_words || mask_words->stride(0) == call.mask_width || tokens <= 1,
+                    "block_attention: mask_words must be contiguous");
+    call.scale = static_cast<float>(scale);
+    check_rows(call, tokens, block_table.size(1), key_pages.size(0));
+    // The workspace lives as long as the thread that calls: an engine calls from one.
+    thread_local nld::Workspace workspace;
+    nld::block_attention(call, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel, workspace);
+}
+
+std::string instruction_set(std::string force) {
+    STD_TORCH_CHECK(nld::force_isa(force.c_str()), "instruction_set: '", force, "' is not available on this machine");
+    return nld::choose_isa(nld::DType::kBFloat16).name;
+}
+
+const int64_t* longs(const Tensor& tensor, const char* op, const char* name) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 &&
+                        (tensor.size(0) <= 1 || tensor.stride(0) == 1),
+                    op, ": ", name, " must be a contiguous int64 vector");
+    return static_cast<const int64_t*>(tensor.data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> accept_prefix(Tensor drafts, Tensor targets, Tensor starts) {
+    STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Int && starts.dim() == 1 && starts.size(0) >= 1 &&
+                        (starts.size(0) == 1 || starts.stride(0) == 1),
+                    "accept_prefix: starts must be a contiguous int32 vector of rows + 1 entries");
+    const int64_t rows = starts.size(0) - 1, count = drafts.dim() == 1 ? drafts.size(0) : -1;
+    nld::AcceptPrefix call;
+    call.rows = static_cast<int>(rows);
+    call.drafts = longs(drafts, "accept_prefix", "drafts");
+    call.targets = longs(targets, "accept_prefix", "targets");
+    call.starts = static_cast<const int32_t*>(starts.data_ptr());
+    STD_TORCH_CHECK(targets.size(0) == count + rows, "accept_prefix: targets has ", targets.size(0), " entries; needed: ",
+                    count + rows, " (one a draft and one a row)");
+    STD_TORCH_CHECK(call.starts[0] == 0 && call.starts[rows] == count, "accept_prefix: starts must go from 0 to ", count);
+    for (int64_t row = 0; row < rows; ++row)
+        STD_TORCH_CHECK(call.starts[row] <= call.starts[row + 1], "accept_prefix: starts[", row + 1, "] is ",
+                        call.starts[row + 1], "; allowed: ", call.starts[row], " or more");
+    Tensor accepted = torch::stable::new_empty(starts, {rows}), token_starts = torch::stable::new_empty(starts, {rows + 1});
+    Tensor tokens = torch::stable::new_empty(targets, {count + rows}), seeds = torch::stable::new_empty(targets, {rows});
+    call.accepted = static_cast<int32_t*>(accepted.data_ptr());
+    call.token_starts = static_cast<int32_t*>(token_starts.data_ptr());
+    call.tokens = static_cast<int64_t*>(tokens.data_ptr());
+    call.seeds = static_cast<int64_t*>(seeds.data_ptr());
+    nld::accept_prefix(call);
+    return {accepted, tokens, token_starts, seeds};
+}
+
+void move_kv(std::vector<Tensor> caches, Tensor sources, Tensor targets) {
+    const int64_t *from = longs(sources, "move_kv", "sources"), *to = longs(targets, "move_kv", "targets");
+    const int64_t count = sources.size(0);
+    STD_TORCH_CHECK(targets.size(0) == count, "move_kv: ", count, " sources and ", targets.size(0), " targets");
+    std::vector<nld::MovedPages> pools;
+    pools.reserve(caches.size());
+    for (const Tensor& cache : caches) {
+        STD_TORCH_CHECK(cache.dim() == 4, "move_kv: a cache has ", cache.dim(), " dimensions; needed: 4");
+        const int64_t slots = cache.size(0) * cache.size(2);
+        for (int64_t i = 0; i < count; ++i)
+            STD_TORCH_CHECK(from[i] >= 0 && from[i] < slots && to[i] >= 0 && to[i] < slots, "move_kv: move ", i, " is from ",
+                            from[i], " to ", to[i], "; allowed: 0 to ", slots - 1);
+        pools.push_back({static_cast<char*>(cache.data_ptr()), static_cast<int>(cache.element_size()), cache.size(1),
+                         cache.size(2), cache.size(3), cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3)});
+    }
+    STD_TORCH_CHECK(nld::moves_are_independent(from, to, count), "move_kv: a target is another move's source or target");
+    nld::move_kv(pools, from, to, count, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(vllm_nld_cpu, m) {
+    m.def(
+        "block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor block_table, "
+        "Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, Tensor? mask_words, float scale, float k_scale, "
+        "float v_scale, int max_length, int max_prefix, Tensor(a!) output) -> ()");
+    m.def("accept_prefix(Tensor drafts, Tensor targets, Tensor starts) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("move_kv(Tensor(a!)[] caches, Tensor sources, Tensor targets) -> ()");
+    m.def("instruction_set(str force) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_nld_cpu, CPU, m) {
+    m.impl("block_attention", TORCH_BOX(&block_attention));
+    m.impl("accept_prefix", TORCH_BOX(&accept_prefix));
+    m.impl("move_kv", TORCH_BOX(&move_kv));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_nld_cpu, CompositeExplicitAutograd, m) {
+    m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}

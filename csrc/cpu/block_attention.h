@@ -1,0 +1,123 @@
+// Block-bidirectional paged attention on CPUs: the arguments, the division of work, and the entry point.
+//
+// Nothing here knows of torch: bindings.cpp fills the structs, and the sanitizer tests use the same entry point.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace nld {
+
+enum class DType : int8_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kFloat8E5M2 };
+
+// Fresh tokens: [tokens, heads, head_dim] with inner stride 1; strides in elements.
+struct Fresh {
+    void* data;
+    int64_t token, head;
+};
+
+// A view of the cache: [pages, kv_heads, page_size, head_dim], any strides, in elements.
+struct Pages {
+    const void* data;
+    DType dtype;
+    int64_t page, head, token, dim;
+    float scale;
+};
+
+enum MaskKind : int32_t { kAll = 0, kCausal = 1, kWords = 2 };
+
+// One call. docs/operators.md says what the tensors mean.
+struct BlockAttention {
+    DType dtype;  // of query, key, value and output
+    int rows, heads, kv_heads, head_dim, page_size;
+    Fresh query, key, value, output;
+    Pages key_pages, value_pages;
+    const int32_t* block_table;
+    int64_t table_stride;
+    const int32_t* prefix_lens;
+    const int32_t* block_starts;
+    const int32_t* mask_kinds;
+    const int32_t* mask_words;  // may be null if no row asks for them
+    int mask_width;
+    float scale;  // > 0
+};
+
+// Some consecutive query tokens of one row, and the keys that any of them sees: prefix first, then fresh tokens.
+struct Item {
+    int row, first, last;  // tokens of the block
+    int prefix, keys;
+    int tiles, cost;  // cost of one tile, in query rows
+    int64_t start;    // cost of all items before it, over all KV heads
+};
+
+constexpr int kTile = 64;  // keys that are multiplied at once: packed keys and values of a tile fit the L1 cache
+
+// Query rows (tokens times grouped heads) of an item: accumulators and queries of an item fit the L2 cache.
+constexpr int kMaxQueries = 256;
+
+// What one thread works in. All pointers are 64-byte aligned.
+struct Scratch {
+    void* queries;  // [queries, padded head_dim]
+    void* keys;     // one packed tile
+    void* values;
+    float* scores;       // [rows of the micro kernel, kTile]
+    float* accumulator;  // [queries, padded head_dim]
+    float* maxima;       // [queries], in units of log2
+    float* sums;         // [queries, 16], lanes yet to be added
+};
+
+// What a thread leaves of an item that others work on, too.
+struct Partial {
+    int item = -1, head = 0, queries = 0;
+    bool last = false;  // the item ends here
+    float *accumulator, *maxima, *sums;
+};
+
+// One instruction set's code for tiles [first, last) of an item.
+using PieceFunction = void (*)(const BlockAttention&, const Item&, int head, int first, int last, const Scratch&);
+// Divide by the sums and write out.
+using FinishFunction = void (*)(const BlockAttention&, const Item&, int head, const Scratch&);
+
+struct Isa {
+    const char* name;
+    bool (*available)();
+    bool bfloat16_only;
+    PieceFunction piece;
+    FinishFunction finish;
+};
+
+// All that were compiled in, the best one first.
+const std::vector<Isa>& instruction_sets();
+
+// The one that calls of this dtype use.
+const Isa& choose_isa(DType dtype);
+
+// Use only the named one (for tests and benchmarks); an empty name goes back to the best. False if it can't be had.
+bool force_isa(const char* name);
+
+// Runs body(0) .. body(count - 1), each exactly once, possibly at the same time.
+using ParallelFor = void (*)(int count, void (*body)(int, void*), void* context);
+
+// Memory that outlives calls, so that a call allocates only when it is the largest so far.
+class Workspace {
+   public:
+    Workspace() = default;
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+    ~Workspace();
+    char* reserve(size_t bytes);  // 64-byte aligned; throws std::bad_alloc
+    std::vector<Item> items;
+    std::vector<Partial> partials;
+
+   private:
+    char* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Compute one call with `threads` threads. Deterministic for a given number of threads.
+void block_attention(const BlockAttention& call, int threads, ParallelFor parallel, Workspace& workspace);
+
+inline int padded_dim(int head_dim) { return (head_dim + 31) / 32 * 32; }
+
+}  // namespace nld

@@ -1,0 +1,34 @@
+#include "instruction_sets.h"
+
+namespace nld {
+
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+}  // namespace
+
+const std::vector<Isa>& instruction_sets() {
+    static const std::vector<Isa> all = {
+#if defined(__x86_64__)
+        {"avx512bf16", has_avx512bf16, true, avx512bf16::run_piece, avx512bf16::run_finish},
+        {"avx512", has_avx512, false, avx512::run_piece, avx512::run_finish},
+        {"avx2", has_avx2, false, avx2::run_piece, avx2::run_finish},
+#endif
+        {"portable", always, false, portable::run_piece, portable::run_finish},
+    };
+    return all;
+}
+
+}  // namespace nld

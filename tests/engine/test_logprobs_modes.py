@@ -1,0 +1,56 @@
+"""What ``--logprobs-mode`` returns in each mode: as in AR, but for diffusion's denoised tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import engine
+from torch import Tensor
+
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.reference import load_reference
+
+PENALTY, TOKENS, BLOCK = 1.5, 20, 16
+
+
+def expected_rows(kind: str, prompt: list[int], tokens: list[int]) -> Tensor:
+    """What the causal pass gives at every generated position, as vLLM defines the kind."""
+    model = load_reference(checkpoint_path("tiny"))
+    logits = model.causal(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].detach().clone()
+    if kind.startswith("processed"):
+        for row, values in enumerate(logits):
+            seen = torch.tensor(sorted({*prompt, *tokens[:row]}))
+            values[seen] = torch.where(values[seen] > 0, values[seen] / PENALTY, values[seen] * PENALTY)
+    return logits.log_softmax(-1) if kind == "processed_logprobs" else logits
+
+
+@pytest.mark.parametrize("kind", ["raw_logits", "processed_logits", "processed_logprobs"])
+def test_logprobs_modes(kind: str) -> None:
+    from vllm import SamplingParams
+
+    def run(llm: Any, mode: str) -> Any:
+        extra = {"nld": {"mode": mode}}
+        params = SamplingParams(
+            temperature=0, max_tokens=TOKENS, logprobs=2, repetition_penalty=PENALTY, ignore_eos=True, extra_args=extra
+        )
+        ((_, text),) = held_out_prompts(1, characters=150)
+        (output,) = llm.generate([text], params, use_tqdm=False)
+        return output
+
+    with engine(checkpoint_path("tiny"), spec=True, skip_tokenizer_init=False, logprobs_mode=kind) as llm:
+        outputs = {mode: run(llm, mode) for mode in ("ar", "self_speculation", "auto", "diffusion")}
+    assert outputs["self_speculation"].outputs[0].token_ids == outputs["ar"].outputs[0].token_ids
+    for mode, output in outputs.items():
+        tokens = list(output.outputs[0].token_ids)
+        expected = expected_rows(kind, list(output.prompt_token_ids), tokens)
+        for row, (token, entry) in enumerate(zip(tokens, output.outputs[0].logprobs, strict=True)):
+            if mode == "diffusion" and kind.startswith("processed") and row % BLOCK:
+                # A block's first token is the causal pass's; the others are certain by then, and all else impossible.
+                assert entry[token].logprob == 0
+                assert all(found.logprob == -torch.inf for id_, found in entry.items() if id_ != token)
+                continue
+            for id_, found in entry.items():
+                assert abs(found.logprob - float(expected[row, id_])) < 1e-3, (mode, row)

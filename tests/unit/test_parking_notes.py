@@ -1,0 +1,82 @@
+"""When denoising stops for a causal pass, and the notes that worker and scheduler send each other."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from vllm_nld import compat
+from vllm_nld.block import Block
+from vllm_nld.parking import FORWARDS_PER_LOOK, Parked, SchedulerNote, WorkerNote, may_leave
+
+MASK = 99
+OPEN, DONE = [1, MASK], [1, 2]
+
+
+def parked(*blocks: list[int]) -> Parked:
+    made = Parked()
+    for index, tokens in enumerate(blocks):
+        made.park(cast(Any, SimpleNamespace(request_id=str(index))), Block(0, list(tokens)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("forwards", "step", "away", "others", "leaves"),
+    [
+        (1, [], [OPEN], True, True),
+        (1, [], [OPEN, OPEN], False, False),
+        (1, [], [OPEN, DONE], False, True),
+        (FORWARDS_PER_LOOK, [], [OPEN], False, True),
+        (FORWARDS_PER_LOOK + 9, [OPEN], [DONE], True, False),
+        (1, [DONE], [OPEN], True, True),
+    ],
+)
+def test_when_a_causal_pass_is_due(
+    forwards: int, step: list[list[int]], away: list[list[int]], others: bool, leaves: bool
+) -> None:
+    unfinished = [Block(0, list(tokens)) for tokens in step]
+    assert may_leave(forwards, unfinished, parked(*away), others, MASK) is leaves
+
+
+def test_done_blocks_are_taken_once() -> None:
+    requests = parked(OPEN, DONE, OPEN)
+    assert [state.request_id for state, _ in requests.take_done(MASK)] == ["1"]
+    assert requests.take_done(MASK) == []
+    assert requests.ids == {"0", "2"}
+    assert requests.drop("0") is not None
+    assert requests.drop("0") is None
+    assert len(requests) == 1
+
+
+def test_notes_travel_on_vllm_s_objects() -> None:
+    """They are pickled between processes, and an empty step's output is one object for all."""
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+    note = WorkerNote(frozenset({"a"}), {"b": [1, 2]})
+    noted = pickle.loads(pickle.dumps(compat.with_note(EMPTY_MODEL_RUNNER_OUTPUT, note)))
+    assert compat.note_on(noted) == note
+    assert compat.note_on(EMPTY_MODEL_RUNNER_OUTPUT) is None
+
+
+def test_an_object_that_takes_no_note_is_refused() -> None:
+    class Closed:
+        __slots__ = ()
+
+    with pytest.raises(compat.NLDError, match="Closed takes no attributes"):
+        compat.with_note(Closed(), SchedulerNote())
+
+
+def test_this_vllm_can_park() -> None:
+    assert compat.parking_obstacle() is None
+    config = SimpleNamespace(scheduler_cls=None)
+    compat.use_scheduler_subclass(config)
+    assert config.scheduler_cls == compat.SCHEDULER
+    assert compat.parks_requests(config)
+    assert not compat.parks_requests(SimpleNamespace(scheduler_cls=None))
+    config.scheduler_cls = "vllm.v1.core.sched.scheduler.Scheduler"
+    compat.use_scheduler_subclass(config)
+    assert config.scheduler_cls == "vllm.v1.core.sched.scheduler.Scheduler", "the user's choice"
+    assert not compat.parks_requests(config)
