@@ -29,7 +29,6 @@ class Implementation:
         examples: batches that hypothesis draws; few where each takes long.
         longest_prefix: of a drawn batch.
         repeats: runs that must give the same bits.
-        devices: device types it serves.
         interpreted: runs on CPU only through Triton's interpreter; ``test_triton_interpreted.py`` starts that process.
     """
 
@@ -42,7 +41,6 @@ class Implementation:
     longest_prefix: int = 600
     repeats: int = 20
     interpreted: bool = False
-    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def load(self, device: str) -> Any:
         """Import the module; skip the test, with the module's reason, where it does not run."""
@@ -60,6 +58,7 @@ IMPLEMENTATIONS = (
     Implementation(
         "triton", "vllm_nld.attention.triton_ops", examples=20, longest_prefix=200, repeats=3, interpreted=True
     ),
+    Implementation("xformers", "vllm_nld.attention.xformers_ops", ("block_attention",), HALF, devices=("cuda",)),
 )
 
 
