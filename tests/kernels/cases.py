@@ -135,7 +135,7 @@ def attention_specs(
 # What random drawing may miss in a short run; every implementation gets these as well.
 EDGE_SPECS = {
     "long row beside short ones": AttentionSpec((1100, 3, 0, 16), (4, 1, 7, 0), (0, 1, 2, 0), heads=(4, 1), layout=0),
-    "one long row": AttentionSpec((1500,), (1,), (1,), heads=(4, 2)),
+    "one long row": AttentionSpec((1500,), (1,), (1,), heads=(4, 2), padding=1),
     "all masks": AttentionSpec((20, 33, 5), (9, 40, 36), (0, 1, 2), padding=2, quadratic=True),
     "random words": AttentionSpec((0, 19), (35, 64), (2, 2), padding=2, seed=3),
     "sees nothing": AttentionSpec((0, 0, 7), (3, 1, 2), (2, 2, 2), seed=1),

@@ -12,6 +12,7 @@ import torch
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HALF = (torch.bfloat16, torch.float16)
 OPERATORS = ("block_attention", "accept_prefix", "move_kv")
 
 
@@ -23,21 +24,23 @@ class Implementation:
         name: shown in test ids.
         module: import path.
         operators: which of the three it has.
+        dtypes: of the query.
+        devices: where it runs; one that this machine lacks is left out.
         examples: batches that hypothesis draws; few where each takes long.
         longest_prefix: of a drawn batch.
         repeats: runs that must give the same bits.
-        devices: device types it serves.
         interpreted: runs on CPU only through Triton's interpreter; ``test_triton_interpreted.py`` starts that process.
     """
 
     name: str
     module: str
     operators: tuple[str, ...] = OPERATORS
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
+    devices: tuple[str, ...] = ("cpu", "cuda")
     examples: int = 100
     longest_prefix: int = 600
     repeats: int = 20
     interpreted: bool = False
-    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def load(self, device: str) -> Any:
         """Import the module; skip the test, with the module's reason, where it does not run."""
@@ -53,8 +56,9 @@ IMPLEMENTATIONS = (
     Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3),
     Implementation("cpp", "vllm_nld.attention.cpp_ops", devices=("cpu",)),
     Implementation(
-        "triton", "vllm_nld.attention.triton_ops", examples=25, longest_prefix=200, repeats=3, interpreted=True
+        "triton", "vllm_nld.attention.triton_ops", examples=20, longest_prefix=200, repeats=3, interpreted=True
     ),
+    Implementation("xformers", "vllm_nld.attention.xformers_ops", ("block_attention",), HALF, devices=("cuda",)),
 )
 
 

@@ -51,8 +51,9 @@ def _attend(acc, top, total, query, keys, values, visible, scale_log2, UPCAST: t
 
 @triton.jit
 def _load_page_tile(
-    pages, page, place, in_prefix, dim, in_head, s_page, s_place, s_dim, DTYPE, E5M2, FP8: tl.constexpr
-):
+    pages, page, place, in_prefix, dim, in_head, s_page, s_place, s_dim,
+    DTYPE: tl.constexpr, E5M2: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
     """Load cached tokens [BLOCK_D, BLOCK_N] or [BLOCK_N, BLOCK_D] (as the given indices broadcast), zero elsewhere.
 
     The mask keeps unused slots out: 0 * NaN would be NaN.
@@ -81,7 +82,7 @@ def attention_kernel(
     unnormalised sums go to part_acc float32 [T, H, splits, D], part_top and part_total float32 [T, H, splits].
     """
     row = tl.program_id(0) // tiles
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)  # heads of a cache may be more than 2 ** 31 elements apart
     split = tl.program_id(2)
     first = tl.load(block_starts + row)
     length = tl.load(block_starts + row + 1) - first
@@ -115,12 +116,12 @@ def attention_kernel(
         page = tl.load(block_table + row * table_row + position // PAGE, mask=seen, other=0).to(tl.int64)
         place = position % PAGE
         k = _load_page_tile(
-            key_pages + kv_head * kp_head, page[None, :], place[None, :], seen[None, :], dim[:, None], in_head[:, None],
-            kp_page, kp_place, kp_dim, q.dtype, E5M2, FP8,
+            key_pages + kv_head * kp_head, page[None, :], place[None, :], seen[None, :],
+            dim[:, None], in_head[:, None], kp_page, kp_place, kp_dim, q.dtype, E5M2, FP8,
         )  # fmt: skip
         v = _load_page_tile(
-            value_pages + kv_head * vp_head, page[:, None], place[:, None], seen[:, None], dim[None, :], in_head[None, :],
-            vp_page, vp_place, vp_dim, q.dtype, E5M2, FP8,
+            value_pages + kv_head * vp_head, page[:, None], place[:, None], seen[:, None],
+            dim[None, :], in_head[None, :], vp_page, vp_place, vp_dim, q.dtype, E5M2, FP8,
         )  # fmt: skip
         acc, top, total = _attend(acc, top, total, q, k, v, seen[None, :], page_scale_log2, UPCAST)
     if FP8:

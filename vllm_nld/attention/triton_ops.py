@@ -31,7 +31,9 @@ def unavailable(device: torch.device) -> str | None:
         return None
     if device.type == "cpu" and _interpreted():
         return None
-    return f"Triton has no {device.type} device here; its interpreter needs TRITON_INTERPRET=1 set before anything imports Triton"
+    return (
+        f"Triton has no {device.type} device; its interpreter needs TRITON_INTERPRET=1 before anything imports Triton"
+    )
 
 
 def _interpreted() -> bool:
@@ -110,8 +112,8 @@ def block_attention(
     # Without splitting, the parts are never touched, but a kernel wants pointers.
     scratch: list[Tensor] = [output] * 3
     if splits > 1:
-        flat = query.new_empty(tokens * heads * splits * (head_dim + 2), dtype=torch.float32)
-        scratch = list(flat.split([tokens * heads * splits * n for n in (head_dim, 1, 1)]))
+        parts = (tokens, heads, splits)
+        scratch = [query.new_empty(size, dtype=torch.float32) for size in ((*parts, head_dim), parts, parts)]
     kernels.attention_kernel[(rows * tiles, kv_heads, splits)](
         query, key, value, *pages, block_table, prefix_lens, block_starts, mask_kinds,
         block_starts if mask_words is None else mask_words, output, *scratch,
