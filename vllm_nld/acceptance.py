@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import deque
 from dataclasses import dataclass
 
 MEMORY = 0.95
 """Weight that a request's earlier blocks keep when a new one is verified."""
 POOLED_MEMORY = 0.99
 """The same for the average over all requests."""
+RECENT = 32
+"""Ended requests that say what a good one is."""
+TRIES = 2
+"""Blocks that tell whether a request is a good one."""
 
 
 class Prior:
@@ -25,6 +30,21 @@ class Prior:
         # 3 of 4, until something is known: trying costs little.
         self._accepted, self._tested = 4.5, 6.0
         self._scores = [0.0] * len(self.WEIGHTS)
+        self._recent: deque[float] = deque(maxlen=RECENT)
+
+    @property
+    def good_rate(self) -> float:
+        """Mean rate of the better quarter of recent requests; 0 while too few have ended."""
+        if len(self._recent) < RECENT // 4:
+            return 0.0
+        best = sorted(self._recent)[-(len(self._recent) // 4) :]
+        return sum(best) / len(best)
+
+    def note_end(self, own: Acceptance) -> None:
+        """Take note of a request that is over, if it drafted at all; little evidence is drawn towards the average."""
+        if own.all_tested:
+            weight = self.WEIGHTS[0]
+            self._recent.append((own.all_accepted + weight * self.rate) / (own.all_tested + weight))
 
     @property
     def rate(self) -> float:
@@ -55,11 +75,17 @@ class Acceptance:
         prior: what is usual on this server.
         accepted: accepted drafts, older ones weighing less.
         tested: drafts put to the test, likewise.
+        blocks: verified blocks so far.
+        all_accepted: accepted drafts, all weighing the same.
+        all_tested: drafts put to the test, likewise.
     """
 
     prior: Prior
     accepted: float = 0.0
     tested: float = 0.0
+    blocks: int = 0
+    all_accepted: int = 0
+    all_tested: int = 0
 
     @property
     def rate(self) -> float:
@@ -73,6 +99,9 @@ class Acceptance:
     def observe(self, drafts: int, accepted: int) -> None:
         """Take note of a verified block of ``drafts`` drafts, the first ``accepted`` of which were accepted."""
         self.prior.observe(self, drafts, accepted)
+        self.blocks += 1
+        self.all_accepted += accepted
+        self.all_tested += min(accepted + 1, drafts)
         self.accepted = MEMORY * self.accepted + accepted
         self.tested = MEMORY * self.tested + min(accepted + 1, drafts)
 
@@ -83,13 +112,11 @@ class Acceptance:
 
     @property
     def hopeful_rate(self) -> float:
-        """The rate plus one standard deviation of what is believed of it (a beta distribution).
+        """The rate by which to choose: that of a good request, as long as this one has not been tried enough to tell.
 
-        Choosing by it tries a request of which little is known, where requests differ and it may well be a good one:
-        what is learned serves all the rest of its text. With evidence the hope goes, and where requests are alike there is none.
+        What is learned by trying serves all the rest of its text. Where good requests are rare there is no hope.
         """
-        rate, evidence = self.rate, self.tested + self.prior.weight
-        return rate + math.sqrt(rate * (1 - rate) / (evidence + 1))
+        return self.rate if self.blocks >= TRIES else max(self.rate, self.prior.good_rate)
 
     def expected_tokens(self, length: int) -> float:
         """Tokens that a cycle over a block of ``length`` tokens yields: 1 + rate + rate^2 + ..., ``length`` terms."""

@@ -243,4 +243,7 @@ class Requests:
 
     def finish(self, request_id: str) -> RequestState | None:
         """Forget a request and return its last state, if it was ever asked for."""
-        return self._states.pop(request_id, None)
+        state = self._states.pop(request_id, None)
+        if state is not None:
+            self.prior.note_end(state.acceptance)
+        return state

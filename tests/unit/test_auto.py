@@ -194,3 +194,20 @@ def test_confidence_is_calibrated_by_outcome() -> None:
         calibration.observe([0.97], 0)
     assert calibration.probability(0.97) < 0.1
     assert calibration.probability(0.5) == pytest.approx(0.55)
+
+
+def test_a_new_request_is_tried_where_good_ones_are_common() -> None:
+    """Half of the requests draft well: a new one is worth two blocks. Where none does, it is not."""
+    for accepted, expected in ((7, True), (0, False)):
+        prior = Prior()
+        for number in range(16):
+            own = Acceptance(prior)
+            for _ in range(4):
+                own.observe(7, accepted if number % 2 else 0)
+            prior.note_end(own)
+        new = Acceptance(prior)
+        hopes = [new.hopeful_rate > new.rate + 0.1]
+        for _ in range(2):
+            new.observe(7, 0)
+            hopes.append(new.hopeful_rate > new.rate + 0.1)
+        assert hopes == [expected, expected, False]
