@@ -126,7 +126,7 @@ NLD_DEVICE void load_tile(char* tile, const Source& source, int head_size) {
     static_assert(kTotal % kThreads == 0, "every thread copies equally many chunks");
     const int thread = thread_index();
     if (source.path == kLoadAsync) {
-#pragma unroll
+#pragma unroll 4  // addresses under way at once; more cost registers
         for (int i = 0; i < kTotal / kThreads; ++i) {
             const int row = (thread + i * kThreads) / Layout::kChunks,
                       chunk = (thread + i * kThreads) % Layout::kChunks;
