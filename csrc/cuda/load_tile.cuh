@@ -124,9 +124,10 @@ NLD_DEVICE void load_tile(char* tile, const Source& source, int head_size) {
     using Layout = TileLayout<T, kHead>;
     constexpr int kTotal = kRows * Layout::kChunks;
     static_assert(kTotal % kThreads == 0, "every thread copies equally many chunks");
+    [[maybe_unused]] constexpr int kUnroll = kHead > 192 ? 1 : 4;  // addresses at once; more cost registers
     const int thread = thread_index();
     if (source.path == kLoadAsync) {
-#pragma unroll 4  // addresses under way at once; more cost registers
+#pragma unroll kUnroll
         for (int i = 0; i < kTotal / kThreads; ++i) {
             const int row = (thread + i * kThreads) / Layout::kChunks,
                       chunk = (thread + i * kThreads) % Layout::kChunks;

@@ -15,7 +15,8 @@
 #include "scalars.h"
 
 #define NLD_DEVICE __device__ __forceinline__
-#define NLD_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// One block per processor is enough: left to choose, ptxas aims for several and spills to get there.
+#define NLD_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define NLD_GRID_CONSTANT __grid_constant__
 
 namespace nld {

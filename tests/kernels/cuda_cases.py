@@ -45,7 +45,7 @@ class Batch:
 
 
 MIXED = ((150, 9, 0), (0, 12, 1), (37, 0, 0), (64, 17, 2), (1, 1, 1))
-LONG = ((1300, 3, 1), (0, 2, 0), (290, 5, 2))
+LONG = ((700, 3, 1), (0, 2, 0), (290, 5, 2))
 BATCHES = {
     "bfloat16": Batch(MIXED),
     "float16": Batch(MIXED, torch.float16),
@@ -55,12 +55,12 @@ BATCHES = {
         for size in (32, 48, 80, 96, 112, 128, 144, 192, 208, 256)
         for dtype in (torch.bfloat16, torch.float32)
     },
-    "several query tiles": Batch(((40, 70, 1), (90, 33, 2), (3, 100, 0)), kv_heads=1, head_size=32, slack=20),
+    "several query tiles": Batch(((40, 70, 1), (3, 40, 2)), kv_heads=1, head_size=32, slack=20),
     "group of 1": Batch(MIXED, group=1),
     "group of 3": Batch(MIXED, torch.float16, group=3, slack=1),
-    "group of 8, wide": Batch(((100, 16, 0), (20, 16, 1)), group=8, kv_heads=1, head_size=128),
+    "group of 8, wide": Batch(((70, 9, 0), (0, 3, 1)), group=8, kv_heads=1, head_size=128),
     "odd pages": Batch(MIXED, page_size=7),
-    "large pages": Batch(MIXED, page_size=128, slack=300),
+    "large pages": Batch(MIXED, page_size=128, group=2, slack=300),
     "fused pages": Batch(MIXED, pages="fused", head_size=96),
     "shifted pages": Batch(MIXED, pages="shifted"),
     "transposed pages": Batch(MIXED, torch.float16, pages="transposed"),

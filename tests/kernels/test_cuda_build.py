@@ -77,7 +77,7 @@ def test_attention(emulated: ModuleType, name: str) -> None:
     cuda_cases.check(emulated, cuda_cases.small(cuda_cases.BATCHES[name]), "cpu")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_attention(emulated: ModuleType, library: Path, seed: int) -> None:
     steer(library, seed, processors=1 << (seed % 6))
     cuda_cases.check(emulated, cuda_cases.random_batch(seed), "cpu")
@@ -86,10 +86,11 @@ def test_random_attention(emulated: ModuleType, library: Path, seed: int) -> Non
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])
 def test_the_order_of_threads_does_not_matter(emulated: ModuleType, library: Path, name: str) -> None:
     outputs = []
-    for seed in range(4):
+    batch = cuda_cases.small(cuda_cases.BATCHES[name])
+    for seed in range(3):
         steer(library, seed)
-        arguments = cuda_cases.build(cuda_cases.BATCHES[name])[0]
-        emulated.block_attention(**arguments, split_limit=cuda_cases.BATCHES[name].split_limit)
+        arguments = cuda_cases.build(batch)[0]
+        emulated.block_attention(**arguments, split_limit=batch.split_limit)
         outputs.append(arguments["output"])
     for output in outputs[1:]:
         assert torch.equal(output.nan_to_num(), outputs[0].nan_to_num())  # type: ignore[attr-defined]
@@ -119,7 +120,7 @@ def test_mistakes_have_messages(emulated: ModuleType, monkeypatch: pytest.Monkey
     arguments = cuda_cases.build(cuda_cases.BATCHES["bfloat16"])[0]
     with pytest.raises(NLDError, match="all four must be the same"):
         cuda_ops.block_attention(**{**arguments, "key": arguments["key"].float()})  # type: ignore[attr-defined]
-    with pytest.raises(NLDError, match="prefix_lens must be contiguous and torch.int32"):
+    with pytest.raises(NLDError, match="prefix_lens must be contiguous and"):
         cuda_ops.block_attention(**{**arguments, "prefix_lens": arguments["prefix_lens"].long()})  # type: ignore[attr-defined]
     with pytest.raises(NLDError, match="a size is out of range"):
         cuda_ops.block_attention(**{**arguments, "query": arguments["query"][..., :24]})  # type: ignore[index]
@@ -131,7 +132,7 @@ def test_mistakes_have_messages(emulated: ModuleType, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles(source: Path, tmp_path: Path) -> None:
-    """For A100, H100 and B200, without a warning; the kernels of 16-bit types up to head size 128 spill nothing."""
+    """For A100, H100 and B200, without a warning; the tensor-core kernels up to head size 128 spill nothing."""
     codes = [option for arch in (80, 90, 100) for option in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     options = ["-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Xptxas", "-v"]
     log = run([str(NVCC), *options, "-t2", *codes, "-c", str(source), "-o", str(tmp_path / "out.o")])
