@@ -1,8 +1,8 @@
 """The CUDA kernels without a GPU: they compile, their plans are right, and emulated on the CPU they compute the truth.
 
 The emulation (``cuda_host/simt.h``) runs the kernels' own source, a fiber per thread, with mma, ldmatrix and cp.async
-written out after the PTX manual. It cannot show what only hardware does: speed, and instructions that differ from
-that reading. ``tests/gpu/test_cuda_kernels.py`` is for a GPU.
+written out as PTX defines them. It cannot show what only hardware does: speed, and instructions that differ from
+that understanding. ``tests/gpu/test_cuda_kernels.py`` is for a GPU.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ inline float half_of(uint32_t word, int which, bool bfloat16) {
     return bfloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
 }
 
-// The fragment layouts of mma.m16n8k16, from the PTX manual. in: a[4], b[2]; out: what is added to c.
+// The fragment layouts of mma.m16n8k16 as PTX defines them. in: a[4], b[2]; out: what is added to c.
 inline void multiply(Thread* lanes) {
     const bool bfloat16 = lanes[0].argument != 0;
     static float a[16][16], b[16][8];
