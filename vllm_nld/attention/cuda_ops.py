@@ -1,8 +1,8 @@
 """The operators of ``docs/operators.md`` by the CUDA kernels of ``csrc/cuda``, through ctypes.
 
-The library is ``libnld_cuda.so``, built by ``scripts/build_cuda.sh``: the file that the environment variable
-``VLLM_NLD_CUDA_LIBRARY`` names, or the one beside this module. The tests load an emulation of it, which takes tensors
-on the CPU.
+The library is ``libnld_cuda.so``, built by ``scripts/build_cuda.sh`` or CMake: the file that the environment variable
+``VLLM_NLD_CUDA_LIBRARY`` names, or the one in the package's folder ``native``. The tests load an emulation of it, which
+takes tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vllm_nld
 from vllm_nld.errors import NLDError
 
 LIBRARY = "VLLM_NLD_CUDA_LIBRARY"
@@ -81,7 +82,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 def library_path() -> Path:
     """Return where the library is looked for."""
-    return Path(os.environ.get(LIBRARY) or Path(__file__).with_name("libnld_cuda.so"))
+    if os.environ.get(LIBRARY):
+        return Path(os.environ[LIBRARY])
+    places = [Path(folder, "native", "libnld_cuda.so") for folder in vllm_nld.__path__]
+    return next((place for place in places if place.exists()), places[0])
 
 
 @cache
