@@ -1,0 +1,68 @@
+// What a CTA of either attention kernel has to do, and where its results go.
+#pragma once
+
+#include "attention_params.h"
+#include "platform.cuh"
+
+namespace nld {
+
+struct Work {
+    int row;
+    int kv_head;
+    int split;
+    int start;        // the row's first fresh token
+    int length;       // the row's fresh tokens
+    int first_query;  // folded
+    int queries;      // of the row, folded
+    int mask_kind;
+    TileList tiles;
+
+    NLD_DEVICE bool any() const { return first_query < queries; }
+};
+
+template <int kM, int kN>
+NLD_DEVICE Work find_work(const AttentionParams& params) {
+    Work work;
+    work.row = block_z();
+    work.kv_head = block_y() / params.splits;
+    work.split = block_y() % params.splits;
+    work.start = params.block_starts[work.row];
+    work.length = params.block_starts[work.row + 1] - work.start;
+    work.first_query = block_x() * kM;
+    work.queries = work.length * params.group;
+    work.mask_kind = params.mask_kinds[work.row];
+    const int last_token = (least(work.first_query + kM, work.queries) - 1) / params.group;
+    const int fresh = fresh_end(work.mask_kind, work.length, last_token);
+    work.tiles = tile_list(params.prefix_lens[work.row], fresh, kN, work.split, params.splits);
+    return work;
+}
+
+// A word of the mask of the query at `token` of the row's block; nothing is seen where there is no word.
+NLD_DEVICE uint32_t mask_word(const AttentionParams& params, const Work& work, int token, int key_token) {
+    const int word = key_token / 32;
+    if (work.mask_kind != kMaskWords || word >= params.mask_width) return 0;
+    return static_cast<uint32_t>(params.mask_words[(work.start + token) * params.mask_words_stride + word]);
+}
+
+// Whether some of the tile's keys are hidden from some of the CTA's queries.
+template <int kN>
+NLD_DEVICE bool needs_mask(const Work& work, const Tile& tile) {
+    return tile.first + kN > tile.end || (tile.fresh && work.mask_kind != kMaskAll);
+}
+
+// Where a folded query's results go.
+struct Destination {
+    int64_t output;  // elements
+    int64_t entry;   // of the workspace
+};
+NLD_DEVICE Destination destination(const AttentionParams& params, const Work& work, int query) {
+    const FoldedQuery folded = unfold(query, params.group);
+    const int head = work.kv_head * params.group + folded.member;
+    return {(work.start + folded.token) * params.output_token + head * params.output_head,
+            params.workspace.entry(work.row, work.kv_head, work.split, query)};
+}
+
+// 1 / sum; 0 for a query that saw nothing.
+NLD_DEVICE float inverse_sum(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+}  // namespace nld

@@ -1,0 +1,117 @@
+// The CUDA operators of vllm-nld: plain C interface, no torch. docs/operators.md says what they compute.
+//
+// Every function enqueues work on the given stream and returns at once: it neither waits, allocates nor throws. Grids
+// depend only on host-side numbers (rows, max_length, max_prefix, ...), so calls can be captured in a CUDA graph.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct CUstream_st* cudaStream_t;  // the same declaration as in cuda_runtime_api.h
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum NldType { NLD_FLOAT32 = 0, NLD_BFLOAT16 = 1, NLD_FLOAT16 = 2, NLD_FLOAT8_E4M3 = 3, NLD_FLOAT8_E5M2 = 4 };
+
+// What functions return: 0, one of these, or (positive) a cudaError_t.
+enum NldError {
+    NLD_OK = 0,
+    NLD_BAD_TYPE = -1,
+    NLD_BAD_SHAPE = -2,
+    NLD_NULL_POINTER = -3,
+    NLD_SMALL_WORKSPACE = -4,
+    NLD_SHARED_MEMORY = -5,
+    NLD_TOO_MANY = -6,
+};
+
+// Strides count elements. Inner dimensions without a stride are contiguous.
+struct NldBlockAttention {
+    const void* query;         // [T, H, D]
+    const void* key;           // [T, Hkv, D]
+    const void* value;         // [T, Hkv, D]
+    void* output;              // [T, H, D]
+    int64_t query_strides[2];  // token, head
+    int64_t key_strides[2];
+    int64_t value_strides[2];
+    int64_t output_strides[2];
+    const void* key_pages;        // [P, Hkv, S, D]
+    const void* value_pages;      // [P, Hkv, S, D]
+    int64_t key_page_strides[4];  // page, head, slot, element
+    int64_t value_page_strides[4];
+    const int32_t* block_table;  // [R, M]
+    int64_t block_table_stride;
+    const int32_t* prefix_lens;   // [R]
+    const int32_t* block_starts;  // [R + 1]
+    const int32_t* mask_kinds;    // [R]
+    const int32_t* mask_words;    // [T, W] or null
+    int64_t mask_words_stride;
+    int32_t mask_width;  // W, 0 without mask_words
+    int32_t rows;        // R
+    int32_t heads;       // H
+    int32_t kv_heads;    // Hkv
+    int32_t head_size;   // D
+    int32_t page_size;   // S
+    int32_t max_length;
+    int32_t max_prefix;
+    int32_t type;        // NldType of query, key, value, output: not a float8 one
+    int32_t cache_type;  // NldType of the pages: type, or a float8 one
+    float scale;
+    float k_scale;
+    float v_scale;
+    int32_t split_limit;  // most splits of a prefix; 0: the operator chooses
+    void* workspace;      // device memory, aligned to 16 bytes; may be null when no bytes are asked for
+    size_t workspace_bytes;
+};
+
+// Bytes of workspace that nld_block_attention needs with these shapes on the current device. Reads no pointer.
+int nld_block_attention_workspace(const struct NldBlockAttention* call, size_t* bytes);
+int nld_block_attention(const struct NldBlockAttention* call, cudaStream_t stream);
+
+struct NldAcceptPrefix {
+    const int64_t* drafts;   // [N]
+    const int64_t* targets;  // [N + R]
+    const int32_t* starts;   // [R + 1]
+    int32_t* accepted;       // [R]
+    int64_t* tokens;         // [N + R]
+    int32_t* token_starts;   // [R + 1]
+    int64_t* seeds;          // [R]
+    int32_t rows;            // R
+    int32_t drafts_total;    // N
+};
+
+int nld_accept_prefix(const struct NldAcceptPrefix* call, cudaStream_t stream);
+
+// One of a layer's two caches, [P, Hkv, S, D]; strides count elements.
+struct NldCache {
+    void* pages;
+    int64_t strides[4];  // page, head, slot, element
+};
+
+struct NldMoveKv {
+    const struct NldCache* caches;  // DEVICE array
+    const int64_t* sources;         // [N] page * S + place
+    const int64_t* targets;         // [N]
+    int32_t cache_count;
+    int32_t moves;  // N
+    int32_t kv_heads;
+    int32_t page_size;
+    int32_t head_size;
+    int32_t element_bytes;  // 1, 2 or 4
+    int32_t vector_bytes;   // what nld_move_kv_vector_bytes said of these caches; element_bytes is always right
+};
+
+// The widest access that suits all caches: 16, or element_bytes. Takes a HOST array; call once per set of caches.
+int nld_move_kv_vector_bytes(const struct NldCache* caches, int count, int head_size, int element_bytes);
+int nld_move_kv(const struct NldMoveKv* call, cudaStream_t stream);
+
+// A static text for what a function above returned.
+const char* nld_cuda_message(int status);
+
+// 1 when this library is the emulation on the CPU that the tests build (tests/kernels/cuda_host), 0 when it is CUDA.
+int nld_cuda_emulated(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,62 @@
+// The launchers of accept_prefix and move_kv, and what is left of the interface.
+#include <initializer_list>
+
+#include "accept_prefix.cuh"
+#include "move_kv.cuh"
+
+int nld_accept_prefix(const NldAcceptPrefix* call, cudaStream_t stream) {
+    if (call == nullptr || call->starts == nullptr || call->token_starts == nullptr) return NLD_NULL_POINTER;
+    if (call->rows < 0 || call->drafts_total < 0) return NLD_BAD_SHAPE;
+    if (call->rows > 0)
+        for (const void* pointer : {static_cast<const void*>(call->targets), static_cast<const void*>(call->accepted),
+                                    static_cast<const void*>(call->tokens), static_cast<const void*>(call->seeds)})
+            if (pointer == nullptr) return NLD_NULL_POINTER;
+    if (call->drafts_total > 0 && call->drafts == nullptr) return NLD_NULL_POINTER;
+    const int shared_bytes = (nld::kAcceptWarps + 1) * static_cast<int>(sizeof(int));
+    return nld::launch(nld::accept_prefix, 1, 1, 1, nld::kAcceptThreads, shared_bytes, stream, *call);
+}
+
+int nld_move_kv_vector_bytes(const NldCache* caches, int count, int head_size, int element_bytes) {
+    int64_t bits = static_cast<int64_t>(head_size) * element_bytes;
+    for (int i = 0; i < count; ++i) {
+        if (caches[i].strides[3] != 1) return element_bytes;
+        bits |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(caches[i].pages));
+        for (int dimension = 0; dimension < 3; ++dimension) bits |= caches[i].strides[dimension] * element_bytes;
+    }
+    return bits % 16 == 0 ? 16 : element_bytes;
+}
+
+int nld_move_kv(const NldMoveKv* call, cudaStream_t stream) {
+    if (call == nullptr) return NLD_NULL_POINTER;
+    if (call->cache_count < 0 || call->moves < 0 || call->kv_heads < 1 || call->page_size < 1 || call->head_size < 1)
+        return NLD_BAD_SHAPE;
+    if (call->element_bytes != 1 && call->element_bytes != 2 && call->element_bytes != 4) return NLD_BAD_TYPE;
+    if (call->vector_bytes != call->element_bytes && call->vector_bytes != 16) return NLD_BAD_SHAPE;
+    if (call->cache_count > 65535) return NLD_TOO_MANY;
+    if (call->cache_count == 0 || call->moves == 0) return NLD_OK;
+    if (call->caches == nullptr || call->sources == nullptr || call->targets == nullptr) return NLD_NULL_POINTER;
+    return nld::launch(nld::move_kv, call->moves, call->cache_count, 1, nld::kMoveThreads, 0, stream, *call);
+}
+
+const char* nld_cuda_message(int status) {
+    switch (status) {
+        case NLD_OK:
+            return "no error";
+        case NLD_BAD_TYPE:
+            return "no such type, or types that do not go together";
+        case NLD_BAD_SHAPE:
+            return "a size is out of range";
+        case NLD_NULL_POINTER:
+            return "a pointer is missing";
+        case NLD_SMALL_WORKSPACE:
+            return "the workspace is smaller than nld_block_attention_workspace asks for";
+        case NLD_SHARED_MEMORY:
+            return "the device has too little shared memory for this head size";
+        case NLD_TOO_MANY:
+            return "more rows, heads or caches than a grid can have";
+        default:
+            return nld::device_message(status);
+    }
+}
+
+int nld_cuda_emulated(void) { return nld::kEmulated; }

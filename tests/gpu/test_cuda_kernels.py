@@ -1,0 +1,56 @@
+"""The CUDA operators on a GPU, on the batches that ``tests/kernels/test_cuda_build.py`` runs emulated.
+
+Needs ``libnld_cuda.so`` (``scripts/build_cuda.sh``). Never run so far: there was no GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels import cuda_cases
+
+from vllm_nld.attention import cuda_ops
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not cuda_ops.library_path().exists(), reason="needs libnld_cuda.so: scripts/build_cuda.sh"),
+]
+
+
+@pytest.mark.parametrize("name", cuda_cases.BATCHES)
+def test_attention(name: str) -> None:
+    cuda_cases.check(cuda_ops, cuda_cases.BATCHES[name], "cuda")
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_attention(seed: int) -> None:
+    cuda_cases.check(cuda_ops, cuda_cases.random_batch(seed), "cuda")
+
+
+@pytest.mark.parametrize("rows", [1, 31, 1024, 1025, 4000])
+def test_accept_prefix(rows: int) -> None:
+    cuda_cases.check_accept(cuda_ops, rows, rows, "cuda")
+
+
+@pytest.mark.parametrize("layout", ["plain", "fused", "shifted", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_move_kv(dtype: torch.dtype, layout: str) -> None:
+    cuda_cases.check_move(cuda_ops, dtype, layout, "cuda")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])
+def test_a_captured_graph_follows_the_lengths(name: str) -> None:
+    """Captured once, replayed with other prefix lengths: the grid is one of padded sizes."""
+    batch = cuda_cases.BATCHES[name]
+    arguments, expected, _ = cuda_cases.build(batch)
+    moved = {k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}
+    lengths = moved["prefix_lens"].clone()  # type: ignore[attr-defined]
+    moved["prefix_lens"].zero_()  # type: ignore[attr-defined]
+    cuda_ops.block_attention(**moved, split_limit=batch.split_limit)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda_ops.block_attention(**moved, split_limit=batch.split_limit)
+    moved["prefix_lens"].copy_(lengths)  # type: ignore[attr-defined]
+    graph.replay()
+    found = moved["output"][: expected.shape[0]].double().cpu()  # type: ignore[index]
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)

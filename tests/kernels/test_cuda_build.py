@@ -1,0 +1,142 @@
+"""The CUDA kernels without a GPU: they compile, their plans are right, and emulated on the CPU they compute the truth.
+
+The emulation (``cuda_host/simt.h``) runs the kernels' own source, a fiber per thread, with mma, ldmatrix and cp.async
+written out as PTX defines them. It cannot show what only hardware does: speed, and instructions that differ from
+that understanding. ``tests/gpu/test_cuda_kernels.py`` is for a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import cuda_cases
+import pytest
+import torch
+
+from vllm_nld.attention import cuda_ops
+from vllm_nld.errors import NLDError
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+HOST = ROOT / "tests/kernels/cuda_host"
+GXX = ["g++", "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DNLD_EMULATE"]
+INCLUDES = [f"-I{ROOT / 'csrc/cuda'}", f"-I{HOST}"]
+NVCC = shutil.which("nvcc")
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("emulated")
+    sources = [*SOURCES, HOST / "emulate.cpp"]
+    objects = [folder / f"{source.name}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [
+            [*GXX, *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(target)]
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(run, commands))
+    path = folder / "libnld_emulated.so"
+    run(["g++", "-shared", *map(str, objects), "-o", str(path)])
+    return path
+
+
+@pytest.fixture
+def emulated(library: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setenv(cuda_ops.LIBRARY, str(library))
+    steer(library)
+    assert cuda_ops.unavailable(torch.device("cpu")) is None
+    return cuda_ops
+
+
+def steer(library: Path, seed: int = 1, processors: int = 8, shared_limit: int = 227 * 1024) -> None:
+    """Set the order of threads, and what the emulated device has."""
+    ctypes.CDLL(str(library)).nld_emulate(seed, processors, shared_limit)
+
+
+def test_plans(tmp_path: Path) -> None:
+    program = tmp_path / "test_plan"
+    run([*GXX, *INCLUDES, str(HOST / "test_plan.cpp"), "-o", str(program)])
+    print(run([str(program)]))
+
+
+@pytest.mark.parametrize("name", cuda_cases.BATCHES)
+def test_attention(emulated: ModuleType, name: str) -> None:
+    cuda_cases.check(emulated, cuda_cases.small(cuda_cases.BATCHES[name]), "cpu")
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_attention(emulated: ModuleType, library: Path, seed: int) -> None:
+    steer(library, seed, processors=1 << (seed % 6))
+    cuda_cases.check(emulated, cuda_cases.random_batch(seed), "cpu")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])
+def test_the_order_of_threads_does_not_matter(emulated: ModuleType, library: Path, name: str) -> None:
+    outputs = []
+    batch = cuda_cases.small(cuda_cases.BATCHES[name])
+    for seed in range(3):
+        steer(library, seed)
+        arguments = cuda_cases.build(batch)[0]
+        emulated.block_attention(**arguments, split_limit=batch.split_limit)
+        outputs.append(arguments["output"])
+    for output in outputs[1:]:
+        assert torch.equal(output.nan_to_num(), outputs[0].nan_to_num())  # type: ignore[attr-defined]
+
+
+def test_small_shared_memory(emulated: ModuleType, library: Path) -> None:
+    """A device with 99 KiB gets smaller tiles, or is told that it has too little."""
+    steer(library, shared_limit=99 * 1024)
+    rows = ((70, 30, 1),)
+    cuda_cases.check(emulated, cuda_cases.Batch(rows, head_size=256, kv_heads=1), "cpu")
+    with pytest.raises(NLDError, match="too little shared memory"):
+        cuda_cases.check(emulated, cuda_cases.Batch(rows, torch.float32, head_size=256, kv_heads=1), "cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 31, 1024, 1025, 2500])
+def test_accept_prefix(emulated: ModuleType, rows: int) -> None:
+    cuda_cases.check_accept(emulated, rows, rows, "cpu")
+
+
+@pytest.mark.parametrize("layout", ["plain", "fused", "shifted", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_move_kv(emulated: ModuleType, dtype: torch.dtype, layout: str) -> None:
+    cuda_cases.check_move(emulated, dtype, layout, "cpu")
+
+
+def test_mistakes_have_messages(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = cuda_cases.build(cuda_cases.BATCHES["bfloat16"])[0]
+    with pytest.raises(NLDError, match="all four must be the same"):
+        cuda_ops.block_attention(**{**arguments, "key": arguments["key"].float()})  # type: ignore[attr-defined]
+    with pytest.raises(NLDError, match="prefix_lens must be contiguous and"):
+        cuda_ops.block_attention(**{**arguments, "prefix_lens": arguments["prefix_lens"].long()})  # type: ignore[attr-defined]
+    with pytest.raises(NLDError, match="a size is out of range"):
+        cuda_ops.block_attention(**{**arguments, "query": arguments["query"][..., :24]})  # type: ignore[index]
+    monkeypatch.setenv(cuda_ops.LIBRARY, "/nowhere.so")
+    with pytest.raises(NLDError, match="cannot load the CUDA operators"):
+        cuda_ops.accept_prefix(*(torch.zeros(1, dtype=d) for d in (torch.int64, torch.int64, torch.int32)))
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_compiles(source: Path, tmp_path: Path) -> None:
+    """For A100, H100 and B200, without a warning; the tensor-core kernels up to head size 128 spill nothing."""
+    codes = [option for arch in (80, 90, 100) for option in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    options = ["-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Xptxas", "-v"]
+    log = run([str(NVCC), *options, "-t2", *codes, "-c", str(source), "-o", str(tmp_path / "out.o")])
+    for kernel, spilled in re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores", log, re.DOTALL):
+        head = re.search(r"attention_mma.*?Li(\d+)E", kernel)
+        if head and int(head[1]) <= 128:
+            assert spilled == "0", kernel
