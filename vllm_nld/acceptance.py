@@ -20,6 +20,8 @@ TRIES = 2
 class Prior:
     """What to expect of a request before, and beside, its own evidence: the average, and how much it counts.
 
+    Greedy and sampled requests have one each: their drafts are accepted by different rules.
+
     The average counts for many drafts where requests are alike and for few where they differ. Which it is, is seen from
     how well each weight would have predicted the blocks so far.
     """
@@ -31,6 +33,7 @@ class Prior:
         self._accepted, self._tested = 4.5, 6.0
         self._scores = [0.0] * len(self.WEIGHTS)
         self._recent: deque[float] = deque(maxlen=RECENT)
+        self.calibration = Calibration()
 
     @property
     def good_rate(self) -> float:
@@ -43,7 +46,7 @@ class Prior:
     def note_end(self, own: Acceptance) -> None:
         """Take note of a request that is over, if it drafted at all; little evidence is drawn towards the average."""
         if own.all_tested:
-            weight = self.WEIGHTS[0]
+            weight = self.WEIGHTS[1]  # two lucky blocks make no good request
             self._recent.append((own.all_accepted + weight * self.rate) / (own.all_tested + weight))
 
     @property

@@ -7,15 +7,17 @@ maximises (R + G) / C is taken. Text is not at stake: AR and self-speculation gi
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_nld.acceptance import Acceptance, Calibration
+from vllm_nld.acceptance import TRIES, Acceptance
 from vllm_nld.costs import CostCurve, Costs, round_size
 
 logger = init_logger("vllm.nld.auto")
@@ -95,7 +97,6 @@ class AutoMode:
     def __init__(self, block_length: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.block_length = block_length
         self.costs = Costs()
-        self.calibration = Calibration()
         self.decisions: Counter[tuple[str, int]] = Counter()
         self._clock = clock
         self._kept = 1.0
@@ -150,6 +151,8 @@ class AutoMode:
             correction.forget()
             return
         drafting = [candidate for candidate in candidates if candidate.row in chosen]
+        if any(candidate.acceptance.blocks < TRIES for candidate in drafting):
+            return  # tried in the hope that it is a good one: no promise, so nothing to correct
         gain = sum(candidate.acceptance.expected_tokens(chosen[candidate.row]) - 1 for candidate in drafting)
         self._expected = (correction, gain, self._cycle_seconds(tokens, sum(chosen.values()), len(chosen)))
 
@@ -226,36 +229,33 @@ class AutoMode:
         self._wanted = seconds
         return seconds <= self._allowance
 
-    def trim(self, confidences: Sequence[list[float]], tokens: int, draft_seconds: float) -> list[int]:
-        """Return how many drafts of each block to verify, by their confidence.
+    def trim(self, chances: Sequence[list[float]], tokens: int, draft_seconds: float) -> list[int]:
+        """Return how many drafts of each block to verify.
 
         Drafts are added in the order of their chance to be accepted (which falls along a block) as long as tokens
         per second rise; drafting is paid already, but belongs to the cycle's time all the same.
 
         Args:
-            confidences: per block, its drafts' confidences.
+            chances: per block, how likely each draft is accepted if those before it are.
             tokens: what the next causal pass runs anyway, as in :meth:`plan`.
             draft_seconds: what the draft took.
         """
-        chances: list[tuple[float, int]] = []
-        for block, values in enumerate(confidences):
-            chance = 1.0
-            for value in values:
-                chance *= self.calibration.probability(value)
-                chances.append((chance, block))
-        chances.sort(key=lambda item: -item[0])
-        best, keep, gained = 0.0, len(chances), 0.0
-        for count, (chance, _) in enumerate(chances, 1):
+        ranked: list[tuple[float, int]] = []
+        for block, values in enumerate(chances):
+            ranked += [(chance, block) for chance in accumulate(values, operator.mul)]
+        ranked.sort(key=lambda item: -item[0])
+        best, keep, gained = 0.0, len(ranked), 0.0
+        for count, (chance, _) in enumerate(ranked, 1):
             gained += chance
-            if count < len(chances) and round_size(tokens + count) != tokens + count:
+            if count < len(ranked) and round_size(tokens + count) != tokens + count:
                 continue
             rate = (tokens + gained) / (draft_seconds + self.costs.verify.seconds(tokens + count))
             if rate > best:
                 best, keep = rate, count
-        kept = [0] * len(confidences)
-        for _, block in chances[:keep]:
+        kept = [0] * len(chances)
+        for _, block in ranked[:keep]:
             kept[block] += 1
-        self._kept += 0.1 * (keep / max(1, len(chances)) - self._kept)
+        self._kept += 0.1 * (keep / max(1, len(ranked)) - self._kept)
         return kept
 
     def observe_step(self, requests: int, tokens: int, accepted: int, seconds: float) -> None:

@@ -12,7 +12,9 @@ from vllm_nld.errors import NLDError
 from vllm_nld.options import NAMESPACE, NLDOptions
 from vllm_nld.request_options import PROPOSER_PATHS
 
-UNQUANTIZED_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""On CPUs alone so far: what GPU backends do with float8 was never run."""
 OWN_ARCHITECTURE = "VllmNLDForCausalLM"
 """Name this extension's model is always registered under, whatever vLLM itself calls ``ARCHITECTURE``."""
 
@@ -103,10 +105,11 @@ def _check_speculation(vllm_config: Any) -> None:
             "leave one of the two out"
         )
     cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in UNQUANTIZED_CACHE_DTYPES:
+    allowed = CACHE_DTYPES + (FLOAT8_CACHE_DTYPES if vllm_config.device_config.device_type == "cpu" else ())
+    if cache_dtype not in allowed:
         raise NLDError(
-            f"kv_cache_dtype={cache_dtype!r} with self-speculation: the draft pass reads keys and values unquantized; "
-            f"allowed: {', '.join(UNQUANTIZED_CACHE_DTYPES)}"
+            f"kv_cache_dtype={cache_dtype!r} with self-speculation: the draft pass cannot read such a cache; "
+            f"allowed: {', '.join(allowed)}"
         )
     block_length = vllm_config.model_config.hf_config.block_size
     drafts, limit = speculative.num_speculative_tokens, min(block_length - 1, compat.max_draft_tokens())

@@ -234,7 +234,7 @@ class SelfSpeculation:
         elif drafts:
             kind = mode = "verify"
             mode = "self_speculation"
-            state.learn(drafts, accepted, self.auto.calibration)
+            state.learn(drafts, accepted)
         else:
             kind = "ar"
             mode = "self_speculation" if state.options.mode == "self_speculation" and prefill else "ar"
@@ -335,7 +335,9 @@ class SelfSpeculation:
             self.auto.observe_draft(sum(block.length for block in blocks.values()), seconds)
         if automatic:
             others_drafts = sum(blocks[row].length - 1 for row in blocks if row not in automatic)
-            keep = self.auto.trim([blocks[row].confidence[1:] for row in automatic], requests + others_drafts, seconds)
+            for row in automatic:
+                states[row].confidence = blocks[row].confidence[1:]
+            keep = self.auto.trim([states[row].chances() for row in automatic], requests + others_drafts, seconds)
             for row, drafts in zip(automatic, keep, strict=True):
                 del blocks[row].tokens[1 + drafts :]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from vllm_nld.acceptance import Acceptance, Calibration, Prior
+from vllm_nld.acceptance import Acceptance, Prior
 from vllm_nld.accounting import Tally
 from vllm_nld.auto import AR_STEPS_PER_CHOICE
 from vllm_nld.block import Block, CommitRule
@@ -97,10 +97,14 @@ class RequestState:
         self.idle_steps += 1 + AR_STEPS_PER_CHOICE  # the choice holds for that long
         self.acceptance.forget(FORGET_SHARE * (1 + AR_STEPS_PER_CHOICE))
 
-    def learn(self, drafts: int, accepted: int, calibration: Calibration) -> None:
+    def learn(self, drafts: int, accepted: int) -> None:
         """Take note of a verified block of self-speculation."""
         self.acceptance.observe(drafts, accepted)
-        calibration.observe(self.confidence[:drafts], accepted)
+        self.acceptance.prior.calibration.observe(self.confidence[:drafts], accepted)
+
+    def chances(self) -> list[float]:
+        """Return for each draft that was handed out last how likely it is accepted, if those before it are."""
+        return [self.acceptance.prior.calibration.probability(value) for value in self.confidence]
 
     def remaining(self, longest: int) -> int:
         """Tokens the request may still generate, at most ``longest``."""
@@ -209,7 +213,7 @@ class Requests:
         self._traits = traits
         self._thinking = thinking
         self._states: dict[str, RequestState] = {}
-        self.prior = Prior()
+        self._greedy, self._sampled = Prior(), Prior()
 
     @property
     def rows(self) -> int:
@@ -229,7 +233,7 @@ class Requests:
                 request_id,
                 cached,
                 request_options(cached.sampling_params, self._traits),
-                Acceptance(self.prior),
+                Acceptance(self._sampled if cached.sampling_params.temperature > 0 else self._greedy),
                 self._budget(cached.sampling_params),
             )
             self._states[request_id] = state
@@ -245,5 +249,5 @@ class Requests:
         """Forget a request and return its last state, if it was ever asked for."""
         state = self._states.pop(request_id, None)
         if state is not None:
-            self.prior.note_end(state.acceptance)
+            state.acceptance.prior.note_end(state.acceptance)
         return state

@@ -26,10 +26,12 @@ nld::DType dtype_of(const Tensor& tensor, const char* name, bool may_be_float8) 
         case ScalarType::Half:
             return nld::DType::kFloat16;
         case ScalarType::Float8_e4m3fn:
-            STD_TORCH_CHECK(may_be_float8, "block_attention: ", name, " is float8; allowed: float32, bfloat16, float16");
+            STD_TORCH_CHECK(may_be_float8, "block_attention: ", name,
+                            " is float8; allowed: float32, bfloat16, float16");
             return nld::DType::kFloat8E4M3;
         case ScalarType::Float8_e5m2:
-            STD_TORCH_CHECK(may_be_float8, "block_attention: ", name, " is float8; allowed: float32, bfloat16, float16");
+            STD_TORCH_CHECK(may_be_float8, "block_attention: ", name,
+                            " is float8; allowed: float32, bfloat16, float16");
             return nld::DType::kFloat8E5M2;
         default:
             STD_TORCH_CHECK(false, "block_attention: dtype of ", name,
@@ -41,8 +43,8 @@ nld::DType dtype_of(const Tensor& tensor, const char* name, bool may_be_float8) 
 nld::Fresh fresh(const Tensor& tensor, const char* name, int64_t tokens, int64_t heads, int64_t head_dim) {
     STD_TORCH_CHECK(tensor.dim() == 3, "block_attention: ", name, " has ", tensor.dim(), " dimensions; needed: 3");
     STD_TORCH_CHECK(tensor.size(0) == tokens && tensor.size(1) == heads && tensor.size(2) == head_dim,
-                    "block_attention: ", name, " has shape [", tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2),
-                    "]; needed: [", tokens, ", ", heads, ", ", head_dim, "]");
+                    "block_attention: ", name, " has shape [", tensor.size(0), ", ", tensor.size(1), ", ",
+                    tensor.size(2), "]; needed: [", tokens, ", ", heads, ", ", head_dim, "]");
     STD_TORCH_CHECK(tensor.stride(2) == 1, "block_attention: ", name, " has inner stride ", tensor.stride(2),
                     "; needed: 1");
     return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)};
@@ -50,12 +52,11 @@ nld::Fresh fresh(const Tensor& tensor, const char* name, int64_t tokens, int64_t
 
 nld::Pages pages(const Tensor& tensor, const char* name, int64_t kv_heads, int64_t head_dim, double scale) {
     STD_TORCH_CHECK(tensor.dim() == 4, "block_attention: ", name, " has ", tensor.dim(), " dimensions; needed: 4");
-    STD_TORCH_CHECK(tensor.size(1) == kv_heads && tensor.size(3) == head_dim && tensor.size(2) > 0, "block_attention: ", name,
-                    " has shape [pages, ", tensor.size(1), ", ", tensor.size(2), ", ", tensor.size(3),
-                    "]; needed: [pages, ", kv_heads, ", page size, ", head_dim, "]");
-    return {tensor.data_ptr(), dtype_of(tensor, name, true), tensor.stride(0),
-            tensor.stride(1),  tensor.stride(2),             tensor.stride(3),
-            static_cast<float>(scale)};
+    STD_TORCH_CHECK(tensor.size(1) == kv_heads && tensor.size(3) == head_dim && tensor.size(2) > 0,
+                    "block_attention: ", name, " has shape [pages, ", tensor.size(1), ", ", tensor.size(2), ", ",
+                    tensor.size(3), "]; needed: [pages, ", kv_heads, ", page size, ", head_dim, "]");
+    return {tensor.data_ptr(), dtype_of(tensor, name, true), tensor.stride(0), tensor.stride(1), tensor.stride(2),
+            tensor.stride(3),  static_cast<float>(scale)};
 }
 
 const int32_t* ints(const Tensor& tensor, const char* name, int64_t dims, int64_t size) {
@@ -87,8 +88,8 @@ void check_rows(const nld::BlockAttention& call, int64_t tokens, int64_t pages_p
         const int32_t kind = call.mask_kinds[row];
         STD_TORCH_CHECK(kind >= nld::kAll && kind <= nld::kWords, "block_attention: mask_kinds[", row, "] is ", kind,
                         "; allowed: 0 (all), 1 (causal), 2 (mask_words)");
-        STD_TORCH_CHECK(kind != nld::kWords || int64_t{call.mask_width} * 32 >= length,
-                        "block_attention: mask_kinds[", row, "] asks for mask_words, which ",
+        STD_TORCH_CHECK(kind != nld::kWords || int64_t{call.mask_width} * 32 >= length, "block_attention: mask_kinds[",
+                        row, "] asks for mask_words, which ",
                         call.mask_width == 0 ? "are not given" : "are too narrow for the block");
     }
 }
@@ -157,9 +158,9 @@ std::string instruction_set(std::string force) {
 }
 
 const int64_t* longs(const Tensor& tensor, const char* op, const char* name) {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 &&
-                        (tensor.size(0) <= 1 || tensor.stride(0) == 1),
-                    op, ": ", name, " must be a contiguous int64 vector");
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 && (tensor.size(0) <= 1 || tensor.stride(0) == 1),
+        op, ": ", name, " must be a contiguous int64 vector");
     return static_cast<const int64_t*>(tensor.data_ptr());
 }
 
@@ -173,14 +174,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> accept_prefix(Tensor drafts, Tensor t
     call.drafts = longs(drafts, "accept_prefix", "drafts");
     call.targets = longs(targets, "accept_prefix", "targets");
     call.starts = static_cast<const int32_t*>(starts.data_ptr());
-    STD_TORCH_CHECK(targets.size(0) == count + rows, "accept_prefix: targets has ", targets.size(0), " entries; needed: ",
-                    count + rows, " (one a draft and one a row)");
-    STD_TORCH_CHECK(call.starts[0] == 0 && call.starts[rows] == count, "accept_prefix: starts must go from 0 to ", count);
+    STD_TORCH_CHECK(targets.size(0) == count + rows, "accept_prefix: targets has ", targets.size(0),
+                    " entries; needed: ", count + rows, " (one a draft and one a row)");
+    STD_TORCH_CHECK(call.starts[0] == 0 && call.starts[rows] == count, "accept_prefix: starts must go from 0 to ",
+                    count);
     for (int64_t row = 0; row < rows; ++row)
         STD_TORCH_CHECK(call.starts[row] <= call.starts[row + 1], "accept_prefix: starts[", row + 1, "] is ",
                         call.starts[row + 1], "; allowed: ", call.starts[row], " or more");
-    Tensor accepted = torch::stable::new_empty(starts, {rows}), token_starts = torch::stable::new_empty(starts, {rows + 1});
-    Tensor tokens = torch::stable::new_empty(targets, {count + rows}), seeds = torch::stable::new_empty(targets, {rows});
+    Tensor accepted = torch::stable::new_empty(starts, {rows}),
+           token_starts = torch::stable::new_empty(starts, {rows + 1});
+    Tensor tokens = torch::stable::new_empty(targets, {count + rows}),
+           seeds = torch::stable::new_empty(targets, {rows});
     call.accepted = static_cast<int32_t*>(accepted.data_ptr());
     call.token_starts = static_cast<int32_t*>(token_starts.data_ptr());
     call.tokens = static_cast<int64_t*>(tokens.data_ptr());
@@ -199,12 +203,14 @@ void move_kv(std::vector<Tensor> caches, Tensor sources, Tensor targets) {
         STD_TORCH_CHECK(cache.dim() == 4, "move_kv: a cache has ", cache.dim(), " dimensions; needed: 4");
         const int64_t slots = cache.size(0) * cache.size(2);
         for (int64_t i = 0; i < count; ++i)
-            STD_TORCH_CHECK(from[i] >= 0 && from[i] < slots && to[i] >= 0 && to[i] < slots, "move_kv: move ", i, " is from ",
-                            from[i], " to ", to[i], "; allowed: 0 to ", slots - 1);
+            STD_TORCH_CHECK(from[i] >= 0 && from[i] < slots && to[i] >= 0 && to[i] < slots, "move_kv: move ", i,
+                            " is from ", from[i], " to ", to[i], "; allowed: 0 to ", slots - 1);
         pools.push_back({static_cast<char*>(cache.data_ptr()), static_cast<int>(cache.element_size()), cache.size(1),
-                         cache.size(2), cache.size(3), cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3)});
+                         cache.size(2), cache.size(3), cache.stride(0), cache.stride(1), cache.stride(2),
+                         cache.stride(3)});
     }
-    STD_TORCH_CHECK(nld::moves_are_independent(from, to, count), "move_kv: a target is another move's source or target");
+    STD_TORCH_CHECK(nld::moves_are_independent(from, to, count),
+                    "move_kv: a target is another move's source or target");
     nld::move_kv(pools, from, to, count, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel);
 }
 
@@ -212,7 +218,8 @@ void move_kv(std::vector<Tensor> caches, Tensor sources, Tensor targets) {
 
 STABLE_TORCH_LIBRARY(vllm_nld_cpu, m) {
     m.def(
-        "block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor block_table, "
+        "block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor "
+        "block_table, "
         "Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, Tensor? mask_words, float scale, float k_scale, "
         "float v_scale, int max_length, int max_prefix, Tensor(a!) output) -> ()");
     m.def("accept_prefix(Tensor drafts, Tensor targets, Tensor starts) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -1,7 +1,7 @@
 // Division of work: the tiles of all items and KV heads form one line, and every thread takes an equal stretch of it.
 //
-// So one long row uses all cores, and many short ones do, too. Where a stretch ends inside an item, both neighbours leave
-// partial sums, which are merged afterwards.
+// So one long row uses all cores, and many short ones do, too. Where a stretch ends inside an item, both neighbours
+// leave partial sums, which are merged afterwards.
 #include "block_attention.h"
 
 #include <algorithm>
@@ -137,7 +137,8 @@ void work(int thread, void* context) {
             if (first == 0 && last == item.tiles) {
                 run.isa.finish(run.call, item, head, scratch);
             } else {
-                keep_partial(run, thread, first == 0 ? 1 : 0, static_cast<int>(index), head, last == item.tiles, scratch);
+                keep_partial(run, thread, first == 0 ? 1 : 0, static_cast<int>(index), head, last == item.tiles,
+                             scratch);
             }
         }
     }
@@ -179,12 +180,16 @@ void block_attention(const BlockAttention& call, int threads, ParallelFor parall
     if (workspace.items.empty()) return;
     workspace.partials.assign(2 * threads, Partial{});
     Layout layout(call.head_dim);
-    Run run{call,   choose_isa(call.dtype),
-            workspace.items, workspace.partials,
-            layout, workspace.reserve(threads * layout.thread()),
+    Run run{call,
+            choose_isa(call.dtype),
+            workspace.items,
+            workspace.partials,
+            layout,
+            workspace.reserve(threads * layout.thread()),
             threads};
     parallel(threads, work, &run);
-    const bool split = std::any_of(run.partials.begin(), run.partials.end(), [](const Partial& p) { return p.item >= 0; });
+    const bool split =
+        std::any_of(run.partials.begin(), run.partials.end(), [](const Partial& p) { return p.item >= 0; });
     if (split) parallel(threads, merge, &run);
 }
 

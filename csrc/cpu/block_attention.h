@@ -101,7 +101,7 @@ using ParallelFor = void (*)(int count, void (*body)(int, void*), void* context)
 
 // Memory that outlives calls, so that a call allocates only when it is the largest so far.
 class Workspace {
-   public:
+  public:
     Workspace() = default;
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;
@@ -110,7 +110,7 @@ class Workspace {
     std::vector<Item> items;
     std::vector<Partial> partials;
 
-   private:
+  private:
     char* data_ = nullptr;
     size_t size_ = 0;
 };

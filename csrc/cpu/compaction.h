@@ -1,4 +1,5 @@
-// Accept-prefix compaction, and the KV move of quadratic self-speculation. docs/operators.md says what the arguments mean.
+// Accept-prefix compaction, and the KV move of quadratic self-speculation. docs/operators.md says what the arguments
+// mean.
 #pragma once
 
 #include <cstdint>

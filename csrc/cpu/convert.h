@@ -41,7 +41,8 @@ inline float widen(uint32_t magnitude, int mantissa, int bias, bool negative) {
 
 inline float to_float(Half x) {
     const uint32_t magnitude = x.bits & 0x7fff;
-    if (magnitude >= 0x7c00) return magnitude > 0x7c00 ? __builtin_nanf("") : (x.bits & 0x8000 ? -__builtin_inff() : __builtin_inff());
+    if (magnitude >= 0x7c00)
+        return magnitude > 0x7c00 ? __builtin_nanf("") : (x.bits & 0x8000 ? -__builtin_inff() : __builtin_inff());
     return widen(magnitude, 10, 15, x.bits & 0x8000);
 }
 

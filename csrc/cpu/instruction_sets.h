@@ -3,10 +3,10 @@
 
 #include "block_attention.h"
 
-#define NLD_DECLARE_ISA(name)                                                                    \
-    namespace nld::name {                                                                        \
-    void run_piece(const BlockAttention&, const Item&, int, int, int, const Scratch&);           \
-    void run_finish(const BlockAttention&, const Item&, int, const Scratch&);                    \
+#define NLD_DECLARE_ISA(name)                                                          \
+    namespace nld::name {                                                              \
+    void run_piece(const BlockAttention&, const Item&, int, int, int, const Scratch&); \
+    void run_finish(const BlockAttention&, const Item&, int, const Scratch&);          \
     }
 
 NLD_DECLARE_ISA(avx512bf16)

@@ -1,8 +1,8 @@
 // Attention over tiles of 64 keys, for one instruction set: define NLD_ISA (a namespace) and NLD_LANES, then include.
 //
-// Per item: pack the queries once. Per tile: pack 64 keys and values so that a product reads them in order, then for a few
-// query rows at a time: scores = Q K^T, online softmax, accumulator += P V. Keys and values come from cache pages and
-// from the fresh tokens, which simply continue the prefix.
+// Per item: pack the queries once. Per tile: pack 64 keys and values so that a product reads them in order, then for a
+// few query rows at a time: scores = Q K^T, online softmax, accumulator += P V. Keys and values come from cache pages
+// and from the fresh tokens, which simply continue the prefix.
 #pragma once
 
 #include <type_traits>
@@ -56,8 +56,8 @@ struct BFloat16Math {
 
 // c[kRows][2 vectors] (+)= a[kRows][steps * kPair] * b, where b is packed [steps][width][kPair].
 template <class Math, bool kAdd>
-inline void multiply(const typename Math::Element* a, int a_stride, const typename Math::Element* b, int width, int steps,
-                     float* c, int c_stride) {
+inline void multiply(const typename Math::Element* a, int a_stride, const typename Math::Element* b, int width,
+                     int steps, float* c, int c_stride) {
     constexpr int kRows = Math::kRows, kPair = Math::kPair;
     Vec sum[kRows][2];
 #pragma GCC unroll 8
@@ -119,9 +119,9 @@ inline void interleave(typename Math::Element* to, const T* a, const T* b, int c
     int i = 0;
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, BFloat16>) {
-        const __m512i low = _mm512_set_epi32(0x2f000f + 0, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009,
-                                             0x280008, 0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002,
-                                             0x210001, 0x200000);
+        const __m512i low =
+            _mm512_set_epi32(0x2f000f + 0, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008,
+                             0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
         const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
         for (; i + 32 <= count; i += 32) {
             const __m512i first = _mm512_loadu_si512(a + i), second = _mm512_loadu_si512(b + i);
@@ -153,8 +153,7 @@ void pack_keys(typename Math::Element* keys, int place, const Run<T>& run, int h
         for (int d = 0; d < head_dim; d += kPair) {
             auto* to = keys + (d / kPair * kTile + place) * kPair;
             const T* from = run.data + d * run.dim;
-            for (int t = t0; t < t1; ++t)
-                put<Math>(to + t * kPair, from + t * run.token, run.dim, true, run.scale);
+            for (int t = t0; t < t1; ++t) put<Math>(to + t * kPair, from + t * run.token, run.dim, true, run.scale);
         }
     }
 }
@@ -192,8 +191,8 @@ inline void for_each_run(const BlockAttention& call, const Item& item, const Pag
             const int page = t / call.page_size, place = t % call.page_size;
             const int n = least(least(call.page_size - place, item.prefix - t), end - t);
             const int64_t id = call.block_table[item.row * call.table_stride + page];
-            const PageT* data = static_cast<const PageT*>(pages.data) + id * pages.page + head * pages.head +
-                                place * pages.token;
+            const PageT* data =
+                static_cast<const PageT*>(pages.data) + id * pages.page + head * pages.head + place * pages.token;
             use(Run<PageT>{data, pages.token, pages.dim, n, pages.scale}, t - first);
             t += n;
         } else {
@@ -205,18 +204,17 @@ inline void for_each_run(const BlockAttention& call, const Item& item, const Pag
     }
 }
 
-// Asks for a tile's lines in memory, a few at a time between products: pages lie anywhere, hardware prefetchers do not follow
-// block tables, and a core waits if it is asked for all at once.
+// Asks for a tile's lines in memory, a few at a time between products: pages lie anywhere, hardware prefetchers do not
+// follow block tables, and a core waits if it is asked for all at once.
 class Prefetcher {
-   public:
+  public:
     template <class T>
     void add(const Run<T>& run, int head_dim) {
         if (count_ == kMost) return;
         const bool columns = run.token == 1;
-        stretches_[count_++] = {reinterpret_cast<const char*>(run.data),
-                                static_cast<int64_t>((columns ? run.dim : run.token) * sizeof(T)),
-                                columns ? head_dim : run.count,
-                                static_cast<int>((columns ? run.count : head_dim) * sizeof(T))};
+        stretches_[count_++] = {
+            reinterpret_cast<const char*>(run.data), static_cast<int64_t>((columns ? run.dim : run.token) * sizeof(T)),
+            columns ? head_dim : run.count, static_cast<int>((columns ? run.count : head_dim) * sizeof(T))};
         lines_ += stretches_[count_ - 1].lines;
     }
 
@@ -235,7 +233,7 @@ class Prefetcher {
         }
     }
 
-   private:
+  private:
     static constexpr int kMost = 16;
     struct Stretch {
         const char* data;
@@ -382,12 +380,14 @@ struct Kernel {
             float* accumulator = s.accumulator + q * dim;
             softmax<Math>(s.scores, rows, scale, s.maxima + q, s.sums + q * 16, accumulator, dim);
             for (int column = 0; column < dim; column += 2 * kLanes)
-                multiply<Math, true>(reinterpret_cast<const Element*>(s.scores), kTile * sizeof(float) / sizeof(Element),
-                                     values + column * kPair, dim, kTile / kPair, accumulator + column, dim);
+                multiply<Math, true>(reinterpret_cast<const Element*>(s.scores),
+                                     kTile * sizeof(float) / sizeof(Element), values + column * kPair, dim,
+                                     kTile / kPair, accumulator + column, dim);
         }
     }
 
-    static void hide(const BlockAttention& call, const Item& item, int q, int rows, int group, int first, float* scores) {
+    static void hide(const BlockAttention& call, const Item& item, int q, int rows, int group, int first,
+                     float* scores) {
         for (int i = 0; i < rows; ++i) {
             const uint64_t bits = visible(call, item, item.first + (q + i) / group, first);
             for (int j = 0; j < kTile; j += kLanes) {

@@ -1,6 +1,6 @@
 // The CPU kernels against a double reference on random ragged batches, without torch: built with AddressSanitizer and
-// UndefinedBehaviorSanitizer (cmake -DVLLM_NLD_SANITIZE=ON). Buffers are exactly as large as they must be, and unused page
-// slots are NaN, so that reading too far is seen.
+// UndefinedBehaviorSanitizer (cmake -DVLLM_NLD_SANITIZE=ON). Buffers are exactly as large as they must be, and unused
+// page slots are NaN, so that reading too far is seen.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -137,7 +137,8 @@ struct Case {
         call.dtype = dtype;
         call.rows = rows, call.heads = heads, call.kv_heads = kv_heads, call.head_dim = dim, call.page_size = page_size;
         const int64_t head = int64_t{page_size} * dim;
-        call.key_pages = {key_pages->data.get(), cache, kv_heads * head, head, columns ? 1 : dim, columns ? page_size : 1, 1};
+        call.key_pages = {key_pages->data.get(),   cache, kv_heads * head, head, columns ? 1 : dim,
+                          columns ? page_size : 1, 1};
         call.value_pages = {value_pages->data.get(), cache, kv_heads * head, head, dim, 1, 1};
         if (cache != dtype) call.key_pages.scale = 0.5f, call.value_pages.scale = 2.0f;
         for (const auto* pool : {&call.key_pages, &call.value_pages}) {
@@ -190,7 +191,8 @@ struct Case {
     }
 
     double at(const Buffer& pool, const nld::Pages& pages_, const Buffer& fresh_, int row, int t, int h, int d) const {
-        if (t >= prefixes[row]) return fresh_.values[(size_t(starts[row] + t - prefixes[row]) * kv_heads + h) * dim + d];
+        if (t >= prefixes[row])
+            return fresh_.values[(size_t(starts[row] + t - prefixes[row]) * kv_heads + h) * dim + d];
         return pool.values[slot(pages_, table[row * pages_per_row + t / page_size], h, t % page_size, d)];
     }
 
@@ -254,8 +256,8 @@ void test_accept_prefix() {
     const std::vector<int32_t> starts = {0, 3, 6, 6};
     std::vector<int32_t> accepted(3), token_starts(4);
     std::vector<int64_t> tokens(9), seeds(3);
-    nld::accept_prefix({3, drafts.data(), targets.data(), starts.data(), accepted.data(), token_starts.data(), tokens.data(),
-                        seeds.data()});
+    nld::accept_prefix({3, drafts.data(), targets.data(), starts.data(), accepted.data(), token_starts.data(),
+                        tokens.data(), seeds.data()});
     const bool right = accepted == std::vector<int32_t>{0, 3, 0} && token_starts == std::vector<int32_t>{0, 1, 5, 6} &&
                        tokens == std::vector<int64_t>{8, 6, 7, 8, 9, 3, -1, -1, -1} &&
                        seeds == std::vector<int64_t>{8, 9, 3};
@@ -268,13 +270,17 @@ void test_move_kv() {
     for (size_t i = 0; i < cache.size(); ++i) cache[i] = static_cast<int16_t>(i);
     const auto before = cache;
     const std::vector<int64_t> from = {11, 5}, to = {0, 6};
-    nld::move_kv({{reinterpret_cast<char*>(cache.data()), 2, heads, size, dim, heads * size * dim, size * dim, 1, size}},
-                 from.data(), to.data(), 2, 3, run_threads);
-    auto at = [&](int64_t slot, int h, int d) { return slot / size * heads * size * dim + h * size * dim + d * size + slot % size; };
+    nld::move_kv(
+        {{reinterpret_cast<char*>(cache.data()), 2, heads, size, dim, heads * size * dim, size * dim, 1, size}},
+        from.data(), to.data(), 2, 3, run_threads);
+    auto at = [&](int64_t slot, int h, int d) {
+        return slot / size * heads * size * dim + h * size * dim + d * size + slot % size;
+    };
     for (int64_t slot = 0; slot < pages * size; ++slot)
         for (int h = 0; h < heads; ++h)
             for (int d = 0; d < dim; ++d)
-                if (cache[at(slot, h, d)] != before[at(slot == 0 ? 11 : slot == 6 ? 5 : slot, h, d)]) fail("move_kv", "-", 0);
+                if (cache[at(slot, h, d)] != before[at(slot == 0 ? 11 : slot == 6 ? 5 : slot, h, d)])
+                    fail("move_kv", "-", 0);
     const int64_t chain_from[] = {1, 2}, chain_to[] = {2, 3};
     if (nld::moves_are_independent(chain_from, chain_to, 2)) fail("moves_are_independent", "-", 0);
 }

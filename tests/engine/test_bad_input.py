@@ -52,7 +52,7 @@ SPEC = {"model": "vllm_nld.SelfSpeculation"}
             ["pipeline_parallel_size=2", "tensor_parallel_size"],
         ),
         ({"speculative_config": SPEC, "enable_lora": True}, ["enable_lora=True", "leave one"]),
-        ({"speculative_config": SPEC, "kv_cache_dtype": "fp8"}, ["kv_cache_dtype='fp8", "auto", "bfloat16"]),
+        ({"speculative_config": SPEC, "kv_cache_dtype": "fp8_ds_mla"}, ["kv_cache_dtype=", "auto", "bfloat16", "fp8"]),
     ],
 )
 def test_refused_options(folder: Path, settings: dict[str, Any], words: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import counters, engine, generate, random_prompts
+from engines import accepted, counters, engine, generate, random_prompts
 from models import random_model, save, small_config
 
 from vllm_nld import ops
@@ -81,8 +81,8 @@ def test_causal_steps_agree_with_vllms_attention(folder: Path, fresh_choice: pyt
     calls: list[int] = []
     original = backend.verify_blocks
 
-    def counted(metadata: Any, query: torch.Tensor) -> Any:
-        blocks = original(metadata, query)
+    def counted(*arguments: Any) -> Any:
+        blocks = original(*arguments)
         calls.append(blocks is not None)
         return blocks
 
@@ -102,3 +102,15 @@ def prompt_logprobs(llm: Any) -> torch.Tensor:
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS[1:]], params, use_tqdm=False)
     return torch.tensor([next(iter(at.values())).logprob for out in outputs for at in out.prompt_logprobs[1:]])
+
+
+@pytest.mark.parametrize("cache", ["fp8", "fp8_e5m2"])
+def test_a_float8_cache_stays_lossless(cache: str, folder: Path) -> None:
+    """AR and verify passes read the same quantized cache, so their texts are equal; drafts read it, too."""
+    settings: dict[str, Any] = {"kv_cache_dtype": cache, "dtype": "float32"}
+    with engine(folder, **settings) as llm:
+        expected = generate(llm, PROMPTS)
+    with engine(folder, spec=True, **settings) as llm:
+        assert generate(llm, PROMPTS) == expected
+        assert counters(llm)["draft_forwards"] > 0
+        assert accepted(llm) > 0

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vllm_nld.acceptance import Acceptance, Calibration, Prior
+from vllm_nld.acceptance import TRIES, Acceptance, Calibration, Prior
 from vllm_nld.auto import AR_SAMPLES, AR_STEPS_PER_CHOICE, PROBE_SHARE, AutoMode, Candidate
 from vllm_nld.costs import CostCurve, round_size
 
@@ -24,7 +24,7 @@ def made(clock: list[float] | None = None, slope: float = 0.01, cap: int = 512) 
 def candidates(*rates: float) -> list[Candidate]:
     found = []
     for row, rate in enumerate(rates):
-        acceptance = Acceptance(Prior(), accepted=1e6 * rate, tested=1e6)
+        acceptance = Acceptance(Prior(), accepted=1e6 * rate, tested=1e6, blocks=TRIES)
         found.append(Candidate(row, acceptance, 16))
     return found
 
@@ -198,16 +198,16 @@ def test_confidence_is_calibrated_by_outcome() -> None:
 
 def test_a_new_request_is_tried_where_good_ones_are_common() -> None:
     """Half of the requests draft well: a new one is worth two blocks. Where none does, it is not."""
-    for accepted, expected in ((7, True), (0, False)):
+    for accepted, expected in ((3, True), (0, False)):
         prior = Prior()
-        for number in range(16):
+        for number in range(64):
             own = Acceptance(prior)
-            for _ in range(4):
+            for _ in range(8):
                 own.observe(7, accepted if number % 2 else 0)
             prior.note_end(own)
         new = Acceptance(prior)
-        hopes = [new.hopeful_rate > new.rate + 0.1]
-        for _ in range(2):
+        hopes = [new.hopeful_rate > new.rate + 0.05]
+        for _ in range(TRIES):
             new.observe(7, 0)
-            hopes.append(new.hopeful_rate > new.rate + 0.1)
+            hopes.append(new.hopeful_rate > new.rate + 0.05)
         assert hopes == [expected, expected, False]

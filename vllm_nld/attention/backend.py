@@ -19,7 +19,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm_nld import ops
 from vllm_nld.attention.torch_ops import CAUSAL
 from vllm_nld.errors import NLDError
-from vllm_nld.pages import PageLayout, find_layout
+from vllm_nld.pages import PageLayout, find_layout, scales, typed_cache
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _with_draft_passes(base: type[Any]) -> type[Any]:
             *args: Any,
             **kwargs: Any,
         ) -> Tensor:
-            blocks = attn_metadata if isinstance(attn_metadata, DraftMetadata) else verify_blocks(attn_metadata, query)
+            blocks = attn_metadata if isinstance(attn_metadata, DraftMetadata) else verify_blocks(attn_metadata, query, kv_cache)
             if blocks is not None:
                 return block_forward(layer, self.scale, query, key, value, blocks, output)
             causal: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
@@ -134,14 +134,15 @@ def page_layout(layer: Any) -> PageLayout:
     return layout
 
 
-def verify_blocks(metadata: Any, query: Tensor) -> DraftMetadata | None:
+def verify_blocks(metadata: Any, query: Tensor, kv_cache: Tensor) -> DraftMetadata | None:
     """Return a causal step as blocks with a causal mask, or None where the platform's own attention is the better one.
 
     On a CPU with bfloat16 products the operator is faster as soon as a row has several queries: verify passes, commits
     and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens read
-    the cache and little else, which the platform's kernel does as well.
+    the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's attention sees
+    the fresh tokens quantized, in AR as in a verify pass, and so it must.
     """
-    if not fast_causal(query.device.type, query.dtype) or metadata is None:
+    if kv_cache.element_size() == 1 or not fast_causal(query.device.type, query.dtype) or metadata is None:
         return None
     if metadata.max_query_len <= 1 or metadata.causal is not True:
         return None
@@ -177,7 +178,7 @@ def block_forward(
 ) -> Tensor:
     """Write attention over cached prefixes and blocks into ``output`` ``[tokens, heads, head_dim]`` and return it."""
     head_dim = layer.head_size
-    key_pages, value_pages = page_layout(layer).split(layer.kv_cache, head_dim)
+    key_pages, value_pages = page_layout(layer).split(typed_cache(layer), head_dim)
     ops.function("block_attention", query.device.type)(
         query.view(len(query), -1, head_dim),
         key.view(len(key), -1, head_dim),
@@ -190,8 +191,7 @@ def block_forward(
         blocks.mask_kinds,
         None,
         scale,
-        1.0,
-        1.0,
+        *scales(layer),
         blocks.max_length,
         blocks.max_prefix,
         output.view(len(output), -1, head_dim),

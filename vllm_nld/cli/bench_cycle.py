@@ -16,9 +16,14 @@ from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
+from vllm_nld.cli.stopwatch import PARTS, Stopwatch
 from vllm_nld.errors import NLDError
 
 MODELS = ("tiny", "3b")
+COLUMNS = (
+    "model", "block", "ar_step_ms", "cycle_ms", "draft_ms", "cycle_in_ar_steps", "cycle_in_two_causal_forwards",
+    "outside_forwards_ms", "outside_forwards_share",
+)  # fmt: skip
 DEFAULT_BLOCKS = {"tiny": [16], "3b": [32, 16]}
 
 
@@ -78,18 +83,24 @@ def _measure_model(name: str, blocks: list[int], prompt_tokens: int, steps: int)
         ar, _ = _steps(folder, None, prompt_tokens, steps, settings)
         rows = []
         for block in blocks or DEFAULT_BLOCKS[name]:
-            cycle, draft = _steps(folder, block - 1, prompt_tokens, steps, settings)
-            rows.append(
-                {
-                    "model": name,
-                    "block": block,
-                    "ar_step_ms": round(ar * 1e3, 2),
-                    "cycle_ms": round(cycle * 1e3, 2),
-                    "draft_ms": round(draft * 1e3, 2),
-                    "cycle_in_ar_steps": round(cycle / ar, 3),
-                }
-            )
+            cycle, parts = _steps(folder, block - 1, prompt_tokens, steps, settings)
+            rows.append({"model": name, "block": block, **_summary(ar, cycle, parts)})
     return rows
+
+
+def _summary(ar: float, cycle: float, parts: dict[str, float]) -> dict[str, Any]:
+    """Return a result row: times in milliseconds, and what is outside the two forwards."""
+    outside = cycle - parts["draft forward"] - parts["verify forward"]
+    return {
+        "ar_step_ms": round(ar * 1e3, 2),
+        "cycle_ms": round(cycle * 1e3, 2),
+        "draft_ms": round((parts["draft forward"] + parts["draft pass"]) * 1e3, 2),
+        "cycle_in_ar_steps": round(cycle / ar, 3),
+        "cycle_in_two_causal_forwards": round(cycle / (2 * parts["verify forward"]), 3),
+        "outside_forwards_ms": round(outside * 1e3, 2),
+        "outside_forwards_share": round(outside / cycle, 4),
+        "parts_ms": {part: round(seconds * 1e3, 3) for part, seconds in parts.items()},
+    }
 
 
 def _model(name: str, scratch: Path) -> tuple[str, dict[str, Any]]:
@@ -108,8 +119,8 @@ def _model(name: str, scratch: Path) -> tuple[str, dict[str, Any]]:
 
 def _steps(
     folder: str, drafts: int | None, prompt_tokens: int, steps: int, settings: dict[str, Any]
-) -> tuple[float, float]:
-    """Return the median seconds of a decode step (AR) or cycle (drafts given), and of the draft pass within it."""
+) -> tuple[float, dict[str, float]]:
+    """Return the median seconds of a decode step (AR) or cycle (drafts given), and of its parts."""
     from vllm import SamplingParams
 
     print(f"bench: {Path(folder).name}, {'AR' if drafts is None else f'block {drafts + 1}'} ...", file=sys.stderr)
@@ -118,35 +129,15 @@ def _steps(
     params = SamplingParams(temperature=0, max_tokens=budget, ignore_eos=True, detokenize=False)
     prompt = {"prompt_token_ids": [200 + i % 200 for i in range(prompt_tokens)]}
     with engine(folder, drafts=drafts, **settings) as llm:
-        draft_times = _time_drafts(llm) if drafts is not None else []
         core = llm.llm_engine
         core.add_request("bench", prompt, params)
         core.step()  # prefill, and the first draft
         core.step()
-        draft_times.clear()
-        times: list[float] = []
+        watch, times = Stopwatch(llm), list[float]()
         while core.has_unfinished_requests() and len(times) < steps:
-            started = time.perf_counter()
-            core.step()
-            times.append(time.perf_counter() - started)
+            times.append(watch.step(core.step))
         core.abort_request(["bench"])
-    return statistics.median(times), statistics.median(draft_times) if draft_times else 0.0
-
-
-def _time_drafts(llm: Any) -> list[float]:
-    """Record the seconds of every draft pass of an in-process engine."""
-    core = llm.llm_engine.engine_core.engine_core
-    draft_pass = core.model_executor.driver_worker.worker.model_runner.drafter.draft_pass
-    original, times = draft_pass.run, list[float]()
-
-    def timed(*args: Any) -> Any:
-        started = time.perf_counter()
-        drafts = original(*args)
-        times.append(time.perf_counter() - started)
-        return drafts
-
-    draft_pass.run = timed
-    return times
+    return statistics.median(times), watch.medians()
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -155,14 +146,13 @@ def _show(report: dict[str, Any]) -> None:
     console.print(
         f"machine: {machine['gemm_gflops']} GFLOP/s bf16 GEMM (32 rows), {machine['read_gb_per_s']} GB/s reads"
     )
-    table = Table("model", "block", "AR step ms", "cycle ms", "of it draft ms", "cycle / AR step")
+    table = Table("model", "block", "AR step ms", "cycle ms", "of it draft ms", "cycle / AR step", "cycle / 2 causal",
+                  "outside ms", "outside")  # fmt: skip
     for row in report["results"]:
-        table.add_row(*(str(value) for value in row_cells(row)))
+        table.add_row(*(str(row[key]) for key in COLUMNS))
     console.print(table)
+    parts = Table("model", "block", *(f"{part} ms" for part in PARTS))
+    for row in report["results"]:
+        parts.add_row(row["model"], str(row["block"]), *(f"{row['parts_ms'][part]:.2f}" for part in PARTS))
+    console.print(parts)
     console.print("medians; one request; a cycle is one draft and one verify, ideal 2.0 where memory is the limit")
-
-
-def row_cells(row: dict[str, Any]) -> list[Any]:
-    """A result row in the table's column order."""
-    order = ("model", "block", "ar_step_ms", "cycle_ms", "draft_ms", "cycle_in_ar_steps")
-    return [row[key] for key in order]

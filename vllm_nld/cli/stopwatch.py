@@ -1,0 +1,84 @@
+"""Where the time of a step goes, in an engine that runs in this process: functions of vLLM's and of ours, timed.
+
+Times are exclusive: what a timed function spends in another timed one counts there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+PARTS = ("draft forward", "verify forward", "draft pass", "proposer", "sampling", "scheduler", "runner", "rest")
+"""The two forwards of the model, output layer included; the draft pass beside its forward; the proposer beside the
+draft pass; vLLM's sampler; its scheduler; its model runner beside all of these; the rest of the step."""
+
+
+class Stopwatch:
+    """Times the parts of every step.
+
+    Args:
+        llm: an ``LLM`` whose engine core runs in this process.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._now: dict[str, float] = {}
+        self._running: list[tuple[str, float]] = []
+        self.steps: list[dict[str, float]] = []
+        core = llm.llm_engine.engine_core.engine_core
+        worker = core.model_executor.driver_worker.worker
+        runner = worker.model_runner
+        drafter = getattr(runner, "drafter", None)
+        for name in ("forward", "compute_logits"):
+            self._wrap(runner.model, name, self._forward)
+        self._wrap(runner, "_sample", lambda: "sampling")
+        for name in ("execute_model", "sample_tokens"):
+            self._wrap(worker, name, lambda: "runner")
+        for name in ("schedule", "update_from_output", "update_draft_token_ids"):
+            self._wrap(core.scheduler, name, lambda: "scheduler")
+        if drafter is not None:
+            self._wrap(drafter.draft_pass, "run", lambda: "draft pass")
+            self._wrap(drafter, "propose", lambda: "proposer")
+
+    def _forward(self) -> str:
+        drafting = any(part == "draft pass" for part, _ in self._running)
+        return "draft forward" if drafting else "verify forward"
+
+    def _wrap(self, owner: Any, name: str, part: Callable[[], str]) -> None:
+        original = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._enter(part())
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._leave()
+
+        setattr(owner, name, timed)
+
+    def _enter(self, part: str) -> None:
+        self._running.append((part, time.perf_counter()))
+
+    def _leave(self) -> None:
+        part, started = self._running.pop()
+        spent = time.perf_counter() - started
+        self._now[part] = self._now.get(part, 0.0) + spent
+        if self._running:  # not the caller's own
+            outer = self._running[-1][0]
+            self._now[outer] = self._now.get(outer, 0.0) - spent
+
+    def step(self, step: Callable[[], Any]) -> float:
+        """Run one step; returns its seconds."""
+        self._now = {}
+        self._enter("rest")
+        started = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - started
+        self._leave()
+        self.steps.append(self._now)
+        return seconds
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds of every part, over the steps so far."""
+        return {part: statistics.median(step.get(part, 0.0) for step in self.steps) for part in PARTS}
