@@ -202,7 +202,7 @@ class DraftPass:
             present[row, : block.length] = True
         columns = (tensor[rows].to(logits.device) for tensor in (ids, masked, present))
         score = torch.zeros(masked.shape)
-        score[rows] = self.learned_sampler.correctness(dense[rows], *columns).cpu()
+        score[rows] = self.learned_sampler.scores(dense[rows], *columns).cpu()
         return score
 
 

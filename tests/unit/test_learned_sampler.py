@@ -42,9 +42,9 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     sampler.save(tmp_path)
     loaded = LearnedSampler.load(tmp_path)
     assert torch.allclose(
-        loaded.correctness(logits, blocks, masked), sampler.correctness(logits, blocks, masked), atol=5e-3
+        loaded.scores(logits, blocks, masked), sampler.scores(logits, blocks, masked), atol=5e-3
     )
-    found = loaded.correctness(logits, blocks, masked)
+    found = loaded.scores(logits, blocks, masked)
     assert found.shape == (3, 8)
     assert (found[~masked] == 0).all()
     assert ((found > 0) & (found < 1))[masked].all()
@@ -54,25 +54,25 @@ def test_an_untrained_network_says_what_the_model_says() -> None:
     sampler = LearnedSampler(LearnedSamplerConfig(vocab_size=20)).eval()
     logits, blocks, masked = states(4, 8)
     confidence = logits.softmax(-1).amax(-1)
-    assert torch.allclose(sampler.correctness(logits, blocks, masked)[masked], confidence[masked], atol=1e-4)
+    assert torch.allclose(sampler.scores(logits, blocks, masked)[masked], confidence[masked], atol=1e-4)
 
 
 def test_a_row_depends_on_neither_other_rows_nor_padding() -> None:
     sampler, (logits, blocks, masked) = small(), states(4, 8)
     present = torch.ones_like(masked)
-    whole = sampler.correctness(logits, blocks, masked, present)
+    whole = sampler.scores(logits, blocks, masked, present)
     for row in range(4):
-        alone = sampler.correctness(*(x[row : row + 1] for x in (logits, blocks, masked)))
+        alone = sampler.scores(*(x[row : row + 1] for x in (logits, blocks, masked)))
         assert torch.allclose(alone[0], whole[row], atol=1e-5)
     wide = [torch.nn.functional.pad(x, (0, 5)) for x in (blocks, masked, present)]
-    padded = sampler.correctness(torch.nn.functional.pad(logits, (0, 0, 0, 5), value=3.0), *wide)
+    padded = sampler.scores(torch.nn.functional.pad(logits, (0, 0, 0, 5), value=3.0), *wide)
     assert torch.allclose(padded[:, :8], whole, atol=1e-5)
 
 
 def test_logits_of_decided_positions_do_not_matter() -> None:
     sampler, (logits, blocks, masked) = small(), states(4, 8)
-    before = sampler.correctness(logits, blocks, masked)
-    assert torch.equal(sampler.correctness(torch.where(masked[..., None], logits, 1e3), blocks, masked), before)
+    before = sampler.scores(logits, blocks, masked)
+    assert torch.equal(sampler.scores(torch.where(masked[..., None], logits, 1e3), blocks, masked), before)
 
 
 @pytest.mark.parametrize("broken", ["missing", "config", "size"])
@@ -108,7 +108,7 @@ def test_it_knows_more_than_the_model_s_confidence() -> None:
     while (masked := blocks == mask_id).any():
         logits = model.bidirectional(blocks, cache)
         confidence, tokens = logits.softmax(-1).max(-1)
-        seen.append((masked, tokens, confidence, sampler.correctness(logits, blocks, masked)))
+        seen.append((masked, tokens, confidence, sampler.scores(logits, blocks, masked)))
         surest = confidence.masked_fill(~masked, -1.0).argmax(1, keepdim=True)
         blocks.scatter_(1, surest, tokens.gather(1, surest))
     losses = []
