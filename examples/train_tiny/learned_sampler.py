@@ -34,10 +34,10 @@ def collect_round(
     """Return states of many batches of blocks, every other one behind text that the model has continued by itself."""
     parts = []
     for index in tqdm(range(batches), unit="batch", desc="denoising"):
-        prefix, own = torch.randint(64, 145, (2,), generator=visitor.generator).tolist()
+        prefix = int(torch.randint(64, 145, (1,), generator=visitor.generator))
         prefixes = corpus.draw(stream, BATCH, prefix, visitor.generator)
         if index % 2:
-            prefixes = continue_greedily(model, prefixes, own // 3)
+            prefixes = continue_greedily(model, prefixes, int(torch.randint(1, 49, (1,), generator=visitor.generator)))
         with torch.inference_mode():
             states = collect(Denoiser(model, prefixes, lengths[index % len(lengths)]), visitor)
         parts.append(states.widen(max(lengths)))
@@ -129,7 +129,7 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--batches", type=int, nargs="+", default=[60, 60], help=f"a round's batches of {BATCH} blocks")
+    parser.add_argument("--batches", type=int, nargs="+", default=[12, 36], help=f"a round's batches of {BATCH} blocks")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 16, 8], help="block lengths, taken in turn")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=6)

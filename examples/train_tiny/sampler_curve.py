@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sysconfig
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,22 @@ def held_out_prefixes(tokenizer: Tokenizer, count: int, seed: int) -> Tensor:
     return torch.stack(rows).long()
 
 
+Score = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Rows, logits, blocks, masked -> what the threshold is for, ``[rows, length]``."""
+
+
+def confidence_score(rows: Tensor, logits: Tensor, blocks: Tensor, masked: Tensor) -> Tensor:
+    """Return the language model's own confidence."""
+    return choose(logits, masked)[1]
+
+
+def learned_score(sampler: LearnedSampler) -> Score:
+    """Return the learned sampler's score."""
+    return lambda rows, logits, blocks, masked: sampler.scores(logits, blocks, masked)
+
+
 @torch.inference_mode()
-def fill(denoiser: Denoiser, threshold: float, sampler: LearnedSampler | None) -> tuple[Tensor, Tensor]:
+def fill(denoiser: Denoiser, threshold: float, score: Score) -> tuple[Tensor, Tensor]:
     """Return the filled blocks ``[rows, length]`` and each one's number of forwards ``[rows]``."""
     filled, forwards = denoiser.empty.clone(), torch.zeros(len(denoiser.empty), dtype=torch.int64)
     rows = torch.arange(len(filled))
@@ -57,9 +73,9 @@ def fill(denoiser: Denoiser, threshold: float, sampler: LearnedSampler | None) -
         blocks = filled[rows]
         masked = blocks == denoiser.mask_id
         logits = denoiser.logits(rows, blocks)
-        tokens, confidence, surest = choose(logits, masked)
-        score = confidence if sampler is None else sampler.scores(logits, blocks, masked)
-        filled[rows] = torch.where(masked & (surest | (score >= threshold)), tokens, blocks)
+        tokens, _, surest = choose(logits, masked)
+        chosen = masked & (surest | (score(rows, logits, blocks, masked) >= threshold))
+        filled[rows] = torch.where(chosen, tokens, blocks)
         forwards[rows] += 1
         rows = rows[(filled[rows] == denoiser.mask_id).any(1)]
     return filled, forwards
@@ -86,18 +102,24 @@ class Point:
         }
 
 
-def measure(model: ReferenceModel, sampler: LearnedSampler, prefixes: Tensor, length: int) -> list[Point]:
-    """Fill a block behind every prefix, with each sampler and threshold."""
+ScoresOf = Callable[[Denoiser, Tensor], dict[str, Score]]
+"""The denoiser and serial denoising's blocks (for oracles) -> the scores to compare, by name."""
+
+
+def measure(
+    model: ReferenceModel, scores_of: ScoresOf, prefixes: Tensor, length: int, thresholds: Sequence[float] = THRESHOLDS
+) -> list[Point]:
+    """Fill a block behind every prefix, with each score and threshold."""
     found: dict[tuple[str, float], list[tuple[Tensor, Tensor]]] = {}
     for batch in tqdm(prefixes.split(128), unit="batch"):
         with torch.inference_mode():
             denoiser = Denoiser(model, batch, length)
             serial = denoiser.settle(torch.arange(len(batch)), denoiser.empty)[:, 0]
-            for name, network in ((CONFIDENCE, None), (LEARNED, sampler)):
-                for threshold in THRESHOLDS:
-                    blocks, forwards = fill(denoiser, threshold, network)
-                    same = (blocks == serial)[:, 1:].float().mean(1)
-                    found.setdefault((name, threshold), []).append((same, forwards.float()))
+        for name, score in scores_of(denoiser, serial).items():
+            for threshold in thresholds:
+                blocks, forwards = fill(denoiser, threshold, score)
+                same = (blocks == serial)[:, 1:].float().mean(1)
+                found.setdefault((name, threshold), []).append((same, forwards.float()))
     columns = {key: [torch.cat(list(column)) for column in zip(*parts, strict=True)] for key, parts in found.items()}
     return [Point(name, threshold, same, forwards) for (name, threshold), (same, forwards) in columns.items()]
 
@@ -105,7 +127,7 @@ def measure(model: ReferenceModel, sampler: LearnedSampler, prefixes: Tensor, le
 def interpolate(points: list[Point], forwards: float) -> tuple[Tensor, Tensor, float] | None:
     """Return per block the accuracy and forwards, and the curve's slope, where it has this mean number of forwards."""
     ordered = sorted(points, key=lambda point: float(point.forwards.mean()))
-    for low, high in zip(ordered, ordered[1:], strict=False):
+    for low, high in pairwise(ordered):
         start, width = float(low.forwards.mean()), float((high.forwards - low.forwards).mean())
         if width > 0 and start <= forwards <= start + width:
             share = (forwards - start) / width
@@ -173,7 +195,8 @@ def main() -> None:
     sampler = LearnedSampler.load(args.checkpoint / "learned_sampler")
     tokenizer = Tokenizer.from_file(str(args.checkpoint / "tokenizer.json"))
     prefixes = held_out_prefixes(tokenizer, args.blocks, args.seed)
-    points = measure(model, sampler, prefixes, args.block_length)
+    scores = {CONFIDENCE: confidence_score, LEARNED: learned_score(sampler)}
+    points = measure(model, lambda *_: scores, prefixes, args.block_length)
     rows = [point.row(args.block_length) for point in points]
     if args.plot is not None:
         draw(rows, args.plot)

@@ -29,7 +29,7 @@ class States:
         right: the token is the one that serial denoising from this state ends with.
         present: False behind the end of a block that is shorter than others.
         trials: bool ``[states, TRIALS, length]``, the positions committed beside the surest.
-        lost: int8 ``[states, TRIALS]``, how many tokens of the finished block changed; UNTRIED where there was no trial.
+        lost: int8 ``[states, TRIALS]``, how many tokens of the finished block changed; UNTRIED without a trial.
     """
 
     tokens: Tensor
@@ -75,7 +75,7 @@ class Denoiser:
         return self.model.bidirectional(blocks, own)
 
     def settle(self, owners: Tensor, blocks: Tensor, known: Tensor | None = None) -> Tensor:
-        """Denoise serially; returns every state on the way, by its number of masks: int64 ``[rows, length + 1, length]``.
+        """Denoise serially; returns the states on the way, by number of masks: int64 ``[rows, length + 1, length]``.
 
         Args:
             owners: int64 ``[rows]``, the prefix that each block stands behind.
@@ -94,7 +94,7 @@ class Denoiser:
                 left = left.masked_fill(met, 0)
             rows, blocks = rows[left > 0], blocks[left > 0]
             if len(rows):
-                tokens, confidence, surest = choose(self.logits(owners[rows], blocks), blocks == self.mask_id)
+                tokens, _, surest = choose(self.logits(owners[rows], blocks), blocks == self.mask_id)
                 blocks = torch.where(surest, tokens, blocks)
         return paths
 
@@ -129,7 +129,7 @@ class Visitor:
         return torch.where(masked, shaken.sigmoid(), -1.0)
 
     def candidates(self, open_: Tensor, scores: Tensor) -> Tensor:
-        """Return up to TRIALS - 1 positions per row, the likelier the higher their score: bool ``[rows, k, length]``."""
+        """Draw up to TRIALS - 1 positions per row, rather those of high score: bool ``[rows, k, length]``."""
         shaken = scores.clamp_min(0.02).log() - torch.rand(scores.shape, generator=self.generator).log().neg().log()
         places = shaken.masked_fill(~open_, -torch.inf).topk(min(TRIALS - 1, scores.shape[1]), dim=1).indices
         return F.one_hot(places, scores.shape[1]).bool() & open_[:, None]
@@ -161,17 +161,31 @@ def collect(denoiser: Denoiser, visitor: Visitor) -> States:
         trials = torch.cat((visitor.candidates(open_, scores), own[:, None]), dim=1)
         shown = torch.where(masked, tokens, blocks)
         right = shown == paths[:, 0]
-        tried = visitor.worth(trials, right)
-        state, which = tried.nonzero(as_tuple=True)
-        after = torch.where(trials[state, which] | surest[state], tokens[state], blocks[state])
-        found = denoiser.settle(owners[state], after, paths[state])
-        lost = torch.full(tried.shape, UNTRIED, dtype=torch.int8)
-        lost[state, which] = (found[:, 0] != paths[state, 0]).sum(1).to(torch.int8)
+        after = torch.where(trials | surest[:, None], shown[:, None], blocks[:, None])
+        lost, own_paths = try_out(denoiser, owners, after, visitor.worth(trials, right), paths)
         features = statistics(logits, masked, torch.ones_like(masked)).half()
         parts.append(States(shown.short(), masked, features, right, torch.ones_like(masked), trials, lost))
-        own_state = (which == TRIALS - 1).nonzero().squeeze(1)
-        paths = paths.index_copy(0, state[own_state], found[own_state])
-        blocks = torch.where(own | surest, tokens, blocks)
-        going = (blocks == denoiser.mask_id).any(1)
-        owners, blocks, paths = owners[going], blocks[going], paths[going]
+        going = (after[:, -1] == denoiser.mask_id).any(1)
+        owners, blocks, paths = owners[going], after[going, -1], own_paths[going]
     return States.join(parts)
+
+
+def try_out(denoiser: Denoiser, owners: Tensor, after: Tensor, tried: Tensor, paths: Tensor) -> tuple[Tensor, Tensor]:
+    """Denoise serially from the blocks that trials leave behind.
+
+    Args:
+        denoiser: what denoises.
+        owners: int64 ``[rows]``, the prefixes.
+        after: int64 ``[rows, TRIALS, length]``, the blocks.
+        tried: bool ``[rows, TRIALS]``, where there is a trial.
+        paths: the serial run from before the trial, as :meth:`Denoiser.settle` returns it.
+
+    Returns:
+        ``lost`` of :class:`States`, and the serial runs after the last trial (where there was none, the one before).
+    """
+    state, which = tried.nonzero(as_tuple=True)
+    found = denoiser.settle(owners[state], after[state, which], paths[state])
+    lost = torch.full(tried.shape, UNTRIED, dtype=torch.int8)
+    lost[state, which] = (found[:, 0] != paths[state, 0]).sum(1).to(torch.int8)
+    last = which == tried.shape[1] - 1
+    return lost, paths.index_copy(0, state[last], found[last])
