@@ -32,7 +32,7 @@ LOG_ODDS = TOP + 3
 
 
 class LearnedSamplerConfig(BaseModel):
-    """Sizes of the network; the defaults are the paper's (about 4.8 million parameters)."""
+    """Sizes of the network; the defaults are the paper's, which with the neighbours make 5.2 million parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

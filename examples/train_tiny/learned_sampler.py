@@ -1,7 +1,7 @@
 """Train the learned sampler of a checkpoint: which of a block's most probable tokens are safe to commit now?
 
-Two rounds: states that the confidence threshold visits, then, with those, states that the first round's sampler does.
-The text is unseen by the language model, so that its confidence is what it is in use.
+The first round's states are those that the confidence threshold visits; each further round adds states that the sampler
+trained so far visits. The text is unseen by the language model, so that its confidence is what it is in use.
 
 python examples/train_tiny/learned_sampler.py vllm_nld/checkpoints/tiny --states build/states
 """
@@ -129,7 +129,7 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--batches", type=int, nargs="+", default=[12, 36], help=f"a round's batches of {BATCH} blocks")
+    parser.add_argument("--batches", type=int, nargs="+", default=[12], help=f"a round's batches of {BATCH} blocks")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 16, 8], help="block lengths, taken in turn")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=6)

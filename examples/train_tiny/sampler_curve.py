@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from learned_sampler import load_fast
 from sampler_states import Denoiser, choose
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -27,9 +28,9 @@ from tqdm import tqdm
 
 from vllm_nld.checkpoints.held_out import HELD_OUT_MODULES
 from vllm_nld.learned_sampler import LearnedSampler
-from vllm_nld.reference import ReferenceModel, load_reference
+from vllm_nld.reference import ReferenceModel
 
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 MATCHED = (1.15, 1.2, 1.25, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0, 2.25)
 """Tokens per denoising forward, in blocks of 16, at which the samplers are compared."""
 PREFIX = 128
@@ -186,12 +187,12 @@ def main() -> None:
     """Measure, print, plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--blocks", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, default=1024)
     parser.add_argument("--block-length", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    model = load_reference(args.checkpoint)
+    model = load_fast(args.checkpoint)
     sampler = LearnedSampler.load(args.checkpoint / "learned_sampler")
     tokenizer = Tokenizer.from_file(str(args.checkpoint / "tokenizer.json"))
     prefixes = held_out_prefixes(tokenizer, args.blocks, args.seed)

@@ -37,7 +37,7 @@ def states(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 def test_the_paper_s_size() -> None:
     sampler = LearnedSampler(LearnedSamplerConfig(vocab_size=10))
-    assert 4.5e6 < sum(parameter.numel() for parameter in sampler.parameters()) < 5.1e6
+    assert 4.7e6 < sum(parameter.numel() for parameter in sampler.parameters()) < 5.3e6
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def held_out() -> HeldOut:
     model = load_reference(checkpoint_path("tiny"))
     tokenizer = Tokenizer.from_file(str(checkpoint_path("tiny") / "tokenizer.json"))
     mask_id = model.config.mask_token_id
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids[:96] for _, text in held_out_prompts(100)]
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids[:96] for _, text in held_out_prompts(60)]
     prefixes, cache = torch.tensor([row for row in ids if len(row) == 96]), KVCache()
     with torch.inference_mode():
         seeds = model.causal(prefixes, cache)[:, -1].argmax(-1, keepdim=True)
