@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--d-model", type=int, default=128, help="384 in the paper, for models of 3B and more")
     parser.add_argument("--layers", type=int, default=2, help="4 in the paper")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--states", type=Path, required=True, help="folder that keeps each round's states")
+    parser.add_argument("--states", type=Path, required=True, help="folder that keeps what each round made")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -165,8 +165,13 @@ def main() -> None:
         found, checks = (States(**saved) for saved in torch.load(file))
         known.append(found)
         held_out.append(checks)
+        trained = args.states / f"sampler-{number}"
+        if trained.is_dir():
+            sampler = LearnedSampler.load(trained)
+            continue
         sampler = new_sampler(model, args)
         train(sampler, States.join(known), States.join(held_out), args)
+        sampler.save(trained)
     assert sampler is not None
     sampler.save(args.checkpoint / "learned_sampler")
 

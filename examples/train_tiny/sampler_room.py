@@ -105,7 +105,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--blocks", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=256)
     parser.add_argument("--block-length", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
