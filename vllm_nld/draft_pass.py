@@ -181,7 +181,7 @@ class DraftPass:
             entropy[masked] = torch.special.entr(logits.softmax(-1)).sum(-1).cpu()
         chosen = torch.full(masked.shape, self.mask_token_id)
         chosen[masked] = tokens.cpu()
-        committed = select(blocks, masked, dense, entropy, self._correctness(blocks, logits, masked))
+        committed = select(blocks, masked, dense, entropy, self._scores(blocks, logits, masked))
         # One conversion each: reading tensors element by element costs more than the selection itself.
         for block, row, values, surety in zip(blocks, committed.tolist(), chosen.tolist(), dense.tolist(), strict=True):
             block.passes += 1
@@ -203,8 +203,8 @@ class DraftPass:
             start += len(positions)
         return tokens
 
-    def _correctness(self, blocks: Sequence[Block], logits: Tensor, masked: Tensor) -> Tensor | None:
-        """Return the learned sampler's predictions, float ``[rows, length]``, if a row asks for them."""
+    def _scores(self, blocks: Sequence[Block], logits: Tensor, masked: Tensor) -> Tensor | None:
+        """Return the learned sampler's scores, float ``[rows, length]``, if a row asks for them."""
         rows = [row for row, block in enumerate(blocks) if block.rule.sampler == "learned"]
         if not rows:
             return None
@@ -218,7 +218,7 @@ class DraftPass:
             present[row, : block.length] = True
         columns = (tensor[rows].to(logits.device) for tensor in (ids, masked, present))
         score = torch.zeros(masked.shape)
-        score[rows] = self.learned_sampler.correctness(dense[rows], *columns).cpu()
+        score[rows] = self.learned_sampler.scores(dense[rows], *columns).cpu()
         return score
 
 

@@ -1,13 +1,19 @@
-"""The learned sampler: a small Transformer that predicts which of a block's most probable tokens are right.
+"""The learned sampler: a small Transformer that predicts which of a block's most probable tokens are safe to commit.
 
 After the paper's section 3.2 and appendix A: per position the predicted token's embedding, compressed to 128
-dimensions by PCA, and 16 statistics of the distribution; a few encoder layers over the block; a sigmoid. It sees no
+dimensions by PCA, and 16 statistics of the distribution; a few encoder layers over the block; sigmoids. It sees no
 hidden states of the language model. The features here are our own choice, since the paper's list is not public.
+
+It predicts more than whether the token is right, since that does not decide what a commit costs: a token that serial
+denoising would choose later can still, committed now, change what comes after it, and a wrong token spoils a whole
+block when it comes early and one token when it comes last.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +25,14 @@ from vllm_nld.errors import NLDError
 
 STATISTICS = 16
 TOP = 5
+WRONG_COST = 1 / 3
+"""The share of a block that a wrong commit costs on average: what makes a score 0."""
 LOG_ODDS = TOP + 3
 """Column of the statistics with the log-odds of the most probable token, divided by 10."""
 
 
 class LearnedSamplerConfig(BaseModel):
-    """Sizes of the network; the defaults are the paper's (about 4.8 million parameters)."""
+    """Sizes of the network; the defaults are the paper's, which with the neighbours make 5.2 million parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,8 +45,30 @@ class LearnedSamplerConfig(BaseModel):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What the network says of each position, logits float32 ``[rows, length]``.
+
+    Attributes:
+        right: the most probable token is the one that serial denoising from here ends with.
+        kept_if_right: the share of the block's tokens that stay what serial denoising would make them if the token is
+            right and is committed now.
+        kept_if_wrong: the same if it is wrong.
+    """
+
+    right: Tensor
+    kept_if_right: Tensor
+    kept_if_wrong: Tensor
+
+    def score(self) -> Tensor:
+        """Return 1 for a commit that is expected to change nothing, 0 for one as bad as a wrong one or worse."""
+        right = self.right.sigmoid()
+        lost = right * (-self.kept_if_right).sigmoid() + (1 - right) * (-self.kept_if_wrong).sigmoid()
+        return (1 - lost / WRONG_COST).clamp_min(0.0)
+
+
 class LearnedSampler(nn.Module):
-    """Predicts the probability that a masked position's most probable token is the one serial denoising ends with.
+    """Predicts what it costs to commit a masked position's most probable token now.
 
     Attributes:
         token_features: ``[vocab, token_dims]``, the compressed embedding; stored with the weights, so that nothing of
@@ -52,6 +82,8 @@ class LearnedSampler(nn.Module):
         self.config = config
         self.register_buffer("token_features", torch.zeros(config.vocab_size, config.token_dims))
         self.inputs = nn.Linear(config.token_dims + STATISTICS, config.d_model)
+        # The nearest neighbours say most; attention alone is slow to find them.
+        self.neighbours = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, padding=1)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 config.d_model,
@@ -64,14 +96,15 @@ class LearnedSampler(nn.Module):
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.d_model)
-        self.head = nn.Linear(config.d_model, 1)
-        # An untrained network predicts what the language model says of itself; training learns where that is wrong.
+        self.head = nn.Linear(config.d_model, 3)
+        # An untrained network says what the language model says of itself; training learns where that is wrong.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.trust = nn.Parameter(torch.tensor(10.0))
+        self.kept = nn.Parameter(torch.tensor([12.0, math.log(1 / WRONG_COST - 1)]))
 
-    def forward(self, tokens: Tensor, statistics: Tensor, present: Tensor) -> Tensor:
-        """Return logits float32 ``[rows, length]`` of "the most probable token is right".
+    def forward(self, tokens: Tensor, statistics: Tensor, present: Tensor) -> Forecast:
+        """Return the forecast for each position.
 
         Args:
             tokens: int64 ``[rows, length]``, the predicted token, or the committed one.
@@ -79,14 +112,17 @@ class LearnedSampler(nn.Module):
             present: bool ``[rows, length]``, False behind the end of a shorter block.
         """
         x = self.inputs(torch.cat((self.token_features[tokens].float(), statistics), dim=-1))
+        x = (x + place_encoding(x)) * present[..., None]
+        x = x + self.neighbours(x.transpose(1, 2)).transpose(1, 2)
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~present)
-        out: Tensor = self.head(self.norm(x)).squeeze(-1) + self.trust * statistics[..., LOG_ODDS]
-        return out
+        right, kept_if_right, kept_if_wrong = self.head(self.norm(x)).unbind(-1)
+        trust = self.trust * statistics[..., LOG_ODDS]
+        return Forecast(right + trust, kept_if_right + self.kept[0], kept_if_wrong + self.kept[1])
 
     @torch.inference_mode()
-    def correctness(self, logits: Tensor, blocks: Tensor, masked: Tensor, present: Tensor | None = None) -> Tensor:
-        """Return the probability that each masked position's argmax is right, float32 ``[rows, length]``; 0 elsewhere.
+    def scores(self, logits: Tensor, blocks: Tensor, masked: Tensor, present: Tensor | None = None) -> Tensor:
+        """Return how safe it is to commit each masked position's argmax, float32 ``[rows, length]``; 0 elsewhere.
 
         Args:
             logits: float32 ``[rows, length, vocab]`` of a bidirectional pass; read at masked positions only.
@@ -96,8 +132,8 @@ class LearnedSampler(nn.Module):
         """
         present = torch.ones_like(masked) if present is None else present
         tokens = torch.where(masked, logits.argmax(-1), blocks)
-        predicted: Tensor = self(tokens, statistics(logits, masked, present), present).sigmoid() * masked
-        return predicted
+        predicted: Forecast = self(tokens, statistics(logits, masked, present), present)
+        return predicted.score() * masked
 
     @classmethod
     def load(cls, folder: Path) -> LearnedSampler:
@@ -158,6 +194,15 @@ def statistics(logits: Tensor, masked: Tensor, present: Tensor) -> Tensor:
         (left[..., None] == 1 / 8) & masked[..., None],
     )
     return torch.cat([column.float() for column in columns], dim=-1)
+
+
+def place_encoding(like: Tensor) -> Tensor:
+    """Return sines and cosines of the place in the block, ``[length, dims]`` for ``like`` ``[rows, length, dims]``."""
+    length, dims = like.shape[1:]
+    places = torch.arange(length, device=like.device, dtype=torch.float32)[:, None]
+    periods = torch.exp(torch.arange((dims + 1) // 2, device=like.device) * (-math.log(256.0) / ((dims + 1) // 2)))
+    angles = places * periods
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)[:, :dims].to(like.dtype)
 
 
 def _distances(committed: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:

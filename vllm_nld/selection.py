@@ -27,8 +27,8 @@ def select(
         masked: bool ``[rows, length]``, the undecided positions.
         confidence: float ``[rows, length]``, the chosen token's probability.
         entropy: float ``[rows, length]``, nats; needed if a row's sampler is ``entropy_budget``.
-        learned: float ``[rows, length]``, the learned sampler's probability that the token is right; needed if a row's
-            sampler is ``learned``.
+        learned: float ``[rows, length]``, the learned sampler's scores, 1 where a commit should change nothing; needed
+            if a row's sampler is ``learned``.
     """
     committed = torch.zeros_like(masked)
     by_rule: dict[str, list[int]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import random
 import sysconfig
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,32 @@ def documents(seed: int = 0) -> list[str]:
     texts = [text for text in texts if "<mask>" not in text and "<pad>" not in text]
     rng.shuffle(texts)
     return texts
+
+
+def unseen_documents(seed: int = 0, longest: int = 12_000) -> list[str]:
+    """Return Python text that neither the language model's training nor the held-out modules contain.
+
+    Predictors of the language model's mistakes train on it: on text that it has seen, the model is surer than in use.
+    It is CPython's tests (their beginnings, or they would be most of it), idlelib, lib2to3, and the bundled pip and
+    setuptools; documents that share lines with a held-out module are left out.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for folder in ("test", "idlelib", "lib2to3") for path in sorted((root / folder).rglob("*.py"))]
+    texts = [read(path)[:longest] for path in files]
+    for wheel in sorted((root / "ensurepip" / "_bundled").glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in sorted(archive.namelist()) if name.endswith(".py")]
+            texts += [archive.read(name).decode("utf-8", errors="ignore")[:longest] for name in names]
+    held_out = _long_lines("\n".join(read(root / name) for name in HELD_OUT_MODULES if (root / name).is_file()))
+    texts = [text for text in texts if len(text) > 500 and len(_long_lines(text) & held_out) <= 2]
+    texts = [f"<s>{text}<|im_end|>" for text in texts if "<mask>" not in text and "<pad>" not in text]
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def _long_lines(text: str) -> set[str]:
+    """Return the lines that are long enough to tell a copy from a coincidence."""
+    return {line.strip() for line in text.splitlines() if len(line.strip()) >= 40}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:

@@ -1,116 +1,52 @@
-"""Train the learned sampler of a checkpoint: which of a block's most probable tokens are right?
+"""Train the learned sampler of a checkpoint: which of a block's most probable tokens are safe to commit now?
 
-Right means: the token that serial denoising (one position per forward, the surest first) of the same block ends with.
-States come from that serial run, and from commits of several right tokens at once, as a sampler in use makes them.
+The first round's states are those that the confidence threshold visits; each further round adds states that the sampler
+trained so far visits. The text is unseen by the language model, so that its confidence is what it is in use.
 
-python examples/train_tiny/learned_sampler.py vllm_nld/checkpoints/tiny
+python examples/train_tiny/learned_sampler.py vllm_nld/checkpoints/tiny --states build/states
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import corpus
 import numpy as np
 import torch
 import torch.nn.functional as F
-from self_text import own_text
+from sampler_states import UNTRIED, Denoiser, States, Visitor, collect
+from self_text import continue_greedily
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_nld.learned_sampler import LearnedSampler, LearnedSamplerConfig, statistics
-from vllm_nld.reference import KVCache, ReferenceModel, load_reference
+from vllm_nld.learned_sampler import Forecast, LearnedSampler, LearnedSamplerConfig
+from vllm_nld.reference import ReferenceModel, load_reference
+
+BATCH = 256
 
 
-@dataclass
-class States:
-    """Partly denoised blocks: the predicted (or committed) tokens, what is masked, the features, the labels.
-
-    ``present`` is False behind the end of a block that is shorter than others.
-    """
-
-    tokens: Tensor
-    masked: Tensor
-    features: Tensor
-    right: Tensor
-    present: Tensor
-
-    @classmethod
-    def join(cls, parts: list[States]) -> States:
-        """Concatenate along the first dimension."""
-        names = ("tokens", "masked", "features", "right", "present")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
-
-def look(model: ReferenceModel, cache: KVCache, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a bidirectional forward; returns the argmax tokens, their probability, and the sampler's statistics."""
-    logits = model.bidirectional(blocks, cache)
-    masked = blocks == model.config.mask_token_id
-    tokens = torch.where(masked, logits.argmax(-1), blocks)
-    confidence = logits.softmax(-1).amax(-1).masked_fill(~masked, -1.0)
-    return tokens, confidence, statistics(logits, masked, torch.ones_like(masked))
-
-
-def denoise_serially(model: ReferenceModel, cache: KVCache, blocks: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return the finished blocks ``[rows, length]`` and every state on the way, the first included."""
-    blocks, states = blocks.clone(), list[Tensor]()
-    while (blocks == model.config.mask_token_id).any():
-        states.append(blocks.clone())
-        tokens, confidence, _ = look(model, cache, blocks)
-        surest = confidence.argmax(1, keepdim=True)
-        blocks.scatter_(1, surest, tokens.gather(1, surest))
-    return blocks, states
-
-
-def collect(model: ReferenceModel, prefixes: Tensor, length: int, generator: torch.Generator) -> States:
-    """Return states of one block behind each prefix, int64 ``[rows, prefix]``."""
-    mask_id, cache = model.config.mask_token_id, KVCache()
-    seeds = model.causal(prefixes, cache)[:, -1].argmax(-1, keepdim=True)
-    empty = torch.cat((seeds, torch.full((len(seeds), length - 1), mask_id)), dim=1)
-    final, states = denoise_serially(model, cache, empty)
-    parts: list[States] = []
-
-    def keep(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, confidence, features = look(model, cache, blocks)
-        masked = blocks == mask_id
-        parts.append(States(tokens.short(), masked, features.half(), tokens == final, torch.ones_like(masked)))
-        return tokens, confidence
-
-    for blocks in states[:: max(1, len(states) // 6)]:
-        keep(blocks)
-    for threshold in (0.3, 0.5, 0.7, 0.9):  # what parallel samplers visit, wrong commits undone
-        blocks = empty.clone()
-        for _ in range(3):
-            tokens, confidence = keep(blocks)
-            commit = (confidence >= threshold) & (tokens == final)
-            commit |= F.one_hot(confidence.argmax(1), length).bool() & (tokens == final)
-            blocks = torch.where(commit, tokens, blocks)
-    for share in (0.2, 0.5, 0.8):  # any subset
-        keep(torch.where(torch.rand(final.shape, generator=generator) < share, final, empty))
-    return States.join([part for part in parts if part.masked.any()])
-
-
-def collect_all(
-    model: ReferenceModel, stream: np.ndarray, args: argparse.Namespace, generator: torch.Generator
-) -> dict[int, list[States]]:
-    """Return states by block length, behind real text that the model has continued a little by itself."""
-    rows = own_text(model, stream, args.blocks, prefix=96, new_tokens=48, seed=args.seed)
-    parts: dict[int, list[States]] = {}
-    with torch.inference_mode():
-        for index, batch in enumerate(tqdm(rows.split(64), unit="batch", desc="denoising")):
-            end = 96 + int(torch.randint(48, (1,), generator=generator))
-            length = args.lengths[index % len(args.lengths)]
-            parts.setdefault(length, []).append(collect(model, batch[:, :end], length, generator))
-    return parts
+def collect_round(
+    model: ReferenceModel, stream: np.ndarray, visitor: Visitor, lengths: list[int], batches: int
+) -> States:
+    """Return states of many batches of blocks, every other one behind text that the model has continued by itself."""
+    parts = []
+    for index in tqdm(range(batches), unit="batch", desc="denoising"):
+        prefix = int(torch.randint(64, 145, (1,), generator=visitor.generator))
+        prefixes = corpus.draw(stream, BATCH, prefix, visitor.generator)
+        if index % 2:
+            prefixes = continue_greedily(model, prefixes, int(torch.randint(1, 49, (1,), generator=visitor.generator)))
+        with torch.inference_mode():
+            states = collect(Denoiser(model, prefixes, lengths[index % len(lengths)]), visitor)
+        parts.append(states.widen(max(lengths)))
+    return States.join(parts)
 
 
 def train(sampler: LearnedSampler, states: States, held_out: States, args: argparse.Namespace) -> None:
-    """Minimise the binary cross-entropy of the masked positions; keep the weights that did best on held-out blocks."""
-    optimizer = torch.optim.AdamW(sampler.parameters(), lr=args.learning_rate, weight_decay=0.05)
+    """Minimise :func:`loss_of`; keep the weights that did best on held-out states."""
+    optimizer = torch.optim.AdamW(sampler.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     steps = args.epochs * (len(states.tokens) // args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(args.seed)
@@ -120,13 +56,14 @@ def train(sampler: LearnedSampler, states: States, held_out: States, args: argpa
     while bar.n < steps:
         order = torch.randperm(len(states.tokens), generator=generator)
         for rows in order.split(args.batch)[: len(order) // args.batch]:
-            loss = loss_of(sampler.train(), states, rows)
+            loss = loss_of(sampler.train(), states.take(rows))
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(sampler.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             bar.update()
-            if bar.n % 100 == 0:
+            if bar.n % 200 == 0 or bar.n == steps:
                 found = evaluate(sampler, held_out)
                 if found < best:
                     best, kept = found, copy.deepcopy(sampler.state_dict())
@@ -138,15 +75,27 @@ def train(sampler: LearnedSampler, states: States, held_out: States, args: argpa
 def evaluate(sampler: LearnedSampler, states: States) -> float:
     """Return the mean loss over many states."""
     parts = torch.arange(len(states.tokens)).split(1024)
-    losses = [loss_of(sampler.eval(), states, rows) * int(states.masked[rows].sum()) for rows in parts]
-    return float(sum(losses) / states.masked.sum())
+    losses = [float(loss_of(sampler.eval(), states.take(rows))) * len(rows) for rows in parts]
+    return sum(losses) / len(states.tokens)
 
 
-def loss_of(sampler: LearnedSampler, states: States, rows: Tensor) -> Tensor:
-    """Return the mean loss over the masked positions of some states."""
-    masked = states.masked[rows]
-    logits = sampler(states.tokens[rows].long(), states.features[rows].float(), states.present[rows])
-    return F.binary_cross_entropy_with_logits(logits[masked], states.right[rows][masked].float())
+def loss_of(sampler: LearnedSampler, states: States) -> Tensor:
+    """Return the mean cross-entropy of "is it right", plus that of the share of tokens that a trial kept."""
+    forecast = sampler(states.tokens.long(), states.features.float(), states.present)
+    right = F.binary_cross_entropy_with_logits(forecast.right[states.masked], states.right[states.masked].float())
+    return right + 2 * trial_loss(forecast, states)
+
+
+def trial_loss(forecast: Forecast, states: States) -> Tensor:
+    """Cross-entropy of the share of tokens that a trial kept; positions committed together multiply."""
+    tried = states.lost != UNTRIED
+    kept = F.logsigmoid(torch.where(states.right, forecast.kept_if_right, forecast.kept_if_wrong))
+    together = (kept[:, None] * states.trials).sum(-1)[tried]
+    share = 1 - (states.lost / states.present.sum(1, keepdim=True))[tried]
+    # The least loss possible is taken off, so that what is left to gain shows.
+    floor = torch.special.entr(share) + torch.special.entr(1 - share)
+    changed = torch.log1p(-together.exp().clamp(max=1 - 1e-6))
+    return (-(share * together + (1 - share) * changed) - floor).mean()
 
 
 def compressed_embedding(model: ReferenceModel, dims: int) -> Tensor:
@@ -158,61 +107,73 @@ def compressed_embedding(model: ReferenceModel, dims: int) -> Tensor:
     return projected / projected.std()
 
 
-def main() -> None:
-    """Collect states, train, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--blocks", type=int, default=6144, help="blocks to denoise")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 16, 8], help="block lengths, taken in turn")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--d-model", type=int, default=128, help="384 in the paper, for models of 3B and more")
-    parser.add_argument("--layers", type=int, default=2, help="4 in the paper")
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--states", type=Path, help="keep the collected states here, to train again without collecting")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    model = load_reference(args.checkpoint)
-    stream = corpus.encode(corpus.documents(), Tokenizer.from_file(str(args.checkpoint / "tokenizer.json")))
-    if args.states is None or not args.states.is_file():
-        parts = collect_all(model, stream, args, generator)
-        if args.states is not None:
-            torch.save({length: [vars(part) for part in listed] for length, listed in parts.items()}, args.states)
-    else:
-        saved = torch.load(args.states)
-        parts = {length: [States(**part) for part in listed] for length, listed in saved.items()}
-    states, held_out = pad_and_split(parts)
+def new_sampler(model: ReferenceModel, args: argparse.Namespace) -> LearnedSampler:
+    """Return an untrained one."""
     config = LearnedSamplerConfig(
         vocab_size=model.config.vocab_size, d_model=args.d_model, layers=args.layers, heads=4,
         feed_forward=2 * args.d_model, dropout=args.dropout,
     )  # fmt: skip
     sampler = LearnedSampler(config)
     sampler.token_features.copy_(compressed_embedding(model, config.token_dims))
-    train(sampler, states, held_out, args)
+    return sampler
+
+
+def load_fast(checkpoint: Path) -> ReferenceModel:
+    """Load in bfloat16, which computes several times faster and leaves the labels alike; rotations stay exact."""
+    model = load_reference(checkpoint, torch.bfloat16)
+    model.inverse_frequencies = load_reference(checkpoint).inverse_frequencies
+    return model
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--batches", type=int, nargs="+", default=[12], help=f"a round's batches of {BATCH} blocks")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 16, 8], help="block lengths, taken in turn")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--d-model", type=int, default=128, help="384 in the paper, for models of 3B and more")
+    parser.add_argument("--layers", type=int, default=2, help="4 in the paper")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--states", type=Path, required=True, help="folder that keeps what each round made")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Collect states, train, save; as many times as there are rounds."""
+    args = parse()
+    torch.manual_seed(args.seed)
+    args.states.mkdir(parents=True, exist_ok=True)
+    model, sampler = load_fast(args.checkpoint), None
+    texts = corpus.unseen_documents()
+    stream = corpus.encode(texts, Tokenizer.from_file(str(args.checkpoint / "tokenizer.json")))
+    seen, unseen = np.split(stream, [int(0.93 * len(stream))])
+    known: list[States] = []
+    held_out: list[States] = []
+    for number, batches in enumerate(args.batches):
+        file = args.states / f"round-{number}.pt"
+        if not file.is_file():
+            generator = torch.Generator().manual_seed(args.seed + number)
+            visitor = Visitor(sampler, generator)
+            found = collect_round(model, seen, visitor, args.lengths, batches)
+            checks = collect_round(model, unseen, visitor, args.lengths, max(3, batches // 15))
+            torch.save([vars(found), vars(checks)], file)
+        found, checks = (States(**saved) for saved in torch.load(file))
+        known.append(found)
+        held_out.append(checks)
+        trained = args.states / f"sampler-{number}"
+        if trained.is_dir():
+            sampler = LearnedSampler.load(trained)
+            continue
+        sampler = new_sampler(model, args)
+        train(sampler, States.join(known), States.join(held_out), args)
+        sampler.save(trained)
+    assert sampler is not None
     sampler.save(args.checkpoint / "learned_sampler")
-
-
-def pad_and_split(parts: dict[int, list[States]]) -> tuple[States, States]:
-    """Return training states, and those of each length's last tenth of batches, held out; shorter blocks are padded."""
-    longest = max(parts)
-
-    def widen(state: States) -> States:
-        short = longest - state.tokens.shape[1]
-        return States(
-            F.pad(state.tokens, (0, short)),
-            F.pad(state.masked, (0, short)),
-            F.pad(state.features, (0, 0, 0, short)),
-            F.pad(state.right, (0, short)),
-            F.pad(state.present, (0, short)),
-        )
-
-    ends = {length: -max(1, len(listed) // 10) for length, listed in parts.items()}
-    train_parts = [widen(part) for length, listed in parts.items() for part in listed[: ends[length]]]
-    held_out = [widen(part) for length, listed in parts.items() for part in listed[ends[length] :]]
-    return States.join(train_parts), States.join(held_out)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def _chosen(block: list[int], mask_id: int, logits: Tensor, tokens: Tensor, poli
     if policy.sampler == "learned":
         assert policy.learned is not None
         ids = torch.tensor([block], device=logits.device)
-        score = policy.learned.correctness(logits[None], ids, ids == mask_id)[0].tolist()
+        score = policy.learned.scores(logits[None], ids, ids == mask_id)[0].tolist()
     if policy.sampler in ("confidence_threshold", "learned"):
         return [row for rank, row in enumerate(surest) if rank == 0 or score[row] >= policy.threshold]
     if policy.sampler == "entropy_budget":
