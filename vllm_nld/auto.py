@@ -42,8 +42,8 @@ PROBE_EVERY = 64
 """Steps without a draft after which a request's acceptance counts as unknown."""
 
 
-CORRECTION_WEIGHT = 0.1
-"""Weight of a cycle in the corrections."""
+CORRECTION_WEIGHT = 0.03
+"""Weight of a cycle in the corrections: what one yields varies as much as it is, and a few poor ones prove nothing."""
 
 
 @dataclass

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
+from statistics import median_low
 
-WEIGHT = 0.1
-"""Weight of a new measurement in the running mean."""
-OUTLIER = 3.0
-"""A measurement counts for at most this many times the mean: a page fault or a busy neighbour is no cost of ours."""
+RECENT = 15
+"""Measurements of one size whose median is its price: a page fault or a compiled kernel is no cost of ours."""
 
 
 def round_size(tokens: int) -> int:
@@ -25,6 +25,7 @@ class CostCurve:
     def __init__(self) -> None:
         self._sizes: list[int] = []
         self._seconds: dict[int, float] = {}
+        self._recent: dict[int, deque[float]] = {}
         self.samples: dict[int, int] = {}
 
     @staticmethod
@@ -34,20 +35,18 @@ class CostCurve:
         return -(-size // step) * step
 
     def start(self, size: int, seconds: float) -> None:
-        """Set a first guess, which the first real measurement replaces."""
-        self._set(self.bucket(size), seconds)
+        """Set a first guess; it counts like one measurement, so that the first real one, which may compile, is doubted."""
+        bucket = self.bucket(size)
+        self._recent[bucket] = deque([seconds], maxlen=RECENT)
+        self._set(bucket, seconds)
 
     def observe(self, size: int, seconds: float) -> None:
-        """Take a measurement in."""
+        """Take a measurement in: the price is the median of recent ones, the lower one of two."""
         bucket = self.bucket(size)
-        count = self.samples.get(bucket, 0)
-        self.samples[bucket] = count + 1
-        if count == 0:
-            self._set(bucket, seconds)
-            return
-        mean = self._seconds[bucket]
-        weight = max(WEIGHT, 1 / (count + 1))
-        self._set(bucket, mean + weight * (min(seconds, OUTLIER * mean) - mean))
+        self.samples[bucket] = self.samples.get(bucket, 0) + 1
+        recent = self._recent.setdefault(bucket, deque(maxlen=RECENT))
+        recent.append(seconds)
+        self._set(bucket, median_low(recent))
 
     def seconds(self, size: int) -> float:
         """Return the expected seconds; 0 if nothing was ever measured."""
