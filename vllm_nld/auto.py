@@ -195,7 +195,12 @@ class AutoMode:
         return choice
 
     def _plain_seconds(self, requests: int, tokens: int) -> float:
-        return self.costs.ar.seconds(requests) if tokens == requests else self.costs.verify.seconds(tokens)
+        verify = self.costs.verify.seconds(tokens)
+        if tokens > requests:
+            return verify
+        # As with the sizes of a curve: a step with drafts in it is no cheaper than one without.
+        plain = self.costs.ar.seconds(requests)
+        return min(plain, verify) if any(map(self.costs.verify.is_known, self.costs.verify.samples)) else plain
 
     def _cycle_seconds(self, tokens: int, block_tokens: int, blocks: int) -> float:
         verified = tokens + max(1, round(self._kept * (block_tokens - blocks)))

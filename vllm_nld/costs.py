@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from statistics import median_low
 
 RECENT = 15
 """Measurements of one size whose median is its price: a page fault or a compiled kernel is no cost of ours."""
+
+
+KNOWN = 4
+"""Measurements from which on they are believed, and the first guess is not."""
 
 
 def round_size(tokens: int) -> int:
@@ -46,13 +51,26 @@ class CostCurve:
         self.samples[bucket] = self.samples.get(bucket, 0) + 1
         recent = self._recent.setdefault(bucket, deque(maxlen=RECENT))
         recent.append(seconds)
+        if self.samples[bucket] == KNOWN and len(recent) > KNOWN:
+            recent.popleft()  # the guess, which knows nothing of host time
         self._set(bucket, median_low(recent))
 
     def seconds(self, size: int) -> float:
-        """Return the expected seconds; 0 if nothing was ever measured."""
+        """Return the expected seconds; 0 if nothing was ever measured.
+
+        No more than a larger size was seen to take: a price that is too high would never be tried, hence never mended.
+        """
         if not self._sizes or size <= 0:
             return 0.0
         bucket = self.bucket(size)
+        larger = (self._seconds[other] for other in self._sizes if other >= bucket and self.is_known(other))
+        return min(self._interpolated(bucket), min(larger, default=math.inf))
+
+    def is_known(self, bucket: int) -> bool:
+        """Whether a bucket's price comes from measurements, and not from a guess."""
+        return self.samples.get(bucket, 0) >= KNOWN
+
+    def _interpolated(self, bucket: int) -> float:
         place = bisect_left(self._sizes, bucket)
         if place < len(self._sizes) and self._sizes[place] == bucket:
             return self._seconds[bucket]
