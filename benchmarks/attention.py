@@ -1,8 +1,8 @@
 """Draft attention on the CPU: the C++ operator against its peers, with medians and ratios of one run.
 
-Peers: (a) gather the pages and call PyTorch's SDPA; (b) vLLM's own CPU attention operator, run without a causal mask over
-the same pages, the block written to them first, as its decode path would. The roofline line says what this machine
-reaches: a bf16 product of PyTorch's, and copying.
+Peers: (a) gather the pages and call PyTorch's SDPA; (b) vLLM's own CPU attention operator, run without a causal mask
+over the same pages, the block written to them first, as its decode path would. The roofline line says what this
+machine reaches: a bf16 product of PyTorch's, and copying.
 
 python benchmarks/attention.py --json results.json
 """
@@ -170,11 +170,12 @@ def show(report: dict[str, Any]) -> None:
     """Print the roofline and the table."""
     console, limits = Console(width=140), report["machine"]
     console.print(
-        f"machine: {limits['gemm_gflops']:.0f} GFLOP/s {report['dtype']} product, {limits['copy_gb_per_s']:.0f} GB/s copy; "
+        f"machine: {limits['gemm_gflops']:.0f} GFLOP/s {report['dtype']} product, "
+        f"{limits['copy_gb_per_s']:.0f} GB/s copy; "
         f"instruction set {report['instruction_set']}, {report['threads']} threads"
     )
-    table = Table("prefix", "L", "rows", "mask", "ours ms", "(b) stock ms", "(a) gather+SDPA ms", "b / ours", "a / ours",
-                  "GFLOP/s", "of product")  # fmt: skip
+    columns = ("prefix", "L", "rows", "mask", "ours ms", "(b) stock ms", "(a) gather+SDPA ms", "b / ours", "a / ours")
+    table = Table(*columns, "GFLOP/s", "of product")
     for row in report["results"]:
         ms = row["ms"]
         table.add_row(

@@ -28,7 +28,11 @@ def acceptance(rows: int, length: int, seconds: float) -> dict[str, Any]:
     for ours, theirs in zip(cpp_ops.accept_prefix(*arguments), torch_ops.accept_prefix(*arguments), strict=True):
         assert torch.equal(ours, theirs), "an implementation is wrong"
     times = medians(
-        {"ours": lambda: cpp_ops.accept_prefix(*arguments), "torch": lambda: torch_ops.accept_prefix(*arguments)}, seconds
+        {
+            "ours": lambda: cpp_ops.accept_prefix(*arguments),
+            "torch": lambda: torch_ops.accept_prefix(*arguments),
+        },
+        seconds,
     )
     return {"operator": "accept_prefix", "rows": rows, "length": length, **result(times)}
 

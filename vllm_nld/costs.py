@@ -40,7 +40,7 @@ class CostCurve:
         return -(-size // step) * step
 
     def start(self, size: int, seconds: float) -> None:
-        """Set a first guess; it counts like one measurement, so that the first real one, which may compile, is doubted."""
+        """Set a first guess. It counts like one measurement, so that the first real one is doubted: it may compile."""
         bucket = self.bucket(size)
         self._recent[bucket] = deque([seconds], maxlen=RECENT)
         self._set(bucket, seconds)

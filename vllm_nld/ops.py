@@ -110,7 +110,7 @@ def block_attention(
     max_prefix: int,
     output: Tensor,
 ) -> None:
-    """Write attention over paged prefixes and fresh blocks into ``output``; shapes and dtypes: ``docs/operators.md``."""
+    """Write attention over paged prefixes and fresh blocks into ``output`` (``docs/operators.md``)."""
     function("block_attention", query.device.type)(
         query, key, value, key_pages, value_pages, block_table, prefix_lens, block_starts, mask_kinds, mask_words,
         scale, k_scale, v_scale, max_length, max_prefix, output,

@@ -74,7 +74,7 @@ def test_an_implementation_for_another_device_is_refused(fresh_choice: pytest.Mo
 
 
 def test_causal_steps_agree_with_vllms_attention(folder: Path, fresh_choice: pytest.MonkeyPatch) -> None:
-    """In bfloat16 a prefill runs the operator under its causal mask, or vLLM's own attention: the same probabilities."""
+    """In bfloat16 a prefill runs the operator under its causal mask, or vLLM's attention: equal probabilities."""
     if not backend.fast_causal("cpu", torch.bfloat16):
         pytest.skip("this CPU has no bfloat16 products")
     found = []

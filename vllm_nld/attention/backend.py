@@ -92,7 +92,9 @@ def _with_draft_passes(base: type[Any]) -> type[Any]:
             *args: Any,
             **kwargs: Any,
         ) -> Tensor:
-            blocks = attn_metadata if isinstance(attn_metadata, DraftMetadata) else verify_blocks(attn_metadata, query, kv_cache)
+            blocks = attn_metadata
+            if not isinstance(blocks, DraftMetadata):
+                blocks = verify_blocks(attn_metadata, query, kv_cache)
             if blocks is not None:
                 return block_forward(layer, self.scale, query, key, value, blocks, output)
             causal: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
@@ -139,8 +141,8 @@ def verify_blocks(metadata: Any, query: Tensor, kv_cache: Tensor) -> DraftMetada
 
     On a CPU with bfloat16 products the operator is faster as soon as a row has several queries: verify passes, commits
     and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens read
-    the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's attention sees
-    the fresh tokens quantized, in AR as in a verify pass, and so it must.
+    the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's attention
+    sees the fresh tokens quantized, in AR as in a verify pass, and so it must.
     """
     if kv_cache.element_size() == 1 or not fast_causal(query.device.type, query.dtype) or metadata is None:
         return None

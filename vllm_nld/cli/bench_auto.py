@@ -209,7 +209,8 @@ def _decisions(llm: Any) -> Counter[tuple[str, int]]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table("workload", "concurrency", "AR tokens/s", "self-spec.", "auto", "auto / better", "95 %", "control / AR")
+    columns = ("workload", "concurrency", "AR tokens/s", "self-spec.", "auto", "auto / better", "95 %", "control / AR")
+    table = Table(*columns)
     for row in report["results"]:
         speeds = [f"{row['tokens_per_s'][name]:.0f}" for name in ("ar", "self_speculation", "auto")]
         low, high = row["interval_95"]
