@@ -16,8 +16,9 @@ def _load() -> str | None:
     path = native_library()
     if path is None:
         return "it was not compiled at installation (no C++ compiler, or torch was not installed before)"
+    load: Any = torch.ops.load_library
     try:
-        torch.ops.load_library(str(path))
+        load(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
     _register_fakes()
