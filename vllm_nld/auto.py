@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_nld.acceptance import TRIES, Acceptance
+from vllm_nld.acceptance import Acceptance
 from vllm_nld.costs import CostCurve, Costs, round_size
 
 logger = init_logger("vllm.nld.auto")
@@ -42,6 +42,8 @@ PROBE_EVERY = 64
 """Steps without a draft after which a request's acceptance counts as unknown."""
 
 
+FORGET = 0.002
+"""Share of a correction that a choice of AR takes back."""
 CORRECTION_WEIGHT = 0.03
 """Weight of a cycle in the corrections: what one yields varies as much as it is, and a few poor ones prove nothing."""
 
@@ -70,20 +72,26 @@ class Correction:
     Attributes:
         gain: accepted drafts, as a share of those expected.
         seconds: time of a cycle, as a multiple of the one expected.
+        plain: time of a step without drafts, likewise: prices are medians, and the mean of either is higher.
     """
 
     gain: float = 1.0
     seconds: float = 1.0
+    plain: float = 1.0
 
     def observe(self, gain: float, seconds: float) -> None:
         """Take in what one cycle yielded and took, relative to what was expected."""
         self.gain += CORRECTION_WEIGHT * (min(gain, 2.0) - self.gain)
         self.seconds += CORRECTION_WEIGHT * (min(seconds, 2.0) - self.seconds)
 
+    def observe_plain(self, seconds: float) -> None:
+        """Take in what a step without drafts took, relative to what was expected."""
+        self.plain += CORRECTION_WEIGHT * (min(seconds, 2.0) - self.plain)
+
     def forget(self) -> None:
         """Trust the expectations a little more again: nothing is learned while nobody drafts."""
-        self.gain += 0.002 * (1 - self.gain)
-        self.seconds += 0.002 * (1 - self.seconds)
+        self.gain += FORGET * (1 - self.gain)
+        self.seconds += FORGET * (1 - self.seconds)
 
 
 class AutoMode:
@@ -151,8 +159,6 @@ class AutoMode:
             correction.forget()
             return
         drafting = [candidate for candidate in candidates if candidate.row in chosen]
-        if any(candidate.acceptance.blocks < TRIES for candidate in drafting):
-            return  # tried in the hope that it is a good one: no promise, so nothing to correct
         gain = sum(candidate.acceptance.expected_tokens(chosen[candidate.row]) - 1 for candidate in drafting)
         self._expected = (correction, gain, self._cycle_seconds(tokens, sum(chosen.values()), len(chosen)))
 
@@ -176,7 +182,8 @@ class AutoMode:
         correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
         gain = correction.gain if gain is None else gain
         # Accepted drafts of other modes are decided whatever is chosen here.
-        best, choice = MARGIN * tokens / max(self._plain_seconds(requests, tokens), 1e-9), dict[int, int]()
+        plain = correction.plain * self._plain_seconds(requests, tokens)
+        best, choice = MARGIN * tokens / max(plain, 1e-9), dict[int, int]()
         # One request more or less hardly matters among many: 1, 2, 4, ... of the most promising, or all.
         counts = {1 << bit for bit in range(len(ranked).bit_length())} | {len(ranked)}
         for length in self.lengths:
@@ -280,6 +287,8 @@ class AutoMode:
             self._expected = None
         self._charging = False
         if tokens == requests:
+            correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
+            correction.observe_plain(seconds / max(self._plain_seconds(requests, tokens), 1e-9))
             self.costs.ar.observe(requests, seconds)
             self._last_ar[self.costs.ar.bucket(requests)] = self._clock()
         else:
