@@ -18,15 +18,13 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
 from vllm_nld.attention.backend import BlockTable, DraftMetadata, block_table, page_layout
+from vllm_nld.attention.torch_ops import BIDIRECTIONAL
 from vllm_nld.block import Block
 from vllm_nld.costs import round_size
 from vllm_nld.selection import select
 
 if TYPE_CHECKING:
     from vllm_nld.learned_sampler import LearnedSampler
-
-BIDIRECTIONAL = 0
-"""Mask kind of the operator."""
 
 
 class DraftPass:

@@ -96,6 +96,18 @@ def test_causal_steps_agree_with_vllms_attention(folder: Path, fresh_choice: pyt
     torch.testing.assert_close(found[0], found[1], atol=0.08, rtol=0)
 
 
+def test_ar_needs_no_known_page_layout(folder: Path, fresh_choice: pytest.MonkeyPatch) -> None:
+    """On a CPU with AMX the layout is unknown here: causal steps must stay with vLLM's attention, and AR must work."""
+
+    def unknown(_: Any) -> Any:
+        raise NLDError("unknown layout")
+
+    fresh_choice.setattr(backend, "fast_causal", lambda *_: True)
+    fresh_choice.setattr(backend, "find_layout", unknown)
+    with engine(folder, dtype="bfloat16") as llm:
+        assert all(len(tokens) == 24 for tokens in generate(llm, PROMPTS))
+
+
 def prompt_logprobs(llm: Any) -> torch.Tensor:
     from vllm import SamplingParams
 

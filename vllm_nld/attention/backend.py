@@ -94,7 +94,7 @@ def _with_draft_passes(base: type[Any]) -> type[Any]:
         ) -> Tensor:
             blocks = attn_metadata
             if not isinstance(blocks, DraftMetadata):
-                blocks = verify_blocks(attn_metadata, query, kv_cache)
+                blocks = verify_blocks(attn_metadata, query, layer)
             if blocks is not None:
                 return block_forward(layer, self.scale, query, key, value, blocks, output)
             causal: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
@@ -136,17 +136,32 @@ def page_layout(layer: Any) -> PageLayout:
     return layout
 
 
-def verify_blocks(metadata: Any, query: Tensor, kv_cache: Tensor) -> DraftMetadata | None:
+def has_known_layout(layer: Any) -> bool:
+    """Whether the layer's pages can be read, found out once."""
+    if not hasattr(layer, "nld_has_known_layout"):
+        try:
+            page_layout(layer)
+            layer.nld_has_known_layout = True
+        except NLDError:
+            layer.nld_has_known_layout = False
+    known: bool = layer.nld_has_known_layout
+    return known
+
+
+def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | None:
     """Return a causal step as blocks with a causal mask, or None where the platform's own attention is the better one.
 
     On a CPU with bfloat16 products the operator is faster as soon as a row has several queries: verify passes, commits
     and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens read
     the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's attention
-    sees the fresh tokens quantized, in AR as in a verify pass, and so it must.
+    sees the fresh tokens quantized, in AR as in a verify pass, and so it must. Nor is a page layout that is unknown here
+    (AMX) in the way of AR, which never needed to know it.
     """
-    if kv_cache.element_size() == 1 or not fast_causal(query.device.type, query.dtype) or metadata is None:
+    if metadata is None or not fast_causal(query.device.type, query.dtype):
         return None
     if metadata.max_query_len <= 1 or metadata.causal is not True:
+        return None
+    if layer.kv_cache.element_size() == 1 or not has_known_layout(layer):
         return None
     if not hasattr(metadata, "nld_blocks"):  # once a step, for all layers
         starts = metadata.query_start_loc.int()

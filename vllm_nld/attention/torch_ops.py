@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CAUSAL, WORDS = 1, 2
-"""Mask kinds; 0 is bidirectional."""
+BIDIRECTIONAL, CAUSAL, WORDS = 0, 1, 2
+"""Mask kinds."""
 
 _ONE_BYTE = 1
 
