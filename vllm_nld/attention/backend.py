@@ -154,8 +154,8 @@ def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | N
     On a CPU with bfloat16 products the operator is faster as soon as a row has several queries: verify passes, commits
     and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens read
     the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's attention
-    sees the fresh tokens quantized, in AR as in a verify pass, and so it must. Nor is a page layout that is unknown here
-    (AMX) in the way of AR, which never needed to know it.
+    sees the fresh tokens quantized, in AR as in a verify pass, and so it must. A page layout that is unknown here (AMX)
+    is left to the platform, too: AR never needed to know it.
     """
     if metadata is None or not fast_causal(query.device.type, query.dtype):
         return None
