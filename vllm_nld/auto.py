@@ -36,6 +36,11 @@ AR_STEPS_PER_CHOICE = 8
 """AR steps that follow from one choice of AR, as long as the batch stays as it is."""
 MARGIN = 1.06
 """How much better than AR drafting must look: the best of many noisy estimates looks better than it is."""
+LEAST_CHANCES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05, 0.03, 0.01)
+"""What is tried for the least chance that a draft must have to be worth its place. Each token costs about the same, so
+the best choice takes drafts by their chance, whichever request they belong to."""
+INTERRUPTED = 8.0
+"""Multiple of its price from which on a step's time is no price."""
 PROBED_REQUESTS = 4
 """Requests that are probed together."""
 PROBE_EVERY = 64
@@ -57,12 +62,14 @@ class Candidate:
         acceptance: what is known of its drafts.
         longest: tokens of its longest possible block, seed included; at least 2.
         idle_steps: steps since it last drafted.
+        must_draft: AR is no choice for it.
     """
 
     row: int
     acceptance: Acceptance
     longest: int
     idle_steps: int = 0
+    must_draft: bool = False
 
 
 @dataclass
@@ -178,36 +185,36 @@ class AutoMode:
         self, candidates: Sequence[Candidate], requests: int, tokens: int, gain: float | None = None
     ) -> dict[int, int]:
         """Return the blocks with the most tokens per second; expected gains count ``gain`` times (None: corrected)."""
-        ranked = sorted(candidates, key=lambda candidate: -candidate.acceptance.hopeful_rate)
         correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
         gain = correction.gain if gain is None else gain
         # Accepted drafts of other modes are decided whatever is chosen here.
         plain = correction.plain * self._plain_seconds(requests, tokens)
-        best, choice = MARGIN * tokens / max(plain, 1e-9), dict[int, int]()
-        # One request more or less hardly matters among many: 1, 2, 4, ... of the most promising, or all.
-        counts = {1 << bit for bit in range(len(ranked).bit_length())} | {len(ranked)}
-        for length in self.lengths:
-            gained, block_tokens, blocks = 0.0, 0, dict[int, int]()
-            for candidate in ranked:
-                own = min(length, candidate.longest)
-                gained += candidate.acceptance.hopeful_tokens(own) - 1
-                block_tokens += own
-                blocks[candidate.row] = own
-                if len(blocks) not in counts:
-                    continue
-                seconds = correction.seconds * self._cycle_seconds(tokens, block_tokens, len(blocks))
-                rate = (tokens + gain * gained) / max(seconds, 1e-9)
-                if rate > best:
-                    best, choice = rate, dict(blocks)
+        must_draft = any(candidate.must_draft for candidate in candidates)
+        best, choice = 0.0 if must_draft else MARGIN * tokens / max(plain, 1e-9), dict[int, int]()
+        offers = [self._offers(candidate) for candidate in candidates]
+        tried = None
+        for least in LEAST_CHANCES:
+            blocks, gained = _taken(candidates, offers, least)
+            if not blocks or blocks == tried:
+                continue
+            tried = blocks
+            seconds = correction.seconds * self._cycle_seconds(tokens, sum(blocks.values()), len(blocks))
+            rate = (tokens + gain * gained) / max(seconds, 1e-9)
+            if rate > best:
+                best, choice = rate, blocks
         return choice
 
+    def _offers(self, candidate: Candidate) -> list[tuple[float, int, float]]:
+        """Return a request's possible blocks, longest first: their last draft's chance, their length, their gain."""
+        rate = candidate.acceptance.hopeful_rate
+        lengths = dict.fromkeys(min(length, candidate.longest) for length in reversed(self.lengths))
+        return [(rate ** (n - 1), n, candidate.acceptance.hopeful_tokens(n) - 1) for n in lengths]
+
     def _plain_seconds(self, requests: int, tokens: int) -> float:
-        verify = self.costs.verify.seconds(tokens)
         if tokens > requests:
-            return verify
+            return self.costs.verify.seconds(tokens)
         # As with the sizes of a curve: a step with drafts in it is no cheaper than one without.
-        plain = self.costs.ar.seconds(requests)
-        return min(plain, verify) if any(map(self.costs.verify.is_known, self.costs.verify.samples)) else plain
+        return min(self.costs.ar.seconds(requests), self.costs.verify.ceiling(tokens))
 
     def _cycle_seconds(self, tokens: int, block_tokens: int, blocks: int) -> float:
         verified = tokens + max(1, round(self._kept * (block_tokens - blocks)))
@@ -217,6 +224,8 @@ class AutoMode:
         self, candidates: Sequence[Candidate], requests: int, tokens: int, chosen: dict[int, int]
     ) -> tuple[dict[int, int], str] | None:
         """Return a choice that is made to learn something, with its reason, if one is due and affordable."""
+        if any(candidate.must_draft for candidate in candidates):
+            return None
         if chosen and tokens == requests:
             bucket = self.costs.ar.bucket(requests)
             if self.costs.ar.samples.get(bucket, 0) < AR_SAMPLES:
@@ -279,6 +288,10 @@ class AutoMode:
             accepted: drafts of auto mode's blocks that it accepted.
             seconds: what it took, host time included.
         """
+        if self._was_interrupted(requests, tokens, seconds):
+            self.forget_cycle()
+            self._charging = False
+            return
         self._spend(seconds)
         if self._expected is not None:
             correction, gain, expected_seconds = self._expected
@@ -293,6 +306,11 @@ class AutoMode:
             self._last_ar[self.costs.ar.bucket(requests)] = self._clock()
         else:
             self.costs.verify.observe(tokens, seconds)
+
+    def _was_interrupted(self, requests: int, tokens: int, seconds: float) -> bool:
+        """Whether a step took so long that this is no price: the process was stopped, or nobody asked for a step."""
+        curve, size = (self.costs.ar, requests) if tokens == requests else (self.costs.verify, tokens)
+        return curve.is_known(curve.bucket(size)) and seconds > INTERRUPTED * curve.seconds(size)
 
     def observe_draft(self, tokens: int, seconds: float) -> None:
         """Take in the price of filling blocks of ``tokens`` tokens."""
@@ -317,6 +335,20 @@ class AutoMode:
             f"AR step {self.costs.ar.seconds(requests) * 1e3:.2f} ms, draft of {length} "
             f"{self.costs.draft.seconds(length) * 1e3:.2f} ms, verify {self.costs.verify.seconds(length) * 1e3:.2f} ms"
         )
+
+
+def _taken(
+    candidates: Sequence[Candidate], offers: Sequence[list[tuple[float, int, float]]], least: float
+) -> tuple[dict[int, int], float]:
+    """Return the longest blocks whose last drafts have at least this chance to be accepted, and their gain in all."""
+    blocks, gained = dict[int, int](), 0.0
+    for candidate, own in zip(candidates, offers, strict=True):
+        for chance, length, gain in own:
+            if chance >= least or (candidate.must_draft and length == own[-1][1]):
+                blocks[candidate.row] = length
+                gained += gain
+                break
+    return blocks, gained
 
 
 def _hoped(candidates: Sequence[Candidate]) -> list[Candidate]:

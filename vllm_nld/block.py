@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -66,6 +67,8 @@ class Block:
         stop_ids: a block is done as soon as one of these is decided with nothing undecided before it.
         passes: forwards that the block has taken.
         confidence: per position, the probability of the chosen token when it was committed; 1 where it was given.
+        adapted: whether its forwards run with the draft adapter, if there is one.
+        task: the request's own LoRA (vLLM's ``LoRARequest``), or None.
         pages: int32, the cache pages that hold the prefix, and perhaps more. The block's own copy, because its request
             may leave vLLM's batch while it is filled. None before the first forward and while the request is preempted.
     """
@@ -77,6 +80,8 @@ class Block:
     stop_ids: frozenset[int] = frozenset()
     passes: int = 0
     confidence: list[float] = field(default_factory=list)
+    adapted: bool = False
+    task: Any = None
     pages: Tensor | None = None
 
     def __post_init__(self) -> None:

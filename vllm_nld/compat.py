@@ -236,6 +236,23 @@ def draft_token_ids(drafts: dict[str, list[int]]) -> Any:
     return DraftTokenIds(list(drafts), list(drafts.values()))
 
 
+def set_active_loras(runner: Any, by_logit: list[int], by_token: list[int], requests: set[Any]) -> None:
+    """Have the next forward use LoRAs.
+
+    Args:
+        runner: vLLM's model runner, with LoRAs enabled.
+        by_logit: LoRA id of every row of logits; 0 for none.
+        by_token: LoRA id of every token.
+        requests: the ``LoRARequest`` of every id.
+
+    Raises:
+        NLDError: the runner has no ``_set_active_loras``.
+    """
+    if not hasattr(runner, "_set_active_loras"):
+        raise NLDError(f"this vLLM's model runner has no '_set_active_loras'; vllm-nld supports vLLM {SUPPORTED}")
+    runner._set_active_loras(tuple(by_logit), tuple(by_token), requests)
+
+
 def attach_proposer(runner: Any, drafts: int) -> None:
     """Introduce the runner's proposer to the runner, and have it asked for drafts near the length limit too.
 
@@ -245,7 +262,7 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     Raises:
         NLDError: the runner lacks what this relies on.
     """
-    from vllm_nld.verify import accept_diffusion
+    from vllm_nld.verify import accept_diffusion, tell_draft_probs
 
     for name in (
         "drafter",
@@ -262,6 +279,7 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     if not hasattr(runner.rejection_sampler, "apply_logits_processors"):
         raise NLDError(f"this vLLM's rejection sampler changed; vllm-nld supports vLLM {SUPPORTED}")
     accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion)
+    tell_draft_probs(runner.rejection_sampler, runner.drafter.draft_probs)
 
 
 def repair_cpu_temperature() -> None:

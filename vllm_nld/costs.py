@@ -25,12 +25,17 @@ def round_size(tokens: int) -> int:
 
 
 class CostCurve:
-    """Seconds of a forward as a function of its size, by interpolation between the sizes that were measured."""
+    """Seconds of a forward as a function of its size, by interpolation between the sizes that were measured.
+
+    Start-up measures bare forwards, which know nothing of host time. So sizes that no step has had yet are priced by
+    that guess plus what steps of other sizes took beyond theirs.
+    """
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
-        self._seconds: dict[int, float] = {}
+        self._guesses: dict[int, float] = {}
         self._recent: dict[int, deque[float]] = {}
+        self._prices: dict[int, float] = {}
         self.samples: dict[int, int] = {}
 
     @staticmethod
@@ -42,18 +47,17 @@ class CostCurve:
     def start(self, size: int, seconds: float) -> None:
         """Set a first guess. It counts like one measurement, so that the first real one is doubted: it may compile."""
         bucket = self.bucket(size)
-        self._recent[bucket] = deque([seconds], maxlen=RECENT)
-        self._set(bucket, seconds)
+        self._guesses[bucket] = seconds
+        self._price(bucket, 0.0)
 
     def observe(self, size: int, seconds: float) -> None:
         """Take a measurement in: the price is the median of recent ones, the lower one of two."""
         bucket = self.bucket(size)
         self.samples[bucket] = self.samples.get(bucket, 0) + 1
-        recent = self._recent.setdefault(bucket, deque(maxlen=RECENT))
-        recent.append(seconds)
-        if self.samples[bucket] == KNOWN and len(recent) > KNOWN:
-            recent.popleft()  # the guess, which knows nothing of host time
-        self._set(bucket, median_low(recent))
+        self._recent.setdefault(bucket, deque(maxlen=RECENT)).append(seconds)
+        self._price(bucket, 0.0)
+        if self.samples[bucket] <= KNOWN or self.samples[bucket] % RECENT == 0:
+            self._price_guesses()
 
     def seconds(self, size: int) -> float:
         """Return the expected seconds; 0 if nothing was ever measured.
@@ -62,32 +66,47 @@ class CostCurve:
         """
         if not self._sizes or size <= 0:
             return 0.0
+        return min(self._interpolated(self.bucket(size)), self.ceiling(size))
+
+    def ceiling(self, size: int) -> float:
+        """Return the least that this size or a larger one was seen to take; infinity if none was."""
         bucket = self.bucket(size)
-        larger = (self._seconds[other] for other in self._sizes if other >= bucket and self.is_known(other))
-        return min(self._interpolated(bucket), min(larger, default=math.inf))
+        larger = (self._prices[other] for other in self._sizes if other >= bucket and self.is_known(other))
+        return min(larger, default=math.inf)
 
     def is_known(self, bucket: int) -> bool:
         """Whether a bucket's price comes from measurements, and not from a guess."""
         return self.samples.get(bucket, 0) >= KNOWN
 
+    def _price_guesses(self) -> None:
+        """Price the sizes that are not known by their guess, and what known ones take beyond theirs."""
+        known = [bucket for bucket in self._guesses if self.is_known(bucket)]
+        if known:
+            beyond = median_low(self._prices[bucket] - self._guesses[bucket] for bucket in known)
+            for bucket in self._guesses.keys() - set(known):
+                self._price(bucket, beyond)
+
+    def _price(self, bucket: int, beyond: float) -> None:
+        if bucket not in self._prices:
+            insort(self._sizes, bucket)
+        recent = list(self._recent.get(bucket, ()))
+        if bucket in self._guesses and not self.is_known(bucket):
+            recent.append(max(0.0, self._guesses[bucket] + beyond))
+        self._prices[bucket] = median_low(recent)
+
     def _interpolated(self, bucket: int) -> float:
         place = bisect_left(self._sizes, bucket)
         if place < len(self._sizes) and self._sizes[place] == bucket:
-            return self._seconds[bucket]
+            return self._prices[bucket]
         if place == 0:
-            return self._seconds[self._sizes[0]]
+            return self._prices[self._sizes[0]]
         if place == len(self._sizes):
             # A forward at least as large costs at most in proportion.
             last = self._sizes[-1]
-            return self._seconds[last] * bucket / last
+            return self._prices[last] * bucket / last
         low, high = self._sizes[place - 1], self._sizes[place]
         share = (bucket - low) / (high - low)
-        return self._seconds[low] * (1 - share) + self._seconds[high] * share
-
-    def _set(self, bucket: int, seconds: float) -> None:
-        if bucket not in self._seconds:
-            insort(self._sizes, bucket)
-        self._seconds[bucket] = seconds
+        return self._prices[low] * (1 - share) + self._prices[high] * share
 
 
 class Costs:

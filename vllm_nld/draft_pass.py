@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 
 from vllm_nld.attention.backend import BlockTable, DraftMetadata, block_table, page_layout
 from vllm_nld.attention.torch_ops import BIDIRECTIONAL
 from vllm_nld.block import Block
 from vllm_nld.costs import round_size
+from vllm_nld.draft_adapter import load_adapter
+from vllm_nld.draft_lora import adapter_of
 from vllm_nld.selection import select
+from vllm_nld.token_choice import DraftChoice
 
 if TYPE_CHECKING:
     from vllm_nld.learned_sampler import LearnedSampler
@@ -33,6 +37,8 @@ class DraftPass:
     Attributes:
         forwards: model forwards so far, for the NFE.
         block_forwards: the same, counted once per block that took part.
+        has_adapter: whether drafts run with the draft adapter.
+        activate_tasks: called with blocks, tokens and logits rows before a forward, if requests may have LoRAs.
         compact: leave blocks that are done out of the next forward. Off only to measure what it saves.
     """
 
@@ -51,6 +57,15 @@ class DraftPass:
         context = vllm_config.compilation_config.static_forward_context
         self.layers = {name: layer for name, layer in context.items() if hasattr(layer, "kv_cache")}
         self.table: BlockTable = block_table(vllm_config)
+        self.has_adapter = self._load_adapter()
+        self.activate_tasks: Callable[[Sequence[Block], int, int], None] | None = None
+
+    def _load_adapter(self) -> bool:
+        adapter = adapter_of(self.vllm_config)
+        if adapter is not None:
+            group = get_tp_group()
+            load_adapter(adapter, self.model, group.rank_in_group, group.world_size)
+        return adapter is not None
 
     def find_layout(self) -> None:
         """Find the cache's page layout now, at start-up, and not with the first request.
@@ -140,6 +155,8 @@ class DraftPass:
         per_layer = dict.fromkeys(self.layers, self._metadata(blocks))
         masked = (ids == self.mask_token_id).nonzero().squeeze(1)
         ids, positions, wanted = _rounded(ids, self.max_tokens), _rounded(positions, self.max_tokens), _rounded(masked)
+        if self.activate_tasks is not None:
+            self.activate_tasks(blocks, ids.numel(), wanted.numel())
         with set_forward_context(per_layer, self.vllm_config, num_tokens=ids.numel(), slot_mapping={}):
             hidden = self.model(input_ids=ids.to(self.device), positions=positions.to(self.device))
         logits: Tensor = self.model.compute_logits(hidden[wanted.to(self.device)])
@@ -157,7 +174,19 @@ class DraftPass:
             return torch.tensor(values, dtype=torch.int32).to(self.device)
 
         starts = ints([0, *accumulate(lengths)])
-        return DraftMetadata(pages, ints(prefixes), starts, ints([BIDIRECTIONAL] * len(blocks)), max(lengths), longest)
+        kinds = ints([BIDIRECTIONAL] * len(blocks))
+        return DraftMetadata(pages, ints(prefixes), starts, kinds, max(lengths), longest, self._adapted(blocks))
+
+    def _adapted(self, blocks: Sequence[Block]) -> Tensor | slice | None:
+        """Return which tokens of a forward the draft adapter applies to."""
+        adapted = [block.adapted for block in blocks]
+        if not any(adapted) or not self.has_adapter:
+            return None
+        if all(adapted):
+            return slice(None)
+        return torch.tensor([block.adapted for block in blocks for _ in block.tokens], device=self.device).nonzero()[
+            :, 0
+        ]
 
     def _pages(self, block: Block) -> Tensor:
         if block.prefix == 0:
@@ -168,9 +197,7 @@ class DraftPass:
     def _commit(self, blocks: Sequence[Block], logits: Tensor) -> None:
         """Choose a token for every masked position, decide which to commit, and write those into the blocks."""
         masked = _padded([[token == self.mask_token_id for token in block.tokens] for block in blocks])
-        tokens = self._choose(blocks, logits)
-        peak = torch.logsumexp(logits, -1)
-        confidence = (logits.gather(1, tokens[:, None]).squeeze(1) - peak).exp()
+        tokens, confidence = self._choose(blocks, logits)
         dense = torch.zeros(masked.shape)
         dense[masked] = confidence.cpu()
         entropy = None
@@ -188,9 +215,10 @@ class DraftPass:
                     block.tokens[position] = values[position]
                     block.confidence[position] = surety[position]
 
-    def _choose(self, blocks: Sequence[Block], logits: Tensor) -> Tensor:
-        """Return a token per masked position, int64 ``[masked]``."""
+    def _choose(self, blocks: Sequence[Block], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a token per masked position, int64 ``[masked]``, and how sure it is, float32 ``[masked]``."""
         tokens = logits.argmax(-1)
+        drawn: list[tuple[slice, DraftChoice]] = []
         start = 0
         for block in blocks:
             positions = [i for i, token in enumerate(block.tokens) if token == self.mask_token_id]
@@ -198,8 +226,13 @@ class DraftPass:
                 rows = slice(start, start + len(positions))
                 decided = [token for token in block.tokens if token != self.mask_token_id]
                 tokens[rows] = block.choice.choose(logits[rows], positions, decided)
+                if isinstance(block.choice, DraftChoice):
+                    drawn.append((rows, block.choice))
             start += len(positions)
-        return tokens
+        confidence = (logits.gather(1, tokens[:, None]).squeeze(1) - torch.logsumexp(logits, -1)).exp()
+        for rows, choice in drawn:
+            confidence[rows] = choice.peak
+        return tokens, confidence
 
     def _scores(self, blocks: Sequence[Block], logits: Tensor, masked: Tensor) -> Tensor | None:
         """Return the learned sampler's scores, float ``[rows, length]``, if a row asks for them."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from vllm_nld import ARCHITECTURE, compat
 from vllm_nld.checkpoint_check import check_tensors
 from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.draft_lora import adapter_of
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NAMESPACE, NLDOptions
 from vllm_nld.request_options import PROPOSER_PATHS
@@ -54,7 +55,10 @@ class NLDEngineConfig:
         if _is_self_speculation(vllm_config.speculative_config):
             _check_speculation(vllm_config)
             compat.use_worker_subclass(vllm_config.parallel_config)
-            compat.use_scheduler_subclass(vllm_config.scheduler_config)
+            if vllm_config.lora_config is None:
+                # vLLM counts the LoRAs of the requests in a step; a parked one would come back on top of max_loras.
+                compat.use_scheduler_subclass(vllm_config.scheduler_config)
+            adapter_of(vllm_config)
         _check_weights(vllm_config)
 
 
@@ -98,11 +102,6 @@ def _check_speculation(vllm_config: Any) -> None:
         raise NLDError(
             f"pipeline_parallel_size={parallel.pipeline_parallel_size} with self-speculation: a draft runs the whole "
             "model, which no pipeline stage holds; use pipeline_parallel_size=1 (tensor_parallel_size is supported)"
-        )
-    if vllm_config.lora_config is not None:
-        raise NLDError(
-            "enable_lora=True with self-speculation: a draft pass would run with another request's adapter; "
-            "leave one of the two out"
         )
     cache_dtype = vllm_config.cache_config.cache_dtype
     allowed = CACHE_DTYPES + (FLOAT8_CACHE_DTYPES if vllm_config.device_config.device_type == "cpu" else ())

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import CacheConfig, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
@@ -22,6 +22,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm_nld import compat
 from vllm_nld.attention.backend import block_attention_backend
 from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.draft_adapter import DraftAdapter
+from vllm_nld.draft_lora import adapter_of
 
 
 class NLDAttention(nn.Module):
@@ -53,9 +55,13 @@ class NLDAttention(nn.Module):
             hidden_size, config.head_dim, num_heads, num_kv_heads, bias, quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )  # fmt: skip
+        self.draft_adapter = _draft_adapter(self.q_size, hidden_size)
+        # With an adapter the sum over ranks is taken behind it, once for both.
+        self.sums_itself = self.draft_adapter is not None and shards > 1
         self.o_proj = RowParallelLinear(
-            num_heads * config.head_dim, hidden_size, bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
-        )
+            num_heads * config.head_dim, hidden_size, bias_o_proj, reduce_results=not self.sums_itself,
+            quant_config=quant_config, prefix=f"{prefix}.o_proj",
+        )  # fmt: skip
         self.rotary_emb = compat.unscaled_rope(config.head_dim, max_position_embeddings, config.rope_parameters)
         self.attn = Attention(
             heads,
@@ -77,9 +83,16 @@ class NLDAttention(nn.Module):
             turns = torch.floor(positions / self.scaling_config["original_max_position_embeddings"])
             scale = 1 + self.scaling_config["beta"] * torch.log1p(turns)
             query = (query * scale.unsqueeze(-1)).to(query.dtype)
-        output, _ = self.o_proj(self.attn(query, key, value))
-        projected: Tensor = output
-        return projected
+        attended = self.attn(query, key, value)
+        projected: Tensor = self.o_proj(attended)[0]
+        if self.draft_adapter is not None:
+            self.draft_adapter(attended, projected)
+        return tensor_model_parallel_all_reduce(projected) if self.sums_itself else projected
+
+
+def _draft_adapter(inputs: int, outputs: int) -> DraftAdapter | None:
+    adapter = adapter_of(get_current_vllm_config())
+    return None if adapter is None else DraftAdapter(adapter.rank, inputs, outputs)
 
 
 class NLDDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]

@@ -34,12 +34,31 @@ class NLDOptions(BaseModel):
         ge=2,
         description="Tokens of a block, seed included; at most 1 + num_speculative_tokens, which is the default.",
     )
+    adaptive: bool = Field(
+        default=False,
+        description="Self-speculation. Choose every block's length, and how many of its drafts to verify, by the "
+        "request's acceptance so far and the drafts' confidence, block_length being the longest. Auto mode does, too.",
+    )
     draft_threshold: float = Field(
         default=0.0,
         ge=0.0,
         le=1.0,
         description="Self-speculation. 0 fills a block by one draft forward. Above 0, each draft forward commits only "
         "the positions at least this probable (and always the best one), and drafting repeats until the block is full.",
+    )
+    draft_lora: str = Field(
+        default="auto",
+        description="Engine only. The adapter that is active while self-speculation drafts: 'auto' takes the "
+        "checkpoint's own (its folder linear_spec_lora) if it brings one, 'off' none; else the path of a PEFT folder.",
+    )
+    draft_adapter: bool = Field(
+        default=True,
+        description="Self-speculation. Draft with the engine's adapter, if it has one.",
+    )
+    sampled_drafts: bool = Field(
+        default=True,
+        description="Self-speculation of requests with a temperature. True draws the drafts from the draft's own "
+        "distribution, which the rejection sampler is told; False drafts the most probable tokens.",
     )
     sampler: Sampler = Field(
         default="confidence_threshold",

@@ -13,6 +13,8 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
@@ -27,7 +29,9 @@ from vllm_nld.options import NLDOptions
 from vllm_nld.parking import Parked, SchedulerNote, WorkerNote, may_leave
 from vllm_nld.request_options import EngineTraits
 from vllm_nld.requests import Requests, RequestState
+from vllm_nld.task_lora import TaskLoRAs
 from vllm_nld.thinking import thinking_tokens
+from vllm_nld.token_choice import DraftChoice
 
 logger = init_logger("vllm.nld.proposer")
 
@@ -58,6 +62,7 @@ class SelfSpeculation:
         self.auto = AutoMode(self.block_length)
         self.ledger = Ledger()
         self._requests: Requests | None = None
+        self._tasks: TaskLoRAs | None = None
         self._scheduled: dict[str, int] = {}
         self._drafted: dict[str, list[int]] = {}
         self._left_at: float | None = None
@@ -77,12 +82,14 @@ class SelfSpeculation:
 
             sampler = LearnedSampler.load(traits.learned_sampler).to(next(target_model.parameters()).device)
         self.draft_pass = DraftPass(self.vllm_config, target_model, sampler)
+        self.draft_pass.activate_tasks = self._tasks
         logger.info(
-            "Self-speculation is active: block length %d (1 seed + %d drafts), draft threshold %s, mode %s",
+            "Self-speculation is active: block length %d (1 seed + %d drafts), draft threshold %s, mode %s, %s",
             self.block_length,
             self.block_length - 1,
             self.options.draft_threshold,
             self.options.mode,
+            "draft adapter" if self.draft_pass.has_adapter else "no draft adapter",
         )
 
     def measure_costs(self, seconds: float = 2.0) -> None:
@@ -100,11 +107,32 @@ class SelfSpeculation:
         """Let the proposer see the requests and the final length limit (called by the worker)."""
         self.max_model_len = runner.max_model_len
         self._requests = Requests(runner, EngineTraits.of(self.vllm_config), thinking_tokens(self.vllm_config))
+        if self.vllm_config.lora_config is not None:
+            self._tasks = TaskLoRAs(runner, self.mask_token_id)
 
     def is_diffusion(self, row: int) -> bool:
         """Whether the request in a batch row decodes by diffusion; vLLM's warm-up samples rows without requests."""
         requests = self._known_requests()
         return row < requests.rows and requests.at(row).is_diffusion
+
+    def draft_probs(self, metadata: Any) -> Tensor | None:
+        """Return what the drafts of a step were drawn from, float32 ``[drafts, vocab]``; None if none was drawn.
+
+        Args:
+            metadata: vLLM's ``SpecDecodeMetadata`` of the step, in the order of the batch's rows.
+        """
+        counts, requests = metadata.num_draft_tokens, self._known_requests()
+        states = [requests.at(row) if count and row < requests.rows else None for row, count in enumerate(counts)]
+        if all(state is None or state.draft_probs is None for state in states):
+            return None
+        ids = metadata.draft_token_ids.long().clamp_min(0)[:, None]
+        probs = torch.zeros(len(ids), self.vocab_size, device=ids.device).scatter_(1, ids, 1.0)
+        start = 0
+        for state, count in zip(states, counts, strict=True):
+            if state is not None and state.draft_probs is not None:
+                probs[start : start + count] = state.draft_probs[:count]
+            start += count
+        return probs
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Take note of what the causal pass is about to run, and forget requests that are over (called by the worker).
@@ -219,12 +247,13 @@ class SelfSpeculation:
         if any(state.is_prefill(self._scheduled, self._drafted) for state in states.values()):
             return
         tokens = sum(self._scheduled.get(state.request_id, 0) for state in states.values())
-        automatic = [row for row, state in states.items() if state.options.mode == "auto"]
+        automatic = [row for row, state in states.items() if state.is_adaptive]
         accepted = sum(len(sampled[row]) - 1 for row in automatic)
         self.auto.observe_step(len(states), tokens, accepted, now - self._left_at)
 
     def _settle(self, state: RequestState, sampled: list[int]) -> None:
         """Book the causal pass that has just decided ``sampled``."""
+        state.draft_probs = None
         drafts = len(self._drafted.get(state.request_id, ()))
         accepted = len(sampled) - 1
         prefill = state.is_prefill(self._scheduled, self._drafted)
@@ -247,7 +276,7 @@ class SelfSpeculation:
         """
         blocks: dict[int, Block] = {}
         opened: dict[int, Block] = {}
-        automatic: list[int] = []
+        adaptive: list[int] = []
         for row, state in states.items():
             if state.options.mode == "ar" or state.is_over(tokens.sampled[row]):
                 continue
@@ -256,16 +285,16 @@ class SelfSpeculation:
                 if block is not None:
                     parks = self.parks and state.options.seed_first and state.interrupted is None
                     (opened if parks else blocks)[row] = block
+            elif state.is_adaptive:
+                adaptive.append(row)
             elif state.options.mode == "self_speculation":
                 longest = self._longest(row, state, tokens)
                 if longest >= 2:
                     blocks[row] = self._draft_block(row, state, tokens, longest)
-            elif not state.is_reproducible:
-                automatic.append(row)
         requests = len(states) - len(opened)
         planned = requests + sum(map(len, drafts)) + sum(block.length - 1 for block in blocks.values())
-        if automatic and not self.auto.stays_with_ar(automatic, requests, planned):
-            for row, length in self._plan(automatic, states, tokens, requests, planned).items():
+        if adaptive and not self.auto.stays_with_ar(adaptive, requests, planned):
+            for row, length in self._plan(adaptive, states, tokens, requests, planned).items():
                 blocks[row] = self._draft_block(row, states[row], tokens, length)
         self._draft_pass().locate(blocks | opened)
         for row, block in opened.items():
@@ -280,7 +309,9 @@ class SelfSpeculation:
         for row in rows:
             longest = self._longest(row, states[row], tokens)
             if longest >= 2:
-                candidates.append(Candidate(row, states[row].acceptance, longest, states[row].idle_steps))
+                state = states[row]
+                must_draft = state.options.mode == "self_speculation"
+                candidates.append(Candidate(row, state.acceptance, longest, state.idle_steps, must_draft))
         chosen = self.auto.plan(candidates, requests, planned)
         for candidate in candidates:
             states[candidate.row].note_choice(candidate.row in chosen)
@@ -291,7 +322,8 @@ class SelfSpeculation:
         return state.longest_draft_block(min(state.options.block_length or self.block_length, room))
 
     def _draft_block(self, row: int, state: RequestState, tokens: _Tokens, length: int) -> Block:
-        return state.draft_block(tokens.sampled[row][-1], int(tokens.decided[row]) - 1, length, self.mask_token_id)
+        seed, prefix = tokens.sampled[row][-1], int(tokens.decided[row]) - 1
+        return state.draft_block(seed, prefix, length, self.mask_token_id, self.vocab_size)
 
     def _diffusion(self, row: int, state: RequestState, tokens: _Tokens, drafts: list[list[int]]) -> Block | None:
         """Return a diffusion request's next block, or hand out what is left of the one that was cut short."""
@@ -327,18 +359,18 @@ class SelfSpeculation:
         for row, block in blocks.items():
             kind, mode = ("denoise", "diffusion") if states[row].is_diffusion else ("draft", "self_speculation")
             self.ledger.block(states[row].tally, kind, mode, block.passes)
-        automatic = [row for row in blocks if states[row].options.mode == "auto"]
+        adaptive = [row for row in blocks if states[row].is_adaptive]
         if mixed:
             # The forward and the causal pass also serve blocks that auto mode did not reckon with.
             self.auto.forget_cycle()
         elif blocks and all(block.passes == 1 for block in blocks.values()):
             self.auto.observe_draft(sum(block.length for block in blocks.values()), seconds)
-        if automatic:
-            others_drafts = sum(blocks[row].length - 1 for row in blocks if row not in automatic)
-            for row in automatic:
+        if adaptive:
+            others_drafts = sum(blocks[row].length - 1 for row in blocks if row not in adaptive)
+            for row in adaptive:
                 states[row].confidence = blocks[row].confidence[1:]
-            keep = self.auto.trim([states[row].chances() for row in automatic], requests + others_drafts, seconds)
-            for row, drafts in zip(automatic, keep, strict=True):
+            keep = self.auto.trim([states[row].chances() for row in adaptive], requests + others_drafts, seconds)
+            for row, drafts in zip(adaptive, keep, strict=True):
                 del blocks[row].tokens[1 + drafts :]
 
     def _run(self, blocks: list[Block], others: bool) -> None:
@@ -365,6 +397,7 @@ class SelfSpeculation:
         """Return a filled block's tokens behind its first, which is decided by now."""
         if not state.is_diffusion:
             state.confidence = block.confidence[1:]
+            state.draft_probs = block.choice.probs if isinstance(block.choice, DraftChoice) else None
             return block.decided(self.mask_token_id)[1:]
         if state.interrupted is not None:
             # The resumption ran the seed again and sampled behind it, where the block has a token of its own.

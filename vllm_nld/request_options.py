@@ -20,7 +20,10 @@ LEARNED_SAMPLER_FOLDER = "learned_sampler"
 
 MODES_OF_KEY: dict[str, tuple[str, ...]] = {
     "block_length": ("auto", "self_speculation", "diffusion"),
+    "adaptive": ("self_speculation",),
     "draft_threshold": ("auto", "self_speculation"),
+    "draft_adapter": ("auto", "self_speculation"),
+    "sampled_drafts": ("auto", "self_speculation"),
     "sampler": ("diffusion",),
     "threshold": ("diffusion",),
     "tokens_per_step": ("diffusion",),
@@ -29,6 +32,9 @@ MODES_OF_KEY: dict[str, tuple[str, ...]] = {
     "temperature": ("diffusion",),
     "seed_first": ("diffusion",),
 }
+ENGINE_KEYS = ("draft_lora",)
+"""What a request cannot choose: it is settled when the engine loads."""
+BOOLEANS = {key for key, field in NLDOptions.model_fields.items() if field.annotation is bool}
 SAMPLERS_OF_KEY: dict[str, tuple[str, ...]] = {
     "threshold": ("confidence_threshold", "learned"),
     "tokens_per_step": ("top_k", "left_to_right"),
@@ -124,8 +130,9 @@ def _own_keys(extra_args: dict[str, Any]) -> Any:
                 f'extra_args["{NAMESPACE}"]={nested!r} is not JSON; allowed: an object such as {{"mode": "diffusion"}}'
             ) from None
     flat = {key.removeprefix(f"{NAMESPACE}."): value for key, value in extra_args.items() if key.startswith("nld.")}
-    if "seed_first" in flat and flat["seed_first"] in (0, 1):  # vllm_xargs has no booleans: they arrive as numbers
-        flat["seed_first"] = bool(flat["seed_first"])
+    for key in flat.keys() & BOOLEANS:
+        if flat[key] in (0, 1):  # vllm_xargs has no booleans: they arrive as numbers
+            flat[key] = bool(flat[key])
     return nested | flat if isinstance(nested, dict) else nested
 
 
@@ -146,6 +153,11 @@ def _check_engine(options: NLDOptions, engine: EngineTraits, own: dict[str, Any]
 def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> None:
     """Refuse a key that would have no effect: its author expects one."""
     for key in own:
+        if key in ENGINE_KEYS:
+            raise NLDError(
+                f"{where}.{key}={own[key]!r} is not a request's to choose; allowed in "
+                f'--additional-config \'{{"{NAMESPACE}": {{"{key}": ...}}}}\' of the server'
+            )
         modes = MODES_OF_KEY.get(key)
         if modes is not None and options.mode not in modes:
             raise NLDError(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from vllm_nld.acceptance import Acceptance, Prior
 from vllm_nld.accounting import Tally
 from vllm_nld.auto import AR_STEPS_PER_CHOICE
@@ -14,7 +16,7 @@ from vllm_nld.block import Block, CommitRule
 from vllm_nld.options import NLDOptions
 from vllm_nld.request_options import EngineTraits, request_options
 from vllm_nld.thinking import ThinkingBudget
-from vllm_nld.token_choice import TokenChoice
+from vllm_nld.token_choice import DraftChoice, TokenChoice
 
 FORGET_SHARE = 0.01
 """What a step without a draft takes off the evidence on a request's acceptance."""
@@ -32,6 +34,7 @@ class RequestState:
         thinking: its thinking budget, if it has one.
         idle_steps: steps since it last drafted in auto mode.
         confidence: of the drafts that were handed out last.
+        draft_probs: float32 ``[drafts, vocab]``, what those were drawn from; None if they were not drawn.
         pending: tokens of a diffusion block that causal passes are still to commit, in order.
         interrupted: a diffusion block that was open when the request was preempted; it goes on when the request does.
         tally: what it has cost and yielded so far.
@@ -44,6 +47,7 @@ class RequestState:
     thinking: ThinkingBudget | None = None
     idle_steps: int = 0
     confidence: list[float] = field(default_factory=list)
+    draft_probs: Tensor | None = None
     pending: list[int] = field(default_factory=list)
     interrupted: Block | None = None
     tally: Tally = field(default_factory=Tally)
@@ -52,6 +56,11 @@ class RequestState:
     def params(self) -> Any:
         """vLLM's ``SamplingParams``."""
         return self.cached.sampling_params
+
+    @property
+    def task(self) -> Any:
+        """The request's own LoRA (vLLM's ``LoRARequest``), or None."""
+        return getattr(self.cached, "lora_request", None)
 
     @property
     def is_diffusion(self) -> bool:
@@ -69,6 +78,12 @@ class RequestState:
     def is_reproducible(self) -> bool:
         """Whether the request's random draws are promised to be the same in every batch."""
         return self.params.seed is not None and self.params.temperature > 0
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the block length is chosen for every block, by measured time among other things."""
+        chooses = self.options.mode == "auto" or (self.options.mode == "self_speculation" and self.options.adaptive)
+        return chooses and not self.is_reproducible
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -132,9 +147,23 @@ class RequestState:
             return None
         return self.thinking.left(self.cached.prompt_token_ids or [], self.cached.output_token_ids)
 
-    def draft_block(self, seed: int, prefix: int, length: int, mask_token_id: int) -> Block:
+    def draft_block(self, seed: int, prefix: int, length: int, mask_token_id: int, vocab_size: int) -> Block:
         """Return a block of self-speculation to fill."""
-        return Block(prefix, [seed] + [mask_token_id] * (length - 1), CommitRule.for_drafts(self.options))
+        block = Block(prefix, [seed] + [mask_token_id] * (length - 1), CommitRule.for_drafts(self.options))
+        block.adapted, block.task = self.options.draft_adapter, self.task
+        if self.samples_drafts:
+            block.choice = self._choice(prefix, length, vocab_size, DraftChoice)
+        return block
+
+    @property
+    def samples_drafts(self) -> bool:
+        """Whether drafts are drawn, and not the most probable tokens.
+
+        Not over several forwards, whose distributions depend on drafts that come later in the text. Nor under a
+        grammar: the scheduler drops drafts that it forbids, which depends on what was drawn.
+        """
+        plain = self.options.draft_threshold == 0 and self.params.structured_outputs is None
+        return plain and self.options.sampled_drafts and self.params.temperature > 0
 
     def diffusion_block(
         self, seed: int, prefix: int, room: int, longest: int, mask_token_id: int, vocab_size: int
@@ -156,7 +185,7 @@ class RequestState:
         tokens = [seed if self.options.seed_first else mask_token_id] + [mask_token_id] * (length - 1)
         self._force_end_of_thinking(tokens)
         choice = self._choice(prefix, length, vocab_size)
-        return Block(prefix, tokens, CommitRule.for_diffusion(self.options), choice, self.stop_ids)
+        return Block(prefix, tokens, CommitRule.for_diffusion(self.options), choice, self.stop_ids, task=self.task)
 
     def _force_end_of_thinking(self, tokens: list[int]) -> None:
         """Write the end of thinking where the budget ends; the causal pass commits it like any other token."""
@@ -172,12 +201,16 @@ class RequestState:
             if position < len(tokens):
                 tokens[position] = token
 
-    def _choice(self, prefix: int, length: int, vocab_size: int) -> TokenChoice | None:
+    def _choice(
+        self, prefix: int, length: int, vocab_size: int, kind: type[TokenChoice] = TokenChoice
+    ) -> TokenChoice | None:
         """Return how tokens are chosen, or None where it is simply the most probable one."""
         params, generated = self.params, len(self.cached.output_token_ids)
-        temperature = params.temperature if self.options.temperature is None else self.options.temperature
+        temperature = params.temperature
+        if self.is_diffusion and self.options.temperature is not None:
+            temperature = self.options.temperature
         penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
-        seeded = int(self.options.seed_first)
+        seeded = int(self.options.seed_first or not self.is_diffusion)
         too_early = params.min_tokens - generated + seeded
         plain = penalties == (0.0, 0.0, 1.0) and params.allowed_token_ids is None and too_early <= 0
         if temperature == 0 and plain:
@@ -185,7 +218,7 @@ class RequestState:
         # vLLM's internal request ids are random, and the same on every tensor-parallel rank.
         seed = zlib.crc32(self.request_id.encode()) if params.seed is None else params.seed
         history = self.cached.output_token_ids[: generated - 1 + seeded]
-        return TokenChoice(
+        return kind(
             vocab_size=vocab_size,
             length=length,
             temperature=temperature,

@@ -48,12 +48,15 @@ class TokenChoice:
             positions: their places in the block.
             committed: the block's tokens decided so far, for penalties.
         """
-        logits = self._constrain(logits.clone(), positions, committed)
         if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = self._filter(logits / self.temperature)
+            return self._constrain(logits.clone(), positions, committed).argmax(-1)
         # Gumbel-max in its exponential form (as vLLM's random_sample): argmax of p / e is a sample of p.
-        return (logits.softmax(-1) / self._draw(logits.device)[positions]).argmax(-1)
+        return (self.distribution(logits, positions, committed) / self._draw(logits.device)[positions]).argmax(-1)
+
+    def distribution(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
+        """Return what a token is drawn from at a temperature above 0, float32 ``[positions, vocab]``."""
+        logits = self._constrain(logits.clone(), positions, committed)
+        return self._filter(logits.div_(self.temperature)).softmax(-1)
 
     def _constrain(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
         if self.penalties is not None:
@@ -102,7 +105,42 @@ class TokenChoice:
         """Exponential noise ``[length, vocab]`` of one forward; drawn for the whole block, so that it depends on
         nothing but the seed and the number of forwards before.
         """
+        noise = torch.empty(self.length, self.vocab_size, device=device)
+        return noise.exponential_(generator=self._random(device))
+
+    def _random(self, device: torch.device) -> torch.Generator:
         if self._generator is None:
             self._generator = torch.Generator(device).manual_seed(self.seed)
-        noise = torch.empty(self.length, self.vocab_size, device=device)
-        return noise.exponential_(generator=self._generator)
+        return self._generator
+
+
+@dataclass
+class DraftChoice(TokenChoice):
+    """Draws the drafts of one block of self-speculation, in its one forward, and keeps what they were drawn from.
+
+    Speculative sampling (Leviathan et al. 2023, appendix A.1; vLLM's ``rejection_sampler.py``) is exact if a draft is
+    drawn from the distribution that the sampler is told, given the drafts before it. Here every position's
+    distribution follows from prefix and seed alone, and the draws are independent. Nothing that depends on a draw may
+    decide how many drafts are verified, so their confidence is the distribution's peak, not the drawn token's share.
+
+    Attributes:
+        probs: float32 ``[positions, vocab]``, once drawn.
+    """
+
+    probs: Tensor | None = None
+
+    def choose(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
+        """Return draws, int64 ``[positions]``, by inverting the distribution function: one random number each."""
+        self.probs = self.distribution(logits, positions, committed)
+        # Summed in float64: in float32 the tail of 131072 tokens would be drawn too rarely or too often.
+        sums = self.probs.cumsum(-1, dtype=torch.float64)
+        draws = torch.rand(
+            self.length, dtype=torch.float64, device=logits.device, generator=self._random(logits.device)
+        )
+        return torch.searchsorted(sums, draws[positions, None] * sums[:, -1:], right=True).squeeze(1)
+
+    @property
+    def peak(self) -> Tensor:
+        """The largest probability of every position, float32 ``[positions]``."""
+        assert self.probs is not None, "drafts are drawn first"
+        return self.probs.amax(-1)

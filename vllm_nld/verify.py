@@ -7,11 +7,14 @@ what the causal pass thought of each token.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vllm_nld.errors import NLDError
 
 
 def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]) -> None:
@@ -35,3 +38,25 @@ def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]
 
     apply.accepts_diffusion = True  # type: ignore[attr-defined]
     rejection_sampler.apply_logits_processors = apply
+
+
+def tell_draft_probs(rejection_sampler: Any, draft_probs: Callable[[Any], Tensor | None]) -> None:
+    """Have a rejection sampler told what drafts were drawn from; idempotent.
+
+    vLLM asks its own draft models for that, but not a proposer of ``custom_class``.
+
+    Raises:
+        NLDError: the sampler's ``forward`` has other arguments than the ones this knows.
+    """
+    original = rejection_sampler.forward
+    if getattr(original, "knows_draft_probs", False):
+        return
+    names = list(inspect.signature(original).parameters)
+    if names[:2] != ["metadata", "draft_probs"]:
+        raise NLDError(f"vllm.v1.sample.rejection_sampler.RejectionSampler.forward changed: its arguments are {names}")
+
+    def forward(metadata: Any, probs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        return original(metadata, draft_probs(metadata) if probs is None else probs, *args, **kwargs)
+
+    forward.knows_draft_probs = True  # type: ignore[attr-defined]
+    rejection_sampler.forward = forward

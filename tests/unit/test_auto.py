@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
 from vllm_nld.acceptance import TRIES, Acceptance, Calibration, Prior
 from vllm_nld.auto import AR_SAMPLES, AR_STEPS_PER_CHOICE, PROBE_SHARE, AutoMode, Candidate
-from vllm_nld.costs import CostCurve, round_size
+from vllm_nld.costs import KNOWN, CostCurve, round_size
 
 
 def made(clock: list[float] | None = None, slope: float = 0.01, cap: int = 512) -> AutoMode:
@@ -160,6 +161,32 @@ def test_cost_curve() -> None:
     assert curve.seconds(8) == 4.0, "an outlier is no cost"
     curve.observe(16, 7.0)
     assert curve.seconds(16) == 7.0, "without a guess a measurement is all there is"
+
+
+def test_host_time_seen_at_one_size_is_expected_at_the_others() -> None:
+    """Start-up times bare forwards; a step also schedules and samples, whatever its size."""
+    curve = CostCurve()
+    for size in (4, 8, 16, 32):
+        curve.start(size, 1.0 * size)
+    for _ in range(KNOWN):
+        curve.observe(8, 13.0)
+    assert curve.seconds(4) == 9.0
+    assert curve.seconds(32) == 37.0
+    assert curve.ceiling(8) == 13.0
+    assert curve.ceiling(16) == math.inf, "a guess is no ceiling"
+
+
+def test_a_stopped_process_is_no_price() -> None:
+    """The time between two steps in which nobody asked for one must not make AR, or drafting, look dear."""
+    auto = made()
+    for _ in range(2 * KNOWN):
+        auto.observe_step(4, 4, 0, 1.04)
+    plain, allowance = auto._plain_seconds(4, 4), auto._allowance
+    auto.plan(candidates(0.95, 0.95, 0.95, 0.95), 4, 4)
+    auto.observe_step(4, 4, 0, 500.0)
+    assert auto._corrections[4].plain == pytest.approx(1.0)
+    assert auto._corrections[4].seconds == 1.0
+    assert (auto._plain_seconds(4, 4), auto._allowance) == (plain, allowance)
 
 
 @pytest.mark.parametrize(("rates", "weight"), [((0.7,) * 20, 48.0), ((0.05, 0.95) * 10, 3.0)])

@@ -33,6 +33,7 @@ class DraftMetadata:
         mask_kinds: int32 ``[rows]``, see ``docs/operators.md``.
         max_length: tokens of the longest block.
         max_prefix: tokens of the longest prefix.
+        adapted: the tokens that the draft adapter applies to: all, or int64 indices; None: none.
     """
 
     block_table: Tensor
@@ -41,6 +42,7 @@ class DraftMetadata:
     mask_kinds: Tensor
     max_length: int
     max_prefix: int
+    adapted: Tensor | slice | None = None
 
 
 class BlockTable:
