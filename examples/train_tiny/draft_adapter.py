@@ -1,14 +1,15 @@
 """Train the embedded checkpoint's draft adapter, on its own continuations of the training text and of unseen text.
 
-The same trainer as `vllm-nld train-draft-lora`; only the text comes from the standard library instead of a file.
+The same trainer as `vllm-nld train-draft-lora`; only the text comes from the standard library instead of a file. The
+same command goes on with an interrupted run.
 
     python examples/train_tiny/draft_adapter.py vllm_nld/checkpoints/tiny --output build/adapter
-    python examples/train_tiny/draft_adapter.py vllm_nld/checkpoints/tiny --output build/adapter --resume
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer
 
 from vllm_nld.checkpoints.held_out import HELD_OUT_MODULES
 from vllm_nld.cli.train_draft_lora import train
+from vllm_nld.reference.adapter import CONFIG_FILE, FOLDER, WEIGHTS_FILE
 from vllm_nld.training import Settings
 from vllm_nld.training.text import Stream, encode
 from vllm_nld.training.trainer import Schedule
@@ -44,21 +46,30 @@ def stream(checkpoint: Path) -> Stream:
     return Stream(torch.cat((known, unseen)), encode(held_out, tokenizer))
 
 
+def train_adapter(
+    checkpoint: Path, output: Path, device: str = "cpu", minutes: float | None = None, **changed: Any
+) -> None:
+    """Train, or go on with what ``output`` holds; a finished adapter is copied into the checkpoint's folder."""
+    settings = Settings.of(**SETTINGS | {name: value for name, value in changed.items() if value is not None})
+    resume = (output / "training" / "state.pt").is_file()
+    if train(checkpoint, stream(checkpoint), settings, Schedule(minutes=minutes), output, resume, device):
+        (checkpoint / FOLDER).mkdir(exist_ok=True)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copy(output / file, checkpoint / FOLDER / file)
+
+
 def main() -> None:
-    """Train, or go on."""
+    """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--minutes", type=float, help="stop after so long; --resume goes on")
-    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
-    parser.add_argument("--rank", type=int, default=SETTINGS["rank"])
-    parser.add_argument("--learning-rate", type=float, default=SETTINGS["learning_rate"])
-    args = parser.parse_args()
-    changed = {"steps": args.steps, "rank": args.rank, "learning_rate": args.learning_rate}
-    settings = Settings.of(**SETTINGS | changed)
-    schedule = Schedule(minutes=args.minutes)
-    train(args.checkpoint, stream(args.checkpoint), settings, schedule, args.output, args.resume, "cpu")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the run; goes on with one found there")
+    parser.add_argument("--minutes", type=float, help="stop after so long")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("steps", "rank", "learning_rate", "rows"):
+        value = SETTINGS[name]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"default: {value}")
+    args = vars(parser.parse_args())
+    train_adapter(args.pop("checkpoint"), args.pop("output"), args.pop("device"), args.pop("minutes"), **args)
 
 
 if __name__ == "__main__":

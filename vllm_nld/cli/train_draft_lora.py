@@ -46,8 +46,11 @@ def run(
 
 def train(
     folder: Path, stream: Stream, settings: Settings, schedule: Schedule, output: Path, resume: bool, device: str
-) -> None:
+) -> bool:
     """Train with progress on standard error; write the adapter, and beside it the run with its curve.
+
+    Returns:
+        Whether the end is reached; else the time was up.
 
     Raises:
         NLDError: the checkpoint cannot be read, or the output does not suit.
@@ -66,6 +69,7 @@ def train(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         finished = trainer.run(schedule, progress)
     report(trainer, finished)
+    return finished
 
 
 def report(trainer: Trainer, finished: bool) -> None:

@@ -14,7 +14,7 @@ from vllm_nld.config import NemotronLabsDiffusionConfig
 
 FOLDER = "linear_spec_lora"
 """Where a checkpoint's folder keeps its adapter."""
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _KEY = "base_model.model.encoder.layers.{layer}.self_attn.o_proj.lora_{matrix}.weight"
 
 
@@ -59,8 +59,8 @@ class DraftAdapter:
     @classmethod
     def read(cls, folder: str | Path) -> DraftAdapter:
         """Read what :meth:`write` writes; for the dense reference, which trusts its files."""
-        config = json.loads((Path(folder) / _CONFIG).read_text())
-        tensors = load_file(Path(folder) / _WEIGHTS)
+        config = json.loads((Path(folder) / CONFIG_FILE).read_text())
+        tensors = load_file(Path(folder) / WEIGHTS_FILE)
         layers = range(len(tensors) // 2)
         a, b = ([tensors[_KEY.format(layer=i, matrix=m)].float() for i in layers] for m in "AB")
         return cls(a, b, config["lora_alpha"] / config["r"])
@@ -92,5 +92,5 @@ class DraftAdapter:
             for matrix, tensors in (("A", self.a), ("B", self.b))
             for layer, tensor in enumerate(tensors)
         }
-        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-        (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
