@@ -138,46 +138,54 @@ def test_lk_hybrid_holds_the_share_fixed() -> None:
     torch.testing.assert_close(found.grad, share * of_kl - (1 - share) * of_overlap, atol=1e-6, rtol=1e-4)
 
 
-def counted_by_hand(model: ReferenceModel, adapter: DraftAdapter, ids: list[int], start: int) -> list[Tensor]:
-    """Logits (verify's, draft's) of the accepted prefix and the first rejected position, cycle as in the reference."""
+def judged_by_hand(
+    model: ReferenceModel, adapter: DraftAdapter, ids: list[int], start: int
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Logits (verify's, draft's) and distance behind the first rejected draft, one cycle as in the reference."""
     cache = KVCache()
     model.draft_adapter = adapter
     model.causal(torch.tensor([ids[:start]]), cache)
     block = [ids[start]] + [model.config.mask_token_id] * (BLOCK - 1)
     drafted = model.draft(torch.tensor([block]), cache)[0]
     judged = model.causal(torch.tensor([ids[start : start + BLOCK]]), cache)[0]
-    pairs = []
+    found, rejected = [], None
     for place in range(1, BLOCK):
-        pairs.append(torch.stack((judged[place - 1], drafted[place])))
-        right = int(judged[place - 1].argmax()) == int(drafted[place].argmax())
-        if not right or ids[start + place] != int(judged[place - 1].argmax()):
+        wanted = int(judged[place - 1].argmax())
+        found.append((judged[place - 1], drafted[place], 0 if rejected is None else place - rejected))
+        if rejected is None and wanted != int(drafted[place].argmax()):
+            rejected = place
+        if ids[start + place] != wanted:
             break
-    return pairs
+    return found
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_loss_is_that_of_cycles_one_by_one(own: bool) -> None:
-    """Many blocks in one pass give what single drafts over a cached prefix give, on own text and on any."""
+@pytest.mark.parametrize("tail", [0.0, 0.7])
+def test_loss_is_that_of_cycles_one_by_one(own: bool, tail: float) -> None:
+    """Many blocks in one pass give what single drafts over a cached prefix give, on own text and on any.
+
+    Without a tail, only accepted drafts and the first rejected one count.
+    """
     model = model_of(1)
     adapter = random_adapter(model, rank=4)
     ids = torch.randint(6, 24, (3, 30), generator=torch.Generator().manual_seed(4))
     if own:
         ids = continue_greedily(model, ids[:, :8], 22)
     starts = torch.tensor([[0, 8, 9, 22], [1, 5, 6, 7], [8, 12, 20, 21]])
-    expected, counted = 0.0, 0
+    expected, accepted, everything = 0.0, 0, [token for token in range(24) if token != model.config.mask_token_id]
     for row, places in zip(ids.tolist(), starts.tolist(), strict=True):
         for start in places:
-            for wanted, found in counted_by_hand(model, adapter, row, start):
-                everything = [token for token in range(24) if token != model.config.mask_token_id]
-                expected += 0.5 * by_hand(wanted, found, everything, 3.0, 3.0)
-                expected -= 2.0 * float(found.log_softmax(-1)[wanted.argmax()])
-                counted += 1
+            for wanted, found, distance in judged_by_hand(model, adapter, row, start):
+                weight = 1.0 if distance == 0 else tail**distance
+                expected += weight * 0.5 * by_hand(wanted, found, everything, 3.0, 3.0)
+                expected -= weight * 2.0 * float(found.log_softmax(-1)[wanted.argmax()])
+                accepted += distance == 0 and int(wanted.argmax()) == int(found.argmax())
     target = Target.of(model, ids)
     drafts = Drafts.over(model, adapter, target, starts, BLOCK)
-    loss = Objective(kl_weight=0.5, ce_weight=2.0).loss_sum(model, target, drafts)
-    assert int(drafts.counted.sum()) == counted
-    assert starts.numel() < counted, "no draft was accepted: the prefix rule was not exercised"
+    loss = Objective(kl_weight=0.5, ce_weight=2.0, tail=tail).loss_sum(model, target, drafts)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert int(drafts.accepted.sum()) == accepted > 0
+    assert int(drafts.emitted().sum()) == accepted + starts.numel()
 
 
 def test_nothing_counts_behind_the_end() -> None:
@@ -190,7 +198,8 @@ def test_nothing_counts_behind_the_end() -> None:
         first = [next((i for i in range(8, 30) if int(token_row[i]) in eos), 99) for token_row in ids]
         found = Drafts.over(model, adapter, Target.of(model, ids, 8, eos), starts, BLOCK)
         before = found.rows < torch.tensor(first)[:, None, None]
-        assert torch.equal(found.counted, free.counted & before)
+        assert torch.equal(found.known, free.known & before)
+        assert torch.equal(found.accepted, free.accepted & before)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -367,6 +376,8 @@ def test_the_command_trains_writes_and_draws(checkpoint: Path) -> None:
         (["--block-length=1"], "--block-length 1"),
         (["--steps=0"], "--steps 0"),
         (["--learning-rate=-1"], "--learning-rate -1.0"),
+        (["--tail=1.5"], "--tail 1.5: allowed: less than or equal to 1"),
+        (["--temperature=0"], "--temperature 0.0"),
         (["--dtype=int8"], "--dtype int8: allowed: 'float32' or 'bfloat16'"),
         (["--new-tokens=4"], "--new-tokens 4: allowed: the block length (8) or more"),
         (["--prefix-tokens=5000"], "allowed: more than 5000"),

@@ -17,6 +17,9 @@ from vllm_nld.reference import DraftAdapter, KVCache, ReferenceModel
 _LOGIT_ROWS = 1024
 """Rows of logits held at once where only the argmax is wanted: a released vocabulary has 131072 entries."""
 
+_LEAST_WEIGHT = 0.02
+"""Drafts of less weight are left out: their logits cost as much as any."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -55,14 +58,16 @@ class Drafts:
     Attributes:
         hidden: ``[rows, blocks, block_length - 1, hidden]``, with gradients.
         rows: int64 ``[rows, blocks, block_length - 1]``, the row of the clean stream that judges each draft.
-        right: bool, same shape: the draft is what verify says, if all drafts before it were.
-        counted: bool, same shape: the accepted drafts and the first rejected one.
+        accepted: bool, same shape.
+        known: bool, same shape: what verify would say is known, whether or not it accepts the drafts before.
+        distance: int64, same shape: 0 for accepted drafts and the first rejected one, then 1, 2, ...
     """
 
     hidden: Tensor
     rows: Tensor
-    right: Tensor
-    counted: Tensor
+    accepted: Tensor
+    known: Tensor
+    distance: Tensor
 
     @classmethod
     def over(
@@ -71,18 +76,18 @@ class Drafts:
         """Draft blocks that begin at ``starts``, int64 ``[rows, blocks]``, each at most ``length - block_length``."""
         hidden = _draft_hidden(model, adapter, target, starts, block_length)[:, :, 1:]
         rows = starts[..., None] + torch.arange(block_length - 1, device=starts.device)
+        wanted = _pick(target.tokens, rows)
         # On text that the model did not write, verify departs from the text at some point; what it would say behind
         # that is not known, so the block ends there, as it does where the generated text ends.
-        followed = _pick(target.tokens, rows) == _pick(target.ids, rows + 1)
-        right = argmax(model, hidden.detach()) == _pick(target.tokens, rows)
-        going_on = right & followed
-        before = torch.cat((torch.ones_like(going_on[..., :1]), going_on[..., :-1]), dim=-1).cumprod(-1).bool()
-        counted = before & ~_pick(target.ended, rows)
-        return cls(hidden, rows, right & counted, counted)
+        departed = _earlier(wanted != _pick(target.ids, rows + 1)) > 0
+        known = ~departed & ~_pick(target.ended, rows)
+        wrong = argmax(model, hidden.detach()) != wanted
+        rejected = _earlier(wrong) > 0
+        return cls(hidden, rows, known & ~wrong & ~rejected, known, rejected.cumsum(-1))
 
     def emitted(self) -> Tensor:
         """Return the tokens that a cycle of each block yields, accepted + 1, int64 ``[rows, blocks]``."""
-        return 1 + self.right.sum(-1)
+        return 1 + self.accepted.sum(-1)
 
 
 def block_mask(starts: Tensor, block_length: int, length: int) -> Tensor:
@@ -111,7 +116,7 @@ def _draft_hidden(
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss, with the published weights: LK-hybrid distribution matching plus cross-entropy (NLD, 2607.05722).
+    """The loss; the defaults are the published ones: LK-hybrid distribution matching plus cross-entropy.
 
     Attributes:
         kl_weight: of the distribution matching.
@@ -119,6 +124,8 @@ class Objective:
         temperature: of both distributions that are matched.
         top_k: they are restricted to the union of so many most probable tokens of each.
         eta: how quickly LK-hybrid goes from KL to total variation as the distributions come to agree.
+        tail: weight, to the power of its distance, of a draft behind the first rejected one. The published 0 leaves
+            them out, since they are thrown away; above 0, a block teaches more.
     """
 
     kl_weight: float = 1.0
@@ -126,17 +133,20 @@ class Objective:
     temperature: float = 3.0
     top_k: int = 200
     eta: float = 3.0
+    tail: float = 0.0
 
     def loss_sum(self, model: ReferenceModel, target: Target, drafts: Drafts) -> Tensor:
-        """Return the loss, in nats, summed over the counted drafts."""
+        """Return the loss, in nats, summed over the drafts that count."""
+        weights = self.tail**drafts.distance * drafts.known
+        counted = weights > _LEAST_WEIGHT
         row = torch.arange(len(target.ids), device=target.ids.device)[:, None, None].expand_as(drafts.rows)
-        row, place = row[drafts.counted], drafts.rows[drafts.counted]
-        found = model.logits(drafts.hidden[drafts.counted])
+        row, place = row[counted], drafts.rows[counted]
+        found = model.logits(drafts.hidden[counted])
         with torch.no_grad():
             wanted = model.logits(target.hidden[row, place])
         cross_entropy = torch.nn.functional.cross_entropy(found, target.tokens[row, place], reduction="none")
         matching = lk_hybrid(wanted, found, self.temperature, self.top_k, self.eta)
-        return (self.kl_weight * matching + self.ce_weight * cross_entropy).sum()
+        return ((self.kl_weight * matching + self.ce_weight * cross_entropy) * weights[counted]).sum()
 
 
 def lk_hybrid(wanted: Tensor, found: Tensor, temperature: float, top_k: int, eta: float) -> Tensor:
@@ -169,6 +179,11 @@ def argmax(model: ReferenceModel, hidden: Tensor) -> Tensor:
     """Return the most probable token of each row, int64, the shape of ``hidden`` without its last axis."""
     rows = torch.split(hidden.flatten(0, -2), _LOGIT_ROWS)
     return torch.cat([model.logits(part).argmax(-1) for part in rows]).view(hidden.shape[:-1])
+
+
+def _earlier(flags: Tensor) -> Tensor:
+    """Return how many flags are set before each place of the last axis."""
+    return flags.cumsum(-1) - flags.to(torch.int64)
 
 
 def _pick(values: Tensor, places: Tensor) -> Tensor:

@@ -61,14 +61,17 @@ class Trainer:
         self.block_length = settings.block_length or model.config.block_size
         self.eos = frozenset(eos_ids(model, None)) if settings.own_text else frozenset[int]()
         self.prefix = settings.prefix_tokens
-        self.objective = Objective(settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k)
+        self.objective = Objective(
+            settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k, tail=settings.tail
+        )
         if settings.new_tokens < self.block_length:
             raise NLDError(
                 f"--new-tokens {settings.new_tokens}: allowed: the block length ({self.block_length}) or more"
             )
         stream.check_length(self.prefix + (0 if settings.own_text else settings.new_tokens))
         self.generator = torch.Generator().manual_seed(settings.seed)
-        fresh = DraftAdapter.fresh(model.config, settings.rank, settings.scale_alpha, self.generator)
+        own = torch.Generator().manual_seed(settings.seed)
+        fresh = DraftAdapter.fresh(model.config, settings.rank, settings.scale_alpha, own)
         self.adapter = fresh.to(self.device)
         for matrix in self.adapter.parameters:
             matrix.requires_grad_()
@@ -136,7 +139,10 @@ class Trainer:
         return True
 
     def train_step(self, rows: Tensor) -> dict[str, float]:
-        """Do one step on a batch drawn from ``rows``, int64 ``[rows, length]``; returns the loss, nats per block."""
+        """Do one step on a batch drawn from ``rows``, int64 ``[rows, length]``; returns what is logged.
+
+        That is the loss, in nats per block, and the batch's mean of accepted + 1 before the step.
+        """
         settings = self.settings
         ids = rows[torch.randint(len(rows), (settings.batch,), generator=self.generator)]
         room = rows.shape[1] - self.block_length + 1 - self.prefix
@@ -144,7 +150,7 @@ class Trainer:
         order = torch.rand(settings.batch, room, generator=self.generator).argsort(1)
         starts = self.prefix + order[:, :blocks].sort(1).values
         size = settings.micro_batch or settings.batch
-        total = 0.0
+        total = emitted = 0.0
         for part, places in zip(torch.split(ids, size), torch.split(starts, size), strict=True):
             target = Target.of(self.model, part.to(self.device), self.prefix, self.eos)
             drafts = Drafts.over(self.model, self.adapter, target, places.to(self.device), self.block_length)
@@ -152,15 +158,17 @@ class Trainer:
             loss = self.objective.loss_sum(self.model, target, drafts) / starts.numel()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+            emitted += float(drafts.emitted().sum()) / starts.numel()
         torch.nn.utils.clip_grad_norm_(self.adapter.parameters, 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        figures = {"loss": total, "emitted": emitted}
         with (self.state_folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps({"step": self.step, "loss": total}) + "\n")
-        return {"loss": total}
+            log.write(json.dumps({"step": self.step, **figures}) + "\n")
+        return figures
 
     def _rows(self, progress: Progress) -> tuple[Tensor, Tensor]:
         """Return the text to train on and to measure on, int64 ``[rows, prefix + new_tokens]``.
