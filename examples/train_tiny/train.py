@@ -1,9 +1,10 @@
-"""Train the embedded checkpoint: an AR-only stage, the joint AR + block-diffusion stage, a draft stage.
+"""Train the embedded checkpoint: an AR-only stage, the joint AR + block-diffusion stage, a draft stage, an adapter.
 
 The first two stages are the published recipe. The third trains single-pass drafts (a block's first token given, all
 others masked) on the model's own greedy continuations, and holds the causal pass where it was: a model this small has
 no capacity to spare for the mask ratios that linear self-speculation never meets, and a draft is judged by what the
-causal pass says, not by what a human wrote. The released models get a draft adapter for that instead.
+causal pass says, not by what a human wrote. The last stage trains the draft adapter (``draft_adapter.py``), which is
+how the released models' drafts are made to agree with the causal pass: the weights themselves stay as they are.
 
     python examples/train_tiny/train.py --output build/tiny
 
@@ -22,6 +23,7 @@ from pathlib import Path
 import corpus
 import numpy as np
 import torch
+from draft_adapter import train_adapter
 from export import export
 from objective import Batch, ar_loss_sum, draft_loss_sum, draft_weights, joint_loss_sum
 from safetensors.torch import load_file
@@ -181,6 +183,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--joint-steps", type=int, default=1000, help="steps of the joint stage")
     parser.add_argument("--draft-steps", type=int, default=500, help="steps of the draft stage")
     parser.add_argument("--own-rows", type=int, default=3072, help="sequences of own text for the draft stage")
+    parser.add_argument("--adapter-steps", type=int, default=800, help="steps of the draft adapter's stage; 0: none")
     parser.add_argument("--from-checkpoint", type=Path, help="start the draft stage from this checkpoint's weights")
     parser.add_argument("--block-length", type=int, default=16, help="diffusion block length")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
@@ -251,6 +254,8 @@ def main() -> None:
                 log.flush()
                 save_state(state_file, step, model, optimizers)
     export(model, tokenizer, args.output / "checkpoint")
+    if args.adapter_steps:
+        train_adapter(args.output / "checkpoint", args.output / "adapter", args.device, steps=args.adapter_steps)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ class Counting:
         self.bidirectional_calls += 1
         return self.model.bidirectional(ids, cache)
 
+    draft = bidirectional
+
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 24, shape, generator=torch.Generator().manual_seed(seed))
@@ -258,7 +260,7 @@ class Scripted:
         first, self.prefilled = not self.prefilled, True
         return self._logits(self.canvas[:1] if first else self.predictions, ids.shape[1])
 
-    def bidirectional(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def draft(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         return self._logits(self.canvas, ids.shape[1])
 
 

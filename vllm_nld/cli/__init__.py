@@ -129,3 +129,47 @@ def sol(
         run(model, prompts, held_out, max_tokens, block_length or [8, 16, 32], budget, device, json, plot)
     except NLDError as error:
         raise _fail(error) from None
+
+
+@app.command()
+def train_draft_lora(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
+    data: Annotated[Path, typer.Option(help="Text, or .jsonl with a key text, chat template applied.")],
+    held_out: Annotated[Path | None, typer.Option(help="Text for the curve; else a twentieth of --data.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; by default MODEL/linear_spec_lora.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Save and stop after so long; --resume goes on.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 128,
+    alpha: Annotated[float | None, typer.Option(help="Scale times rank; by default 4 times the rank.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="By default the checkpoint's.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Highest rate; it falls linearly to 0.")] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward, if memory is short.")] = None,
+    blocks: Annotated[int, typer.Option(help="Drafted blocks per sequence.")] = 16,
+    own_text: Annotated[bool, typer.Option(help="Train on the model's own greedy continuations of the text.")] = True,
+    rows: Annotated[int, typer.Option(help="Sequences to train on.")] = 2048,
+    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the data per sequence, as context.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens per sequence behind those: own text, or the data's.")] = 128,
+    held_out_rows: Annotated[int, typer.Option(help="Sequences that the curve is measured on.")] = 48,
+    kl_weight: Annotated[float, typer.Option(help="Of matching verify's distribution.")] = 1.0,
+    ce_weight: Annotated[float, typer.Option(help="Of the cross-entropy against verify's token.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the distributions that are matched.")] = 3.0,
+    tail: Annotated[float, typer.Option(help="Weight per position behind the first rejected draft.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 50,
+    measure_every: Annotated[int, typer.Option(min=1, help="Steps between the curve's points.")] = 100,
+    device: Annotated[str, typer.Option(help="PyTorch device.")] = "cpu",
+) -> None:
+    """Train a draft adapter: low-rank changes of o_proj, for draft passes only. What is generated stays the same."""
+    given = dict(locals())
+    from vllm_nld.cli.train_draft_lora import run
+    from vllm_nld.training.trainer import Schedule
+
+    apart = {"model", "data", "held_out", "output", "resume", "minutes", "save_every", "measure_every", "device"}
+    options = {name: value for name, value in given.items() if name not in apart}
+    try:
+        run(model, data, held_out, output, resume, Schedule(save_every, measure_every, minutes), device, options)
+    except NLDError as error:
+        raise _fail(error) from None

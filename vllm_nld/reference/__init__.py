@@ -1,11 +1,13 @@
 """Dense, unpaged NLD in PyTorch: the oracle of the tests and the algorithm on one page."""
 
+from vllm_nld.reference.adapter import DraftAdapter
 from vllm_nld.reference.checkpoint import load_reference
 from vllm_nld.reference.diffusion import generate
 from vllm_nld.reference.generate import Generation, ar_generate, linear_spec_generate
 from vllm_nld.reference.model import KVCache, ReferenceModel
 
 __all__ = [
+    "DraftAdapter",
     "Generation",
     "KVCache",
     "ReferenceModel",

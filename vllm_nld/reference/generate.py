@@ -93,7 +93,7 @@ def linear_spec_generate(
     threshold: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Generation:
-    """Linear self-speculation: draft a block bidirectionally, verify it causally.
+    """Linear self-speculation: draft a block bidirectionally (with the draft adapter, if any), verify it causally.
 
     NFE counts the prefill (1), every draft forward and every verify forward, as the released code does.
 
@@ -139,11 +139,11 @@ def draft_block(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[list[int], int]:
-    """Return a drafted block of ``length`` tokens, seed first, and the bidirectional forwards it took."""
+    """Return a drafted block of ``length`` tokens, seed first, and the draft forwards (adapter on) it took."""
     mask_id = model.config.mask_token_id
     block, forwards = [seed] + [mask_id] * (length - 1), 0
     while mask_id in block[1:]:
-        logits = model.bidirectional(ids_tensor(model, block), cache)[0]
+        logits = model.draft(ids_tensor(model, block), cache)[0]
         forwards += 1
         tokens = pick(logits, temperature, generator)
         tempered = logits / temperature if temperature else logits

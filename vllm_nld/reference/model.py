@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.reference.adapter import DraftAdapter
 
 
 def yarn_inverse_frequencies(head_dim: int, rope: dict[str, Any]) -> Tensor:
@@ -112,7 +113,14 @@ class Attention(nn.Module):
         return x.view(*x.shape[:-1], heads, self.head_dim).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, angles: Tensor, scale: Tensor, mask: Tensor, cache: KVCache | None, write: bool
+        self,
+        x: Tensor,
+        angles: Tensor,
+        scale: Tensor,
+        mask: Tensor,
+        cache: KVCache | None,
+        write: bool,
+        adapter: DraftAdapter | None = None,
     ) -> Tensor:
         query = rotate(self._split(self.q_proj(x), self.heads), angles) * scale.unsqueeze(-1).to(x.dtype)
         key = rotate(self._split(self.k_proj(x), self.kv_heads), angles)
@@ -125,8 +133,9 @@ class Attention(nn.Module):
                 cache.keys[self.layer : self.layer + 1] = [key]
                 cache.values[self.layer : self.layer + 1] = [value]
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
-        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
-        return projected
+        out = out.transpose(1, 2).flatten(2)
+        projected: Tensor = self.o_proj(out)
+        return projected if adapter is None else projected + adapter.delta(self.layer, out)
 
 
 class MLP(nn.Module):
@@ -154,9 +163,16 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, angles: Tensor, scale: Tensor, mask: Tensor, cache: KVCache | None, write: bool
+        self,
+        x: Tensor,
+        angles: Tensor,
+        scale: Tensor,
+        mask: Tensor,
+        cache: KVCache | None,
+        write: bool,
+        adapter: DraftAdapter | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, scale, mask, cache, write)
+        x = x + self.self_attn(self.input_layernorm(x), angles, scale, mask, cache, write, adapter)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -172,35 +188,49 @@ class Encoder(nn.Module):
 
 
 class ReferenceModel(nn.Module):
-    """Dense NLD model whose parameter names are the released tensor names."""
+    """Dense NLD model whose parameter names are the released tensor names.
+
+    Attributes:
+        draft_adapter: changes what :meth:`draft` predicts, and nothing else; not among the model's parameters.
+    """
 
     def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.draft_adapter: DraftAdapter | None = None
         self.inverse_frequencies: Tensor
         frequencies = yarn_inverse_frequencies(config.head_dim, config.rope_parameters)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
     def hidden(
-        self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KVCache | None = None, write: bool = False
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        cache: KVCache | None = None,
+        write: bool = False,
+        adapter: DraftAdapter | None = None,
     ) -> Tensor:
         """Return the normed hidden states ``[batch, tokens, hidden]`` under an explicit attention mask.
 
         Args:
             ids: int64 ``[batch, tokens]``.
-            positions: int64 ``[tokens]``, absolute.
+            positions: int64 ``[tokens]`` or ``[batch, tokens]``, absolute.
             mask: bool, broadcastable to ``[batch, heads, tokens, cached + tokens]``; True means "may attend".
             cache: prefix whose keys and values are read.
             write: append this call's keys and values to ``cache``. Only causal calls may set it.
+            adapter: added to every ``o_proj``; for draft passes.
         """
+        if positions.ndim == 2:
+            positions = positions[:, None]
         # Angles in float64, then rounded once: float32 products of large positions lose the low frequencies.
-        angles = (positions.double()[:, None] * self.inverse_frequencies).float()
+        angles = (positions.double()[..., None] * self.inverse_frequencies).float()
         scale = query_scale(positions, self.config.llama_4_scaling)
         x = self.encoder.embed_tokens(ids)
         for layer in self.encoder.layers:
-            x = layer(x, angles, scale, mask, cache, write)
+            x = layer(x, angles, scale, mask, cache, write, adapter)
         out: Tensor = self.encoder.norm(x)
         return out
 
@@ -208,19 +238,29 @@ class ReferenceModel(nn.Module):
         """Return logits ``[batch, tokens, vocab]`` with row i predicting position i + 1; appends to ``cache``."""
         past, tokens = (cache.length if cache is not None else 0), ids.shape[1]
         mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=ids.device).tril(past)
-        return self._logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=cache is not None))
+        return self.logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=cache is not None))
 
     def bidirectional(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return logits ``[batch, tokens, vocab]`` with row i predicting position i; leaves ``cache`` as it is."""
+        return self._over_all(ids, cache, None)
+
+    def draft(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return what :meth:`bidirectional` does, with the draft adapter if there is one."""
+        return self._over_all(ids, cache, self.draft_adapter)
+
+    def _over_all(self, ids: Tensor, cache: KVCache | None, adapter: DraftAdapter | None) -> Tensor:
         past = cache.length if cache is not None else 0
         mask = torch.ones(1, past + ids.shape[1], dtype=torch.bool, device=ids.device)
-        return self._logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=False))
+        return self.logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=False, adapter=adapter))
 
     @staticmethod
     def _positions(past: int, ids: Tensor) -> Tensor:
         return torch.arange(past, past + ids.shape[1], device=ids.device)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Project, and rule the mask token out: it stands for "undecided" and is never an answer."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project ``[..., hidden]`` to float32 ``[..., vocab]``.
+
+        The mask token is ruled out: it stands for "undecided" and is never an answer.
+        """
         logits: Tensor = self.diffusion_head(hidden).float()
         return logits.index_fill(-1, torch.tensor(self.config.mask_token_id, device=logits.device), -torch.inf)

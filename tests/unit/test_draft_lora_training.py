@@ -1,0 +1,459 @@
+"""Training of the draft adapter: what it learns from and changes, how it resumes, what it writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from rich.progress import Progress
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from typer.testing import CliRunner
+
+from vllm_nld.cli import app
+from vllm_nld.errors import NLDError
+from vllm_nld.reference import (
+    DraftAdapter,
+    KVCache,
+    ReferenceModel,
+    ar_generate,
+    generate,
+    linear_spec_generate,
+    load_reference,
+)
+from vllm_nld.training.acceptance import measure, walk
+from vllm_nld.training.objective import Drafts, Objective, Target, lk_hybrid
+from vllm_nld.training.settings import Settings
+from vllm_nld.training.text import Stream, continue_greedily, read_documents
+from vllm_nld.training.trainer import Schedule, Trainer
+
+BLOCK, PROMPT = 8, [1, 3, 7, 2, 9, 4]
+SMALL: dict[str, Any] = {
+    "rank": 3, "steps": 6, "batch": 4, "blocks": 3, "rows": 12, "prefix_tokens": 10, "new_tokens": 20,
+    "held_out_rows": 3, "learning_rate": 0.01, "warm_up": 1,
+}  # fmt: skip
+
+
+def model_of(seed: int = 0) -> ReferenceModel:
+    return models.random_model(models.small_config(), seed).requires_grad_(False)
+
+
+def random_adapter(model: ReferenceModel, seed: int = 0, rank: int = 3) -> DraftAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    adapter = DraftAdapter.fresh(model.config, rank, 6.0, generator)
+    adapter.b = [torch.randn(b.shape, generator=generator) * 0.3 for b in adapter.b]
+    return adapter
+
+
+def stream_of(seed: int = 0) -> Stream:
+    generator = torch.Generator().manual_seed(seed)
+    return Stream(*(torch.randint(6, 24, (200,), generator=generator) for _ in range(2)))
+
+
+def trainer_in(folder: Path, resume: bool = False, **changed: Any) -> Trainer:
+    trainer = Trainer(model_of(), stream_of(), Settings.of(**SMALL | changed), folder)
+    trainer.begin(resume)
+    return trainer
+
+
+def finish(trainer: Trainer, **schedule: Any) -> bool:
+    with Progress(disable=True) as progress:
+        return trainer.run(Schedule(**schedule), progress)
+
+
+# --- the reference with an adapter ---
+
+
+def test_a_zero_adapter_is_none() -> None:
+    model = model_of()
+    plain = linear_spec_generate(model, PROMPT, 30, BLOCK)
+    model.draft_adapter = DraftAdapter.fresh(model.config, 4, 16.0, torch.Generator().manual_seed(0))
+    assert any(bool(a.any()) for a in model.draft_adapter.a)
+    assert linear_spec_generate(model, PROMPT, 30, BLOCK) == plain
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_an_adapter_changes_drafts_and_nothing_else(threshold: float) -> None:
+    model = model_of()
+    ar, diffused = ar_generate(model, PROMPT, 40), generate(model, PROMPT, 40, threshold=0.9)
+    plain = linear_spec_generate(model, PROMPT, 40, BLOCK, threshold=threshold)
+    model.draft_adapter = random_adapter(model)
+    drafted = linear_spec_generate(model, PROMPT, 40, BLOCK, threshold=threshold)
+    assert drafted.drafts != plain.drafts
+    assert drafted.ids == plain.ids == ar.ids
+    assert ar_generate(model, PROMPT, 40) == ar
+    assert generate(model, PROMPT, 40, threshold=0.9) == diffused, "block diffusion does without the adapter"
+
+
+def test_the_adapter_is_a_change_of_o_proj() -> None:
+    model, ids = model_of(), torch.tensor([PROMPT])
+    model.draft_adapter = adapter = random_adapter(model)
+    found = model.draft(ids)
+    assert not torch.allclose(found, model.bidirectional(ids), atol=1e-2)
+    for layer, a, b in zip(model.encoder.layers, adapter.a, adapter.b, strict=True):
+        layer.self_attn.o_proj.weight += 2.0 * b @ a  # alpha 6, rank 3
+    torch.testing.assert_close(found, model.bidirectional(ids), atol=1e-4, rtol=1e-4)
+
+
+# --- objective ---
+
+
+def by_hand(wanted: Tensor, found: Tensor, support: list[int], temperature: float, eta: float) -> float:
+    p, q = ([math.exp(float(x[token]) / temperature) for token in support] for x in (wanted, found))
+    p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+    agreement = sum(map(min, p, q))
+    share = math.exp(-eta * agreement)
+    return share * sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)) + (1 - share) * (1 - agreement)
+
+
+def test_lk_hybrid_by_hand() -> None:
+    wanted = torch.tensor([[4.0, 1.0, 0.5, -1.0, -torch.inf], [0.0, 3.0, 2.0, 1.0, -torch.inf]])
+    found = torch.tensor([[1.0, 2.0, 0.0, 3.0, -torch.inf], [0.0, 3.0, 2.5, 1.0, -torch.inf]])
+    loss = lk_hybrid(wanted, found, 3.0, 2, 3.0)
+    expected = [by_hand(wanted[0], found[0], [0, 1, 3], 3.0, 3.0), by_hand(wanted[1], found[1], [1, 2], 3.0, 3.0)]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+    assert lk_hybrid(wanted, wanted, 3.0, 200, 3.0).tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_lk_hybrid_holds_the_share_fixed() -> None:
+    """The weight between KL and total variation gives no gradient of its own."""
+    generator = torch.Generator().manual_seed(0)
+    wanted, found = (torch.randn(4, 12, generator=generator) for _ in range(2))
+    found.requires_grad_()
+    lk_hybrid(wanted, found, 2.0, 200, 3.0).sum().backward()
+    assert found.grad is not None
+    p, q = (wanted / 2.0).softmax(-1), (found.detach() / 2.0).softmax(-1)
+    share = torch.exp(-3.0 * torch.minimum(p, q).sum(-1, keepdim=True))
+    smaller = (q < p).float()
+    of_kl = (q - p) / 2.0
+    of_overlap = q * (smaller - (smaller * q).sum(-1, keepdim=True)) / 2.0
+    torch.testing.assert_close(found.grad, share * of_kl - (1 - share) * of_overlap, atol=1e-6, rtol=1e-4)
+
+
+def judged_by_hand(
+    model: ReferenceModel, adapter: DraftAdapter, ids: list[int], start: int
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Logits (verify's, draft's) and distance behind the first rejected draft, one cycle as in the reference."""
+    cache = KVCache()
+    model.draft_adapter = adapter
+    model.causal(torch.tensor([ids[:start]]), cache)
+    block = [ids[start]] + [model.config.mask_token_id] * (BLOCK - 1)
+    drafted = model.draft(torch.tensor([block]), cache)[0]
+    judged = model.causal(torch.tensor([ids[start : start + BLOCK]]), cache)[0]
+    found, rejected = [], None
+    for place in range(1, BLOCK):
+        wanted = int(judged[place - 1].argmax())
+        found.append((judged[place - 1], drafted[place], 0 if rejected is None else place - rejected))
+        if rejected is None and wanted != int(drafted[place].argmax()):
+            rejected = place
+        if ids[start + place] != wanted:
+            break
+    return found
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("tail", [0.0, 0.7])
+def test_loss_is_that_of_cycles_one_by_one(own: bool, tail: float) -> None:
+    """Many blocks in one pass give what single drafts over a cached prefix give, on own text and on any.
+
+    Without a tail, only accepted drafts and the first rejected one count.
+    """
+    model = model_of(1)
+    adapter = random_adapter(model, rank=4)
+    ids = torch.randint(6, 24, (3, 30), generator=torch.Generator().manual_seed(4))
+    if own:
+        ids = continue_greedily(model, ids[:, :8], 22)
+    starts = torch.tensor([[0, 8, 9, 22], [1, 5, 6, 7], [8, 12, 20, 21]])
+    expected, accepted, everything = 0.0, 0, [token for token in range(24) if token != model.config.mask_token_id]
+    for row, places in zip(ids.tolist(), starts.tolist(), strict=True):
+        for start in places:
+            for wanted, found, distance in judged_by_hand(model, adapter, row, start):
+                weight = 1.0 if distance == 0 else tail**distance
+                expected += weight * 0.5 * by_hand(wanted, found, everything, 3.0, 3.0)
+                expected -= weight * 2.0 * float(found.log_softmax(-1)[wanted.argmax()])
+                accepted += distance == 0 and int(wanted.argmax()) == int(found.argmax())
+    target = Target.of(model, ids)
+    drafts = Drafts.over(model, adapter, target, starts, BLOCK)
+    loss = Objective(kl_weight=0.5, ce_weight=2.0, tail=tail).loss_sum(model, target, drafts)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert int(drafts.accepted.sum()) == accepted > 0
+    assert int(drafts.emitted().sum()) == accepted + starts.numel()
+
+
+def test_nothing_counts_behind_the_end() -> None:
+    model = model_of(1)
+    ids = continue_greedily(model, torch.randint(6, 24, (2, 8), generator=torch.Generator().manual_seed(4)), 22)
+    starts, adapter = torch.tensor([[8, 9, 14]] * 2), random_adapter(model)
+    free = Drafts.over(model, adapter, Target.of(model, ids, 8), starts, BLOCK)
+    for end in (8, 10, 15):
+        eos = frozenset({int(ids[0, end])})
+        first = [next((i for i in range(8, 30) if int(token_row[i]) in eos), 99) for token_row in ids]
+        found = Drafts.over(model, adapter, Target.of(model, ids, 8, eos), starts, BLOCK)
+        before = found.rows < torch.tensor(first)[:, None, None]
+        assert torch.equal(found.known, free.known & before)
+        assert torch.equal(found.accepted, free.accepted & before)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_measured_acceptance_is_self_speculations(seed: int) -> None:
+    model = model_of(seed)
+    adapter = random_adapter(model, seed)
+    prefixes = torch.randint(6, 24, (3, 8), generator=torch.Generator().manual_seed(seed))
+    found = measure(model, adapter, continue_greedily(model, prefixes, 40), 8, BLOCK, blocks=5)
+    model.draft_adapter = adapter
+    for prefix, cycles in zip(prefixes.tolist(), found.cycles, strict=True):
+        expected = linear_spec_generate(model, prefix, 40, BLOCK).accepted
+        assert cycles == expected[: len(cycles)]
+        assert sum(cycles) >= 40 - BLOCK, "cycles whose block would leave the text are left out, no others"
+    assert found.length == sum(map(sum, found.cycles)) / sum(map(len, found.cycles))
+    assert found.length == pytest.approx(1 + sum(found.by_position))
+
+
+def test_walk() -> None:
+    assert walk([3, 9, 9, 1, 2, 9], [False] * 6) == [3, 1, 2]
+    assert walk([3, 9, 9, 1, 2, 9], [False] * 4 + [True] * 2) == [3, 1]
+
+
+# --- training ---
+
+
+def test_only_the_adapter_changes_and_the_loss_falls(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, steps=40, learning_rate=0.02)
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    matrices = [matrix.detach().clone() for matrix in trainer.adapter.parameters]
+    assert finish(trainer, measure_every=40)
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert not any(torch.equal(now, old) for now, old in zip(trainer.adapter.parameters, matrices, strict=True))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "training" / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 40
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+    assert [row["step"] for row in trainer.curve] == [0, 40]
+
+
+def test_micro_batches_add_up(tmp_path: Path) -> None:
+    whole, parts = trainer_in(tmp_path / "1"), trainer_in(tmp_path / "2", micro_batch=1)
+    rows = continue_greedily(whole.model, torch.randint(6, 24, (6, 10)), 20)
+    for trainer in (whole, parts):
+        trainer.train_step(rows)
+    for one, other in zip(whole.adapter.parameters, parts.adapter.parameters, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("own_text", [True, False])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, own_text: bool) -> None:
+    straight = trainer_in(tmp_path / "straight", own_text=own_text)
+    assert finish(straight, measure_every=2)
+    stopped = trainer_in(tmp_path / "parts", own_text=own_text)
+    rows = 0
+
+    def stop_after_three(figures: Tensor) -> dict[str, float]:
+        nonlocal rows
+        rows += 1
+        if rows == 4:
+            raise KeyboardInterrupt
+        return step(figures)
+
+    step, stopped.train_step = stopped.train_step, stop_after_three  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        finish(stopped, measure_every=2, save_every=2)
+    resumed = trainer_in(tmp_path / "parts", resume=True, own_text=own_text)
+    assert resumed.step == 2, "the last save"
+    assert finish(resumed, measure_every=2)
+    assert resumed.curve == straight.curve
+    for one, other in zip(resumed.adapter.parameters, straight.adapter.parameters, strict=True):
+        assert torch.equal(one, other)
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("straight", "parts"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_own_text_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_nld.training import text
+
+    monkeypatch.setattr(text, "_OWN_BATCH", 2)
+    model, prefixes = model_of(), torch.randint(6, 24, (5, 6), generator=torch.Generator().manual_seed(0))
+    whole = text.own_text(model, prefixes, 7, tmp_path / "a.pt", lambda _: None)
+    assert torch.equal(whole, continue_greedily(model, prefixes, 7))
+    torch.save(whole[:2], tmp_path / "b.pt")
+    ready: list[int] = []
+    assert torch.equal(text.own_text(model, prefixes, 7, tmp_path / "b.pt", ready.append), whole)
+    assert ready == [2, 2, 1]
+    for row in whole.tolist():
+        assert row == ar_generate(model, row[:6], 7).ids
+
+
+def test_time_is_up(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    assert not finish(trainer, minutes=1e-9)
+    resumed = trainer_in(tmp_path, resume=True)
+    assert (resumed.step, len(resumed.curve)) == (0, 1)
+    assert finish(resumed)
+
+
+# --- files ---
+
+
+def test_file_layout(tmp_path: Path) -> None:
+    """The released layout: PEFT's names, o_proj only, scale alpha / r = 4."""
+    trainer = trainer_in(tmp_path)
+    finish(trainer)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (3, 12, ["o_proj"])
+    assert (config["peft_type"], config["bias"], config["use_rslora"]) == ("LORA", "none", False)
+    prefix = "base_model.model.encoder.layers"
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        shapes = {name: file.get_tensor(name).shape for name in file.keys()}  # noqa: SIM118
+    assert shapes == {
+        f"{prefix}.{layer}.self_attn.o_proj.lora_{matrix}.weight": shape
+        for layer in range(2)
+        for matrix, shape in (("A", (3, 128)), ("B", (64, 3)))
+    }
+    read = DraftAdapter.read(tmp_path)
+    assert read.scale == 4.0
+    for one, other in zip(read.parameters, trainer.adapter.parameters, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
+    assert read_documents(tmp_path / "a.txt", "--data") == ["one\n\ntwo\n"]
+    assert read_documents(tmp_path / "a.jsonl", "--data") == ["one", "two"]
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = models.save(models.random_model(models.small_config()), tmp_path_factory.mktemp("model") / "small")
+    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(24)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "data.txt").write_text(" ".join(f"t{6 + i * i % 17}" for i in range(900)))
+    return folder
+
+
+def command(checkpoint: Path, *arguments: str, data: str = "data.txt") -> Any:
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name != "warm_up"]
+    path = str(checkpoint / data)
+    return CliRunner().invoke(app, ["train-draft-lora", str(checkpoint), "--data", path, *small, *arguments])
+
+
+def test_the_command_trains_writes_and_draws(checkpoint: Path) -> None:
+    result = command(checkpoint)
+    assert result.exit_code == 0, result.output
+    folder = checkpoint / "linear_spec_lora"
+    assert "acceptance length on held-out text" in result.output
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training",
+    ]
+    curve = json.loads((folder / "training" / "curve.json").read_text())
+    assert [row["step"] for row in curve["curve"]] == [0, 6]
+    assert curve["settings"]["rank"] == 3
+    assert (folder / "training" / "curve.png").stat().st_size > 1000
+    model = load_reference(checkpoint)
+    model.draft_adapter = DraftAdapter.read(folder)
+    assert linear_spec_generate(model, PROMPT, 20).ids == ar_generate(model, PROMPT, 20).ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank=0"], "--rank 0: allowed: greater than or equal to 1"),
+        (["--rank=-3"], "--rank -3"),
+        (["--alpha=0"], "--alpha 0.0: allowed: greater than 0"),
+        (["--block-length=1"], "--block-length 1"),
+        (["--steps=0"], "--steps 0"),
+        (["--learning-rate=-1"], "--learning-rate -1.0"),
+        (["--tail=1.5"], "--tail 1.5: allowed: less than or equal to 1"),
+        (["--temperature=0"], "--temperature 0.0"),
+        (["--dtype=int8"], "--dtype int8: allowed: 'float32' or 'bfloat16'"),
+        (["--new-tokens=4"], "--new-tokens 4: allowed: the block length (8) or more"),
+        (["--prefix-tokens=5000"], "allowed: more than 5000"),
+        (["--resume"], "holds no run to go on with"),
+        (["--held-out=nowhere.txt"], "--held-out nowhere.txt"),
+    ],
+)
+def test_refused(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = command(checkpoint, f"--output={tmp_path / 'out'}", *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "", "holds no text"),
+        ("blank.txt", " \n\n", "holds no text"),
+        ("short.txt", "t7 t8", "tokens; allowed: more than"),
+        ("empty.jsonl", "", "holds no text"),
+        ("broken.jsonl", '{"text": "t7"}\n{"text"', "every line must be an object"),
+        ("other.jsonl", '{"prompt": "t7"}', "every line must be an object"),
+        ("number.jsonl", '{"text": 7}', "every line must be an object"),
+        ("missing.txt", None, "No such file"),
+        ("latin.txt", b"caf\xe9", "allowed: a UTF-8 text file"),
+    ],
+)
+def test_unsuitable_data(
+    checkpoint: Path, tmp_path: Path, name: str, content: str | bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    result = command(checkpoint, f"--output={tmp_path / 'out'}", data=str(tmp_path / name))
+    assert result.exit_code == 1
+    assert message in result.output
+    if name != "short.txt":
+        assert f"--data {tmp_path / name}" in result.output
+
+
+def test_no_model_there(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train-draft-lora", str(tmp_path / "gone"), "--data", "x.txt"])
+    assert result.exit_code == 1
+    assert f"MODEL={tmp_path / 'gone'}: no config.json there" in result.output
+
+
+def test_a_folder_without_weights(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "data.txt"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    result = command(tmp_path)
+    assert result.exit_code == 1
+    assert "holds no *.safetensors" in result.output
+
+
+@pytest.mark.parametrize(("changed", "named"), [({"rank": 4}, "--rank is 4"), ({"seed": 2}, "--seed is 2")])
+def test_other_settings_are_not_resumed(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
+    trainer_in(tmp_path)
+    with pytest.raises(NLDError, match=named) as caught:
+        trainer_in(tmp_path, resume=True, **changed)
+    assert f"began with {SMALL.get(next(iter(changed)), 0)}" in str(caught.value)
+
+
+def test_other_text_or_weights_are_not_resumed(tmp_path: Path) -> None:
+    trainer_in(tmp_path)
+    settings = Settings.of(**SMALL)
+    with pytest.raises(NLDError, match="--data has changed"):
+        Trainer(model_of(), stream_of(1), settings, tmp_path).begin(True)
+    with pytest.raises(NLDError, match="MODEL has changed"):
+        Trainer(model_of(1), stream_of(), settings, tmp_path).begin(True)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    trainer_in(tmp_path / "run")
+    with pytest.raises(NLDError, match="holds an adapter or a run"):
+        trainer_in(tmp_path / "run")
+    random_adapter(model_of()).write(tmp_path / "adapter", "base")
+    with pytest.raises(NLDError, match="holds an adapter or a run"):
+        trainer_in(tmp_path / "adapter")

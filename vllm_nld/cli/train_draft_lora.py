@@ -1,0 +1,118 @@
+"""``vllm-nld train-draft-lora``: train a draft adapter for a checkpoint on a file of text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.errors import NLDError
+from vllm_nld.training import Settings, Trainer
+from vllm_nld.training.text import Stream
+from vllm_nld.training.trainer import Schedule, load_frozen
+
+
+def run(
+    model: str,
+    data: Path,
+    held_out: Path | None,
+    output: Path | None,
+    resume: bool,
+    schedule: Schedule,
+    device: str,
+    options: dict[str, Any],
+) -> None:
+    """Check everything, then train.
+
+    Raises:
+        NLDError: an option, the checkpoint or a file is unsuitable.
+    """
+    from tokenizers import Tokenizer
+
+    settings = Settings.of(**options)
+    folder = checkpoint_path(model) if model == "tiny" else Path(model)
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise NLDError(f"MODEL={model}: no {name} there; allowed: a checkpoint's folder, or tiny")
+    stream = Stream.read(data, held_out, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    train(folder, stream, settings, schedule, output or folder / "linear_spec_lora", resume, device)
+
+
+def train(
+    folder: Path, stream: Stream, settings: Settings, schedule: Schedule, output: Path, resume: bool, device: str
+) -> bool:
+    """Train with progress on standard error; write the adapter, and beside it the run with its curve.
+
+    Returns:
+        Whether the end is reached; else the time was up.
+
+    Raises:
+        NLDError: the checkpoint cannot be read, or the output does not suit.
+    """
+    import torch
+
+    try:
+        model = load_frozen(folder, getattr(torch, settings.dtype), device)
+    except (OSError, ValueError) as error:
+        raise NLDError(f"MODEL={folder}: {' '.join(str(error).split())}") from None
+    trainer = Trainer(model, stream, settings, output)
+    trainer.begin(resume)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        finished = trainer.run(schedule, progress)
+    report(trainer, finished)
+    return finished
+
+
+def report(trainer: Trainer, finished: bool) -> None:
+    """Write ``curve.json`` (and ``curve.png``, if matplotlib is there), and say how it went."""
+    content = {
+        "settings": trainer.settings.model_dump(),
+        "block_length": trainer.block_length,
+        "held_out_rows": trainer.settings.held_out_rows,
+        "curve": trainer.curve,
+    }
+    (trainer.state_folder / "curve.json").write_text(json.dumps(content, indent=2) + "\n")
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        draw(trainer.curve, trainer.state_folder / "curve.png")
+    first, last = trainer.curve[0], trainer.curve[-1]
+    typer.echo(
+        f"acceptance length on held-out text: {first['acceptance_length']:.2f} without the adapter, "
+        f"{last['acceptance_length']:.2f} after {last['step']} steps"
+    )
+    if not drawn:
+        typer.echo("no curve.png: it needs matplotlib (pip install 'vllm-nld[plot]')")
+    if finished:
+        typer.echo(f"adapter: {trainer.output}")
+    else:
+        typer.echo(f"time is up after {trainer.step} of {trainer.settings.steps} steps; --resume goes on")
+
+
+def draw(curve: list[dict[str, Any]], path: Path) -> None:
+    """Plot the acceptance length against the step, and acceptance by position before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    left.plot([row["step"] for row in curve], [row["acceptance_length"] for row in curve], marker="o")
+    left.set(xlabel="step", ylabel="acceptance length, held-out text")
+    for row, label in ((curve[0], "without the adapter"), (curve[-1], f"after {curve[-1]['step']} steps")):
+        right.plot(range(1, len(row["by_position"]) + 1), row["by_position"], marker="o", label=label)
+    right.set(xlabel="position in the block", ylabel="share of cycles that accept it", ylim=(0, 1))
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

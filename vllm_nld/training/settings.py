@@ -1,0 +1,80 @@
+"""Options of the draft adapter's training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_nld.errors import NLDError
+
+
+class Settings(BaseModel):
+    """Everything that decides what a run computes; a resumed run must have the same."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(default=128, ge=1)
+    alpha: float | None = Field(default=None, gt=0, description="None: 4 times the rank, as released")
+    block_length: int | None = Field(default=None, ge=2, description="None: the checkpoint's")
+    steps: int = Field(default=1000, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warm_up: int = Field(default=50, ge=0, description="steps; then the rate falls linearly to 0")
+    batch: int = Field(default=16, ge=1, description="sequences per step")
+    micro_batch: int | None = Field(default=None, ge=1, description="sequences per forward; None: all of a batch")
+    blocks: int = Field(default=16, ge=1, description="drafted blocks per sequence")
+    own_text: bool = Field(default=True, description="train on the model's greedy continuations, not on the text")
+    rows: int = Field(default=2048, ge=1, description="sequences to train on")
+    prefix_tokens: int = Field(default=128, ge=1, description="of the data, in front of the model's own text")
+    new_tokens: int = Field(default=128, ge=1, description="of own text per sequence")
+    held_out_rows: int = Field(default=48, ge=1, description="sequences that the curve is measured on")
+    kl_weight: float = Field(default=1.0, ge=0)
+    ce_weight: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=3.0, gt=0)
+    top_k: int = Field(default=200, ge=1)
+    tail: float = Field(default=0.0, ge=0, le=1)
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen weights")
+    seed: int = 0
+
+    @classmethod
+    def of(cls, **options: Any) -> Settings:
+        """Build from options.
+
+        Raises:
+            NLDError: a value is not allowed; names the option, the value and what is allowed.
+        """
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            allowed = first["msg"].removeprefix("Input should be ")
+            raise NLDError(f"{option(name)} {options[name]}: allowed: {allowed}") from None
+
+    @property
+    def scale_alpha(self) -> float:
+        """The adapter's alpha."""
+        return 4.0 * self.rank if self.alpha is None else self.alpha
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, from 0 on."""
+        warm = min(1.0, (step + 1) / (self.warm_up + 1))
+        return self.learning_rate * warm * (1 - step / self.steps)
+
+    def check_same(self, before: dict[str, Any]) -> None:
+        """Check that a resumed run goes on as it began.
+
+        Raises:
+            NLDError: a setting differs; names it and both values.
+        """
+        for name, value in self.model_dump().items():
+            if name not in before or before[name] != value:
+                raise NLDError(
+                    f"--resume: {option(name)} is {value}, but the run began with {before.get(name)}; "
+                    "allowed: the same value, or another --output"
+                )
+
+
+def option(name: str) -> str:
+    """Return the command-line option of a setting."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,236 @@
+"""The training loop of the draft adapter: resumable, with a curve of the acceptance length on held-out text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from vllm_nld.errors import NLDError
+from vllm_nld.reference import DraftAdapter, ReferenceModel, load_reference
+from vllm_nld.reference.generate import eos_ids
+from vllm_nld.training import acceptance
+from vllm_nld.training.objective import Drafts, Objective, Target
+from vllm_nld.training.settings import Settings
+from vllm_nld.training.text import Stream, draw, own_text, save
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run is cut up; changes nothing of what it computes.
+
+    Attributes:
+        save_every: steps between saves.
+        measure_every: steps between measurements of the curve.
+        minutes: stop (and save) after so long; None: at the end.
+    """
+
+    save_every: int = 50
+    measure_every: int = 100
+    minutes: float | None = None
+
+
+def load_frozen(folder: Path, dtype: torch.dtype, device: str | torch.device) -> ReferenceModel:
+    """Return the model of ``folder``, whose weights take no gradients."""
+    model = load_reference(folder, dtype, device).requires_grad_(False)
+    if dtype != torch.float32:
+        # Angles are computed from these: they must not be rounded with the weights.
+        model.inverse_frequencies = load_reference(folder).inverse_frequencies.to(device)
+    return model
+
+
+class Trainer:
+    """Trains a draft adapter; only its matrices change.
+
+    Attributes:
+        adapter: float32, on the model's device.
+        step: steps done.
+        curve: measurements so far, each with ``step``, ``acceptance_length``, ``by_position`` and ``cycles``.
+    """
+
+    def __init__(self, model: ReferenceModel, stream: Stream, settings: Settings, output: Path) -> None:
+        self.model, self.stream, self.settings, self.output = model, stream, settings, output
+        self.device = model.diffusion_head.weight.device
+        self.block_length = settings.block_length or model.config.block_size
+        self.eos = frozenset(eos_ids(model, None)) if settings.own_text else frozenset[int]()
+        self.prefix = settings.prefix_tokens
+        self.objective = Objective(
+            settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k, tail=settings.tail
+        )
+        if settings.new_tokens < self.block_length:
+            raise NLDError(
+                f"--new-tokens {settings.new_tokens}: allowed: the block length ({self.block_length}) or more"
+            )
+        stream.check_length(self.prefix + (0 if settings.own_text else settings.new_tokens))
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        own = torch.Generator().manual_seed(settings.seed)
+        fresh = DraftAdapter.fresh(model.config, settings.rank, settings.scale_alpha, own)
+        self.adapter = fresh.to(self.device)
+        for matrix in self.adapter.parameters:
+            matrix.requires_grad_()
+        self.optimizer = torch.optim.AdamW(self.adapter.parameters, betas=(0.9, 0.98), weight_decay=0.0)
+        self.step = 0
+        self.curve: list[dict[str, Any]] = []
+
+    @property
+    def state_folder(self) -> Path:
+        """Where a run keeps what it needs to go on; not part of the adapter."""
+        return self.output / "training"
+
+    @property
+    def _state_file(self) -> Path:
+        return self.state_folder / "state.pt"
+
+    def begin(self, resume: bool) -> None:
+        """Make sure that nothing is overwritten, or take up an earlier run.
+
+        Raises:
+            NLDError: there is a run that is not to be resumed, none to resume, or one with other settings.
+        """
+        begun = self.state_folder.is_dir() or (self.output / "adapter_model.safetensors").is_file()
+        if not resume:
+            if begun:
+                raise NLDError(
+                    f"--output {self.output}: holds an adapter or a run; allowed: --resume, or another folder"
+                )
+            save(self._state_file, self._state())
+            return
+        if not self._state_file.is_file():
+            raise NLDError(f"--resume: {self.output} holds no run to go on with; leave --resume out, or mend --output")
+        state = torch.load(self._state_file, map_location=self.device)
+        self.settings.check_same(state["settings"])
+        for name, found in self._fingerprints().items():
+            if state["fingerprints"][name] != found:
+                raise NLDError(
+                    f"--resume: {name} has changed since the run began; allowed: the same, or another --output"
+                )
+        with torch.no_grad():
+            for matrix, saved in zip(self.adapter.parameters, state["matrices"], strict=True):
+                matrix.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        self.step, self.curve = state["step"], state["curve"]
+
+    def run(self, schedule: Schedule, progress: Progress) -> bool:
+        """Train until the end, or until the time is up; returns whether the end is reached."""
+        until = time.monotonic() + 60 * schedule.minutes if schedule.minutes else None
+        rows, held_out = self._rows(progress)
+        if not self.curve:
+            self._measure(held_out, progress)
+        task = progress.add_task("training", total=self.settings.steps, completed=self.step)
+        while self.step < self.settings.steps:
+            if until is not None and time.monotonic() > until:
+                self._save()
+                return False
+            figures = self.train_step(rows)
+            progress.update(task, advance=1, description=f"training, loss {figures['loss']:.3f}")
+            last = self.step == self.settings.steps
+            if last or self.step % schedule.measure_every == 0:
+                self._measure(held_out, progress)
+            if last or self.step % schedule.save_every == 0:
+                self._save()
+        return True
+
+    def train_step(self, rows: Tensor) -> dict[str, float]:
+        """Do one step on a batch drawn from ``rows``, int64 ``[rows, length]``; returns what is logged.
+
+        That is the loss, in nats per block, and the batch's mean of accepted + 1 before the step.
+        """
+        settings = self.settings
+        ids = rows[torch.randint(len(rows), (settings.batch,), generator=self.generator)]
+        room = rows.shape[1] - self.block_length + 1 - self.prefix
+        blocks = min(settings.blocks, room)
+        order = torch.rand(settings.batch, room, generator=self.generator).argsort(1)
+        starts = self.prefix + order[:, :blocks].sort(1).values
+        size = settings.micro_batch or settings.batch
+        total = emitted = 0.0
+        for part, places in zip(torch.split(ids, size), torch.split(starts, size), strict=True):
+            target = Target.of(self.model, part.to(self.device), self.prefix, self.eos)
+            drafts = Drafts.over(self.model, self.adapter, target, places.to(self.device), self.block_length)
+            # Per drafted block, not per counted draft: the parts of a batch then simply add up.
+            loss = self.objective.loss_sum(self.model, target, drafts) / starts.numel()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            emitted += float(drafts.emitted().sum()) / starts.numel()
+        torch.nn.utils.clip_grad_norm_(self.adapter.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        figures = {"loss": total, "emitted": emitted}
+        with (self.state_folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps({"step": self.step, **figures}) + "\n")
+        return figures
+
+    def _rows(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Return the text to train on and to measure on, int64 ``[rows, prefix + new_tokens]``.
+
+        What it draws depends on the seed alone, so that a resumed run draws the same. The measurement is always on own
+        text, which is what drafts meet in use.
+        """
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed + 1)
+        length = self.prefix + (0 if settings.own_text else settings.new_tokens)
+        pieces = draw(self.stream.train, settings.rows, length, generator)
+        held_out = draw(self.stream.held_out, settings.held_out_rows, self.prefix, generator)
+        task = progress.add_task("own text", total=len(held_out) + (len(pieces) if settings.own_text else 0))
+
+        def written(rows: int) -> None:
+            progress.advance(task, rows)
+
+        measured = own_text(self.model, held_out, settings.new_tokens, self.state_folder / "held_out.pt", written)
+        if settings.own_text:
+            pieces = own_text(self.model, pieces, settings.new_tokens, self.state_folder / "own_text.pt", written)
+        return pieces, measured
+
+    def _measure(self, held_out: Tensor, progress: Progress) -> None:
+        task = progress.add_task("measuring", total=len(held_out))
+        eos = frozenset(eos_ids(self.model, None))
+        found = acceptance.measure(
+            self.model, self.adapter, held_out.to(self.device), self.prefix, self.block_length, eos,
+            self.settings.blocks, lambda: progress.advance(task),
+        )  # fmt: skip
+        progress.remove_task(task)
+        self.curve.append(
+            {
+                "step": self.step,
+                "acceptance_length": round(found.length, 4),
+                "cycles": sum(map(len, found.cycles)),
+                "by_position": [round(share, 4) for share in found.by_position],
+            }
+        )
+
+    def _save(self) -> None:
+        save(self._state_file, self._state())
+        self.adapter.write(self.output, base_model=str(self.model.config.name_or_path))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings.model_dump(),
+            "fingerprints": self._fingerprints(),
+            "matrices": [matrix.detach() for matrix in self.adapter.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "curve": self.curve,
+        }
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Identify what a run cannot go on without."""
+        return {
+            "MODEL": _digest(self.model.diffusion_head.weight.float().cpu()),
+            "--data": _digest(self.stream.train),
+            "the held-out text": _digest(self.stream.held_out),
+        }
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
