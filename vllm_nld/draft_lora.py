@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.errors import NLDError
@@ -109,8 +109,11 @@ def _check_headers(adapter: DraftLoRA, config: NemotronLabsDiffusionConfig) -> N
     for layer in range(config.num_hidden_layers):
         down, up = tensor_names(layer)
         expected |= {down: [adapter.rank, queries], up: [config.hidden_size, adapter.rank]}
-    with safe_open(adapter.folder / WEIGHTS_FILE, framework="numpy") as handle:
-        found = {name: list(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    try:
+        with safe_open(adapter.folder / WEIGHTS_FILE, framework="numpy") as handle:
+            found = {name: list(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise NLDError(f"draft_lora: {adapter.folder / WEIGHTS_FILE} cannot be read: {error}") from None
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [
         f"{name} has shape {found[name]}, this model and r={adapter.rank} ask for {shape}"

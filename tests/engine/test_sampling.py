@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from engines import accepted, engine, random_prompts
 from models import random_model, save, small_config
@@ -13,14 +15,16 @@ from vllm_nld.reference import ReferenceModel, ar_generate
 REQUESTS, TOKENS = 1500, 3
 
 
-def second_and_third_token_probabilities(model: ReferenceModel, prompt: list[int]) -> torch.Tensor:
+def second_and_third_token_probabilities(
+    model: ReferenceModel, prompt: list[int], temperature: float = 1.0, top_k: int = 0
+) -> torch.Tensor:
     """Exact AR probabilities of (token 2, token 3), float64 ``[vocab, vocab]``, summed over token 1.
 
     Those two are decided by verifying drafts: token 1 comes from the prefill.
     """
 
     def next_probabilities(ids: list[int]) -> torch.Tensor:
-        return model.causal(torch.tensor([ids]))[0, -1].double().softmax(-1)
+        return tempered(model.causal(torch.tensor([ids]))[0, -1].double().softmax(-1), temperature, top_k)
 
     vocab = model.config.vocab_size
     joint = torch.zeros(vocab, vocab, dtype=torch.float64)
@@ -44,30 +48,48 @@ def chi_square_p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
-def test_temperature_one_has_the_distribution_of_ar(tmp_path: Path) -> None:
+def tempered(probabilities: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
+    """What vLLM samples from."""
+    powered = probabilities ** (1 / temperature)
+    kept = powered >= powered.sort(descending=True).values[top_k - 1] if top_k else powered > 0
+    return powered * kept / (powered * kept).sum()
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "AR": {"mode": "ar"},
+    "most probable drafts": {"sampled_drafts": False},
+    "drawn drafts": {},
+    "drawn drafts, trimmed": {"adaptive": True},
+}
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.7, 5)])
+def test_every_way_of_drafting_has_the_distribution_of_ar(temperature: float, top_k: int, tmp_path: Path) -> None:
     from vllm import SamplingParams
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
     (prompt,) = random_prompts([9], 8, seed=1)
-    expected = REQUESTS * second_and_third_token_probabilities(model, prompt)
+    expected = REQUESTS * second_and_third_token_probabilities(model, prompt, temperature, top_k)
     greedy_ids = ar_generate(model, prompt, TOKENS).ids[len(prompt) :]
-    sampled = SamplingParams(temperature=1.0, max_tokens=TOKENS, detokenize=False)
-    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, detokenize=False)
-    params = [greedy if i % 50 == 7 else sampled for i in range(REQUESTS + REQUESTS // 49)]
     p_values = {}
-    for spec in (False, True):
-        with engine(save(model, tmp_path), spec=spec, seed=11, max_num_seqs=64) as llm:
+    with engine(save(model, tmp_path), spec=True, seed=11, max_num_seqs=64) as llm:
+        for way, options in WAYS.items():
+            shared: dict[str, Any] = {"max_tokens": TOKENS, "detokenize": False, "extra_args": {"nld": options}}
+            sampled = SamplingParams(temperature=temperature, top_k=top_k, **shared)
+            greedy = SamplingParams(temperature=0.0, **shared)
+            params = [greedy if i % 50 == 7 else sampled for i in range(REQUESTS + REQUESTS // 49)]
+            before = accepted(llm)
             outputs = llm.generate([{"prompt_token_ids": prompt}] * len(params), params, use_tqdm=False)
-            if spec:
-                assert accepted(llm) > REQUESTS / 10, "hardly any draft was accepted: the test would prove nothing"
-        counts = torch.zeros(8, 8)
-        for output, settings in zip(outputs, params, strict=True):
-            ids = list(output.outputs[0].token_ids)
-            if settings is greedy:
-                assert ids == greedy_ids
-            else:
-                counts[ids[1], ids[2]] += 1
-        p_values[spec] = chi_square_p_value(counts, expected * counts.sum() / REQUESTS)
+            if way != "AR":
+                assert accepted(llm) - before > REQUESTS / 10, "hardly any draft was accepted: it would prove nothing"
+            counts = torch.zeros(8, 8)
+            for output, settings in zip(outputs, params, strict=True):
+                ids = list(output.outputs[0].token_ids)
+                if settings is greedy:
+                    assert ids == greedy_ids
+                else:
+                    counts[ids[1], ids[2]] += 1
+            p_values[way] = chi_square_p_value(counts, expected * counts.sum() / REQUESTS)
     assert all(p > 1e-3 for p in p_values.values()), p_values
 
 

@@ -110,6 +110,20 @@ def auto(
         raise _fail(error) from None
 
 
+@bench.command()
+def drafting(
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to complete.")] = 12,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate per prompt.")] = 96,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests in flight; may be repeated.")] = None,
+    turns: Annotated[int, typer.Option(min=2, help="Turns of half a second per engine.")] = 20,
+    json: Json = False,
+) -> None:
+    """The draft adapter, fixed and adaptive block lengths, and drawn drafts, on held-out text."""
+    from vllm_nld.cli.bench_drafting import run
+
+    run(prompts, max_tokens, concurrency or [1, 4, 16], turns, json)
+
+
 @app.command()
 def sol(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,17 +44,17 @@ class Job:
 
 @dataclass
 class Client:
-    """Keeps requests of one mode in flight on one engine.
+    """Keeps requests with the same options in flight on one engine.
 
     Attributes:
         llm: the engine.
-        mode: of every request.
+        options: of every request, under ``nld``.
         jobs: taken in turn, for ever, so that the batch is always full.
         clients: requests in flight.
     """
 
     llm: Any
-    mode: str
+    options: dict[str, Any]
     jobs: list[Job]
     clients: int
     _running: set[str] = field(default_factory=set)
@@ -80,7 +80,7 @@ class Client:
         job, name = self.jobs[self._number % len(self.jobs)], f"{id(self)}-{self._number}"
         params = SamplingParams(
             temperature=job.temperature, max_tokens=job.tokens, ignore_eos=True, detokenize=False,
-            extra_args={"nld": {"mode": self.mode}}, output_kind=RequestOutputKind.DELTA,
+            extra_args={"nld": self.options}, output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
         self.llm.llm_engine.add_request(name, job.prompt, params)
         self._running.add(name)
@@ -140,7 +140,7 @@ def _measure(
 
 
 def _compare(engines: dict[str, Any], workload: str, jobs: list[Job], clients: int, turns: int) -> dict[str, Any]:
-    runs = {name: Client(llm, ENGINES[name], jobs, clients) for name, llm in engines.items()}
+    runs = {name: Client(llm, {"mode": ENGINES[name]}, jobs, clients) for name, llm in engines.items()}
     turns_taken: dict[str, list[tuple[int, float]]] = {name: [] for name in runs}
     before = _decisions(engines["auto"])
     names = list(runs)
@@ -179,11 +179,23 @@ def auto_to_better(taken: dict[str, list[tuple[int, float]]], turns: Sequence[in
     return speed([taken["auto"][turn] for turn in turns]) / fixed
 
 
-def bootstrap(taken: dict[str, list[tuple[int, float]]], turns: int, repeats: int = 1000) -> list[float]:
+def bootstrap(taken: dict[str, list[tuple[int, float]]], turns: int) -> list[float]:
     """Return the 95 % interval of :func:`auto_to_better` over resampled turns."""
+    return _interval(turns, lambda chosen: auto_to_better(taken, chosen))
+
+
+def bootstrap_ratio(one: list[tuple[int, float]], other: list[tuple[int, float]]) -> list[float]:
+    """Return the 95 % interval of the ratio of two engines' speeds over the same turns."""
+
+    def ratio(turns: Sequence[int]) -> float:
+        return speed([one[turn] for turn in turns]) / speed([other[turn] for turn in turns])
+
+    return _interval(len(one), ratio)
+
+
+def _interval(turns: int, statistic: Callable[[Sequence[int]], float], repeats: int = 1000) -> list[float]:
     generator = random.Random(0)
-    ratios = [auto_to_better(taken, generator.choices(range(turns), k=turns)) for _ in range(repeats)]
-    cuts = statistics.quantiles(ratios, n=40)
+    cuts = statistics.quantiles([statistic(generator.choices(range(turns), k=turns)) for _ in range(repeats)], n=40)
     return [round(cuts[0], 3), round(cuts[-1], 3)]
 
 

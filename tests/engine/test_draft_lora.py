@@ -1,0 +1,211 @@
+"""The draft adapter in engines: it changes drafts as the reference says, and nothing else, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import random_adapter, save_task_lora
+from engines import accepted, engine, generate, random_prompts, runner, watch_blocks
+from models import random_model, save, small_config
+
+from vllm_nld.draft_lora import FOLDER
+from vllm_nld.reference import DraftAdapter, ReferenceModel, ar_generate, linear_spec_generate
+from vllm_nld.reference import generate as diffuse
+
+CONFIG = small_config(eos_token_id=None, block_size=8)
+PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=7)
+
+
+@pytest.fixture
+def model() -> ReferenceModel:
+    model = random_model(CONFIG, seed=3)
+    model.draft_adapter = random_adapter(CONFIG)
+    return model
+
+
+@pytest.fixture
+def folder(model: ReferenceModel, tmp_path: Path) -> Path:
+    assert model.draft_adapter is not None
+    save(model, tmp_path / "model")
+    model.draft_adapter.write(tmp_path / "model" / FOLDER, "somewhere")
+    return tmp_path / "model"
+
+
+def request(llm: Any, prompts: list[list[int]], options: list[dict[str, Any]], loras: Any = None) -> list[list[int]]:
+    """Complete prompts greedily in one batch, each with its own options."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(temperature=0, max_tokens=40, detokenize=False, extra_args={"nld": own}) for own in options
+    ]
+    inputs = [{"prompt_token_ids": ids} for ids in prompts]
+    outputs = llm.generate(inputs, params, use_tqdm=False, lora_request=loras)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def drafts_of(llm: Any, prompts: list[list[int]], options: dict[str, Any], lora: Any = None) -> list[list[list[int]]]:
+    """The blocks of each prompt, run alone."""
+    blocks: list[list[int]] = []
+    watch_blocks(llm, lambda block: blocks.append(list(block.tokens)))
+    found = []
+    for prompt in prompts:
+        request(llm, [prompt], [options], None if lora is None else [lora])
+        found.append(blocks[:])
+        blocks.clear()
+    return found
+
+
+def expected_drafts(model: ReferenceModel, adapter: DraftAdapter | None) -> list[list[list[int]]]:
+    model.draft_adapter = adapter
+    runs = [linear_spec_generate(model, ids, 40) for ids in PROMPTS]
+    return [[block for block in run.drafts if len(block) > 1] for run in runs]
+
+
+def test_drafts_equal_the_reference_s_and_the_text_is_ar_s(model: ReferenceModel, folder: Path) -> None:
+    adapter = model.draft_adapter
+    with_adapter, without = expected_drafts(model, adapter), expected_drafts(model, None)
+    assert with_adapter != without
+    with engine(folder, spec=True) as llm:
+        assert drafts_of(llm, PROMPTS, {}) == with_adapter
+        assert drafts_of(llm, PROMPTS, {"draft_adapter": False}) == without
+        text = generate(llm, PROMPTS, max_tokens=40)
+        assert text == [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
+    with engine(folder, spec=True, options={"draft_lora": "off"}) as llm:
+        assert drafts_of(llm, PROMPTS, {}) == without
+
+
+def test_one_forward_serves_blocks_with_and_without_it(model: ReferenceModel, folder: Path) -> None:
+    """Diffusion never drafts with the adapter, and a request may do without."""
+    options: list[dict[str, Any]] = [{}, {"draft_adapter": False}, {"mode": "diffusion", "threshold": 0.4}, {}]
+    adapter = model.draft_adapter
+    with engine(folder, spec=True) as llm:
+        seen: dict[int, list[list[int]]] = {}
+        watch_blocks(llm, lambda block: seen.setdefault(block.prefix, []).append(list(block.tokens)))
+        text = request(llm, PROMPTS, options)
+        batch = runner(llm).drafter.draft_pass
+        assert batch.block_forwards > batch.forwards, "blocks did share forwards"
+    plain = [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
+    diffused = diffuse(model, PROMPTS[2], 40, threshold=0.4).ids[len(PROMPTS[2]) :]
+    assert text == [plain[0], plain[1], diffused, plain[3]]
+    for row, own in enumerate((adapter, None, None, adapter)):
+        if row != 2:
+            model.draft_adapter = own
+            prompt = PROMPTS[row]
+            run = linear_spec_generate(model, prompt, 40)
+            starts = [len(prompt) + sum(run.accepted[:cycle]) for cycle in range(len(run.drafts))]
+            for start, block in zip(starts, run.drafts, strict=True):
+                assert len(block) == 1 or block in seen[start]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_causal_passes_are_bit_identical_with_and_without_it(folder: Path, eager: bool) -> None:
+    """Prefill, AR and verify, in float32 and compiled or not."""
+
+    def logits_of(**options: Any) -> tuple[list[torch.Tensor], int]:
+        found: list[torch.Tensor] = []
+        with engine(folder, spec=True, options=options, enforce_eager=eager, max_num_seqs=4) as llm:
+            target = runner(llm).model
+            original = target.compute_logits
+
+            def compute(hidden: torch.Tensor) -> torch.Tensor:
+                logits = original(hidden)
+                found.append(logits.clone())
+                return logits
+
+            drafter = runner(llm).drafter.draft_pass
+            plain = drafter.forward
+            target.compute_logits = compute
+
+            def forward(blocks: Any) -> torch.Tensor:
+                target.compute_logits = original  # a draft's logits are another matter
+                try:
+                    # The same drafts with and without the adapter, so that the same tokens are verified.
+                    return plain(blocks).fill_(0.0).index_fill_(1, torch.tensor([7]), 1.0)
+                finally:
+                    target.compute_logits = compute
+
+            drafter.forward = forward
+            request(llm, PROMPTS, [{"mode": "ar"}, {}, {}, {"mode": "ar"}])
+            return found, drafter.forwards
+
+    with_adapter, drafted = logits_of()
+    without, _ = logits_of(draft_lora="off")
+    assert drafted > 0
+    assert len(with_adapter) == len(without)
+    assert all(map(torch.equal, with_adapter, without))
+
+
+def merged(model: ReferenceModel, folder: Path) -> ReferenceModel:
+    """The model with a request's LoRA in its weights."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, up in tensors.items():
+            if ".lora_B." in name:
+                target = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+                model.get_parameter(f"{target}.weight").add_(up @ tensors[name.replace("lora_B", "lora_A")])
+    return model
+
+
+def test_a_request_s_own_lora_drafts_beside_it(model: ReferenceModel, folder: Path, tmp_path: Path) -> None:
+    """The draft is the task adapter's and the draft adapter's, the text the task adapter's in AR."""
+    from vllm.lora.request import LoRARequest
+
+    tasks = [LoRARequest(f"task {n}", n, str(save_task_lora(tmp_path / f"task{n}", CONFIG, seed=n))) for n in (1, 2)]
+    adapted = [merged(random_model(CONFIG, seed=3), tmp_path / f"task{n}") for n in (1, 2)]
+    # Not beside a request without LoRA: vLLM 0.32's CPU operators give such a request the last LoRA, in AR, too.
+    models, loras = [adapted[0], adapted[1], adapted[1], adapted[0]], [tasks[0], tasks[1], tasks[1], tasks[0]]
+    expected = [ar_generate(own, ids, 40).ids[len(ids) :] for own, ids in zip(models, PROMPTS, strict=True)]
+    plain = [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
+    with engine(folder, spec=True, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
+        assert request(llm, PROMPTS, [{}, {}, {"mode": "ar"}, {}], loras) == expected
+        assert accepted(llm) > 0
+        assert request(llm, PROMPTS, [{}] * 4) == plain
+        diffused = [diffuse(own, ids, 40).ids[len(ids) :] for own, ids in zip(models, PROMPTS, strict=True)]
+        assert request(llm, PROMPTS, [{"mode": "diffusion"}] * 4, loras) == diffused
+        drafts = drafts_of(llm, PROMPTS, {}, tasks[0])
+    assert drafts == expected_drafts(adapted[0], model.draft_adapter)
+    assert drafts != expected_drafts(adapted[0], None)
+
+
+def quantized(folder: Path, target: Path) -> Path:
+    """Write the checkpoint with int8 weights, a scale per row, as llm-compressor does."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if ".layers." in name and weight.ndim == 2:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            tensors[name] = (weight / scale).round().to(torch.int8)
+            tensors[name.replace(".weight", ".weight_scale")] = scale
+        else:
+            tensors[name] = weight
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors")
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    inputs = weights | {"strategy": "token", "dynamic": True}
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+    }
+    (target / "config.json").write_text(json.dumps(settings))
+    shutil.copytree(folder / FOLDER, target / FOLDER)
+    return target
+
+
+def test_it_works_over_quantized_weights(folder: Path, tmp_path: Path) -> None:
+    with engine(quantized(folder, tmp_path / "int8"), spec=True) as llm:
+        with_adapter, without = (drafts_of(llm, PROMPTS[:2], {"draft_adapter": on}) for on in (True, False))
+        text, plain = (request(llm, PROMPTS[:1], [{"mode": mode}]) for mode in ("self_speculation", "ar"))
+    assert with_adapter != without
+    assert text == plain

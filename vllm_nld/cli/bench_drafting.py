@@ -1,0 +1,224 @@
+"""``vllm-nld bench drafting``: what the draft adapter, the block length and drawn drafts are worth on held-out text.
+
+Three tables: acceptance by position, tokens per forward and agreement with AR, one request at a time; speed of adaptive
+against fixed block lengths on a mix of easy and hard requests, engines taking turns; acceptance of sampled requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_nld.accounting import Tally
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.cli.bench_auto import TURN_SECONDS, WARM_UP_TURNS, Client, bootstrap_ratio, make_jobs, speed
+from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
+
+LENGTHS: tuple[int, ...] = (4, 8, 16)
+"""The embedded checkpoint was trained for blocks of 16; longer ones are refused."""
+TEMPERATURES = (0.7, 1.0)
+PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
+
+
+def ways(lengths: tuple[int, ...] = LENGTHS) -> dict[str, dict[str, Any]]:
+    """Return the block lengths to compare: a name, and a request's options."""
+    drafting = {"mode": "self_speculation"}
+    fixed = {f"fixed {length}": drafting | {"block_length": length} for length in lengths}
+    return fixed | {"adaptive": drafting | {"adaptive": True}}
+
+
+def run(prompts: int, max_tokens: int, concurrency: list[int], turns: int, as_json: bool) -> None:
+    """Measure all three; print tables or one JSON object."""
+    prepare_environment()
+    texts = [text for _, text in held_out_prompts(prompts)]
+    with stdout_to_stderr():
+        report = {
+            "model": "tiny",
+            "prompts": prompts,
+            "max_tokens": max_tokens,
+            "turns": turns,
+            "greedy": _greedy(texts, max_tokens),
+            "speed": _speed(concurrency, turns, max_tokens),
+            "sampled": _sampled(texts, max_tokens),
+        }
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _show(report)
+
+
+@dataclass
+class Run:
+    """What some requests cost and yielded, filled in when they are over."""
+
+    tally: Tally
+    by_position: list[int]
+    seconds: float = 0.0
+
+    @property
+    def blocks(self) -> int:
+        return self.tally.blocks["self_speculation"]
+
+
+@contextlib.contextmanager
+def watched(llm: Any) -> Iterator[Run]:
+    """Count what happens on an engine within the block."""
+
+    def positions() -> list[int]:
+        found = [metric.values for metric in llm.get_metrics() if metric.name == PER_POSITION]
+        return list(found[0]) if found else []
+
+    tally, before, started = llm.collective_rpc("nld_tally")[0], positions(), time.perf_counter()
+    result = Run(Tally(), [])
+    yield result
+    result.seconds = time.perf_counter() - started
+    result.tally = Tally.between(tally, llm.collective_rpc("nld_tally")[0])
+    before = before or [0] * len(positions())
+    result.by_position = [now - then for now, then in zip(positions(), before, strict=True)]
+
+
+def _greedy(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
+    """Return a row per adapter and way: acceptance, tokens per forward and agreement with AR, one request at a time."""
+    from vllm import SamplingParams
+
+    def complete(llm: Any, options: dict[str, Any]) -> list[list[int]]:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args={"nld": options})
+        return [list(llm.generate(text, params, use_tqdm=False)[0].outputs[0].token_ids) for text in texts]
+
+    rows = []
+    with engine(str(checkpoint_path("tiny")), drafts=0, dtype="float32") as llm:
+        expected = complete(llm, {"mode": "ar"})
+        for adapter in (False, True):
+            for name, options in ways().items():
+                _say(f"greedy, {'adapter' if adapter else 'no adapter'}, {name}")
+                complete(llm, options | {"draft_adapter": adapter}) if name == "adaptive" else None  # prices settle
+                with watched(llm) as run:
+                    tokens = complete(llm, options | {"draft_adapter": adapter})
+                rows.append({"adapter": adapter, "way": name} | _summary(run, tokens, expected))
+    return rows
+
+
+def _summary(run: Run, tokens: list[list[int]], expected: list[list[int]]) -> dict[str, Any]:
+    generated = sum(map(len, tokens))
+    forwards = sum(count for kind, count in run.tally.forwards.items() if kind != "prefill")
+    return {
+        "acceptance_length": round(run.tally.acceptance_length() or 1.0, 3),
+        "accepted_by_position": [round(count / run.blocks, 3) for count in run.by_position],
+        "tpf": round(generated / forwards, 3),
+        "tokens_per_s": round(generated / run.seconds, 1),
+        "same_text_as_ar": sum(a == b for a, b in zip(tokens, expected, strict=True)) / len(expected),
+    }
+
+
+def _speed(concurrency: list[int], turns: int, max_tokens: int) -> list[dict[str, Any]]:
+    """Return tokens per second of every way on the mix, and adaptive against the best fixed length."""
+    settings = {
+        "model": str(checkpoint_path("tiny")),
+        "dtype": "bfloat16",
+        "max_num_seqs": max(concurrency),
+        "max_model_len": 2048,
+        "enable_prefix_caching": False,
+        "speculative_config": {"model": PROPOSER},
+    }
+    rows = []
+    with contextlib.ExitStack() as stack:
+        engines = {name: stack.enter_context(engine_with(**settings)) for name in ways()}
+        for clients in concurrency:
+            _say(f"speed, mix, concurrency {clients}")
+            jobs = make_jobs("mix", max(8, 2 * clients), max_tokens)
+            runs = {name: Client(llm, ways()[name], jobs, clients) for name, llm in engines.items()}
+            taken = _take_turns(runs, turns)
+            best = max((name for name in runs if name != "adaptive"), key=lambda name: speed(taken[name]))
+            rows.append(
+                {
+                    "concurrency": clients,
+                    "tokens_per_s": {name: round(speed(own), 1) for name, own in taken.items()},
+                    "best_fixed": best,
+                    "adaptive_to_best_fixed": round(speed(taken["adaptive"]) / speed(taken[best]), 3),
+                    "interval_95": bootstrap_ratio(taken["adaptive"], taken[best]),
+                }
+            )
+    return rows
+
+
+def _take_turns(runs: dict[str, Client], turns: int) -> dict[str, list[tuple[int, float]]]:
+    taken: dict[str, list[tuple[int, float]]] = {name: [] for name in runs}
+    names = list(runs)
+    for number in range(-WARM_UP_TURNS, turns):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            turn = runs[name].turn(TURN_SECONDS)
+            if number >= 0:
+                taken[name].append(turn)
+    for client in runs.values():
+        client.stop()
+    return taken
+
+
+def _sampled(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
+    """Return the acceptance length of sampled requests, by temperature and way of drafting."""
+    from vllm import SamplingParams
+
+    rows = []
+    settings = {"model": str(checkpoint_path("tiny")), "dtype": "float32", "max_num_seqs": 16}
+    with engine_with(**settings, speculative_config={"model": PROPOSER}) as llm:
+        for temperature in TEMPERATURES:
+            for drawn in (False, True):
+                _say(f"sampled, temperature {temperature}, {'drawn' if drawn else 'most probable'} drafts")
+                options = {"mode": "self_speculation", "sampled_drafts": drawn}
+                params = SamplingParams(
+                    temperature=temperature, max_tokens=max_tokens, ignore_eos=True, n=4, extra_args={"nld": options}
+                )
+                with watched(llm) as run:
+                    llm.generate(texts, params, use_tqdm=False)
+                rows.append(
+                    {
+                        "temperature": temperature,
+                        "drawn_drafts": drawn,
+                        "acceptance_length": round(run.tally.acceptance_length() or 1.0, 3),
+                        "accepted_by_position": [round(count / run.blocks, 3) for count in run.by_position],
+                        "blocks": run.blocks,
+                    }
+                )
+    return rows
+
+
+def _say(what: str) -> None:
+    print(f"bench: {what} ...", file=sys.stderr, flush=True)
+
+
+def _show(report: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("adapter", "block length", "acceptance length", "TPF", "tokens/s", "same text as AR", "by position")
+    for row in report["greedy"]:
+        table.add_row(
+            "yes" if row["adapter"] else "no", row["way"], f"{row['acceptance_length']:.2f}", f"{row['tpf']:.2f}",
+            f"{row['tokens_per_s']:.0f}", f"{row['same_text_as_ar']:.0%}", _positions(row),
+        )  # fmt: skip
+    console.print(table)
+    table = Table("concurrency", *(f"{name} tokens/s" for name in ways()), "adaptive / best fixed", "95 %")
+    for row in report["speed"]:
+        low, high = row["interval_95"]
+        speeds = [f"{value:.0f}" for value in row["tokens_per_s"].values()]
+        ratio = f"{row['adaptive_to_best_fixed']:.3f} ({row['best_fixed']})"
+        table.add_row(str(row["concurrency"]), *speeds, ratio, f"{low:.3f} to {high:.3f}")
+    console.print(table)
+    table = Table("temperature", "drafts", "acceptance length", "by position")
+    for row in report["sampled"]:
+        drafts = "drawn" if row["drawn_drafts"] else "most probable"
+        table.add_row(str(row["temperature"]), drafts, f"{row['acceptance_length']:.2f}", _positions(row))
+    console.print(table)
+    console.print(f"{report['prompts']} held-out prompts of {report['max_tokens']} tokens; TPF without the prefill")
+
+
+def _positions(row: dict[str, Any]) -> str:
+    return " ".join(f"{share:.2f}" for share in row["accepted_by_position"][:8])
