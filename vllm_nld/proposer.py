@@ -12,8 +12,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -29,13 +27,13 @@ from vllm_nld.options import NLDOptions
 from vllm_nld.parking import Parked, SchedulerNote, WorkerNote, may_leave
 from vllm_nld.request_options import EngineTraits
 from vllm_nld.requests import Requests, RequestState
+from vllm_nld.step_tokens import StepTokens, TokenArray
 from vllm_nld.task_lora import TaskLoRAs
 from vllm_nld.thinking import thinking_tokens
 from vllm_nld.token_choice import DraftChoice
+from vllm_nld.verify import pack_draft_probs
 
 logger = init_logger("vllm.nld.proposer")
-
-TokenArray = np.ndarray[Any, np.dtype[Any]]
 
 
 class SelfSpeculation:
@@ -121,18 +119,12 @@ class SelfSpeculation:
         Args:
             metadata: vLLM's ``SpecDecodeMetadata`` of the step, in the order of the batch's rows.
         """
-        counts, requests = metadata.num_draft_tokens, self._known_requests()
-        states = [requests.at(row) if count and row < requests.rows else None for row, count in enumerate(counts)]
-        if all(state is None or state.draft_probs is None for state in states):
-            return None
-        ids = metadata.draft_token_ids.long().clamp_min(0)[:, None]
-        probs = torch.zeros(len(ids), self.vocab_size, device=ids.device).scatter_(1, ids, 1.0)
-        start = 0
-        for state, count in zip(states, counts, strict=True):
-            if state is not None and state.draft_probs is not None:
-                probs[start : start + count] = state.draft_probs[:count]
-            start += count
-        return probs
+        requests = self._known_requests()
+        by_row = [
+            requests.at(row).draft_probs if count and row < requests.rows else None
+            for row, count in enumerate(metadata.num_draft_tokens)
+        ]
+        return pack_draft_probs(metadata, by_row, self.vocab_size) if any(p is not None for p in by_row) else None
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Take note of what the causal pass is about to run, and forget requests that are over (called by the worker).
@@ -211,7 +203,7 @@ class SelfSpeculation:
         self._time_step(states, sampled_token_ids, entered)
         for row, state in states.items():
             self._settle(state, sampled_token_ids[row])
-        tokens = _Tokens(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+        tokens = StepTokens(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         blocks = self._blocks(states, tokens, drafts)
         waits = {row for row, state in states.items() if state.request_id in self.parked}
@@ -227,7 +219,7 @@ class SelfSpeculation:
         self._left_at = time.perf_counter()
         return drafts
 
-    def _ends(self, row: int, state: RequestState, tokens: _Tokens) -> bool:
+    def _ends(self, row: int, state: RequestState, tokens: StepTokens) -> bool:
         """Whether a request is certain to be over, so that no causal pass follows."""
         full = int(tokens.decided[row]) >= self.max_model_len
         return full or state.remaining(1) <= 0 or state.is_over(tokens.sampled[row])
@@ -269,7 +261,7 @@ class SelfSpeculation:
             mode = "self_speculation" if state.options.mode == "self_speculation" and prefill else "ar"
         self.ledger.causal(state.tally, "prefill" if prefill else kind, mode, len(sampled), accepted)
 
-    def _blocks(self, states: dict[int, RequestState], tokens: _Tokens, drafts: list[list[int]]) -> dict[int, Block]:
+    def _blocks(self, states: dict[int, RequestState], tokens: StepTokens, drafts: list[list[int]]) -> dict[int, Block]:
         """Return the blocks to fill now, by row, and park requests whose block may take longer.
 
         Where a diffusion block is only half committed, its rest is handed out.
@@ -302,7 +294,7 @@ class SelfSpeculation:
         return blocks
 
     def _plan(
-        self, rows: list[int], states: dict[int, RequestState], tokens: _Tokens, requests: int, planned: int
+        self, rows: list[int], states: dict[int, RequestState], tokens: StepTokens, requests: int, planned: int
     ) -> dict[int, int]:
         """Return the block lengths that auto mode chooses, by row, for ``requests`` in the next causal pass."""
         candidates: list[Candidate] = []
@@ -317,15 +309,15 @@ class SelfSpeculation:
             states[candidate.row].note_choice(candidate.row in chosen)
         return chosen
 
-    def _longest(self, row: int, state: RequestState, tokens: _Tokens) -> int:
+    def _longest(self, row: int, state: RequestState, tokens: StepTokens) -> int:
         room = self.max_model_len - int(tokens.decided[row])
         return state.longest_draft_block(min(state.options.block_length or self.block_length, room))
 
-    def _draft_block(self, row: int, state: RequestState, tokens: _Tokens, length: int) -> Block:
+    def _draft_block(self, row: int, state: RequestState, tokens: StepTokens, length: int) -> Block:
         seed, prefix = tokens.sampled[row][-1], int(tokens.decided[row]) - 1
         return state.draft_block(seed, prefix, length, self.mask_token_id, self.vocab_size)
 
-    def _diffusion(self, row: int, state: RequestState, tokens: _Tokens, drafts: list[list[int]]) -> Block | None:
+    def _diffusion(self, row: int, state: RequestState, tokens: StepTokens, drafts: list[list[int]]) -> Block | None:
         """Return a diffusion request's next block, or hand out what is left of the one that was cut short."""
         decided = int(tokens.decided[row])
         if state.pending:
@@ -393,7 +385,7 @@ class SelfSpeculation:
             done[state.request_id] = self._commits(state, block)
         return done
 
-    def _hand_out(self, row: int, state: RequestState, block: Block, tokens: _Tokens) -> list[int]:
+    def _hand_out(self, row: int, state: RequestState, block: Block, tokens: StepTokens) -> list[int]:
         """Return a filled block's tokens behind its first, which is decided by now."""
         if not state.is_diffusion:
             state.confidence = block.confidence[1:]
@@ -415,20 +407,7 @@ class SelfSpeculation:
             state.pending = list(drafts)
         return drafts
 
-    def _hand_out_pending(self, row: int, state: RequestState, tokens: _Tokens) -> list[int]:
+    def _hand_out_pending(self, row: int, state: RequestState, tokens: StepTokens) -> list[int]:
         """Put a half-committed block's next token where the causal pass sampled one; return those behind it."""
         tokens.replace_last(row, state.pending.pop(0), state)
         return state.pending[: max(0, self.max_model_len - int(tokens.decided[row]) - 1)]
-
-
-class _Tokens:
-    """The step's tokens as vLLM keeps them, in three places that must agree."""
-
-    def __init__(self, sampled: list[list[int]], decided: TokenArray, ids: TokenArray) -> None:
-        self.sampled, self.decided, self.ids = sampled, decided, ids
-
-    def replace_last(self, row: int, token: int, state: RequestState) -> None:
-        """Replace the last sampled token of a row; vLLM returns the very lists that it passed to ``propose``."""
-        self.sampled[row][-1] = token
-        self.ids[row, int(self.decided[row]) - 1] = token
-        state.cached.output_token_ids[-1] = token

@@ -8,7 +8,7 @@ what the causal pass thought of each token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,24 @@ def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]
 
     apply.accepts_diffusion = True  # type: ignore[attr-defined]
     rejection_sampler.apply_logits_processors = apply
+
+
+def pack_draft_probs(metadata: Any, by_row: Sequence[Tensor | None], vocab_size: int) -> Tensor:
+    """Return a step's draft distributions, float32 ``[drafts, vocab]``; drafts that were not drawn are certain.
+
+    Args:
+        metadata: vLLM's ``SpecDecodeMetadata``.
+        by_row: float32 ``[drafts or more, vocab]`` of a row whose drafts were drawn, else None.
+        vocab_size: columns.
+    """
+    ids = metadata.draft_token_ids.long().clamp_min(0)[:, None]
+    probs = torch.zeros(len(ids), vocab_size, device=ids.device).scatter_(1, ids, 1.0)
+    start = 0
+    for own, count in zip(by_row, metadata.num_draft_tokens, strict=True):
+        if own is not None:
+            probs[start : start + count] = own[:count]
+        start += count
+    return probs
 
 
 def tell_draft_probs(rejection_sampler: Any, draft_probs: Callable[[Any], Tensor | None]) -> None:

@@ -1,0 +1,24 @@
+"""The tokens of the step that vLLM has just run, where this extension replaces some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vllm_nld.requests import RequestState
+
+TokenArray = np.ndarray[Any, np.dtype[Any]]
+
+
+class StepTokens:
+    """The step's tokens as vLLM keeps them, in three places that must agree."""
+
+    def __init__(self, sampled: list[list[int]], decided: TokenArray, ids: TokenArray) -> None:
+        self.sampled, self.decided, self.ids = sampled, decided, ids
+
+    def replace_last(self, row: int, token: int, state: RequestState) -> None:
+        """Replace the last sampled token of a row; vLLM returns the very lists that it passed to ``propose``."""
+        self.sampled[row][-1] = token
+        self.ids[row, int(self.decided[row]) - 1] = token
+        state.cached.output_token_ids[-1] = token
