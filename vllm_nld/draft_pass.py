@@ -80,7 +80,7 @@ class DraftPass:
         """Return the seconds of a forward over ``tokens`` masks in blocks that have no prefix; it is not counted."""
         rows = -(-tokens // block_length)
         length = -(-tokens // rows)
-        blocks = [Block(0, [self.mask_token_id] * length) for _ in range(rows)]
+        blocks = [Block(0, [self.mask_token_id] * length, adapted=True) for _ in range(rows)]
         counts = self.forwards, self.block_forwards
         started = time.perf_counter()
         self.forward(blocks).argmax(-1).tolist()  # reading the result waits for a device to finish

@@ -111,6 +111,22 @@ def auto(
 
 
 @bench.command()
+def adapter(
+    model: Annotated[list[str] | None, typer.Option(help="3b or 8b (dummy weights); may be repeated.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the shape has, to fit memory.")] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Forwards with and without it.")] = 20,
+    json: Json = False,
+) -> None:
+    """What the draft adapter adds to a draft pass, and to a causal step."""
+    from vllm_nld.cli.bench_adapter import run
+
+    try:
+        run(model or ["3b"], layers, repeats, json)
+    except NLDError as error:
+        raise _fail(error) from None
+
+
+@bench.command()
 def drafting(
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to complete.")] = 12,
     max_tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate per prompt.")] = 96,

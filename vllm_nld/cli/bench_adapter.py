@@ -1,0 +1,140 @@
+"""``vllm-nld bench adapter``: what the draft adapter adds to a draft pass, and to a causal step that does not use it.
+
+One engine with random weights; forwards with and without the adapter alternate, so a drifting machine harms both alike.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vllm_nld import ARCHITECTURE
+from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
+from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.errors import NLDError
+
+SHAPES = {
+    "3b": {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34},
+}
+RANK, SCALE = 128, 4.0
+BLOCK = 32
+
+
+def run(models: list[str], layers: int | None, repeats: int, as_json: bool) -> None:
+    """Measure every shape; print a table or one JSON object.
+
+    Raises:
+        NLDError: a model name is unknown.
+    """
+    for name in models:
+        if name not in SHAPES:
+            raise NLDError(f"--model {name}: allowed are {', '.join(SHAPES)}")
+    prepare_environment()
+    with stdout_to_stderr():
+        rows = [_measure(name, layers, repeats) for name in models]
+    if as_json:
+        print(json.dumps({"rank": RANK, "block": BLOCK, "repeats": repeats, "results": rows}))
+    else:
+        _show(rows, repeats)
+
+
+def _measure(name: str, layers: int | None, repeats: int) -> dict[str, Any]:
+    shape = dict(SHAPES[name])
+    shape["num_hidden_layers"] = min(layers or shape["num_hidden_layers"], shape["num_hidden_layers"])
+    config = NemotronLabsDiffusionConfig(architectures=[ARCHITECTURE], dtype="bfloat16", **shape)
+    print(f"bench: {name}, {config.num_hidden_layers} layers ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _dummy_model(config, Path(scratch))
+        settings = {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": 2048, "skip_tokenizer_init": True}
+        with engine(str(folder), drafts=BLOCK - 1, **settings) as llm:
+            core = llm.llm_engine.engine_core.engine_core
+            runner = core.model_executor.driver_worker.worker.model_runner
+            draft = _alternate(_draft(runner), repeats)
+            causal = _alternate(_causal(llm, runner), repeats)
+    return {"model": name, "layers": config.num_hidden_layers, "draft": draft, "causal_step": causal}
+
+
+def _dummy_model(config: NemotronLabsDiffusionConfig, folder: Path) -> Path:
+    from vllm_nld.draft_lora import FOLDER
+    from vllm_nld.reference import DraftAdapter
+
+    config.save_pretrained(folder)
+    adapter = DraftAdapter.fresh(config, RANK, SCALE * RANK, torch.Generator().manual_seed(0))
+    adapter.b = [torch.randn(b.shape) * 1e-3 for b in adapter.b]
+    adapter.write(folder / FOLDER, "dummy", torch.bfloat16)
+    return folder
+
+
+def _draft(runner: Any) -> Callable[[bool], None]:
+    """Return a function that runs one draft forward, with the adapter or without."""
+    from vllm_nld.block import Block
+
+    draft_pass = runner.drafter.draft_pass
+
+    def forward(adapted: bool) -> None:
+        seed, mask = 7, draft_pass.mask_token_id
+        draft_pass.run([Block(0, [seed] + [mask] * (BLOCK - 1), adapted=adapted)])
+
+    return forward
+
+
+def _causal(llm: Any, runner: Any) -> Callable[[bool], None]:
+    """Return a function that runs one AR step, in layers that have an adapter or in layers that have none."""
+    from vllm import SamplingParams
+
+    layers = [layer.self_attn for layer in runner.model.model.layers]
+    adapters = [layer.draft_adapter for layer in layers]
+    params = SamplingParams(
+        temperature=0, max_tokens=1500, ignore_eos=True, detokenize=False, extra_args={"nld": {"mode": "ar"}}
+    )
+    llm.llm_engine.add_request("bench", {"prompt_token_ids": [200 + i for i in range(128)]}, params)
+    llm.llm_engine.step()
+
+    def step(loaded: bool) -> None:
+        for layer, adapter in zip(layers, adapters, strict=True):
+            layer.draft_adapter = adapter if loaded else None
+        llm.llm_engine.step()
+
+    return step
+
+
+def _alternate(call: Callable[[bool], None], repeats: int) -> dict[str, float]:
+    """Return median milliseconds with and without, and the median ratio of neighbours."""
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(-2, repeats):
+        for on in (number % 2 == 0, number % 2 != 0):
+            started = time.perf_counter()
+            call(on)
+            if number >= 0:
+                taken[on].append(time.perf_counter() - started)
+    ratios = [with_it / without for with_it, without in zip(taken[True], taken[False], strict=True)]
+    return {
+        "with_ms": round(statistics.median(taken[True]) * 1e3, 2),
+        "without_ms": round(statistics.median(taken[False]) * 1e3, 2),
+        "ratio": round(statistics.median(ratios), 4),
+    }
+
+
+def _show(rows: list[dict[str, Any]], repeats: int) -> None:
+    table = Table("model", "layers", "forward", "with ms", "without ms", "ratio")
+    for row in rows:
+        for kind, name in (("draft", f"draft of {BLOCK}"), ("causal_step", "AR step")):
+            found = row[kind]
+            values = (f"{found['with_ms']:.1f}", f"{found['without_ms']:.1f}", f"{found['ratio']:.3f}")
+            table.add_row(row["model"], str(row["layers"]), name, *values)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"medians of {repeats} alternating forwards, bfloat16, rank {RANK}; an AR step has it loaded, but off"
+    )
