@@ -50,7 +50,7 @@ def run(models: list[str], layers: int | None, repeats: int, as_json: bool) -> N
 
 
 def _measure(name: str, layers: int | None, repeats: int) -> dict[str, Any]:
-    shape = dict(SHAPES[name])
+    shape: dict[str, Any] = dict(SHAPES[name])
     shape["num_hidden_layers"] = min(layers or shape["num_hidden_layers"], shape["num_hidden_layers"])
     config = NemotronLabsDiffusionConfig(architectures=[ARCHITECTURE], dtype="bfloat16", **shape)
     print(f"bench: {name}, {config.num_hidden_layers} layers ...", file=sys.stderr, flush=True)
