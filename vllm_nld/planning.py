@@ -2,8 +2,8 @@
 
 A forward is a sum of parts: the layers' products, the output layer's, attention, the small operators between them,
 passes over the logits, all-reduces, and the time in which kernels start and end. From forwards follow an AR step, a
-cycle of self-speculation (draft and verify) and a diffusion block. ``docs/scaling.md`` lists the assumptions and holds them
-against measurements. Decoding alone is modelled: no prefill, no waiting, all requests alike.
+cycle of self-speculation (draft and verify) and a diffusion block. ``docs/scaling.md`` lists the assumptions and holds
+them against measurements. Decoding alone is modelled: no prefill, no waiting, all requests alike.
 """
 
 from __future__ import annotations
