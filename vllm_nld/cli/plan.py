@@ -232,6 +232,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axes.plot([count for count, _ in points], speeds, color=colour, linestyle=style, marker=".", label=label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_xticks([row["concurrency"] for row in rows], [str(row["concurrency"]) for row in rows])
+        axes.minorticks_off()
         axes.set_xlabel("concurrency")
         axes.set_title(f"TP {tp}")
         axes.grid(alpha=0.3)
