@@ -112,6 +112,26 @@ def test_the_8b_on_an_h100_by_hand() -> None:
     assert estimate(Setup(EIGHT, H100), AR, 1).tokens_per_request == pytest.approx(1 / 0.00722, rel=2e-3)
 
 
+def test_a_diffusion_block_is_denoised_and_committed() -> None:
+    """A TPF of 2.5 over 8 tokens: 3.2 forwards, the last one the commit."""
+    setup, mode = Setup(ROUND, PLAIN, context=96), Mode("diffusion", 8, 2.5)
+    (denoise, times, cheap), (commit, once, causal) = passes(setup, mode, 3)
+    assert (denoise, commit, once) == ("denoise", "commit", 1)
+    assert times == pytest.approx(2.2)
+    assert cheap == forward(setup, 3, 8, 4, 28) and causal == forward(setup, 3, 8, 8, 16)
+    found = estimate(setup, mode, 3)
+    assert found.step_seconds == pytest.approx(2.2 * cheap.seconds + causal.seconds + 3.2 * PLAIN.host_seconds)
+    assert found.tokens_per_request == pytest.approx(8 / found.step_seconds)
+
+
+def test_a_short_block_takes_two_forwards() -> None:
+    """The published TPF is of long blocks: one of 2 cannot yield more than one token a forward."""
+    report = json.loads(invoke("8b", "--block-length", "2", "--concurrency", "1", "--json").stdout)
+    _, cycle, block = report["estimates"][0]["modes"]
+    assert block["tokens_per_step"] == 2
+    assert block["step_ms"] == pytest.approx(cycle["step_ms"], rel=0.01)
+
+
 def test_memory_by_hand() -> None:
     setup = Setup(EIGHT, H100, context=2048)
     found = memory(setup, AR, 1)
