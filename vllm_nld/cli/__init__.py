@@ -203,3 +203,38 @@ def train_draft_lora(
         run(model, data, held_out, output, resume, Schedule(save_every, measure_every, minutes), device, options)
     except NLDError as error:
         raise _fail(error) from None
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, Hugging Face id, or 3b, 8b, 14b, tiny.")],
+    gpu: Annotated[str, typer.Option(help="h100, b200, ... or here: this machine, measured now.")] = "h100",
+    tp: Annotated[str, typer.Option(help="GPUs that share each layer, such as 1,2,4,8.")] = "1",
+    concurrency: Annotated[str, typer.Option(help="Requests at once, such as 1,8,64.")] = "1,8,64",
+    block_length: Annotated[str | None, typer.Option(help="Such as 8,16,32. Default: the checkpoint's.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Cached tokens per request.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16, float32, fp8.")] = "bfloat16",
+    kv_dtype: Annotated[str | None, typer.Option(help="Of keys and values. Default: as the activations.")] = None,
+    acceptance: Annotated[
+        float | None, typer.Option(help="Acceptance length at the checkpoint's block length. Default: published.")
+    ] = None,
+    diffusion_tpf: Annotated[
+        float | None, typer.Option(help="Block diffusion's tokens per forward. Default: published.")
+    ] = None,
+    published: Annotated[bool, typer.Option(help="Add the model's published figures, beside predictions.")] = False,
+    measured: Annotated[
+        Path | None, typer.Option(help="Add a file of bench cycle --json, beside predictions; with --gpu here.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot tokens/s per GPU here (needs matplotlib).")] = None,
+    json: Json = False,
+) -> None:
+    """Memory and speed by mode and concurrency, on GPUs that need not be there, by a cost model."""
+    from vllm_nld.cli.plan import Options, run
+
+    options = Options(
+        model, gpu, tp, concurrency, block_length, context, dtype, kv_dtype, acceptance, diffusion_tpf
+    )  # fmt: skip
+    try:
+        run(options, published, measured, json, plot)
+    except NLDError as error:
+        raise _fail(error) from None
