@@ -262,7 +262,7 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     Raises:
         NLDError: the runner lacks what this relies on.
     """
-    from vllm_nld.verify import accept_diffusion, tell_draft_probs
+    from vllm_nld.verify import accept_diffusion, guide_verification
 
     for name in (
         "drafter",
@@ -279,7 +279,7 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     if not hasattr(runner.rejection_sampler, "apply_logits_processors"):
         raise NLDError(f"this vLLM's rejection sampler changed; vllm-nld supports vLLM {SUPPORTED}")
     accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion)
-    tell_draft_probs(runner.rejection_sampler, runner.drafter.draft_probs)
+    guide_verification(runner.rejection_sampler, runner.drafter.draft_probs)
 
 
 def repair_cpu_temperature() -> None:

@@ -58,23 +58,27 @@ def pack_draft_probs(metadata: Any, by_row: Sequence[Tensor | None], vocab_size:
     return probs
 
 
-def tell_draft_probs(rejection_sampler: Any, draft_probs: Callable[[Any], Tensor | None]) -> None:
-    """Have a rejection sampler told what drafts were drawn from; idempotent.
+def guide_verification(rejection_sampler: Any, draft_probs: Callable[[Any], Tensor | None]) -> None:
+    """Have a rejection sampler told what drafts were drawn from, and left out where there are none; idempotent.
 
-    vLLM asks its own draft models for that, but not a proposer of ``custom_class``.
+    vLLM asks its own draft models for their distributions, but not a proposer of ``custom_class``. And it runs the
+    rejection sampler in every step, also in one without drafts, where a request with ``top_k`` and no ``top_p`` ends
+    the engine: ``apply_top_k_only`` takes the maximum of nothing (seen in 0.32.0). The plain sampler gives the same.
 
     Raises:
         NLDError: the sampler's ``forward`` has other arguments than the ones this knows.
     """
     original = rejection_sampler.forward
-    if getattr(original, "knows_draft_probs", False):
+    if getattr(original, "is_guided", False):
         return
     names = list(inspect.signature(original).parameters)
-    if names[:2] != ["metadata", "draft_probs"]:
+    if names != ["metadata", "draft_probs", "logits", "sampling_metadata"]:
         raise NLDError(f"vllm.v1.sample.rejection_sampler.RejectionSampler.forward changed: its arguments are {names}")
 
-    def forward(metadata: Any, probs: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        return original(metadata, draft_probs(metadata) if probs is None else probs, *args, **kwargs)
+    def forward(metadata: Any, probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
+        if not any(metadata.num_draft_tokens):
+            return rejection_sampler.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        return original(metadata, draft_probs(metadata) if probs is None else probs, logits, sampling_metadata)
 
-    forward.knows_draft_probs = True  # type: ignore[attr-defined]
+    forward.is_guided = True  # type: ignore[attr-defined]
     rejection_sampler.forward = forward

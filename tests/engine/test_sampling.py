@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import accepted, engine, random_prompts
+from engines import accepted, engine, generate, random_prompts
 from models import random_model, save, small_config
 
 from vllm_nld.reference import ReferenceModel, ar_generate
@@ -104,3 +104,12 @@ def test_the_chi_square_notices_a_wrong_distribution() -> None:
     )
     counts = torch.bincount(draws, minlength=64).view(8, 8)
     assert chi_square_p_value(counts, expected * REQUESTS) < 1e-3
+
+
+def test_top_k_alone_in_a_step_without_drafts(tmp_path: Path) -> None:
+    """A prefill has none; vLLM 0.32's rejection sampler dies of it."""
+    model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
+    with engine(save(model, tmp_path), spec=True) as llm:
+        for mode in ("ar", "self_speculation"):
+            (ids,) = generate(llm, [[6, 7]], temperature=1.0, top_k=1, extra_args={"nld": {"mode": mode}})
+            assert ids == ar_generate(model, [6, 7], 24).ids[2:]

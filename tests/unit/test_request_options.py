@@ -10,7 +10,7 @@ import pytest
 
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions
-from vllm_nld.request_options import MODES_OF_KEY, EngineTraits, request_options
+from vllm_nld.request_options import ENGINE_KEYS, MODES_OF_KEY, EngineTraits, request_options
 
 
 def read(extra_args: Any, traits: EngineTraits | None = None, **params: Any) -> NLDOptions:
@@ -108,7 +108,7 @@ def test_a_checkpoint_without_a_learned_sampler() -> None:
 
 
 def test_every_key_but_mode_says_where_it_applies() -> None:
-    assert {*MODES_OF_KEY, "mode"} == set(NLDOptions.model_fields)
+    assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode"} == set(NLDOptions.model_fields)
 
 
 def test_booleans_may_arrive_as_numbers() -> None:
