@@ -167,6 +167,13 @@ def use_worker_subclass(parallel_config: Any) -> None:
     parallel_config.worker_cls = _WORKERS[platform_worker]
 
 
+def ray_executor_runs_workers() -> bool:
+    """Whether the chosen Ray executor runs a step by ``Worker.execute_model``, as the multiprocessing one does."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False))
+
+
 def use_scheduler_subclass(scheduler_config: Any) -> None:
     """Choose the scheduler subclass that leaves parked requests out, unless the user chose a scheduler."""
     if scheduler_config.scheduler_cls is None and parking_obstacle() is None:

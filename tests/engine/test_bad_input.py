@@ -62,6 +62,15 @@ def test_refused_options(folder: Path, settings: dict[str, Any], words: list[str
     assert "\n" not in message
 
 
+def test_the_older_ray_executor_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    settings = {"speculative_config": SPEC, "distributed_executor_backend": "ray", "max_model_len": 256}
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    message = refusal(folder, **settings)
+    assert "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0" in message
+    assert "set it to 1" in message
+
+
 def test_positions_past_the_rotary_table(tmp_path: Path) -> None:
     """YaRN with factor < 1, as in the released 3B-Base: the table is shorter than max_position_embeddings."""
     from models import yarn

@@ -1,6 +1,7 @@
 """Tensor parallelism: the tokens of one rank, in float32 and in every mode, and ranks that never disagree.
 
-The engine is as in production: a core process and two workers under vLLM's multiprocessing executor. The last test kills one.
+The engine is as in production: a core process and two workers under vLLM's multiprocessing executor. The last test
+kills one of them.
 """
 
 from __future__ import annotations
