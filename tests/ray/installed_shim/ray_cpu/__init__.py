@@ -1,7 +1,7 @@
 """A vLLM platform plugin for tests: vLLM's CPU platform, which Ray may place.
 
 vLLM names no Ray resource for CPUs, and so refuses Ray there. This names Ray's own ``GPU``, of which the test cluster
-has two on paper, so that everything runs as it does on GPU machines but for the device. The package knows nothing of it.
+has two on paper, so that all runs as on GPU machines but for the device. The package knows nothing of it.
 """
 
 
