@@ -101,16 +101,32 @@ class Correction:
         self.seconds += FORGET * (1 - self.seconds)
 
 
+Shared = tuple[dict[int, int], int]
+"""A choice as ranks share it: block lengths by row, and for how many steps it holds if it is AR."""
+
+
 class AutoMode:
     """Chooses block lengths, and how many drafts to verify.
+
+    Args:
+        block_length: tokens of the longest block, seed included.
+        clock: seconds.
+        together: makes a choice one for all tensor-parallel ranks (:func:`vllm_nld.agreement.first_rank_decides`):
+            every rank measures prices, but they differ.
 
     Attributes:
         costs: what steps cost here.
         decisions: how often a request got which ``(mode, block length)``.
     """
 
-    def __init__(self, block_length: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        block_length: int,
+        clock: Callable[[], float] = time.perf_counter,
+        together: Callable[[Callable[[], Shared]], Shared] = lambda decide: decide(),
+    ) -> None:
         self.block_length = block_length
+        self._together = together
         self.costs = Costs()
         self.decisions: Counter[tuple[str, int]] = Counter()
         self._clock = clock
@@ -141,13 +157,16 @@ class AutoMode:
         self._planning = bool(candidates)
         if not candidates:
             return {}
-        batch = (requests, tokens, [candidate.row for candidate in candidates])
+        chosen, ar_steps = self._together(lambda: self._choose(candidates, requests, tokens))
+        self._ar_again = ((requests, tokens, [candidate.row for candidate in candidates]), ar_steps)
+        return chosen
+
+    def _choose(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> Shared:
         chosen, why = self._best(candidates, requests, tokens), "best"
         probe = self._probe(candidates, requests, tokens, chosen)
         if probe is not None:
             chosen, why = probe
         self._expect(candidates, requests, tokens, chosen)
-        self._ar_again = (batch, 0 if chosen or probe is not None else AR_STEPS_PER_CHOICE)
         if probe is not None and chosen:
             self._allowance += self._plain_seconds(requests, tokens)  # an AR step would have had its price, too
             self._charging = True
@@ -156,7 +175,7 @@ class AutoMode:
             self.decisions["ar" if length == 1 else "self_speculation", length] += 1
         if logger.isEnabledFor(10):
             logger.debug("auto (%s): %d requests, blocks %s; %s", why, requests, chosen, self._prices(requests))
-        return chosen
+        return chosen, 0 if chosen or probe is not None else AR_STEPS_PER_CHOICE
 
     def _expect(self, candidates: Sequence[Candidate], requests: int, tokens: int, chosen: dict[int, int]) -> None:
         """Write down what the chosen cycle should yield and take, uncorrected."""

@@ -67,6 +67,14 @@ def unscaled_rope(head_dim: int, max_position: int, rope_parameters: dict[str, A
     return rope
 
 
+def ungathered_logits(model: Any, hidden_states: Any) -> Any:
+    """Return a rank's own columns of the logits, padding included; None where this vLLM can only gather them."""
+    processor = model.logits_processor
+    if "skip_gather" not in inspect.signature(processor.forward).parameters:
+        return None
+    return processor(model.lm_head, hidden_states, skip_gather=True)
+
+
 def model_config_hooks() -> dict[str, Any]:
     """Return vLLM's map from architecture to its ``verify_and_update_config`` class."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -157,6 +165,13 @@ def use_worker_subclass(parallel_config: Any) -> None:
     else:
         return
     parallel_config.worker_cls = _WORKERS[platform_worker]
+
+
+def ray_executor_runs_workers() -> bool:
+    """Whether the chosen Ray executor runs a step by ``Worker.execute_model``, as the multiprocessing one does."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False))
 
 
 def use_scheduler_subclass(scheduler_config: Any) -> None:

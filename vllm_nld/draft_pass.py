@@ -26,6 +26,7 @@ from vllm_nld.draft_adapter import load_adapter
 from vllm_nld.draft_lora import adapter_of
 from vllm_nld.selection import select
 from vllm_nld.token_choice import DraftChoice
+from vllm_nld.vocab_head import Best, best_tokens, needs_logits, probability_of
 
 if TYPE_CHECKING:
     from vllm_nld.learned_sampler import LearnedSampler
@@ -83,7 +84,7 @@ class DraftPass:
         blocks = [Block(0, [self.mask_token_id] * length, adapted=True) for _ in range(rows)]
         counts = self.forwards, self.block_forwards
         started = time.perf_counter()
-        self.forward(blocks).argmax(-1).tolist()  # reading the result waits for a device to finish
+        self.best(blocks).tokens.tolist()  # reading the result waits for a device to finish
         seconds = time.perf_counter() - started
         self.forwards, self.block_forwards = counts
         return seconds
@@ -131,8 +132,13 @@ class DraftPass:
         active = [block for block in group if not block.is_done(self.mask_token_id)]
         if not active:
             return
-        logits = self.forward(group)
-        self._commit(active, logits if len(active) == len(group) else logits[self._rows_of(group, active)])
+        rows = slice(None) if len(active) == len(group) else self._rows_of(group, active)
+        if any(map(needs_logits, active)):
+            logits = self.forward(group)[rows]
+            self._commit(active, *self._choose(active, logits), logits)
+        else:
+            best = self.best(group)
+            self._commit(active, best.tokens[rows], best.probability[rows])
 
     def _rows_of(self, group: list[Block], active: list[Block]) -> Tensor:
         """Return which logits rows of a forward over ``group`` belong to ``active`` blocks, bool ``[masked]``."""
@@ -142,7 +148,19 @@ class DraftPass:
         )
 
     def forward(self, blocks: Sequence[Block]) -> Tensor:
-        """Run one forward and return the masked positions' logits, float32 ``[masked, vocab]``, in block order.
+        """Run one forward and return the masked positions' logits, float32 ``[masked, vocab]``, in block order."""
+        hidden, masked = self._hidden(blocks)
+        logits: Tensor = self.model.compute_logits(hidden)
+        return logits[:masked].float()
+
+    def best(self, blocks: Sequence[Block]) -> Best:
+        """Run one forward and return the masked positions' most probable tokens, in block order."""
+        hidden, masked = self._hidden(blocks)
+        tokens, probability = best_tokens(self.model, hidden)
+        return Best(tokens[:masked], probability[:masked])
+
+    def _hidden(self, blocks: Sequence[Block]) -> tuple[Tensor, int]:
+        """Run one forward and return the masked positions' hidden states, and their number; more rows are padding.
 
         Row i of a bidirectional pass predicts position i. The blocks are laid end to end, ragged as they are.
         """
@@ -159,8 +177,7 @@ class DraftPass:
             self.activate_tasks(blocks, ids.numel(), wanted.numel())
         with set_forward_context(per_layer, self.vllm_config, num_tokens=ids.numel(), slot_mapping={}):
             hidden = self.model(input_ids=ids.to(self.device), positions=positions.to(self.device))
-        logits: Tensor = self.model.compute_logits(hidden[wanted.to(self.device)])
-        return logits[: len(masked)].float()
+        return hidden[wanted.to(self.device)], len(masked)
 
     def _metadata(self, blocks: Sequence[Block]) -> DraftMetadata:
         lengths, prefixes = [block.length for block in blocks], [block.prefix for block in blocks]
@@ -194,14 +211,22 @@ class DraftPass:
         assert block.pages is not None, "a block is located before its first forward"
         return block.pages
 
-    def _commit(self, blocks: Sequence[Block], logits: Tensor) -> None:
-        """Choose a token for every masked position, decide which to commit, and write those into the blocks."""
+    def _commit(
+        self, blocks: Sequence[Block], tokens: Tensor, confidence: Tensor, logits: Tensor | None = None
+    ) -> None:
+        """Decide which of the masked positions' tokens to commit, and write those into the blocks.
+
+        Args:
+            blocks: none of them is done.
+            tokens: int64 ``[masked]``.
+            confidence: float32 ``[masked]``, their probability.
+            logits: float32 ``[masked, vocab]``; needed if a block's rule judges distributions.
+        """
         masked = _padded([[token == self.mask_token_id for token in block.tokens] for block in blocks])
-        tokens, confidence = self._choose(blocks, logits)
         dense = torch.zeros(masked.shape)
         dense[masked] = confidence.cpu()
         entropy = None
-        if any(block.rule.sampler == "entropy_budget" for block in blocks):
+        if logits is not None and any(block.rule.sampler == "entropy_budget" for block in blocks):
             entropy = torch.zeros(masked.shape)
             entropy[masked] = torch.special.entr(logits.softmax(-1)).sum(-1).cpu()
         chosen = torch.full(masked.shape, self.mask_token_id)
@@ -229,15 +254,15 @@ class DraftPass:
                 if isinstance(block.choice, DraftChoice):
                     drawn.append((rows, block.choice))
             start += len(positions)
-        confidence = (logits.gather(1, tokens[:, None]).squeeze(1) - torch.logsumexp(logits, -1)).exp()
+        confidence = probability_of(tokens, logits)
         for rows, choice in drawn:
             confidence[rows] = choice.peak
         return tokens, confidence
 
-    def _scores(self, blocks: Sequence[Block], logits: Tensor, masked: Tensor) -> Tensor | None:
+    def _scores(self, blocks: Sequence[Block], logits: Tensor | None, masked: Tensor) -> Tensor | None:
         """Return the learned sampler's scores, float ``[rows, length]``, if a row asks for them."""
         rows = [row for row, block in enumerate(blocks) if block.rule.sampler == "learned"]
-        if not rows:
+        if logits is None or not rows:
             return None
         assert self.learned_sampler is not None, "admission refuses the sampler where there is none"
         dense = logits.new_zeros(*masked.shape, logits.shape[-1])

@@ -103,6 +103,11 @@ def _check_speculation(vllm_config: Any) -> None:
             f"pipeline_parallel_size={parallel.pipeline_parallel_size} with self-speculation: a draft runs the whole "
             "model, which no pipeline stage holds; use pipeline_parallel_size=1 (tensor_parallel_size is supported)"
         )
+    if parallel.use_ray and not compat.ray_executor_runs_workers():
+        raise NLDError(
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 with self-speculation: vLLM's older Ray executor goes past the worker, "
+            "which then cannot park requests; set it to 1"
+        )
     cache_dtype = vllm_config.cache_config.cache_dtype
     allowed = CACHE_DTYPES + (FLOAT8_CACHE_DTYPES if vllm_config.device_config.device_type == "cpu" else ())
     if cache_dtype not in allowed:

@@ -112,6 +112,7 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=NLDDecoderLayer)
         self.mask_token_id: int = vllm_config.model_config.hf_config.mask_token_id
+        self.vocab_size: int = vllm_config.model_config.hf_config.vocab_size
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits ``[tokens, vocab]`` with the mask token at minus infinity, or None off the gathering rank."""
@@ -119,6 +120,23 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if logits is not None:
             logits[:, self.mask_token_id] = -torch.inf
         return logits
+
+    def shard_logits(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        """Return this tensor-parallel rank's logits ``[tokens, columns]``, and the token id of their first column.
+
+        The mask token is at minus infinity, and padding is cut off. See :mod:`vllm_nld.vocab_head`.
+        """
+        logits = compat.ungathered_logits(self, hidden_states)
+        if logits is None:
+            gathered: Tensor = super().compute_logits(hidden_states)
+            logits, first, end = gathered, 0, self.vocab_size
+        else:
+            shard = self.lm_head.shard_indices
+            first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        logits = logits[:, : end - first]
+        if first <= self.mask_token_id < end:
+            logits[:, self.mask_token_id - first] = -torch.inf
+        return logits, first
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors by their released names; returns the names of the parameters that were filled."""

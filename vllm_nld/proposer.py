@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 
 from vllm_nld import compat
 from vllm_nld.accounting import Ledger
+from vllm_nld.agreement import first_rank_decides
 from vllm_nld.auto import AutoMode, Candidate
 from vllm_nld.block import Block
 from vllm_nld.costs import round_size
@@ -57,7 +58,7 @@ class SelfSpeculation:
         self.mask_token_id: int = vllm_config.model_config.hf_config.mask_token_id
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.draft_pass: DraftPass | None = None
-        self.auto = AutoMode(self.block_length)
+        self.auto = AutoMode(self.block_length, together=first_rank_decides)
         self.ledger = Ledger()
         self._requests: Requests | None = None
         self._tasks: TaskLoRAs | None = None
@@ -94,10 +95,9 @@ class SelfSpeculation:
         """Time forwards of growing size for auto mode, for about ``seconds`` at most (called by the worker)."""
         assert self.draft_pass is not None, "vLLM loads the model before it warms up"
         largest = min(self.block_length * self.vllm_config.scheduler_config.max_num_seqs, self.draft_pass.max_tokens)
-        size, spent = 4, 0.0
-        while size <= largest and spent < seconds:
+        size, end = 4, time.perf_counter() + seconds
+        while size <= largest and first_rank_decides(lambda: time.perf_counter() < end):  # all ranks run each forward
             times = [self.draft_pass.time_forward(size, self.block_length) for _ in range(3)]
-            spent += sum(times)
             self.auto.costs.start(size, min(times))  # the first one compiles kernels
             size = round_size(size + 1)
 
@@ -361,6 +361,7 @@ class SelfSpeculation:
             others_drafts = sum(blocks[row].length - 1 for row in blocks if row not in adaptive)
             for row in adaptive:
                 states[row].confidence = blocks[row].confidence[1:]
+            # vLLM takes the first rank's drafts; how many another one keeps does not matter.
             keep = self.auto.trim([states[row].chances() for row in adaptive], requests + others_drafts, seconds)
             for row, drafts in zip(adaptive, keep, strict=True):
                 del blocks[row].tokens[1 + drafts :]

@@ -51,7 +51,10 @@ SPEC = {"model": "vllm_nld.SelfSpeculation"}
             {"speculative_config": SPEC, "pipeline_parallel_size": 2},
             ["pipeline_parallel_size=2", "tensor_parallel_size"],
         ),
-        ({"speculative_config": SPEC, "enable_lora": True}, ["enable_lora=True", "leave one"]),
+        (
+            {"speculative_config": SPEC, "additional_config": {"nld": {"draft_lora": "/no/such"}}},
+            ["draft_lora", "'off'"],
+        ),
         ({"speculative_config": SPEC, "kv_cache_dtype": "fp8_ds_mla"}, ["kv_cache_dtype=", "auto", "bfloat16", "fp8"]),
     ],
 )
@@ -60,6 +63,15 @@ def test_refused_options(folder: Path, settings: dict[str, Any], words: list[str
     for word in words:
         assert word in message
     assert "\n" not in message
+
+
+def test_the_older_ray_executor_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    settings = {"speculative_config": SPEC, "distributed_executor_backend": "ray", "max_model_len": 256}
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    message = refusal(folder, **settings)
+    assert "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0" in message
+    assert "set it to 1" in message
 
 
 def test_positions_past_the_rotary_table(tmp_path: Path) -> None:

@@ -109,29 +109,21 @@ def test_causal_passes_are_bit_identical_with_and_without_it(folder: Path, eager
     def logits_of(**options: Any) -> tuple[list[torch.Tensor], int]:
         found: list[torch.Tensor] = []
         with engine(folder, spec=True, options=options, enforce_eager=eager, max_num_seqs=4) as llm:
-            target = runner(llm).model
-            original = target.compute_logits
+            target, draft_pass = runner(llm).model, runner(llm).drafter.draft_pass
+            compute, draft = target.compute_logits, draft_pass.run
 
-            def compute(hidden: torch.Tensor) -> torch.Tensor:
-                logits = original(hidden)
-                found.append(logits.clone())
-                return logits
+            def keep(hidden: torch.Tensor) -> torch.Tensor:
+                found.append(compute(hidden).clone())
+                return found[-1].clone()
 
-            drafter = runner(llm).drafter.draft_pass
-            plain = drafter.forward
-            target.compute_logits = compute
+            def run(blocks: Any, leave: Any) -> None:
+                draft(blocks, leave)
+                for block in blocks:
+                    block.tokens[1:] = [7] * (block.length - 1)  # verify the same ones with and without the adapter
 
-            def forward(blocks: Any) -> torch.Tensor:
-                target.compute_logits = original  # a draft's logits are another matter
-                try:
-                    # The same drafts with and without the adapter, so that the same tokens are verified.
-                    return plain(blocks).fill_(0.0).index_fill_(1, torch.tensor([7]), 1.0)
-                finally:
-                    target.compute_logits = compute
-
-            drafter.forward = forward
+            target.compute_logits, draft_pass.run = keep, run
             request(llm, PROMPTS, [{"mode": "ar"}, {}, {}, {"mode": "ar"}])
-            return found, drafter.forwards
+            return found, draft_pass.forwards
 
     with_adapter, drafted = logits_of()
     without, _ = logits_of(draft_lora="off")

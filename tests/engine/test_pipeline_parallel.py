@@ -1,0 +1,28 @@
+"""Pipeline parallelism: AR works as with one stage; speculation is refused (test_bad_input.py)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from engines import engine, generate, random_prompts
+from models import random_model, save, small_config
+
+PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=3)
+
+
+def test_two_stages_give_the_tokens_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers, so that the stages differ; more requests than a stage takes at once."""
+    folder = save(random_model(small_config(num_hidden_layers=3)), tmp_path)
+    settings = {"max_num_seqs": 2}
+    with engine(folder, **settings) as alone:
+        expected = generate(alone, PROMPTS)
+        sampled = generate(alone, PROMPTS, temperature=1.0, seed=4)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() > 1 else "0|0")
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")
+    with engine(folder, pipeline_parallel_size=2, **settings) as staged:
+        layers = staged.collective_rpc(lambda worker: len(worker.get_kv_cache_spec()))
+        assert sorted(layers) == [1, 2], "each worker holds the layers of its stage"
+        assert generate(staged, PROMPTS) == expected
+        assert generate(staged, PROMPTS, temperature=1.0, seed=4) == sampled

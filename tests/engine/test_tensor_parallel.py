@@ -1,0 +1,139 @@
+"""Tensor parallelism: the tokens of one rank, in float32 and in every mode, and ranks that never disagree.
+
+The engine is as in production: a core process and two workers under vLLM's multiprocessing executor. The last test
+kills one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from engines import engine
+
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.held_out import held_out_prompts
+
+TEXTS = [text for _, text in held_out_prompts(4, characters=150)]
+SETTINGS: dict[str, Any] = {"skip_tokenizer_init": False, "max_model_len": 1024, "max_num_seqs": 8}
+
+GREEDY: dict[str, Any] = {"temperature": 0}
+SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 5, "top_p": 0.95}
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"mode": "ar"}, GREEDY),
+    ({"mode": "ar"}, SEEDED),
+    ({"mode": "self_speculation"}, GREEDY),
+    ({"mode": "self_speculation"}, SEEDED),
+    ({"mode": "self_speculation", "draft_threshold": 0.6, "block_length": 8}, GREEDY),
+    ({"mode": "auto"}, GREEDY),
+    ({"mode": "diffusion", "threshold": 0.7}, GREEDY),
+    ({"mode": "diffusion", "threshold": 0.7}, SEEDED),
+    ({"mode": "diffusion", "sampler": "entropy_budget"}, GREEDY),
+    ({"mode": "diffusion", "sampler": "learned", "threshold": 0.8}, GREEDY),
+    ({"mode": "diffusion", "seed_first": False}, GREEDY | {"repetition_penalty": 1.1}),
+]
+
+
+def complete(llm: Any, cases: list[tuple[dict[str, Any], dict[str, Any]]], tokens: int = 48) -> list[list[int]]:
+    """All texts for every case, all in one batch queue: modes mix, and diffusion blocks are parked."""
+    from vllm import SamplingParams
+
+    params = [SamplingParams(max_tokens=tokens, extra_args={"nld": nld}, **rest) for nld, rest in cases for _ in TEXTS]
+    outputs = llm.generate(TEXTS * len(cases), params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    with engine(checkpoint_path("tiny"), spec=True, **SETTINGS) as alone:
+        return complete(alone, CASES)
+
+
+@pytest.fixture(scope="module")
+def llm(expected: Any) -> Iterator[Any]:
+    """Two ranks, one core each: their OpenMP threads would spin against each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() > 1 else "0|0")
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # collective_rpc takes functions
+        patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")  # for ranks that wait for each other
+        with engine(checkpoint_path("tiny"), spec=True, tensor_parallel_size=2, **SETTINGS) as made:
+            yield made
+
+
+def test_all_modes_in_one_batch(llm: Any, expected: list[list[int]]) -> None:
+    assert complete(llm, CASES) == expected
+
+
+def test_each_mode_by_itself(llm: Any, expected: list[list[int]]) -> None:
+    for index, case in enumerate(CASES):
+        assert complete(llm, [case]) == expected[index * len(TEXTS) : (index + 1) * len(TEXTS)], case
+
+
+def skew(worker: Any) -> list[float]:
+    """Make the second rank believe that drafting costs next to nothing, and that AR steps take for ever."""
+    costs = worker.model_runner.drafter.auto.costs
+    if worker.rank == 1:
+        costs.draft.seconds = costs.verify.seconds = lambda size: 1e-6
+        costs.ar.seconds = lambda size: 10.0
+    else:
+        costs.draft.seconds = lambda size: 10.0
+    return [costs.ar.seconds(1), costs.draft.seconds(16)]
+
+
+def forwards(llm: Any) -> list[dict[str, int]]:
+    return llm.collective_rpc("nld_counters")
+
+
+def test_auto_mode_is_the_first_rank_s(llm: Any, expected: list[list[int]]) -> None:
+    """Ranks whose clocks disagree do the same forwards: the first one's choice, which here is AR."""
+    first, second = llm.collective_rpc(skew)
+    assert first[1] > 1 > second[1]
+    before = forwards(llm)
+    auto = CASES.index(({"mode": "auto"}, GREEDY)) * len(TEXTS)
+    assert complete(llm, [({"mode": "auto"}, GREEDY)]) == expected[auto : auto + len(TEXTS)]
+    after = forwards(llm)
+    assert after[0] == after[1]
+    assert after[0]["draft_forwards"] == before[0]["draft_forwards"]
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker processes below a process, first rank first."""
+    found = [child for child in psutil.Process(pid).children(recursive=True) if "Worker" in " ".join(child.cmdline())]
+    return [child.pid for child in sorted(found, key=lambda child: " ".join(child.cmdline()))]
+
+
+def test_requests_fail_soon_when_a_rank_dies(llm: Any) -> None:
+    """In the middle of generation: vLLM notices, says so, and nothing is left running. The last test of this engine."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    workers = workers_of(os.getpid())
+    assert len(workers) == 2
+    killed: list[float] = []
+
+    def kill() -> None:
+        time.sleep(1.0)
+        killed.append(time.monotonic())
+        os.kill(workers[1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(EngineDeadError, match="EngineCore"):
+        while True:
+            complete(llm, CASES, tokens=400)
+    failed = time.monotonic()
+    thread.join()
+    print(f"failed {failed - killed[0]:.1f} s after the kill")
+    assert 0 <= failed - killed[0] < 30
+    for _ in range(300):
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("a worker is left")

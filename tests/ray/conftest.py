@@ -1,0 +1,35 @@
+"""One real local Ray cluster for the whole tier, whose workers find vllm-nld as an installed distribution."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clusters import Cluster, install
+
+SHIM = Path(__file__).parent / "installed_shim"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Start Ray; this process is connected to it, and so is a process with its address."""
+    pytest.importorskip("ray.util")  # "ray" alone would be this very folder
+    import ray
+
+    site = tmp_path_factory.mktemp("site")
+    install(site)
+    pythonpath = os.pathsep.join([str(site), str(SHIM)])
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray's workers inherit the environment of the cluster.
+        patch.setenv("PYTHONPATH", pythonpath)
+        patch.setenv("OMP_NUM_THREADS", "1")  # several workers share few cores here; waiting threads would spin
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        context = ray.init(
+            num_cpus=8, num_gpus=2, include_dashboard=False, object_store_memory=1 << 27, log_to_driver=False
+        )
+    try:
+        yield Cluster(context.address_info["address"], site, pythonpath)
+    finally:
+        ray.shutdown()

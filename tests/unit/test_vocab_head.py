@@ -1,0 +1,55 @@
+"""The head split over ranks: the same token as one rank's argmax, ties included, and the same probability."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_nld.block import Block, CommitRule
+from vllm_nld.token_choice import TokenChoice
+from vllm_nld.vocab_head import best_of, combine, needs_logits, shard_summary
+
+
+def split(logits: Tensor, columns: int, shards: int) -> Tensor:
+    """Summaries of shards of so many columns; the last ones may have fewer, or none."""
+    starts = [min(shard * columns, logits.shape[1]) for shard in range(shards)]
+    return torch.stack([shard_summary(logits[:, start : start + columns], start) for start in starts])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocab", "columns", "shards"), [(1000, 500, 2), (24, 32, 2), (1000, 256, 4), (130, 64, 4)])
+def test_shards_say_what_the_whole_says(dtype: torch.dtype, vocab: int, columns: int, shards: int) -> None:
+    """In bfloat16 many logits are equal; (24, 32, 2) and (130, 64, 4) leave shards of padding alone."""
+    logits = (torch.randn(256, vocab, generator=torch.Generator().manual_seed(vocab)) * 3).to(dtype)
+    logits[:, 5] = -torch.inf  # the mask token
+    found, whole = combine(split(logits, columns, shards)), best_of(logits)
+    assert torch.equal(found.tokens, logits.float().argmax(-1))
+    assert torch.equal(found.tokens, whole.tokens)
+    torch.testing.assert_close(found.probability, logits.float().softmax(-1).amax(-1))
+    torch.testing.assert_close(found.probability, whole.probability)
+
+
+def test_of_equal_logits_the_lowest_id_wins() -> None:
+    logits = torch.zeros(3, 12)
+    logits[1, [3, 7, 11]] = 2.0
+    logits[2, :5] = -torch.inf
+    assert combine(split(logits, 4, 3)).tokens.tolist() == [0, 3, 5]
+    assert best_of(logits).tokens.tolist() == [0, 3, 5]
+
+
+def test_ids_of_large_vocabularies_are_exact() -> None:
+    logits = torch.zeros(2, 4)
+    logits[0, 3] = logits[1, 1] = 1.0
+    assert combine(shard_summary(logits, (1 << 24) - 4)[None]).tokens.tolist() == [(1 << 24) - 1, (1 << 24) - 3]
+
+
+def test_who_needs_all_logits() -> None:
+    def block(**settings: object) -> Block:
+        return Block(0, [1, 2], **settings)  # type: ignore[arg-type]
+
+    assert not needs_logits(block())
+    assert not needs_logits(block(rule=CommitRule("top_k")))
+    assert needs_logits(block(choice=TokenChoice(vocab_size=8, length=2)))
+    assert needs_logits(block(rule=CommitRule("learned")))
+    assert needs_logits(block(rule=CommitRule("entropy_budget")))
