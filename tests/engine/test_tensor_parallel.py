@@ -49,10 +49,25 @@ def complete(llm: Any, cases: list[tuple[dict[str, Any], dict[str, Any]]], token
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def accepted_drafts(llm: Any) -> dict[bool, int]:
+    """How many drafts the texts take with the draft adapter, and without."""
+    found = {}
+    for adapter in (True, False):
+        before = llm.collective_rpc("nld_tally")[0]["accepted"].get("self_speculation", 0)
+        complete(llm, [({"mode": "self_speculation", "draft_adapter": adapter}, GREEDY)])
+        found[adapter] = llm.collective_rpc("nld_tally")[0]["accepted"].get("self_speculation", 0) - before
+    return found
+
+
 @pytest.fixture(scope="module")
-def expected() -> list[list[int]]:
+def one_rank() -> tuple[list[list[int]], dict[bool, int]]:
     with engine(checkpoint_path("tiny"), spec=True, **SETTINGS) as alone:
-        return complete(alone, CASES)
+        return complete(alone, CASES), accepted_drafts(alone)
+
+
+@pytest.fixture(scope="module")
+def expected(one_rank: Any) -> list[list[int]]:
+    return list(one_rank[0])
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +89,12 @@ def test_all_modes_in_one_batch(llm: Any, expected: list[list[int]]) -> None:
 def test_each_mode_by_itself(llm: Any, expected: list[list[int]]) -> None:
     for index, case in enumerate(CASES):
         assert complete(llm, [case]) == expected[index * len(TEXTS) : (index + 1) * len(TEXTS)], case
+
+
+def test_the_draft_adapter_is_shared_out(llm: Any, one_rank: Any) -> None:
+    """The text says nothing of drafts; how many are accepted does."""
+    assert accepted_drafts(llm) == one_rank[1]
+    assert one_rank[1][True] != one_rank[1][False]
 
 
 def skew(worker: Any) -> list[float]:
