@@ -114,7 +114,7 @@ def cycles(model: ReferenceModel, prompt: list[int], text: list[int], way: Way) 
     model.causal(ids_tensor(model, prompt), cache)
     full = prompt + text
     while len(past.tokens) < len(full):
-        length = min(model.config.block_size, len(full) - len(past.tokens) + 1)
+        length = min(model.config.block_size, len(full) - len(past.tokens))
         block, confidence = draft(model, cache, past, length, way)
         verified = model.causal(ids_tensor(model, block), cache)[0].argmax(-1).tolist()
         start = len(past.tokens)

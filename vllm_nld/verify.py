@@ -77,7 +77,7 @@ def guide_verification(rejection_sampler: Any, draft_probs: Callable[[Any], Tens
 
     def forward(metadata: Any, probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
         if not any(metadata.num_draft_tokens):
-            return rejection_sampler.sampler(logits=logits, sampling_metadata=sampling_metadata)
+            return rejection_sampler.sampler(logits, sampling_metadata, predict_bonus_token=True)
         return original(metadata, draft_probs(metadata) if probs is None else probs, logits, sampling_metadata)
 
     forward.is_guided = True  # type: ignore[attr-defined]
