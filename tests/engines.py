@@ -12,6 +12,7 @@ import torch
 from vllm_nld.cli.engine import PROPOSER, stop
 
 CACHE_BYTES = 1 << 25
+DRAFTS_OF_THE_REFERENCE: dict[str, Any] = {"mode": "self_speculation", "prompt_lookup": 0}
 
 
 @contextlib.contextmanager
@@ -33,7 +34,8 @@ def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | Non
         "disable_log_stats": False,
         "enable_prefix_caching": False,
         # Auto mode, the default, chooses by measured time: what it drafts differs from run to run.
-        "additional_config": {"nld": {"mode": "self_speculation"} | (options or {}) if spec else options or {}},
+        # And drafts are the reference's, which looks nothing up.
+        "additional_config": {"nld": DRAFTS_OF_THE_REFERENCE | (options or {}) if spec else options or {}},
         "speculative_config": speculative,
     }
     llm = LLM(model=str(folder), **(defaults | settings))

@@ -136,10 +136,13 @@ def _cycle_tokens(rate: float, length: int) -> float:
 
 
 class Calibration:
-    """Turns a draft's confidence into the probability that it is accepted, from what was observed."""
+    """Turns a draft's confidence into the probability that it is accepted, from what was observed.
 
-    EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-    MIDDLES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 0.97, 0.995)
+    Drafts that were looked up (:mod:`vllm_nld.prompt_lookup`) have no confidence but a class of their own, the last.
+    """
+
+    EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.5)
+    MIDDLES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 0.97, 0.995, 0.6)
 
     def __init__(self) -> None:
         # Confidence is taken at its word until there is evidence.

@@ -55,6 +55,13 @@ class NLDOptions(BaseModel):
         default=True,
         description="Self-speculation. Draft with the engine's adapter, if it has one.",
     )
+    prompt_lookup: int = Field(
+        default=3,
+        ge=0,
+        le=16,
+        description="Self-speculation. Behind the first unsure draft, draft what followed the last so many tokens at "
+        "their latest earlier occurrence in prompt and text; 0 does not. Drawn drafts are left alone.",
+    )
     sampled_drafts: bool = Field(
         default=True,
         description="Self-speculation of requests with a temperature. True draws the drafts from the draft's own "

@@ -26,6 +26,7 @@ from vllm_nld.draft_pass import DraftPass
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions
 from vllm_nld.parking import Parked, SchedulerNote, WorkerNote, may_leave
+from vllm_nld.prompt_lookup import splice
 from vllm_nld.request_options import EngineTraits
 from vllm_nld.requests import Requests, RequestState
 from vllm_nld.step_tokens import StepTokens, TokenArray
@@ -209,7 +210,7 @@ class SelfSpeculation:
         waits = {row for row, state in states.items() if state.request_id in self.parked}
         others = self._others_wait or len(rows) < len(drafts)
         others = others or any(row not in waits and not self._ends(row, states[row], tokens) for row in states)
-        self._fill(blocks, states, len(rows) - len(waits), others)
+        self._fill(blocks, states, tokens, len(rows) - len(waits), others)
         for row, block in blocks.items():
             drafts[row] = self._hand_out(row, states[row], block, tokens)
         done = self._hand_out_parked()
@@ -335,12 +336,20 @@ class SelfSpeculation:
             self.vocab_size,
         )
 
-    def _fill(self, blocks: dict[int, Block], states: dict[int, RequestState], requests: int, others: bool) -> None:
+    def _fill(
+        self,
+        blocks: dict[int, Block],
+        states: dict[int, RequestState],
+        tokens: StepTokens,
+        requests: int,
+        others: bool,
+    ) -> None:
         """Fill the blocks of rows, and carry on with those of parked requests as long as nobody waits.
 
         Args:
             blocks: by row.
             states: of all rows.
+            tokens: of the step.
             requests: rows that the next causal pass serves.
             others: whether that pass has something to do even if no parked request's block becomes done.
         """
@@ -351,6 +360,8 @@ class SelfSpeculation:
         for row, block in blocks.items():
             kind, mode = ("denoise", "diffusion") if states[row].is_diffusion else ("draft", "self_speculation")
             self.ledger.block(states[row].tally, kind, mode, block.passes)
+            if states[row].looks_up and block.choice is None:
+                splice(block, tokens.history(row), states[row].options.prompt_lookup)
         adaptive = [row for row in blocks if states[row].is_adaptive]
         if mixed:
             # The forward and the causal pass also serve blocks that auto mode did not reckon with.

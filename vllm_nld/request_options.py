@@ -23,6 +23,7 @@ MODES_OF_KEY: dict[str, tuple[str, ...]] = {
     "adaptive": ("self_speculation",),
     "draft_threshold": ("auto", "self_speculation"),
     "draft_adapter": ("auto", "self_speculation"),
+    "prompt_lookup": ("auto", "self_speculation"),
     "sampled_drafts": ("auto", "self_speculation"),
     "sampler": ("diffusion",),
     "threshold": ("diffusion",),

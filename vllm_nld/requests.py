@@ -156,6 +156,11 @@ class RequestState:
         return block
 
     @property
+    def looks_up(self) -> bool:
+        """Whether unsure drafts may be replaced by what was said before."""
+        return not self.is_diffusion and self.options.prompt_lookup > 0
+
+    @property
     def samples_drafts(self) -> bool:
         """Whether drafts are drawn, and not the most probable tokens.
 

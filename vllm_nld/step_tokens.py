@@ -17,6 +17,10 @@ class StepTokens:
     def __init__(self, sampled: list[list[int]], decided: TokenArray, ids: TokenArray) -> None:
         self.sampled, self.decided, self.ids = sampled, decided, ids
 
+    def history(self, row: int) -> TokenArray:
+        """Return a row's decided tokens, prompt and text, this step's included."""
+        return self.ids[row, : int(self.decided[row])]
+
     def replace_last(self, row: int, token: int, state: RequestState) -> None:
         """Replace the last sampled token of a row; vLLM returns the very lists that it passed to ``propose``."""
         self.sampled[row][-1] = token

@@ -121,3 +121,18 @@ def test_a_long_prompt_uses_the_query_scale(tmp_path: Path) -> None:
     difference = (with_scale.causal(torch.tensor([prompt])) - without.causal(torch.tensor([prompt]))).nan_to_num()[0]
     assert difference[:64].abs().max() == 0
     assert difference[128:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"draft_threshold": 0.3}])
+def test_looked_up_drafts_change_no_text_and_save_cycles(options: dict[str, Any], tmp_path: Path) -> None:
+    model = random_model(small_config(eos_token_id=None, block_size=8), seed=3)
+    prompts = [ids * 4 for ids in random_prompts([12, 20, 31], 24, seed=7)]
+    expected = [ar_generate(model, ids, 60).ids[len(ids) :] for ids in prompts]
+    cycles = {}
+    with engine(save(model, tmp_path), spec=True) as llm:
+        for length in (0, 3):
+            before = counters(llm)["cycles"]
+            nld = {"nld": options | {"prompt_lookup": length}}
+            assert generate(llm, prompts, max_tokens=60, extra_args=nld) == expected
+            cycles[length] = counters(llm)["cycles"] - before
+    assert cycles[3] < cycles[0]

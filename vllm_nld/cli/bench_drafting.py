@@ -29,10 +29,10 @@ TEMPERATURES = (0.7, 1.0)
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 
-def ways(lengths: tuple[int, ...] = LENGTHS) -> dict[str, dict[str, Any]]:
+def ways(lookup: bool = True) -> dict[str, dict[str, Any]]:
     """Return the block lengths to compare: a name, and a request's options."""
-    drafting = {"mode": "self_speculation"}
-    fixed = {f"fixed {length}": drafting | {"block_length": length} for length in lengths}
+    drafting: dict[str, Any] = {"mode": "self_speculation"} | ({} if lookup else {"prompt_lookup": 0})
+    fixed = {f"fixed {length}": drafting | {"block_length": length} for length in LENGTHS}
     return fixed | {"adaptive": drafting | {"adaptive": True}}
 
 
@@ -87,7 +87,7 @@ def watched(llm: Any) -> Iterator[Run]:
 
 
 def _greedy(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
-    """Return a row per adapter and way: acceptance, tokens per forward and agreement with AR, one request at a time."""
+    """Return a row per adapter, lookup and way: acceptance, tokens per forward and agreement with AR, one request at a time."""
     from vllm import SamplingParams
 
     def complete(llm: Any, options: dict[str, Any]) -> list[list[int]]:
@@ -97,13 +97,15 @@ def _greedy(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
     rows = []
     with engine(str(checkpoint_path("tiny")), drafts=0, dtype="float32") as llm:
         expected = complete(llm, {"mode": "ar"})
-        for adapter in (False, True):
-            for name, options in ways().items():
-                _say(f"greedy, {'adapter' if adapter else 'no adapter'}, {name}")
-                complete(llm, options | {"draft_adapter": adapter}) if name == "adaptive" else None  # prices settle
+        for adapter, lookup in ((False, False), (True, False), (True, True)):
+            for name, options in ways(lookup).items():
+                _say(f"greedy, {'adapter' if adapter else 'no adapter'}, lookup {lookup}, {name}")
+                if name == "adaptive":
+                    complete(llm, options | {"draft_adapter": adapter})  # prices settle
                 with watched(llm) as run:
                     tokens = complete(llm, options | {"draft_adapter": adapter})
-                rows.append({"adapter": adapter, "way": name} | _summary(run, tokens, expected))
+                row = {"adapter": adapter, "prompt_lookup": lookup, "way": name}
+                rows.append(row | _summary(run, tokens, expected))
     return rows
 
 
@@ -174,7 +176,7 @@ def _sampled(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
         for temperature in TEMPERATURES:
             for drawn in (False, True):
                 _say(f"sampled, temperature {temperature}, {'drawn' if drawn else 'most probable'} drafts")
-                options = {"mode": "self_speculation", "sampled_drafts": drawn}
+                options = {"mode": "self_speculation", "sampled_drafts": drawn, "prompt_lookup": 0}
                 params = SamplingParams(
                     temperature=temperature, max_tokens=max_tokens, ignore_eos=True, n=4, extra_args={"nld": options}
                 )
@@ -198,10 +200,12 @@ def _say(what: str) -> None:
 
 def _show(report: dict[str, Any]) -> None:
     console = Console()
-    table = Table("adapter", "block length", "acceptance length", "TPF", "tokens/s", "same text as AR", "by position")
+    table = Table(
+        "adapter", "lookup", "block length", "acceptance length", "TPF", "tokens/s", "same text as AR", "by position"
+    )
     for row in report["greedy"]:
         table.add_row(
-            "yes" if row["adapter"] else "no", row["way"], f"{row['acceptance_length']:.2f}", f"{row['tpf']:.2f}",
+            _yes(row["adapter"]), _yes(row["prompt_lookup"]), row["way"], f"{row['acceptance_length']:.2f}", f"{row['tpf']:.2f}",
             f"{row['tokens_per_s']:.0f}", f"{row['same_text_as_ar']:.0%}", _positions(row),
         )  # fmt: skip
     console.print(table)
@@ -218,6 +222,10 @@ def _show(report: dict[str, Any]) -> None:
         table.add_row(str(row["temperature"]), drafts, f"{row['acceptance_length']:.2f}", _positions(row))
     console.print(table)
     console.print(f"{report['prompts']} held-out prompts of {report['max_tokens']} tokens; TPF without the prefill")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _positions(row: dict[str, Any]) -> str:
