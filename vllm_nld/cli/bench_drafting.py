@@ -87,7 +87,7 @@ def watched(llm: Any) -> Iterator[Run]:
 
 
 def _greedy(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
-    """Return a row per adapter, lookup and way: acceptance, tokens per forward and agreement with AR, one request at a time."""
+    """Return a row per adapter, lookup and way, one request at a time: acceptance, tokens per forward, agreement."""
     from vllm import SamplingParams
 
     def complete(llm: Any, options: dict[str, Any]) -> list[list[int]]:
@@ -205,8 +205,8 @@ def _show(report: dict[str, Any]) -> None:
     )
     for row in report["greedy"]:
         table.add_row(
-            _yes(row["adapter"]), _yes(row["prompt_lookup"]), row["way"], f"{row['acceptance_length']:.2f}", f"{row['tpf']:.2f}",
-            f"{row['tokens_per_s']:.0f}", f"{row['same_text_as_ar']:.0%}", _positions(row),
+            _yes(row["adapter"]), _yes(row["prompt_lookup"]), row["way"], f"{row['acceptance_length']:.2f}",
+            f"{row['tpf']:.2f}", f"{row['tokens_per_s']:.0f}", f"{row['same_text_as_ar']:.0%}", _positions(row),
         )  # fmt: skip
     console.print(table)
     table = Table("concurrency", *(f"{name} tokens/s" for name in ways()), "adaptive / best fixed", "95 %")
