@@ -110,7 +110,7 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def shard_logits(self, hidden_states: Tensor) -> tuple[Tensor, int | None]:
         """Return this tensor-parallel rank's logits ``[tokens, columns]``, and the token id of their first column.
 
-        The mask token is at minus infinity, and padding is cut off: a small vocabulary may lie in the first shard alone.
+        The mask token is at minus infinity. Padding is cut off: a small vocabulary may lie in the first shard alone.
         Where all ranks have all logits, these are whole, and None is returned. See :mod:`vllm_nld.vocab_head`.
         """
         logits = compat.ungathered_logits(self, hidden_states) if self.lm_head.tp_size > 1 else None
