@@ -51,6 +51,7 @@ SPEC = {"model": "vllm_nld.SelfSpeculation"}
             {"speculative_config": SPEC, "pipeline_parallel_size": 2},
             ["pipeline_parallel_size=2", "tensor_parallel_size"],
         ),
+        ({"pipeline_parallel_size": 2, "enforce_eager": True}, ["enforce_eager=True", "pipeline_parallel_size=2"]),
         ({"speculative_config": SPEC, "enable_lora": True}, ["enable_lora=True", "leave one"]),
         ({"speculative_config": SPEC, "kv_cache_dtype": "fp8_ds_mla"}, ["kv_cache_dtype=", "auto", "bfloat16", "fp8"]),
     ],
