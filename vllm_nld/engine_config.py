@@ -52,6 +52,7 @@ class NLDEngineConfig:
         NLDOptions.from_vllm_config(vllm_config)
         _check_positions(vllm_config.model_config)
         _check_layers(vllm_config.model_config.hf_config)
+        _check_stages(vllm_config)
         if _is_self_speculation(vllm_config.speculative_config):
             _check_speculation(vllm_config)
             compat.use_worker_subclass(vllm_config.parallel_config)
@@ -94,6 +95,15 @@ def _check_layers(config: NemotronLabsDiffusionConfig) -> None:
     for key, allowed in (("hidden_act", "silu"), ("sliding_window", None)):
         if getattr(config, key) != allowed:
             raise NLDError(f"config.json: {key}={getattr(config, key)!r} is not supported; allowed: {allowed!r}")
+
+
+def _check_stages(vllm_config: Any) -> None:
+    stages, device = vllm_config.parallel_config.pipeline_parallel_size, vllm_config.device_config.device_type
+    if stages > 1 and device == "cpu" and vllm_config.model_config.enforce_eager:
+        raise NLDError(
+            f"enforce_eager=True with pipeline_parallel_size={stages} on a CPU: vLLM makes the buffers between stages in "
+            "a warm-up, which its CPU worker leaves out for eager models; leave enforce_eager out"
+        )
 
 
 def _check_speculation(vllm_config: Any) -> None:

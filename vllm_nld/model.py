@@ -112,7 +112,6 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=NLDDecoderLayer)
         self.mask_token_id: int = vllm_config.model_config.hf_config.mask_token_id
-        self.vocab_size: int = vllm_config.model_config.hf_config.vocab_size
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits ``[tokens, vocab]`` with the mask token at minus infinity, or None off the gathering rank."""
@@ -121,18 +120,19 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             logits[:, self.mask_token_id] = -torch.inf
         return logits
 
-    def shard_logits(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+    def shard_logits(self, hidden_states: Tensor) -> tuple[Tensor, int | None]:
         """Return this tensor-parallel rank's logits ``[tokens, columns]``, and the token id of their first column.
 
-        The mask token is at minus infinity, and padding is cut off. See :mod:`vllm_nld.vocab_head`.
+        The mask token is at minus infinity. Padding is cut off: a small vocabulary may lie in the first shard alone.
+        Where all ranks have all logits, these are whole, and None is returned. See :mod:`vllm_nld.vocab_head`.
         """
-        logits = compat.ungathered_logits(self, hidden_states)
+        logits = compat.ungathered_logits(self, hidden_states) if self.lm_head.tp_size > 1 else None
         if logits is None:
-            gathered: Tensor = super().compute_logits(hidden_states)
-            logits, first, end = gathered, 0, self.vocab_size
-        else:
-            shard = self.lm_head.shard_indices
-            first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+            whole = self.compute_logits(hidden_states)
+            assert whole is not None, "vLLM gathers logits on every rank"
+            return whole, None
+        shard = self.lm_head.shard_indices
+        first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
         logits = logits[:, : end - first]
         if first <= self.mask_token_id < end:
             logits[:, self.mask_token_id - first] = -torch.inf

@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.distributed import tensor_model_parallel_all_gather
 
 from vllm_nld.block import Block
+
+CACHED_ROWS = 16
+"""Rows of logits that are reduced together on a CPU."""
 
 
 class Best(NamedTuple):
@@ -43,16 +46,19 @@ def best_tokens(model: Any, hidden: Tensor) -> Best:
         hidden: the last layer's output.
     """
     logits, first_id = model.shard_logits(hidden)
-    if logits.shape[1] == model.vocab_size or get_tensor_model_parallel_world_size() == 1:
+    if first_id is None:
         return best_of(logits)
     return combine(tensor_model_parallel_all_gather(shard_summary(logits, first_id)[None], dim=0))
 
 
 def best_of(logits: Tensor) -> Best:
     """Return the best tokens of whole logits ``[rows, vocab]``, any float dtype."""
-    logits = logits.float()
-    tokens = logits.argmax(-1)
-    return Best(tokens, probability_of(tokens, logits))
+    found = []
+    for rows in _parts(logits):
+        rows = rows.float()
+        tokens = rows.argmax(-1)
+        found.append(Best(tokens, probability_of(tokens, rows)))
+    return Best(torch.cat([best.tokens for best in found]), torch.cat([best.probability for best in found]))
 
 
 def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -70,9 +76,17 @@ def shard_summary(logits: Tensor, first_id: int) -> Tensor:
     """
     if logits.shape[1] == 0:
         return torch.tensor([-torch.inf, 0.0, -torch.inf], device=logits.device).expand(len(logits), 3).contiguous()
-    logits = logits.float()
+    return torch.cat([_summary(rows.float(), first_id) for rows in _parts(logits)])
+
+
+def _summary(logits: Tensor, first_id: int) -> Tensor:
     largest = logits.argmax(-1, keepdim=True)
     return torch.cat((logits.gather(1, largest), largest + first_id, torch.logsumexp(logits, -1, keepdim=True)), 1)
+
+
+def _parts(logits: Tensor) -> tuple[Tensor, ...]:
+    """Split the rows so that a part stays in a CPU's cache while it is read several times."""
+    return torch.split(logits, CACHED_ROWS if logits.device.type == "cpu" else max(1, len(logits)))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def combine(summaries: Tensor) -> Best:

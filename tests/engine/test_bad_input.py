@@ -55,6 +55,7 @@ SPEC = {"model": "vllm_nld.SelfSpeculation"}
             {"speculative_config": SPEC, "additional_config": {"nld": {"draft_lora": "/no/such"}}},
             ["draft_lora", "'off'"],
         ),
+        ({"pipeline_parallel_size": 2, "enforce_eager": True}, ["enforce_eager=True", "pipeline_parallel_size=2"]),
         ({"speculative_config": SPEC, "kv_cache_dtype": "fp8_ds_mla"}, ["kv_cache_dtype=", "auto", "bfloat16", "fp8"]),
     ],
 )
