@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,8 @@ from batch_output import BatchError, Output, Row, read_rows
 from vllm_nld.accounting import DECODE_KINDS, Tally
 from vllm_nld.checkpoints import checkpoint_path
 
-ROUNDS = 3
-"""How often rows without a result are sent again before the run gives up."""
+ATTEMPTS = 3
+"""How often a batch is begun; if replicas died each time, its rows come again one by one, in a round of their own."""
 STOP_SECONDS = 2.0
 """For the replicas to stop their engines by themselves; when the driver is gone, Ray kills what is left."""
 COLUMNS = ["id", "prompt_digest", "text", "finish_reason", "prompt_tokens", "tokens", "error", "replica"]
@@ -46,9 +48,12 @@ class Replica:
         sampling: arguments of vLLM's ``SamplingParams``.
         cores: CPU cores per worker that this replica claims; 0 leaves the choice to vLLM.
         hang_timeout: seconds after which an engine that does not answer is given up.
+        attempts: handle of the run's :class:`Attempts`.
     """
 
-    def __init__(self, engine: dict[str, Any], sampling: dict[str, Any], cores: int, hang_timeout: float) -> None:
+    def __init__(
+        self, engine: dict[str, Any], sampling: dict[str, Any], cores: int, hang_timeout: float, attempts: Any
+    ) -> None:
         from vllm_nld import replica
 
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -63,15 +68,16 @@ class Replica:
         self.guard.forget_metrics_of(self.engine.vllm_config)
         self.params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
         self.counts_forwards = engine.get("speculative_config") is not None
-        self.hang_timeout = hang_timeout
+        self.hang_timeout, self.attempts = hang_timeout, attempts
         self.watch: asyncio.Task[Any] | None = None
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.numbers = itertools.count()
+        atexit.register(self.stop)
         self.rows = self.tokens = 0
         self.started = time.monotonic()
 
-    def __del__(self) -> None:
-        """Stop the engine when Ray Data has no more batches, without the alarm of one that died."""
+    def stop(self) -> None:
+        """Stop the engine, without the alarm of one that died."""
         if self.watch is not None:
             self.watch.get_loop().call_soon_threadsafe(self.watch.cancel)
         self.engine.shutdown()
@@ -83,7 +89,10 @@ class Replica:
 
             self.watch = asyncio.get_running_loop().create_task(end_with(self.engine, self.hang_timeout))
             self.started = time.monotonic()
-        results = await asyncio.gather(*(self.complete(Row(**row)) for row in batch.to_pylist()))
+        rows = [Row(**row) for row in batch.to_pylist()]
+        if await self.attempts.begin.remote(rows[0].id) > ATTEMPTS:
+            return pa.Table.from_pylist([{"id": row.id, "abandoned": True} for row in rows])
+        results = await asyncio.gather(*(self.complete(row) for row in rows))
         so_far = {"rows": self.rows, "tokens": self.tokens, "seconds": time.monotonic() - self.started}
         if self.counts_forwards:
             so_far["tally"] = (await self.engine.collective_rpc("nld_tally"))[0]
@@ -107,25 +116,37 @@ class Replica:
         return result
 
 
+@ray.remote(num_cpus=0)
+class Attempts:
+    """Counts how often each batch was begun, since Ray tries again for ever: one row may kill every engine it meets."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def begin(self, batch: str) -> int:
+        """Count and return the attempts at a batch, which is known by its first row."""
+        self.counts[batch] += 1
+        return self.counts[batch]
+
+
 class Report:
     """Progress on standard error while the batch runs, and a table by replica at its end."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done, self.tokens, self.refused = total, done, 0, 0
         self.started = time.monotonic()
-        self.first: float | None = None
         self.replicas: dict[str, dict[str, Any]] = {}
 
-    def add(self, results: list[dict[str, Any]], new: int) -> None:
-        """Take a batch in and print a line."""
-        self.first = self.first or time.monotonic()
+    def add(self, output: Output, results: list[dict[str, Any]]) -> None:
+        """Write a batch to the folder, take it in, and print a line."""
+        results = [result for result in results if not result.pop("abandoned", False)]
         for result in results:
             so_far = json.loads(result.pop("so_far"))
             if so_far["rows"] >= self.replicas.get(result["replica"], so_far)["rows"]:
                 self.replicas[result["replica"]] = so_far
             self.tokens += result["tokens"]
             self.refused += bool(result["error"])
-        self.done += new
+        self.done += output.add(results)
         rate = self.tokens / (time.monotonic() - self.started)
         print(f"{self.done} of {self.total} rows, {rate:.0f} tokens/s with start-up", file=sys.stderr, flush=True)
 
@@ -170,7 +191,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=0, help="without GPU: cores that each worker has for itself")
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a batch (default: 32)")
     parser.add_argument("--batches-in-flight", type=int, default=2, help="batches that a replica works on (default: 2)")
-    parser.add_argument("--max-restarts", type=int, default=5, help="restarts of each replica (default: 5)")
     parser.add_argument(
         "--hang-timeout", type=float, default=20.0, help="an engine silent for so long is dead (default: 20 s)"
     )
@@ -191,8 +211,11 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {"max_tokens": args.max_tokens, "temperature": args.temperature} | extra | args.sampling
 
 
-def dataset(args: argparse.Namespace, rows: Iterable[Row]) -> ray.data.Dataset:
-    """Return the results as a dataset; Ray starts the replicas when it is iterated over."""
+def dataset(args: argparse.Namespace, rows: Iterable[Row], attempts: Any) -> ray.data.Dataset:
+    """Return the results as a dataset; Ray starts the replicas when it is iterated over.
+
+    Ray Data starts a replica again that died, and gives its batches to any replica again.
+    """
     tables = []
     rows = iter(rows)
     while batch := list(itertools.islice(rows, args.batch_size)):
@@ -212,6 +235,7 @@ def dataset(args: argparse.Namespace, rows: Iterable[Row]) -> ray.data.Dataset:
             "sampling": sampling_arguments(args),
             "cores": args.cores,
             "hang_timeout": args.hang_timeout,
+            "attempts": attempts,
         },
         batch_size=args.batch_size,
         batch_format="pyarrow",
@@ -222,8 +246,6 @@ def dataset(args: argparse.Namespace, rows: Iterable[Row]) -> ray.data.Dataset:
         ),
         num_cpus=args.num_cpus,
         num_gpus=gpus,
-        max_restarts=args.max_restarts,
-        max_task_retries=args.max_restarts,
     )
 
 
@@ -242,17 +264,19 @@ def run(args: argparse.Namespace) -> int:
         ray.init(address=args.address, log_to_driver=True)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-    for _ in range(ROUNDS if missing else 0):
-        for block in dataset(args, output.missing(rows())).iter_batches(batch_size=None, batch_format="pyarrow"):
-            results = block.to_pylist()
-            report.add(results, output.add(results))
-        missing = sum(1 for _ in output.missing(rows()))
-        if not missing:
+    for size, in_flight in ((args.batch_size, args.batches_in_flight), (1, 1)) if missing else ():
+        args.batch_size, args.batches_in_flight = size, in_flight
+        results = dataset(args, output.missing(rows()), Attempts.remote())
+        for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            report.add(output, block.to_pylist())
+        if not any(output.missing(rows())):
             break
     print(*report.lines(), sep="\n", flush=True)
     time.sleep(STOP_SECONDS if report.replicas else 0)
-    if missing:
-        raise BatchError(f"{missing} rows have no result after {ROUNDS} rounds")
+    if ids := [row.id for row in output.missing(rows())]:
+        raise BatchError(
+            f"no result for rows {', '.join(ids[:20])} ({len(ids)}): replicas died {ATTEMPTS} times over each"
+        )
     return 3 if report.refused else 0
 
 

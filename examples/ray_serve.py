@@ -130,9 +130,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument("--min-replicas", type=int, default=1, help="replicas that always run (default: 1)")
     parser.add_argument("--max-replicas", type=int, default=1, help="replicas under load (default: 1)")
-    parser.add_argument(
-        "--target-requests", type=float, default=32, help="running and queued, per replica (default: 32)"
-    )
+    parser.add_argument("--target-requests", type=float, default=32, help="running + queued, per replica (default: 32)")
     parser.add_argument(
         "--max-requests", type=int, default=128, help="at most so many per replica; others queue (default: 128)"
     )

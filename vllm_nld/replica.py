@@ -1,8 +1,9 @@
 """What a process needs that hosts one of several engines: cores of its own, and an end that leaves nothing behind.
 
-Ray, or whoever starts replicas, starts a process again that died. It does not see that a process is useless because its
-engine died or hangs. Nor does it clean up behind one that was killed: vLLM's engine core does not notice that its parent
-is gone, and keeps its memory and its device. The functions here turn the first into a dead process, and mend the second.
+Ray, or whoever starts replicas, starts a process again that died. It does not see that a process is useless because
+its engine died or hangs. Nor does it clean up behind one that was killed: vLLM's engine core does not notice that its
+parent is gone, and keeps its memory and its device. The functions here turn the first into a dead
+process, and mend the second.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def interrupted(batch: Batch) -> Iterator[list[dict[str, Any]]]:
 def test_an_interrupted_batch_keeps_whole_results(interrupted: list[dict[str, Any]]) -> None:
     assert 0 < len(interrupted) < ROWS
     assert max(Counter(row["id"] for row in interrupted).values()) == 1
-    assert all(row["text"] for row in interrupted if not row["error"])
+    assert all(row["tokens"] and not row["error"] for row in interrupted)
 
 
 def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
@@ -94,10 +94,11 @@ def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
         wait_for(lambda: len(batch.results()) > len(interrupted) or driver.poll() is not None, 60, "more results")
         assert driver.poll() is None, batch.log()[-3000:]
         (replica,) = replicas(ACTORS)
-        for process in engine_processes(replica):
-            process.suspend()
+        engine = engine_processes(replica)
+        engine[0].suspend()
         took = wait_for(lambda: not psutil.pid_exists(replica), 20, "a replica ends whose engine hangs")
         assert took > 2
+        wait_for(lambda: not alive(engine), 5, "and its engine with it")
         output, _ = driver.communicate(timeout=90)
     finally:
         driver.kill()
@@ -109,13 +110,43 @@ def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
     refused = results.pop(f"row {ROWS - 1}")
     assert "1024" in refused["error"]
     assert not refused["text"]
-    assert all(row["text"] and not row["error"] for row in results.values())
+    assert all(row["tokens"] and not row["error"] for row in results.values())
     _check_texts(results)
     table = [line.split() for line in output.splitlines()]
     assert table[0] == ["replica", "rows", "tokens", "tokens/s", "TPF"]
-    last = table[-3] if table[-3][0] != "replica" else table[1]
-    assert float(last[3]) > 0
-    assert float(last[4]) > 1
+    ours = [line for line in table[1:] if line[0] in {row["replica"] for row in results.values()}]
+    assert ours
+    assert all(float(line[3]) > 0 and float(line[4]) > 1 for line in ours)  # tokens/s, TPF
+
+
+def test_a_row_that_kills_every_engine_is_tried_no_more_than_a_few_times(ray_cluster: str) -> None:
+    import asyncio
+    import importlib.util
+
+    import pyarrow as pa
+
+    sys.path.insert(0, str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location("ray_batch", EXAMPLES / "ray_batch.py")
+    assert spec is not None and spec.loader is not None
+    ray_batch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ray_batch)
+    attempts = ray_batch.Attempts.remote()
+    tables = pa.table({"id": ["a", "b"], "prompt": ["x", "y"]})
+
+    async def answers() -> list[list[dict[str, Any]]]:
+        replica = object.__new__(ray_batch.Replica)
+        replica.watch, replica.attempts, replica.started, replica.counts_forwards = object(), attempts, 0.0, False
+        replica.rows = replica.tokens = 0
+
+        async def complete(row: Any) -> dict[str, Any]:
+            return {"id": row.id}
+
+        replica.complete = complete
+        return [(await replica(tables)).to_pylist() for _ in range(ray_batch.ATTEMPTS + 1)]
+
+    *tried, given_up = asyncio.run(answers())
+    assert all("abandoned" not in row for rows in tried for row in rows)
+    assert given_up == [{"id": "a", "abandoned": True}, {"id": "b", "abandoned": True}]
 
 
 def _check_texts(results: dict[str, dict[str, Any]]) -> None:
