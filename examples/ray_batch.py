@@ -262,6 +262,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{report.done} of {total} rows have a result already", file=sys.stderr, flush=True)
     if missing:
         ray.init(address=args.address, log_to_driver=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which takes it for itself
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
     for size, in_flight in ((args.batch_size, args.batches_in_flight), (1, 1)) if missing else ():
@@ -283,7 +284,6 @@ def run(args: argparse.Namespace) -> int:
 def main() -> None:
     """Run, and say in one line what ended the run before its time."""
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     again = "the same command goes on from there"
     try:
         sys.exit(run(args))

@@ -151,10 +151,10 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
 def main() -> None:
     """Serve until interrupted."""
     options, argv = parse_arguments(sys.argv[1:])
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
     ray.init(address=options.address, log_to_driver=True)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which takes SIGTERM for itself
+        signal.signal(number, lambda *_: ended.set())
     serve.start(http_options={"host": options.host, "port": options.port})
     serve.run(application(options, argv), name="nld")
     print(f"ray_serve: ready at http://{options.host}:{options.port}/v1", file=sys.stderr, flush=True)
