@@ -113,7 +113,7 @@ def application(options: argparse.Namespace, argv: list[str]) -> serve.Applicati
             "target_ongoing_requests": options.target_requests,
             "upscale_delay_s": options.upscale_delay,
             "downscale_delay_s": options.downscale_delay,
-            "look_back_period_s": max(2.0, min(30.0, options.upscale_delay)),
+            "look_back_period_s": 12,  # Ray counts requests every 10 seconds
         },
         max_ongoing_requests=options.max_requests,
         health_check_period_s=5,

@@ -5,10 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def address_of(cluster: Any) -> str:
+    """Return the address of the fixture ``ray_cluster``, which is one or has one."""
+    return getattr(cluster, "address", cluster)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> float:

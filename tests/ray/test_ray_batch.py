@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import EXAMPLES, alive, engine_processes, replicas, wait_for
+from processes import EXAMPLES, address_of, alive, engine_processes, replicas, wait_for
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
@@ -37,7 +37,18 @@ class Batch:
     def start(self, count: int, *options: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(EXAMPLES / "ray_batch.py"), str(self.folder / "in.jsonl")]
         command += ["--output", str(self.folder / "out"), "--id-column", "name", "--address", self.cluster]
-        command += ["--replicas", str(count), "--cores", "1", "--num-cpus", "0.5", "--batch-size", "4"]
+        command += [
+            "--replicas",
+            str(count),
+            "--cores",
+            "1",
+            "--num-cpus",
+            "0.5",
+            "--num-gpus",
+            "0",
+            "--batch-size",
+            "4",
+        ]
         command += ["--mode", "self_speculation", "--max-tokens", str(TOKENS), "--engine", json.dumps(ENGINE), *options]
         log = (self.folder / "log").open("a")
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -51,12 +62,12 @@ class Batch:
 
 
 @pytest.fixture(scope="module")
-def batch(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+def batch(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     folder = tmp_path_factory.mktemp("batch")
     texts = [text for _, text in held_out_prompts(ROWS - 1)] + [UNFIT]
     rows = [{"name": f"row {number}", "prompt": text} for number, text in enumerate(texts)]
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Batch(ray_cluster, folder)
+    return Batch(address_of(ray_cluster), folder)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +130,7 @@ def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
     assert all(float(line[3]) > 0 and float(line[4]) > 1 for line in ours)  # tokens/s, TPF
 
 
-def test_a_row_that_kills_every_engine_is_tried_no_more_than_a_few_times(ray_cluster: str) -> None:
+def test_a_row_that_kills_every_engine_is_tried_no_more_than_a_few_times(ray_cluster: Any) -> None:
     import asyncio
     import importlib.util
 

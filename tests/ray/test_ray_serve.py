@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
 import pytest
 from openai import OpenAI
-from processes import EXAMPLES, alive, engine_processes, replicas, wait_for
-from ray import serve
+from processes import EXAMPLES, address_of, alive, engine_processes, replicas, wait_for
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
@@ -37,14 +37,34 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One replica, of which there may be two under load."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(EXAMPLES / "ray_serve.py"), "--address", ray_cluster, "--port", str(port)]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "ray_serve.py"),
+        "--address",
+        address_of(ray_cluster),
+        "--port",
+        str(port),
+    ]
     command += ["--min-replicas", "1", "--max-replicas", "2", "--target-requests", "2", "--upscale-delay", "0"]
-    command += ["--cores", "1", "--num-cpus", "0.5", "--hang-timeout", "10", "--drain", "1", "--", MODEL]
+    command += [
+        "--cores",
+        "1",
+        "--num-cpus",
+        "0.5",
+        "--num-gpus",
+        "0",
+        "--hang-timeout",
+        "10",
+        "--drain",
+        "1",
+        "--",
+        MODEL,
+    ]
     command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
     command += ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(1 << 27), "--enforce-eager"]
     path = tmp_path_factory.mktemp("serve") / "log"
@@ -145,8 +165,10 @@ def test_load_adds_a_replica_and_killed_ones_are_replaced(client: OpenAI, servic
 
 def running() -> int:
     """Return how many replicas serve; one that starts has processes, but does not."""
+    from ray import serve
+
     deployment = serve.status().applications["nld"].deployments["NLDServer"]
-    return {str(state): count for state, count in deployment.replica_states.items()}.get("RUNNING", 0)
+    return {state.value: count for state, count in deployment.replica_states.items()}.get("RUNNING", 0)
 
 
 def _finish(load: Load, count: int) -> None:
