@@ -1,0 +1,50 @@
+"""What the tests do to processes, and see of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def address_of(cluster: Any) -> str:
+    """Return the address of the fixture ``ray_cluster``, which is one or has one."""
+    return getattr(cluster, "address", cluster)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    """Return how long it took until ``condition()``; fail after ``seconds``."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+    return time.monotonic() - started
+
+
+def engine_processes(replica: int) -> list[psutil.Process]:
+    """Return the engine core of a replica's process and its workers, the core first."""
+    children = psutil.Process(replica).children(recursive=True)
+    (core,) = [child for child in children if child.name().startswith("VLLM::EngineCor")]
+    return [core, *core.children(recursive=True)]
+
+
+def replicas(title: str) -> set[int]:
+    """Return the process ids of the Ray actors whose title begins so, which have an engine."""
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        if " ".join(process.info["cmdline"] or []).startswith(title):
+            try:
+                engine_processes(process.pid)
+            except (ValueError, psutil.NoSuchProcess):
+                continue
+            found.add(process.pid)
+    return found
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,202 @@
+"""examples/ray_serve.py, as a user runs it: every mode, a second replica under load, a replica and an engine killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from openai import OpenAI
+from processes import EXAMPLES, address_of, alive, engine_processes, replicas, wait_for
+
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.held_out import held_out_prompts
+
+MODEL = str(checkpoint_path("tiny"))
+ACTORS = "ray::ServeReplica:nld:NLDServer"
+LONGEST = 30.0
+"""Seconds that no request may take, whatever dies."""
+
+
+@dataclass
+class Service:
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One replica, of which there may be two under load."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "ray_serve.py"),
+        "--address",
+        address_of(ray_cluster),
+        "--port",
+        str(port),
+    ]
+    command += ["--min-replicas", "1", "--max-replicas", "2", "--target-requests", "2", "--upscale-delay", "0"]
+    command += [
+        "--cores",
+        "1",
+        "--num-cpus",
+        "0.5",
+        "--num-gpus",
+        "0",
+        "--hang-timeout",
+        "10",
+        "--drain",
+        "1",
+        "--",
+        MODEL,
+    ]
+    command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
+    command += ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(1 << 27), "--enforce-eager"]
+    path = tmp_path_factory.mktemp("serve") / "log"
+    with path.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        ready = f"ready at http://127.0.0.1:{port}/v1"
+        wait_for(lambda: ready in path.read_text() or process.poll() is not None, 120, "ready")
+        assert process.poll() is None, path.read_text()[-3000:]
+        yield Service(process, f"http://127.0.0.1:{port}/v1", path)
+    finally:
+        process.terminate()
+        process.wait(30)
+    wait_for(lambda: not replicas(ACTORS), 20, "no replica is left")
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> OpenAI:
+    return OpenAI(base_url=service.url, api_key="none", timeout=60, max_retries=0)
+
+
+def test_every_mode_streamed_and_not(client: OpenAI) -> None:
+    ((_, prompt),) = held_out_prompts(1)
+    texts = {}
+    for mode in ("ar", "self_speculation", "auto", "diffusion"):
+        settings = {"model": MODEL, "prompt": prompt, "max_tokens": 32, "temperature": 0.0}
+        settings["extra_body"] = {"vllm_xargs": {"nld.mode": mode}}
+        texts[mode] = client.completions.create(**settings).choices[0].text
+        chunks = [chunk.choices[0].text for chunk in client.completions.create(**settings, stream=True)]
+        assert "".join(chunks) == texts[mode]
+        assert len(chunks) > 1
+    assert texts["ar"] == texts["self_speculation"] == texts["auto"] != texts["diffusion"]
+    messages = [{"role": "user", "content": "Write the Python function read."}]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=16, temperature=0.0)
+    assert answer.choices[0].message.content
+
+
+def test_an_unsuitable_mode_is_http_400(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="'self_speculation'"):
+        client.completions.create(model=MODEL, prompt="x", extra_body={"vllm_xargs": {"nld.mode": "fast"}})
+
+
+class Load:
+    """Streams that follow each other in several threads; of each its seconds and its error, or None."""
+
+    def __init__(self, client: OpenAI, threads: int, max_tokens: int) -> None:
+        self.client, self.max_tokens = client, max_tokens
+        self.outcomes: list[tuple[float, Exception | None]] = []
+        self.ended = threading.Event()
+        self.threads = [threading.Thread(target=self.run, daemon=True) for _ in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            started, error = time.monotonic(), None
+            try:
+                settings = {"model": MODEL, "prompt": "def", "max_tokens": self.max_tokens, "stream": True}
+                settings["extra_body"] = {"ignore_eos": True}
+                last = None
+                for chunk in self.client.completions.create(**settings, temperature=0.0):
+                    last = chunk.choices[0].finish_reason
+                if last != "length":
+                    error = AssertionError(f"a stream ended without a word, its last finish_reason {last!r}")
+            except Exception as caught:
+                error = caught
+                time.sleep(0.2)  # as clients do
+            self.outcomes.append((time.monotonic() - started, error))
+
+    def count(self, failed: bool) -> int:
+        return sum((error is not None) == failed for _, error in self.outcomes)
+
+    def stop(self) -> None:
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(LONGEST)
+            assert not thread.is_alive(), "a request hangs"
+
+
+def test_load_adds_a_replica_and_killed_ones_are_replaced(client: OpenAI, service: Service) -> None:
+    load = Load(client, threads=8, max_tokens=200)
+    try:
+        wait_for(lambda: running() == 2, 60, "a second replica under load")
+        _finish(load, 16)
+        assert not load.count(failed=True)
+        seconds = _kill_a_replica(load)
+        print(f"another replica was ready {seconds:.0f} s after one was killed")
+        _finish(load, 16)
+        _kill_an_engine(load)
+    finally:
+        load.stop()
+    errors = [error for _, error in load.outcomes if error is not None]
+    print(len(load.outcomes), "requests", *{f"{type(error).__name__}: {error}"[:300] for error in errors}, sep="\n")
+    assert all(isinstance(error, openai.OpenAIError) for error in errors), errors
+    assert max(seconds for seconds, _ in load.outcomes) < LONGEST
+    assert client.completions.create(model=MODEL, prompt="x", max_tokens=4).choices[0].text
+
+
+def running() -> int:
+    """Return how many replicas serve; one that starts has processes, but does not."""
+    from ray import serve
+
+    deployment = serve.status().applications["nld"].deployments["NLDServer"]
+    return {state.value: count for state, count in deployment.replica_states.items()}.get("RUNNING", 0)
+
+
+def _finish(load: Load, count: int) -> None:
+    target = load.count(failed=False) + count
+    wait_for(lambda: load.count(failed=False) >= target, LONGEST, f"{count} requests are answered")
+
+
+def _kill_a_replica(load: Load) -> float:
+    """Kill one of two while both have requests in flight; return the seconds until two serve again."""
+    victim, other = replicas(ACTORS)
+    engine = engine_processes(victim)
+    started = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: not alive(engine), 10, "the engine of a killed replica ends")
+    wait_for(lambda: load.count(failed=True) > 0, 10, "its requests fail")
+    _finish(load, 8)
+    assert load.count(failed=True) < len(load.threads), "the requests of the other replica failed, too"
+    assert psutil.pid_exists(other)
+    wait_for(lambda: running() == 2 and len(replicas(ACTORS)) == 2, 60, "two replicas again")
+    assert victim not in replicas(ACTORS)
+    return time.monotonic() - started
+
+
+def _kill_an_engine(load: Load) -> None:
+    victim, other = replicas(ACTORS)
+    failed = load.count(failed=True)
+    engine_processes(victim)[0].kill()
+    wait_for(lambda: not psutil.pid_exists(victim), 10, "a replica ends with its engine")
+    _finish(load, 8)
+    assert load.count(failed=True) > failed
+    assert psutil.pid_exists(other)
