@@ -27,8 +27,9 @@ from vllm_nld.training.trainer import Schedule
 
 SETTINGS: dict[str, Any] = {
     "rank": 32,
-    "steps": 1000,
-    "learning_rate": 2e-3,
+    "steps": 700,
+    "learning_rate": 7e-4,
+    "warm_up": 10,
     "rows": 2048,
     "held_out_rows": 48,
     "dtype": "bfloat16",

@@ -61,9 +61,7 @@ class Trainer:
         self.block_length = settings.block_length or model.config.block_size
         self.eos = frozenset(eos_ids(model, None)) if settings.own_text else frozenset[int]()
         self.prefix = settings.prefix_tokens
-        self.objective = Objective(
-            settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k, tail=settings.tail
-        )
+        self.objective = Objective(settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k)
         if settings.new_tokens < self.block_length:
             raise NLDError(
                 f"--new-tokens {settings.new_tokens}: allowed: the block length ({self.block_length}) or more"
