@@ -26,12 +26,14 @@ from vllm_nld.training.text import Stream, encode
 from vllm_nld.training.trainer import Schedule
 
 SETTINGS: dict[str, Any] = {
-    "rank": 32,
-    "steps": 700,
-    "learning_rate": 7e-4,
+    "rank": 64,
+    "steps": 800,
+    "learning_rate": 5e-4,
     "warm_up": 10,
-    "rows": 2048,
-    "held_out_rows": 48,
+    "rows": 12288,
+    "prefix_tokens": 112,
+    "new_tokens": 80,
+    "held_out_rows": 96,
     "dtype": "bfloat16",
 }
 """What the embedded adapter was trained with; the rest are the trainer's defaults."""

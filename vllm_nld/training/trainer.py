@@ -142,7 +142,7 @@ class Trainer:
         That is the loss, in nats per block, and the batch's mean of accepted + 1 before the step.
         """
         settings = self.settings
-        ids = rows[torch.randint(len(rows), (settings.batch,), generator=self.generator)]
+        ids = rows[self._turn(len(rows))]
         room = rows.shape[1] - self.block_length + 1 - self.prefix
         blocks = min(settings.blocks, room)
         order = torch.rand(settings.batch, room, generator=self.generator).argsort(1)
@@ -167,6 +167,15 @@ class Trainer:
         with (self.state_folder / "log.jsonl").open("a") as log:
             log.write(json.dumps({"step": self.step, **figures}) + "\n")
         return figures
+
+    def _turn(self, count: int) -> Tensor:
+        """Return the rows of this step, int64 ``[batch]``: all take their turn, in another order each time round."""
+        turns = torch.arange(self.settings.batch) + self.step * self.settings.batch
+        chosen = torch.empty_like(turns)
+        for lap in sorted(set((turns // count).tolist())):
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + lap))
+            chosen[turns // count == lap] = order[turns[turns // count == lap] % count]
+        return chosen
 
     def _rows(self, progress: Progress) -> tuple[Tensor, Tensor]:
         """Return the text to train on and to measure on, int64 ``[rows, prefix + new_tokens]``.
