@@ -85,6 +85,19 @@ class Drafts:
         return 1 + self.accepted.sum(-1)
 
 
+@torch.no_grad()
+def next_cycles(
+    model: ReferenceModel, adapter: DraftAdapter | None, target: Target, starts: Tensor, block_length: int
+) -> Tensor:
+    """Return where the cycles end that begin at ``starts``, int64 ``[rows, blocks]``: there the next ones begin.
+
+    In use, a cycle begins at a token that the drafts before it got wrong, not anywhere: blocks that begin anywhere lie
+    mostly where drafts are easy. A next cycle that would leave the text is replaced by the one before it.
+    """
+    after = starts + Drafts.over(model, adapter, target, starts, block_length).emitted()
+    return torch.where(after <= target.ids.shape[1] - block_length, after, starts)
+
+
 def block_mask(starts: Tensor, block_length: int, length: int) -> Tensor:
     """Return the attention mask of :meth:`Drafts.over`, bool ``[rows, 1, drafted, length + drafted]``.
 

@@ -17,7 +17,7 @@ from vllm_nld.errors import NLDError
 from vllm_nld.reference import DraftAdapter, ReferenceModel, load_reference
 from vllm_nld.reference.generate import eos_ids
 from vllm_nld.training import acceptance
-from vllm_nld.training.objective import Drafts, Objective, Target
+from vllm_nld.training.objective import Drafts, Objective, Target, next_cycles
 from vllm_nld.training.settings import Settings
 from vllm_nld.training.text import Stream, draw, own_text, save
 
@@ -139,7 +139,7 @@ class Trainer:
     def train_step(self, rows: Tensor) -> dict[str, float]:
         """Do one step on a batch drawn from ``rows``, int64 ``[rows, length]``; returns what is logged.
 
-        That is the loss, in nats per block, and the batch's mean of accepted + 1 before the step.
+        That is the loss, in nats per block, and the blocks' mean of accepted + 1 before the step.
         """
         settings = self.settings
         ids = rows[self._turn(len(rows))]
@@ -151,7 +151,8 @@ class Trainer:
         total = emitted = 0.0
         for part, places in zip(torch.split(ids, size), torch.split(starts, size), strict=True):
             target = Target.of(self.model, part.to(self.device), self.prefix, self.eos)
-            drafts = Drafts.over(self.model, self.adapter, target, places.to(self.device), self.block_length)
+            cycles = next_cycles(self.model, self.adapter, target, places.to(self.device), self.block_length)
+            drafts = Drafts.over(self.model, self.adapter, target, cycles, self.block_length)
             # Per drafted block, not per counted draft: the parts of a batch then simply add up.
             loss = self.objective.loss_sum(self.model, target, drafts) / starts.numel()
             loss.backward()  # type: ignore[no-untyped-call]
