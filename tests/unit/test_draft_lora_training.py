@@ -30,7 +30,7 @@ from vllm_nld.reference import (
     load_reference,
 )
 from vllm_nld.training.acceptance import measure, walk
-from vllm_nld.training.objective import Drafts, Objective, Target, lk_hybrid
+from vllm_nld.training.objective import Drafts, Objective, Target, lk_hybrid, next_cycles
 from vllm_nld.training.settings import Settings
 from vllm_nld.training.text import Stream, continue_greedily, read_documents
 from vllm_nld.training.trainer import Schedule, Trainer
@@ -175,8 +175,15 @@ def test_loss_is_that_of_cycles_one_by_one(own: bool) -> None:
                 accepted += int(wanted.argmax()) == int(found.argmax())
     target = Target.of(model, ids)
     drafts = Drafts.over(model, adapter, target, starts, BLOCK)
-    loss = Objective(kl_weight=0.5, ce_weight=2.0).loss_sum(model, target, drafts)
+    objective = Objective(kl_weight=0.5, ce_weight=2.0)
+    loss = objective.loss_sum(model, target, drafts)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
+    alone = torch.zeros(starts.shape)
+    alone[1, 4] = 1.0
+    one = Drafts.over(model, adapter, Target.of(model, ids[1:2]), starts[1:2, 4:5], BLOCK)
+    assert float(objective.loss_sum(model, target, drafts, alone)) == pytest.approx(
+        float(objective.loss_sum(model, Target.of(model, ids[1:2]), one)), rel=1e-4
+    )
     assert int(drafts.accepted.sum()) == accepted > 0
     assert int(drafts.emitted().sum()) == accepted + starts.numel()
 
@@ -210,6 +217,37 @@ def test_measured_acceptance_is_self_speculations(seed: int) -> None:
     assert found.length == pytest.approx(1 + sum(found.by_position))
 
 
+def test_next_cycles_begin_where_cycles_end() -> None:
+    model = model_of(1)
+    adapter = random_adapter(model)
+    prefix = torch.randint(6, 24, (1, 8), generator=torch.Generator().manual_seed(1))
+    model.draft_adapter = adapter
+    cycles = linear_spec_generate(model, prefix[0].tolist(), 41, BLOCK).accepted
+    target = Target.of(model, continue_greedily(model, prefix, 40))
+    place = 8
+    for count in cycles:
+        starts, weights = next_cycles(model, adapter, target, torch.tensor([[place]]), BLOCK)
+        following = int(starts)
+        assert float(weights) == pytest.approx(1 / count)
+        if place + count > 48 - BLOCK:
+            assert following == place, "it would leave the text"
+            break
+        assert following == place + count
+        place = following
+    assert max(cycles) > 1
+
+
+def test_rows_take_turns(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, batch=5)
+    seen = []
+    for step in range(12):
+        trainer.step = step
+        seen += trainer._turn(12).tolist()
+    laps = [seen[start : start + 12] for start in range(0, 60, 12)]
+    assert all(sorted(lap) == list(range(12)) for lap in laps)
+    assert laps[0] != laps[1]
+
+
 def test_walk() -> None:
     assert walk([3, 9, 9, 1, 2, 9], [False] * 6) == [3, 1, 2]
     assert walk([3, 9, 9, 1, 2, 9], [False] * 4 + [True] * 2) == [3, 1]
@@ -234,7 +272,7 @@ def test_only_the_adapter_changes_and_the_loss_falls(tmp_path: Path) -> None:
 
 def test_micro_batches_add_up(tmp_path: Path) -> None:
     whole, parts = trainer_in(tmp_path / "1"), trainer_in(tmp_path / "2", micro_batch=1)
-    rows = continue_greedily(whole.model, torch.randint(6, 24, (6, 10)), 20)
+    rows = continue_greedily(whole.model, stream_of().train[:60].view(6, 10), 20)
     for trainer in (whole, parts):
         trainer.train_step(rows)
     for one, other in zip(whole.adapter.parameters, parts.adapter.parameters, strict=True):
@@ -246,16 +284,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, own_text: bool) 
     straight = trainer_in(tmp_path / "straight", own_text=own_text)
     assert finish(straight, measure_every=2)
     stopped = trainer_in(tmp_path / "parts", own_text=own_text)
-    rows = 0
+    step = stopped.train_step
 
-    def stop_after_three(figures: Tensor) -> dict[str, float]:
-        nonlocal rows
-        rows += 1
-        if rows == 4:
+    def stop_after_three(rows: Tensor) -> dict[str, float]:
+        if stopped.step == 3:
             raise KeyboardInterrupt
-        return step(figures)
+        return step(rows)
 
-    step, stopped.train_step = stopped.train_step, stop_after_three  # type: ignore[method-assign]
+    stopped.train_step = stop_after_three  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         finish(stopped, measure_every=2, save_every=2)
     resumed = trainer_in(tmp_path / "parts", resume=True, own_text=own_text)

@@ -88,14 +88,17 @@ class Drafts:
 @torch.no_grad()
 def next_cycles(
     model: ReferenceModel, adapter: DraftAdapter | None, target: Target, starts: Tensor, block_length: int
-) -> Tensor:
-    """Return where the cycles end that begin at ``starts``, int64 ``[rows, blocks]``: there the next ones begin.
+) -> tuple[Tensor, Tensor]:
+    """Return where the cycles after those at ``starts`` begin, int64 ``[rows, blocks]``, and what they weigh.
 
     In use, a cycle begins at a token that the drafts before it got wrong, not anywhere: blocks that begin anywhere lie
-    mostly where drafts are easy. A next cycle that would leave the text is replaced by the one before it.
+    mostly where drafts are easy. And each cycle counts once, however long, whereas the cycle after a long one is hit
+    more often by ``starts`` drawn evenly; so it weighs 1 / the tokens of the one before. A cycle that would leave the
+    text is replaced by the one before it.
     """
-    after = starts + Drafts.over(model, adapter, target, starts, block_length).emitted()
-    return torch.where(after <= target.ids.shape[1] - block_length, after, starts)
+    emitted = Drafts.over(model, adapter, target, starts, block_length).emitted()
+    after = starts + emitted
+    return torch.where(after <= target.ids.shape[1] - block_length, after, starts), 1 / emitted
 
 
 def block_mask(starts: Tensor, block_length: int, length: int) -> Tensor:
@@ -140,8 +143,8 @@ class Objective:
     top_k: int = 200
     eta: float = 3.0
 
-    def loss_sum(self, model: ReferenceModel, target: Target, drafts: Drafts) -> Tensor:
-        """Return the loss, in nats, summed over the counted drafts."""
+    def loss_sum(self, model: ReferenceModel, target: Target, drafts: Drafts, weights: Tensor | None = None) -> Tensor:
+        """Return the loss, in nats, summed over the counted drafts; ``weights`` are the blocks', ``[rows, blocks]``."""
         row = torch.arange(len(target.ids), device=target.ids.device)[:, None, None].expand_as(drafts.rows)
         row, place = row[drafts.counted], drafts.rows[drafts.counted]
         found = model.logits(drafts.hidden[drafts.counted])
@@ -149,7 +152,10 @@ class Objective:
             wanted = model.logits(target.hidden[row, place])
         cross_entropy = torch.nn.functional.cross_entropy(found, target.tokens[row, place], reduction="none")
         matching = lk_hybrid(wanted, found, self.temperature, self.top_k, self.eta)
-        return (self.kl_weight * matching + self.ce_weight * cross_entropy).sum()
+        loss = self.kl_weight * matching + self.ce_weight * cross_entropy
+        if weights is not None:
+            loss = loss * weights[..., None].expand_as(drafts.rows)[drafts.counted]
+        return loss.sum()
 
 
 def lk_hybrid(wanted: Tensor, found: Tensor, temperature: float, top_k: int, eta: float) -> Tensor:

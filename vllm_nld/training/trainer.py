@@ -151,10 +151,10 @@ class Trainer:
         total = emitted = 0.0
         for part, places in zip(torch.split(ids, size), torch.split(starts, size), strict=True):
             target = Target.of(self.model, part.to(self.device), self.prefix, self.eos)
-            cycles = next_cycles(self.model, self.adapter, target, places.to(self.device), self.block_length)
+            cycles, weights = next_cycles(self.model, self.adapter, target, places.to(self.device), self.block_length)
             drafts = Drafts.over(self.model, self.adapter, target, cycles, self.block_length)
             # Per drafted block, not per counted draft: the parts of a batch then simply add up.
-            loss = self.objective.loss_sum(self.model, target, drafts) / starts.numel()
+            loss = self.objective.loss_sum(self.model, target, drafts, weights) / starts.numel()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             emitted += float(drafts.emitted().sum()) / starts.numel()
