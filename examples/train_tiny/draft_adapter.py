@@ -20,17 +20,20 @@ from tokenizers import Tokenizer
 
 from vllm_nld.checkpoints.held_out import HELD_OUT_MODULES
 from vllm_nld.cli.train_draft_lora import train
-from vllm_nld.reference.adapter import CONFIG_FILE, FOLDER, WEIGHTS_FILE
+from vllm_nld.draft_lora import CONFIG_FILE, FOLDER, WEIGHTS_FILE
 from vllm_nld.training import Settings
 from vllm_nld.training.text import Stream, encode
 from vllm_nld.training.trainer import Schedule
 
 SETTINGS: dict[str, Any] = {
-    "rank": 32,
-    "steps": 1000,
-    "learning_rate": 2e-3,
-    "rows": 2048,
-    "held_out_rows": 48,
+    "rank": 64,
+    "steps": 800,
+    "learning_rate": 5e-4,
+    "warm_up": 10,
+    "rows": 12288,
+    "prefix_tokens": 112,
+    "new_tokens": 80,
+    "held_out_rows": 96,
     "dtype": "bfloat16",
 }
 """What the embedded adapter was trained with; the rest are the trainer's defaults."""

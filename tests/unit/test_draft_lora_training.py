@@ -30,7 +30,7 @@ from vllm_nld.reference import (
     load_reference,
 )
 from vllm_nld.training.acceptance import measure, walk
-from vllm_nld.training.objective import Drafts, Objective, Target, lk_hybrid
+from vllm_nld.training.objective import Drafts, Objective, Target, lk_hybrid, next_cycles
 from vllm_nld.training.settings import Settings
 from vllm_nld.training.text import Stream, continue_greedily, read_documents
 from vllm_nld.training.trainer import Schedule, Trainer
@@ -138,52 +138,52 @@ def test_lk_hybrid_holds_the_share_fixed() -> None:
     torch.testing.assert_close(found.grad, share * of_kl - (1 - share) * of_overlap, atol=1e-6, rtol=1e-4)
 
 
-def judged_by_hand(
+def counted_by_hand(
     model: ReferenceModel, adapter: DraftAdapter, ids: list[int], start: int
-) -> list[tuple[Tensor, Tensor, int]]:
-    """Logits (verify's, draft's) and distance behind the first rejected draft, one cycle as in the reference."""
+) -> list[tuple[Tensor, Tensor]]:
+    """Logits (verify's, draft's) of the accepted drafts and the first rejected one, one cycle as in the reference."""
     cache = KVCache()
     model.draft_adapter = adapter
     model.causal(torch.tensor([ids[:start]]), cache)
     block = [ids[start]] + [model.config.mask_token_id] * (BLOCK - 1)
     drafted = model.draft(torch.tensor([block]), cache)[0]
     judged = model.causal(torch.tensor([ids[start : start + BLOCK]]), cache)[0]
-    found, rejected = [], None
+    found = []
     for place in range(1, BLOCK):
         wanted = int(judged[place - 1].argmax())
-        found.append((judged[place - 1], drafted[place], 0 if rejected is None else place - rejected))
-        if rejected is None and wanted != int(drafted[place].argmax()):
-            rejected = place
-        if ids[start + place] != wanted:
+        found.append((judged[place - 1], drafted[place]))
+        if wanted != int(drafted[place].argmax()) or wanted != ids[start + place]:
             break
     return found
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("tail", [0.0, 0.7])
-def test_loss_is_that_of_cycles_one_by_one(own: bool, tail: float) -> None:
-    """Many blocks in one pass give what single drafts over a cached prefix give, on own text and on any.
-
-    Without a tail, only accepted drafts and the first rejected one count.
-    """
+def test_loss_is_that_of_cycles_one_by_one(own: bool) -> None:
+    """Many blocks in one pass give what single drafts over a cached prefix give, on own text and on any."""
     model = model_of(1)
     adapter = random_adapter(model, rank=4)
     ids = torch.randint(6, 24, (3, 30), generator=torch.Generator().manual_seed(4))
     if own:
         ids = continue_greedily(model, ids[:, :8], 22)
-    starts = torch.tensor([[0, 8, 9, 22], [1, 5, 6, 7], [8, 12, 20, 21]])
+    starts = torch.stack([torch.randperm(22, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]) + 1
     expected, accepted, everything = 0.0, 0, [token for token in range(24) if token != model.config.mask_token_id]
     for row, places in zip(ids.tolist(), starts.tolist(), strict=True):
         for start in places:
-            for wanted, found, distance in judged_by_hand(model, adapter, row, start):
-                weight = 1.0 if distance == 0 else tail**distance
-                expected += weight * 0.5 * by_hand(wanted, found, everything, 3.0, 3.0)
-                expected -= weight * 2.0 * float(found.log_softmax(-1)[wanted.argmax()])
-                accepted += distance == 0 and int(wanted.argmax()) == int(found.argmax())
+            for wanted, found in counted_by_hand(model, adapter, row, start):
+                expected += 0.5 * by_hand(wanted, found, everything, 3.0, 3.0)
+                expected -= 2.0 * float(found.log_softmax(-1)[wanted.argmax()])
+                accepted += int(wanted.argmax()) == int(found.argmax())
     target = Target.of(model, ids)
     drafts = Drafts.over(model, adapter, target, starts, BLOCK)
-    loss = Objective(kl_weight=0.5, ce_weight=2.0, tail=tail).loss_sum(model, target, drafts)
+    objective = Objective(kl_weight=0.5, ce_weight=2.0)
+    loss = objective.loss_sum(model, target, drafts)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
+    alone = torch.zeros(starts.shape)
+    alone[1, 4] = 1.0
+    one = Drafts.over(model, adapter, Target.of(model, ids[1:2]), starts[1:2, 4:5], BLOCK)
+    assert float(objective.loss_sum(model, target, drafts, alone)) == pytest.approx(
+        float(objective.loss_sum(model, Target.of(model, ids[1:2]), one)), rel=1e-4
+    )
     assert int(drafts.accepted.sum()) == accepted > 0
     assert int(drafts.emitted().sum()) == accepted + starts.numel()
 
@@ -198,7 +198,7 @@ def test_nothing_counts_behind_the_end() -> None:
         first = [next((i for i in range(8, 30) if int(token_row[i]) in eos), 99) for token_row in ids]
         found = Drafts.over(model, adapter, Target.of(model, ids, 8, eos), starts, BLOCK)
         before = found.rows < torch.tensor(first)[:, None, None]
-        assert torch.equal(found.known, free.known & before)
+        assert torch.equal(found.counted, free.counted & before)
         assert torch.equal(found.accepted, free.accepted & before)
 
 
@@ -210,11 +210,42 @@ def test_measured_acceptance_is_self_speculations(seed: int) -> None:
     found = measure(model, adapter, continue_greedily(model, prefixes, 40), 8, BLOCK, blocks=5)
     model.draft_adapter = adapter
     for prefix, cycles in zip(prefixes.tolist(), found.cycles, strict=True):
-        expected = linear_spec_generate(model, prefix, 40, BLOCK).accepted
+        expected = linear_spec_generate(model, prefix, 41, BLOCK).accepted  # the last token: a bonus behind the text
         assert cycles == expected[: len(cycles)]
-        assert sum(cycles) >= 40 - BLOCK, "cycles whose block would leave the text are left out, no others"
+        assert sum(cycles) > 40 - BLOCK, "cycles whose block would leave the text are left out, no others"
     assert found.length == sum(map(sum, found.cycles)) / sum(map(len, found.cycles))
     assert found.length == pytest.approx(1 + sum(found.by_position))
+
+
+def test_next_cycles_begin_where_cycles_end() -> None:
+    model = model_of(1)
+    adapter = random_adapter(model)
+    prefix = torch.randint(6, 24, (1, 8), generator=torch.Generator().manual_seed(1))
+    model.draft_adapter = adapter
+    cycles = linear_spec_generate(model, prefix[0].tolist(), 41, BLOCK).accepted
+    target = Target.of(model, continue_greedily(model, prefix, 40))
+    place = 8
+    for count in cycles:
+        starts, weights = next_cycles(model, adapter, target, torch.tensor([[place]]), BLOCK)
+        following = int(starts)
+        assert float(weights) == pytest.approx(1 / count)
+        if place + count > 48 - BLOCK:
+            assert following == place, "it would leave the text"
+            break
+        assert following == place + count
+        place = following
+    assert max(cycles) > 1
+
+
+def test_rows_take_turns(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, batch=5)
+    seen = []
+    for step in range(12):
+        trainer.step = step
+        seen += trainer._turn(12).tolist()
+    laps = [seen[start : start + 12] for start in range(0, 60, 12)]
+    assert all(sorted(lap) == list(range(12)) for lap in laps)
+    assert laps[0] != laps[1]
 
 
 def test_walk() -> None:
@@ -241,7 +272,7 @@ def test_only_the_adapter_changes_and_the_loss_falls(tmp_path: Path) -> None:
 
 def test_micro_batches_add_up(tmp_path: Path) -> None:
     whole, parts = trainer_in(tmp_path / "1"), trainer_in(tmp_path / "2", micro_batch=1)
-    rows = continue_greedily(whole.model, torch.randint(6, 24, (6, 10)), 20)
+    rows = continue_greedily(whole.model, stream_of().train[:60].view(6, 10), 20)
     for trainer in (whole, parts):
         trainer.train_step(rows)
     for one, other in zip(whole.adapter.parameters, parts.adapter.parameters, strict=True):
@@ -253,16 +284,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, own_text: bool) 
     straight = trainer_in(tmp_path / "straight", own_text=own_text)
     assert finish(straight, measure_every=2)
     stopped = trainer_in(tmp_path / "parts", own_text=own_text)
-    rows = 0
+    step = stopped.train_step
 
-    def stop_after_three(figures: Tensor) -> dict[str, float]:
-        nonlocal rows
-        rows += 1
-        if rows == 4:
+    def stop_after_three(rows: Tensor) -> dict[str, float]:
+        if stopped.step == 3:
             raise KeyboardInterrupt
-        return step(figures)
+        return step(rows)
 
-    step, stopped.train_step = stopped.train_step, stop_after_three  # type: ignore[method-assign]
+    stopped.train_step = stop_after_three  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         finish(stopped, measure_every=2, save_every=2)
     resumed = trainer_in(tmp_path / "parts", resume=True, own_text=own_text)
@@ -376,7 +405,6 @@ def test_the_command_trains_writes_and_draws(checkpoint: Path) -> None:
         (["--block-length=1"], "--block-length 1"),
         (["--steps=0"], "--steps 0"),
         (["--learning-rate=-1"], "--learning-rate -1.0"),
-        (["--tail=1.5"], "--tail 1.5: allowed: less than or equal to 1"),
         (["--temperature=0"], "--temperature 0.0"),
         (["--dtype=int8"], "--dtype int8: allowed: 'float32' or 'bfloat16'"),
         (["--new-tokens=4"], "--new-tokens 4: allowed: the block length (8) or more"),

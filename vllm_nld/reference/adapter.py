@@ -11,11 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_nld.config import NemotronLabsDiffusionConfig
-
-FOLDER = "linear_spec_lora"
-"""Where a checkpoint's folder keeps its adapter."""
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_KEY = "base_model.model.encoder.layers.{layer}.self_attn.o_proj.lora_{matrix}.weight"
+from vllm_nld.draft_lora import CONFIG_FILE, WEIGHTS_FILE, tensor_names
 
 
 @dataclass
@@ -62,7 +58,7 @@ class DraftAdapter:
         config = json.loads((Path(folder) / CONFIG_FILE).read_text())
         tensors = load_file(Path(folder) / WEIGHTS_FILE)
         layers = range(len(tensors) // 2)
-        a, b = ([tensors[_KEY.format(layer=i, matrix=m)].float() for i in layers] for m in "AB")
+        a, b = ([tensors[tensor_names(layer)[matrix]].float() for layer in layers] for matrix in (0, 1))
         return cls(a, b, config["lora_alpha"] / config["r"])
 
     def write(self, folder: str | Path, base_model: str, dtype: torch.dtype = torch.float32) -> None:
@@ -88,8 +84,8 @@ class DraftAdapter:
             "use_rslora": False,
         }
         tensors = {
-            _KEY.format(layer=layer, matrix=matrix): tensor.detach().to("cpu", dtype).contiguous()
-            for matrix, tensors in (("A", self.a), ("B", self.b))
+            tensor_names(layer)[matrix]: tensor.detach().to("cpu", dtype).contiguous()
+            for matrix, tensors in ((0, self.a), (1, self.b))
             for layer, tensor in enumerate(tensors)
         }
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -17,9 +17,6 @@ from vllm_nld.reference import DraftAdapter, KVCache, ReferenceModel
 _LOGIT_ROWS = 1024
 """Rows of logits held at once where only the argmax is wanted: a released vocabulary has 131072 entries."""
 
-_LEAST_WEIGHT = 0.02
-"""Drafts of less weight are left out: their logits cost as much as any."""
-
 
 @dataclass(frozen=True)
 class Target:
@@ -59,15 +56,13 @@ class Drafts:
         hidden: ``[rows, blocks, block_length - 1, hidden]``, with gradients.
         rows: int64 ``[rows, blocks, block_length - 1]``, the row of the clean stream that judges each draft.
         accepted: bool, same shape.
-        known: bool, same shape: what verify would say is known, whether or not it accepts the drafts before.
-        distance: int64, same shape: 0 for accepted drafts and the first rejected one, then 1, 2, ...
+        counted: bool, same shape: the accepted drafts and the first rejected one.
     """
 
     hidden: Tensor
     rows: Tensor
     accepted: Tensor
-    known: Tensor
-    distance: Tensor
+    counted: Tensor
 
     @classmethod
     def over(
@@ -79,15 +74,31 @@ class Drafts:
         wanted = _pick(target.tokens, rows)
         # On text that the model did not write, verify departs from the text at some point; what it would say behind
         # that is not known, so the block ends there, as it does where the generated text ends.
-        departed = _earlier(wanted != _pick(target.ids, rows + 1)) > 0
-        known = ~departed & ~_pick(target.ended, rows)
+        departed = wanted != _pick(target.ids, rows + 1)
         wrong = argmax(model, hidden.detach()) != wanted
-        rejected = _earlier(wrong) > 0
-        return cls(hidden, rows, known & ~wrong & ~rejected, known, rejected.cumsum(-1))
+        stops = (departed | wrong).to(torch.int64)
+        counted = (stops.cumsum(-1) == stops) & ~_pick(target.ended, rows)
+        return cls(hidden, rows, counted & ~wrong, counted)
 
     def emitted(self) -> Tensor:
         """Return the tokens that a cycle of each block yields, accepted + 1, int64 ``[rows, blocks]``."""
         return 1 + self.accepted.sum(-1)
+
+
+@torch.no_grad()
+def next_cycles(
+    model: ReferenceModel, adapter: DraftAdapter | None, target: Target, starts: Tensor, block_length: int
+) -> tuple[Tensor, Tensor]:
+    """Return where the cycles after those at ``starts`` begin, int64 ``[rows, blocks]``, and what they weigh.
+
+    In use, a cycle begins at a token that the drafts before it got wrong, not anywhere: blocks that begin anywhere lie
+    mostly where drafts are easy. And each cycle counts once, however long, whereas the cycle after a long one is hit
+    more often by ``starts`` drawn evenly; so it weighs 1 / the tokens of the one before. A cycle that would leave the
+    text is replaced by the one before it.
+    """
+    emitted = Drafts.over(model, adapter, target, starts, block_length).emitted()
+    after = starts + emitted
+    return torch.where(after <= target.ids.shape[1] - block_length, after, starts), 1 / emitted
 
 
 def block_mask(starts: Tensor, block_length: int, length: int) -> Tensor:
@@ -124,8 +135,6 @@ class Objective:
         temperature: of both distributions that are matched.
         top_k: they are restricted to the union of so many most probable tokens of each.
         eta: how quickly LK-hybrid goes from KL to total variation as the distributions come to agree.
-        tail: weight, to the power of its distance, of a draft behind the first rejected one. The published 0 leaves
-            them out, since they are thrown away; above 0, a block teaches more.
     """
 
     kl_weight: float = 1.0
@@ -133,20 +142,20 @@ class Objective:
     temperature: float = 3.0
     top_k: int = 200
     eta: float = 3.0
-    tail: float = 0.0
 
-    def loss_sum(self, model: ReferenceModel, target: Target, drafts: Drafts) -> Tensor:
-        """Return the loss, in nats, summed over the drafts that count."""
-        weights = self.tail**drafts.distance * drafts.known
-        counted = weights > _LEAST_WEIGHT
+    def loss_sum(self, model: ReferenceModel, target: Target, drafts: Drafts, weights: Tensor | None = None) -> Tensor:
+        """Return the loss, in nats, summed over the counted drafts; ``weights`` are the blocks', ``[rows, blocks]``."""
         row = torch.arange(len(target.ids), device=target.ids.device)[:, None, None].expand_as(drafts.rows)
-        row, place = row[counted], drafts.rows[counted]
-        found = model.logits(drafts.hidden[counted])
+        row, place = row[drafts.counted], drafts.rows[drafts.counted]
+        found = model.logits(drafts.hidden[drafts.counted])
         with torch.no_grad():
             wanted = model.logits(target.hidden[row, place])
         cross_entropy = torch.nn.functional.cross_entropy(found, target.tokens[row, place], reduction="none")
         matching = lk_hybrid(wanted, found, self.temperature, self.top_k, self.eta)
-        return ((self.kl_weight * matching + self.ce_weight * cross_entropy) * weights[counted]).sum()
+        loss = self.kl_weight * matching + self.ce_weight * cross_entropy
+        if weights is not None:
+            loss = loss * weights[..., None].expand_as(drafts.rows)[drafts.counted]
+        return loss.sum()
 
 
 def lk_hybrid(wanted: Tensor, found: Tensor, temperature: float, top_k: int, eta: float) -> Tensor:
@@ -179,11 +188,6 @@ def argmax(model: ReferenceModel, hidden: Tensor) -> Tensor:
     """Return the most probable token of each row, int64, the shape of ``hidden`` without its last axis."""
     rows = torch.split(hidden.flatten(0, -2), _LOGIT_ROWS)
     return torch.cat([model.logits(part).argmax(-1) for part in rows]).view(hidden.shape[:-1])
-
-
-def _earlier(flags: Tensor) -> Tensor:
-    """Return how many flags are set before each place of the last axis."""
-    return flags.cumsum(-1) - flags.to(torch.int64)
 
 
 def _pick(values: Tensor, places: Tensor) -> Tensor:

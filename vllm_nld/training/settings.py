@@ -32,7 +32,6 @@ class Settings(BaseModel):
     ce_weight: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=3.0, gt=0)
     top_k: int = Field(default=200, ge=1)
-    tail: float = Field(default=0.0, ge=0, le=1)
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen weights")
     seed: int = 0
 

@@ -15,7 +15,7 @@ from vllm_nld.errors import NLDError
 from vllm_nld.reference import KVCache, ReferenceModel
 
 HELD_OUT_SHARE = 0.05
-_OWN_BATCH = 64
+_OWN_BATCH = 128
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from vllm_nld.errors import NLDError
 from vllm_nld.reference import DraftAdapter, ReferenceModel, load_reference
 from vllm_nld.reference.generate import eos_ids
 from vllm_nld.training import acceptance
-from vllm_nld.training.objective import Drafts, Objective, Target
+from vllm_nld.training.objective import Drafts, Objective, Target, next_cycles
 from vllm_nld.training.settings import Settings
 from vllm_nld.training.text import Stream, draw, own_text, save
 
@@ -61,9 +61,7 @@ class Trainer:
         self.block_length = settings.block_length or model.config.block_size
         self.eos = frozenset(eos_ids(model, None)) if settings.own_text else frozenset[int]()
         self.prefix = settings.prefix_tokens
-        self.objective = Objective(
-            settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k, tail=settings.tail
-        )
+        self.objective = Objective(settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k)
         if settings.new_tokens < self.block_length:
             raise NLDError(
                 f"--new-tokens {settings.new_tokens}: allowed: the block length ({self.block_length}) or more"
@@ -141,10 +139,10 @@ class Trainer:
     def train_step(self, rows: Tensor) -> dict[str, float]:
         """Do one step on a batch drawn from ``rows``, int64 ``[rows, length]``; returns what is logged.
 
-        That is the loss, in nats per block, and the batch's mean of accepted + 1 before the step.
+        That is the loss, in nats per block, and the blocks' mean of accepted + 1 before the step.
         """
         settings = self.settings
-        ids = rows[torch.randint(len(rows), (settings.batch,), generator=self.generator)]
+        ids = rows[self._turn(len(rows))]
         room = rows.shape[1] - self.block_length + 1 - self.prefix
         blocks = min(settings.blocks, room)
         order = torch.rand(settings.batch, room, generator=self.generator).argsort(1)
@@ -153,9 +151,10 @@ class Trainer:
         total = emitted = 0.0
         for part, places in zip(torch.split(ids, size), torch.split(starts, size), strict=True):
             target = Target.of(self.model, part.to(self.device), self.prefix, self.eos)
-            drafts = Drafts.over(self.model, self.adapter, target, places.to(self.device), self.block_length)
+            cycles, weights = next_cycles(self.model, self.adapter, target, places.to(self.device), self.block_length)
+            drafts = Drafts.over(self.model, self.adapter, target, cycles, self.block_length)
             # Per drafted block, not per counted draft: the parts of a batch then simply add up.
-            loss = self.objective.loss_sum(self.model, target, drafts) / starts.numel()
+            loss = self.objective.loss_sum(self.model, target, drafts, weights) / starts.numel()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             emitted += float(drafts.emitted().sum()) / starts.numel()
@@ -169,6 +168,15 @@ class Trainer:
         with (self.state_folder / "log.jsonl").open("a") as log:
             log.write(json.dumps({"step": self.step, **figures}) + "\n")
         return figures
+
+    def _turn(self, count: int) -> Tensor:
+        """Return the rows of this step, int64 ``[batch]``: all take their turn, in another order each time round."""
+        turns = torch.arange(self.settings.batch) + self.step * self.settings.batch
+        chosen = torch.empty_like(turns)
+        for lap in sorted(set((turns // count).tolist())):
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + lap))
+            chosen[turns // count == lap] = order[turns[turns // count == lap] % count]
+        return chosen
 
     def _rows(self, progress: Progress) -> tuple[Tensor, Tensor]:
         """Return the text to train on and to measure on, int64 ``[rows, prefix + new_tokens]``.
