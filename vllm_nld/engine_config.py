@@ -97,8 +97,8 @@ def _check_stages(vllm_config: Any) -> None:
     stages, device = vllm_config.parallel_config.pipeline_parallel_size, vllm_config.device_config.device_type
     if stages > 1 and device == "cpu" and vllm_config.model_config.enforce_eager:
         raise NLDError(
-            f"enforce_eager=True with pipeline_parallel_size={stages} on a CPU: vLLM makes the buffers between stages in "
-            "a warm-up, which its CPU worker leaves out for eager models; leave enforce_eager out"
+            f"enforce_eager=True with pipeline_parallel_size={stages} on a CPU: vLLM makes the buffers between stages "
+            "in a warm-up, which its CPU worker leaves out for eager models; leave enforce_eager out"
         )
 
 
