@@ -20,7 +20,7 @@ def facts(worker: Any) -> dict[str, Any]:
     import vllm_nld
 
     return {
-        "worker": type(worker).__name__,
+        "worker": type(getattr(worker, "worker", worker)).__name__,  # Ray's executor hands out a wrapper
         "module": vllm_nld.__file__,
         "folder": os.getcwd(),  # noqa: PTH109
         "pid": os.getpid(),
