@@ -126,7 +126,8 @@ def test_auto_mode_is_the_first_rank_s(llm: Any, expected: list[list[int]]) -> N
 
 def workers_of(pid: int) -> list[int]:
     """The worker processes below a process, first rank first."""
-    found = [child for child in psutil.Process(pid).children(recursive=True) if "Worker" in " ".join(child.cmdline())]
+    children = psutil.Process(pid).children(recursive=True)
+    found = [child for child in children if " ".join(child.cmdline()).startswith("VLLM::Worker")]
     return [child.pid for child in sorted(found, key=lambda child: " ".join(child.cmdline()))]
 
 
