@@ -43,6 +43,8 @@ INTERRUPTED = 8.0
 """Multiple of its price from which on a step's time is no price."""
 PROBED_REQUESTS = 4
 """Requests that are probed together."""
+PROBE_LENGTH = 8
+"""Tokens of a probe's block."""
 PROBE_EVERY = 64
 """Steps without a draft after which a request's acceptance counts as unknown."""
 
@@ -144,7 +146,7 @@ class AutoMode:
     @property
     def lengths(self) -> list[int]:
         """Block lengths to choose from: powers of two, and the longest."""
-        return [n for n in (4, 8, 16, 32, 64) if n < self.block_length] + [self.block_length]
+        return [n for n in (2, 4, 8, 16, 32, 64) if n < self.block_length] + [self.block_length]
 
     def plan(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> dict[int, int]:
         """Return block lengths by row; rows that are not in it take an AR step.
@@ -258,7 +260,7 @@ class AutoMode:
         if not due or not self._best(_hoped(due), requests, tokens, gain=1.0):
             return None
         due = sorted(due, key=lambda candidate: -candidate.idle_steps)[:PROBED_REQUESTS]
-        length = min(self.lengths[0] * 2, self.block_length)
+        length = min(PROBE_LENGTH, self.block_length)
         blocks = {candidate.row: min(length, candidate.longest) for candidate in due}
         cycle = self._cycle_seconds(tokens, sum(blocks.values()), len(blocks))
         extra = cycle - self._plain_seconds(requests, tokens)

@@ -66,6 +66,7 @@ class SelfSpeculation:
         self._scheduled: dict[str, int] = {}
         self._drafted: dict[str, list[int]] = {}
         self._left_at: float | None = None
+        self._draft_seconds = 0.0
         self.parks = compat.parks_requests(vllm_config.scheduler_config)
         self.parked = Parked()
         self._others_wait = False
@@ -217,7 +218,9 @@ class SelfSpeculation:
         for row in waits:
             drafts[row] = done.pop(states[row].request_id, [])
         self._finished_away |= done
-        self._left_at = time.perf_counter()
+        # What drafting costs beside its forward (planning, choosing, handing out) is the next step's to bear: every
+        # second between two calls is some step's or some draft's.
+        self._left_at = entered + self._draft_seconds
         return drafts
 
     def _ends(self, row: int, state: RequestState, tokens: StepTokens) -> bool:
@@ -356,7 +359,7 @@ class SelfSpeculation:
         mixed = len(self.parked) > 0
         started = time.perf_counter()
         self._run(list(blocks.values()), others)
-        seconds = time.perf_counter() - started
+        seconds = self._draft_seconds = time.perf_counter() - started
         for row, block in blocks.items():
             kind, mode = ("denoise", "diffusion") if states[row].is_diffusion else ("draft", "self_speculation")
             self.ledger.block(states[row].tally, kind, mode, block.passes)
