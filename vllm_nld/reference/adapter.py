@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vllm_nld.config import NemotronLabsDiffusionConfig
@@ -88,5 +88,6 @@ class DraftAdapter:
             for matrix, tensors in ((0, self.a), (1, self.b))
             for layer, tensor in enumerate(tensors)
         }
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        # save_file would make a file that only its owner may read.
+        (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")

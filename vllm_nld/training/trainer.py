@@ -40,6 +40,7 @@ class Schedule:
 def load_frozen(folder: Path, dtype: torch.dtype, device: str | torch.device) -> ReferenceModel:
     """Return the model of ``folder``, whose weights take no gradients."""
     model = load_reference(folder, dtype, device).requires_grad_(False)
+    model.config.name_or_path = folder.resolve().name
     if dtype != torch.float32:
         # Angles are computed from these: they must not be rounded with the weights.
         model.inverse_frequencies = load_reference(folder).inverse_frequencies.to(device)
