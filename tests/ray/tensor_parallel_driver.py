@@ -20,7 +20,7 @@ def facts(worker: Any) -> dict[str, Any]:
     import vllm_nld
 
     return {
-        "worker": type(worker).__name__,
+        "worker": type(worker.worker).__name__,
         "module": vllm_nld.__file__,
         "folder": os.getcwd(),  # noqa: PTH109
         "pid": os.getpid(),
