@@ -109,7 +109,7 @@ def skew(worker: Any) -> list[float]:
 
 
 def forwards(llm: Any) -> list[dict[str, int]]:
-    return llm.collective_rpc("nld_counters")
+    return llm.collective_rpc("nld_counters", timeout=30)
 
 
 def test_auto_mode_is_the_first_rank_s(llm: Any, expected: list[list[int]]) -> None:
