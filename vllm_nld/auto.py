@@ -146,7 +146,7 @@ class AutoMode:
     @property
     def lengths(self) -> list[int]:
         """Block lengths to choose from: powers of two, and the longest."""
-        return [n for n in (2, 4, 8, 16, 32, 64) if n < self.block_length] + [self.block_length]
+        return [n for n in (4, 8, 16, 32, 64) if n < self.block_length] + [self.block_length]
 
     def plan(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> dict[int, int]:
         """Return block lengths by row; rows that are not in it take an AR step.

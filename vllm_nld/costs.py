@@ -36,6 +36,7 @@ class CostCurve:
         self._guesses: dict[int, float] = {}
         self._recent: dict[int, deque[float]] = {}
         self._prices: dict[int, float] = {}
+        self._answers: dict[int, float] = {}
         self.samples: dict[int, int] = {}
 
     @staticmethod
@@ -66,7 +67,11 @@ class CostCurve:
         """
         if not self._sizes or size <= 0:
             return 0.0
-        return min(self._interpolated(self.bucket(size)), self.ceiling(size))
+        bucket = self.bucket(size)
+        answer = self._answers.get(bucket)  # one choice asks for the same few sizes many times
+        if answer is None:
+            answer = self._answers[bucket] = min(self._interpolated(bucket), self.ceiling(size))
+        return answer
 
     def ceiling(self, size: int) -> float:
         """Return the least that this size or a larger one was seen to take; infinity if none was."""
@@ -89,6 +94,7 @@ class CostCurve:
     def _price(self, bucket: int, beyond: float) -> None:
         if bucket not in self._prices:
             insort(self._sizes, bucket)
+        self._answers.clear()
         recent = list(self._recent.get(bucket, ()))
         if bucket in self._guesses and not self.is_known(bucket):
             recent.append(max(0.0, self._guesses[bucket] + beyond))
