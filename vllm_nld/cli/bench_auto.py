@@ -141,17 +141,8 @@ def _measure(
 
 def _compare(engines: dict[str, Any], workload: str, jobs: list[Job], clients: int, turns: int) -> dict[str, Any]:
     runs = {name: Client(llm, {"mode": ENGINES[name]}, jobs, clients) for name, llm in engines.items()}
-    turns_taken: dict[str, list[tuple[int, float]]] = {name: [] for name in runs}
     before = _decisions(engines["auto"])
-    names = list(runs)
-    for number in range(-WARM_UP_TURNS, turns):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            taken = runs[name].turn(TURN_SECONDS)
-            if number >= 0:
-                turns_taken[name].append(taken)
-    for client in runs.values():
-        client.stop()
+    turns_taken = take_turns(runs, turns)
     decisions = _decisions(engines["auto"]) - before
     return {
         "workload": workload,
@@ -162,6 +153,21 @@ def _compare(engines: dict[str, Any], workload: str, jobs: list[Job], clients: i
         "control_to_ar": round(speed(turns_taken["control"]) / speed(turns_taken["ar"]), 3),
         "decisions": {f"{mode} {length}": n for (mode, length), n in sorted(decisions.items())},
     }
+
+
+def take_turns(runs: dict[str, Client], turns: int) -> dict[str, list[tuple[int, float]]]:
+    """Return the tokens and seconds of every client's turns, the warm-up's left out; who begins changes."""
+    taken: dict[str, list[tuple[int, float]]] = {name: [] for name in runs}
+    names = list(runs)
+    for number in range(-WARM_UP_TURNS, turns):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            turn = runs[name].turn(TURN_SECONDS)
+            if number >= 0:
+                taken[name].append(turn)
+    for client in runs.values():
+        client.stop()
+    return taken
 
 
 def speed(taken: Sequence[tuple[int, float]]) -> float:

@@ -20,7 +20,7 @@ from rich.table import Table
 from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
-from vllm_nld.cli.bench_auto import TURN_SECONDS, WARM_UP_TURNS, Client, bootstrap_ratio, make_jobs, speed
+from vllm_nld.cli.bench_auto import Client, bootstrap_ratio, make_jobs, speed, take_turns
 from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
 
 LENGTHS: tuple[int, ...] = (4, 8, 16)
@@ -138,7 +138,7 @@ def _speed(concurrency: list[int], turns: int, max_tokens: int) -> list[dict[str
             _say(f"speed, mix, concurrency {clients}")
             jobs = make_jobs("mix", max(8, 2 * clients), max_tokens)
             runs = {name: Client(llm, ways()[name], jobs, clients) for name, llm in engines.items()}
-            taken = _take_turns(runs, turns)
+            taken = take_turns(runs, turns)
             best = max((name for name in runs if name != "adaptive"), key=lambda name: speed(taken[name]))
             rows.append(
                 {
@@ -150,20 +150,6 @@ def _speed(concurrency: list[int], turns: int, max_tokens: int) -> list[dict[str
                 }
             )
     return rows
-
-
-def _take_turns(runs: dict[str, Client], turns: int) -> dict[str, list[tuple[int, float]]]:
-    taken: dict[str, list[tuple[int, float]]] = {name: [] for name in runs}
-    names = list(runs)
-    for number in range(-WARM_UP_TURNS, turns):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            turn = runs[name].turn(TURN_SECONDS)
-            if number >= 0:
-                taken[name].append(turn)
-    for client in runs.values():
-        client.stop()
-    return taken
 
 
 def _sampled(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
