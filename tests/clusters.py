@@ -25,8 +25,19 @@ class Cluster:
     pythonpath: str
 
 
+NO_EDITABLE_INSTALL = """
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if "_editable_" not in type(finder).__module__]
+"""
+"""Run by Python at its start: an editable install's finder would come before any folder on the path."""
+
+
 def install(site: Path) -> None:
     """Lay the package and its metadata out as a wheel is installed; entry points are found by the latter alone."""
-    shutil.copytree(Path(vllm_nld.__file__).parent, site / "vllm_nld", ignore=shutil.ignore_patterns("__pycache__"))
+    leave_out = shutil.ignore_patterns("__pycache__")
+    for folder in vllm_nld.__path__:  # an editable install keeps the compiled library apart
+        shutil.copytree(folder, site / "vllm_nld", ignore=leave_out, dirs_exist_ok=True)
+    (site / "sitecustomize.py").write_text(NO_EDITABLE_INSTALL)
     metadata = Path(str(distribution("vllm-nld")._path))  # type: ignore[attr-defined]
     shutil.copytree(metadata, site / metadata.name)
