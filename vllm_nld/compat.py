@@ -293,8 +293,8 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     runner.drafter.attach(runner)
     if not hasattr(runner.rejection_sampler, "apply_logits_processors"):
         raise NLDError(f"this vLLM's rejection sampler changed; vllm-nld supports vLLM {SUPPORTED}")
-    accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion)
-    guide_verification(runner.rejection_sampler, runner.drafter.draft_probs)
+    accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion, runner.drafter.mask_token_id)
+    guide_verification(runner.rejection_sampler, runner.drafter.draft_probs, runner.drafter.mask_token_id)
 
 
 def repair_cpu_temperature() -> None:

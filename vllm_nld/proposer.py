@@ -147,6 +147,7 @@ class SelfSpeculation:
                 self._abandon(state)
                 logger.debug("%s (mode %s): %s", request_id, state.options.mode, state.tally.summary())
         for request_id in getattr(scheduler_output, "preempted_req_ids", None) or ():
+            self._known_requests().drop_drafts(request_id)
             state = self._unpark(request_id)
             if state is not None and not state.may_replace_sampled:
                 self._abandon(state)  # the resumption samples a token that the block would have to replace
@@ -289,7 +290,8 @@ class SelfSpeculation:
                     blocks[row] = self._draft_block(row, state, tokens, longest)
         requests = len(states) - len(opened)
         planned = requests + sum(map(len, drafts)) + sum(block.length - 1 for block in blocks.values())
-        if adaptive and not self.auto.stays_with_ar(adaptive, requests, planned):
+        must_draft = any(states[row].options.mode == "self_speculation" for row in adaptive)
+        if adaptive and (must_draft or not self.auto.stays_with_ar(adaptive, requests, planned)):
             for row, length in self._plan(adaptive, states, tokens, requests, planned).items():
                 blocks[row] = self._draft_block(row, states[row], tokens, length)
         self._draft_pass().locate(blocks | opened)

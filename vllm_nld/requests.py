@@ -283,6 +283,11 @@ class Requests:
             return None
         return ThinkingBudget(limit, *self._thinking)
 
+    def drop_drafts(self, request_id: str) -> None:
+        """Forget what a request's drafts were drawn from: it was preempted, and they are never verified."""
+        if request_id in self._states:
+            self._states[request_id].draft_probs = None
+
     def finish(self, request_id: str) -> RequestState | None:
         """Forget a request and return its last state, if it was ever asked for."""
         state = self._states.pop(request_id, None)

@@ -132,6 +132,9 @@ class DraftChoice(TokenChoice):
     def choose(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
         """Return draws, int64 ``[positions]``, by inverting the distribution function: one random number each."""
         self.probs = self.distribution(logits, positions, committed)
+        nothing = self.probs[:, 0].isnan()
+        if nothing.any():  # the constraints leave no token; what is drawn may be anything, as long as it is told
+            self.probs[nothing] = logits[nothing].softmax(-1)
         # Summed in float64: in float32 the tail of 131072 tokens would be drawn too rarely or too often.
         sums = self.probs.cumsum(-1, dtype=torch.float64)
         draws = torch.rand(

@@ -113,3 +113,29 @@ def test_top_k_alone_in_a_step_without_drafts(tmp_path: Path) -> None:
         for mode in ("ar", "self_speculation"):
             (ids,) = generate(llm, [[6, 7]], temperature=1.0, top_k=1, extra_args={"nld": {"mode": mode}})
             assert ids == ar_generate(model, [6, 7], 24).ids[2:]
+
+
+def test_a_cached_prompt_s_padding_changes_no_distribution(tmp_path: Path) -> None:
+    """vLLM pads a request that comes with one token to compute with drafts of -1, beside others' drawn drafts."""
+    from vllm import SamplingParams
+
+    model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
+    (prompt,) = random_prompts([33], 8, seed=1)
+    expected = model.causal(torch.tensor([prompt]))[0, -1].double().softmax(-1)
+    settings: dict[str, Any] = {"enable_prefix_caching": True, "block_size": 32, "max_num_seqs": 8}
+    with engine(save(model, tmp_path), spec=True, seed=11, **settings) as llm:
+        params = SamplingParams(temperature=1.0, max_tokens=6, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt}] * 1000, params, use_tqdm=False)
+    counts = torch.bincount(torch.tensor([output.outputs[0].token_ids[0] for output in outputs]), minlength=8)
+    assert chi_square_p_value(counts, expected * 1000) > 1e-3
+
+
+def test_constraints_that_leave_no_token_end_no_engine(tmp_path: Path) -> None:
+    model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
+    with engine(save(model, tmp_path), spec=True) as llm:
+        for constraints in (
+            {"allowed_token_ids": [7], "stop_token_ids": [7], "min_tokens": 8},
+            {"allowed_token_ids": [5]},
+        ):
+            generate(llm, [[6, 7]], temperature=1.0, max_tokens=12, **constraints)
+        assert len(generate(llm, [[6, 7]], max_tokens=4)[0]) == 4
