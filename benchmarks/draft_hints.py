@@ -21,9 +21,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from vllm_nld import prompt_lookup
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.draft_lora import FOLDER
@@ -73,12 +75,8 @@ def lookup(length: int, count_limit: int = 64) -> Hint:
 
 
 def follow(tokens: list[int], length: int) -> list[int]:
-    """Return what followed the last ``length`` tokens at their last earlier occurrence."""
-    last = tokens[-length:]
-    for start in range(len(tokens) - length - 1, -1, -1):
-        if tokens[start : start + length] == last:
-            return tokens[start + length :]
-    return []
+    """Return what followed the last ``length`` tokens before, as engines look it up."""
+    return prompt_lookup.follow(np.asarray(tokens), length)
 
 
 @dataclass

@@ -11,8 +11,11 @@ from vllm_nld.errors import NLDError
 
 _SHOWN = 5
 
+Shapes = dict[str, tuple[int, ...]]
+"""Tensor name -> shape."""
 
-def expected_tensors(config: NemotronLabsDiffusionConfig) -> dict[str, tuple[int, ...]]:
+
+def expected_tensors(config: NemotronLabsDiffusionConfig) -> Shapes:
     """Return released tensor name -> shape: 9 tensors a layer and 3 more."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
@@ -28,7 +31,7 @@ def expected_tensors(config: NemotronLabsDiffusionConfig) -> dict[str, tuple[int
         "mlp.up_proj": (mlp, hidden),
         "mlp.down_proj": (hidden, mlp),
     }
-    tensors: dict[str, tuple[int, ...]] = {
+    tensors: Shapes = {
         "encoder.embed_tokens.weight": (config.vocab_size, hidden),
         "encoder.norm.weight": (hidden,),
     }
@@ -48,16 +51,31 @@ def check_tensors(folder: Path, config: NemotronLabsDiffusionConfig) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return
-    found: dict[str, tuple[int, ...]] = {}
+    found: Shapes = {}
     for file in files:
-        with safe_open(file, framework="numpy") as handle:
-            found |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-    problems = []
-    for name, shape in expected_tensors(config).items():
-        if name not in found:
-            problems.append(f"{name} is missing")
-        elif found[name] != shape:
-            problems.append(f"{name} has shape {list(found[name])}, config.json asks for {list(shape)}")
+        found |= tensor_shapes(file)
+    complain(f"checkpoint {folder}", differences(found, expected_tensors(config), "config.json asks for"))
+
+
+def tensor_shapes(file: Path) -> Shapes:
+    """Return the names and shapes in a ``.safetensors`` file, from its header."""
+    with safe_open(file, framework="numpy") as handle:
+        return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+
+
+def differences(found: Shapes, expected: Shapes, wants: str) -> list[str]:
+    """Say which expected tensors are missing, and which have another shape than what ``wants`` it."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [
+        f"{name} has shape {list(found[name])}, {wants} {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return problems
+
+
+def complain(where: str, problems: list[str]) -> None:
+    """Raise an NLDError that names the first few problems, if there are any."""
     if problems:
         more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
-        raise NLDError(f"checkpoint {folder}: " + "; ".join(problems[:_SHOWN]) + more)
+        raise NLDError(f"{where}: " + "; ".join(problems[:_SHOWN]) + more)

@@ -17,15 +17,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from vllm_nld.checkpoint_check import Shapes, complain, differences, tensor_shapes
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.errors import NLDError
 
 FOLDER = "linear_spec_lora"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 TARGET = "o_proj"
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -105,25 +105,19 @@ def tensor_names(layer: int) -> tuple[str, str]:
 
 def _check_headers(adapter: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
     queries = config.num_attention_heads * config.head_dim
-    expected: dict[str, list[int]] = {}
+    expected: Shapes = {}
     for layer in range(config.num_hidden_layers):
         down, up = tensor_names(layer)
-        expected |= {down: [adapter.rank, queries], up: [config.hidden_size, adapter.rank]}
+        expected |= {down: (adapter.rank, queries), up: (config.hidden_size, adapter.rank)}
+    where = f"draft_lora: {adapter.folder / WEIGHTS_FILE}"
     try:
-        with safe_open(adapter.folder / WEIGHTS_FILE, framework="numpy") as handle:
-            found = {name: list(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        found = tensor_shapes(adapter.folder / WEIGHTS_FILE)
     except SafetensorError as error:
-        raise NLDError(f"draft_lora: {adapter.folder / WEIGHTS_FILE} cannot be read: {error}") from None
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [
-        f"{name} has shape {found[name]}, this model and r={adapter.rank} ask for {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    problems += [f"{name} belongs to no {TARGET} of this model" for name in found if name not in expected]
-    if problems:
-        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
-        raise NLDError(f"draft_lora: {adapter.folder / WEIGHTS_FILE}: " + "; ".join(problems[:_SHOWN]) + more)
+        raise NLDError(f"{where} cannot be read: {error}") from None
+    problems = differences(found, expected, f"this model and r={adapter.rank} ask for")
+    complain(
+        where, problems + [f"{name} belongs to no {TARGET} of this model" for name in found if name not in expected]
+    )
 
 
 def adapter_of(vllm_config: Any) -> DraftLoRA | None:

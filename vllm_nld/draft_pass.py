@@ -23,7 +23,6 @@ from vllm_nld.attention.torch_ops import BIDIRECTIONAL
 from vllm_nld.block import Block
 from vllm_nld.costs import round_size
 from vllm_nld.draft_adapter import load_adapter
-from vllm_nld.draft_lora import adapter_of
 from vllm_nld.selection import select
 from vllm_nld.token_choice import DraftChoice
 from vllm_nld.vocab_head import Best, best_tokens, needs_logits, probability_of
@@ -58,15 +57,11 @@ class DraftPass:
         context = vllm_config.compilation_config.static_forward_context
         self.layers = {name: layer for name, layer in context.items() if hasattr(layer, "kv_cache")}
         self.table: BlockTable = block_table(vllm_config)
-        self.has_adapter = self._load_adapter()
-        self.activate_tasks: Callable[[Sequence[Block], int, int], None] | None = None
-
-    def _load_adapter(self) -> bool:
-        adapter = adapter_of(self.vllm_config)
-        if adapter is not None:
+        self.has_adapter: bool = model.draft_lora is not None
+        if self.has_adapter:
             group = get_tp_group()
-            load_adapter(adapter, self.model, group.rank_in_group, group.world_size)
-        return adapter is not None
+            load_adapter(model.draft_lora, model, group.rank_in_group, group.world_size)
+        self.activate_tasks: Callable[[Sequence[Block], int, int], None] | None = None
 
     def find_layout(self) -> None:
         """Find the cache's page layout now, at start-up, and not with the first request.
@@ -201,9 +196,8 @@ class DraftPass:
             return None
         if all(adapted):
             return slice(None)
-        return torch.tensor([block.adapted for block in blocks for _ in block.tokens], device=self.device).nonzero()[
-            :, 0
-        ]
+        by_token = torch.tensor([block.adapted for block in blocks for _ in block.tokens], device=self.device)
+        return by_token.nonzero().squeeze(1)
 
     def _pages(self, block: Block) -> Tensor:
         if block.prefix == 0:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
+from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -55,13 +55,11 @@ class NLDAttention(nn.Module):
             hidden_size, config.head_dim, num_heads, num_kv_heads, bias, quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )  # fmt: skip
-        self.draft_adapter = _draft_adapter(self.q_size, hidden_size)
-        # With an adapter the sum over ranks is taken behind it, once for both.
-        self.sums_itself = self.draft_adapter is not None and shards > 1
         self.o_proj = RowParallelLinear(
-            num_heads * config.head_dim, hidden_size, bias_o_proj, reduce_results=not self.sums_itself,
-            quant_config=quant_config, prefix=f"{prefix}.o_proj",
-        )  # fmt: skip
+            num_heads * config.head_dim, hidden_size, bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
+        self.draft_adapter: DraftAdapter | None = None
+        self.sums_itself = False
         self.rotary_emb = compat.unscaled_rope(config.head_dim, max_position_embeddings, config.rope_parameters)
         self.attn = Attention(
             heads,
@@ -73,6 +71,12 @@ class NLDAttention(nn.Module):
             prefix=f"{prefix}.attn",
             attn_backend=block_attention_backend(config.head_dim, cache_config),
         )
+
+    def add_draft_adapter(self, rank: int) -> None:
+        """Make room for an adapter; with tensor parallelism the sum over ranks is taken behind it, once for both."""
+        self.draft_adapter = DraftAdapter(rank, self.q_size, self.o_proj.output_size)
+        self.sums_itself = self.o_proj.tp_size > 1
+        self.o_proj.reduce_results = not self.sums_itself
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Map ``positions`` int64 ``[tokens]`` and ``hidden_states`` ``[tokens, hidden]`` to ``[tokens, hidden]``."""
@@ -90,11 +94,6 @@ class NLDAttention(nn.Module):
         return tensor_model_parallel_all_reduce(projected) if self.sums_itself else projected
 
 
-def _draft_adapter(inputs: int, outputs: int) -> DraftAdapter | None:
-    adapter = adapter_of(get_current_vllm_config())
-    return None if adapter is None else DraftAdapter(adapter.rank, inputs, outputs)
-
-
 class NLDDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """vLLM's Llama layer around :class:`NLDAttention`."""
 
@@ -105,13 +104,21 @@ class NLDDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 
 
 class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
-    """NLD as vLLM's causal language model; the same object serves draft passes (see :mod:`vllm_nld.draft_pass`)."""
+    """NLD as vLLM's causal language model; the same object serves draft passes (see :mod:`vllm_nld.draft_pass`).
+
+    Attributes:
+        draft_lora: the adapter that drafts run with, on disk; the draft pass loads it.
+    """
 
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"encoder.": "model.", "diffusion_head.": "lm_head."})
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=NLDDecoderLayer)
         self.mask_token_id: int = vllm_config.model_config.hf_config.mask_token_id
+        self.draft_lora = adapter_of(vllm_config)
+        if self.draft_lora is not None:
+            for layer in self.model.layers:
+                layer.self_attn.add_draft_adapter(self.draft_lora.rank)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits ``[tokens, vocab]`` with the mask token at minus infinity, or None off the gathering rank."""

@@ -244,8 +244,7 @@ class SelfSpeculation:
         if any(state.is_prefill(self._scheduled, self._drafted) for state in states.values()):
             return
         tokens = sum(self._scheduled.get(state.request_id, 0) for state in states.values())
-        automatic = [row for row, state in states.items() if state.is_adaptive]
-        accepted = sum(len(sampled[row]) - 1 for row in automatic)
+        accepted = sum(len(sampled[row]) - 1 for row, state in states.items() if state.is_adaptive)
         self.auto.observe_step(len(states), tokens, accepted, now - self._left_at)
 
     def _settle(self, state: RequestState, sampled: list[int]) -> None:
@@ -290,7 +289,7 @@ class SelfSpeculation:
                     blocks[row] = self._draft_block(row, state, tokens, longest)
         requests = len(states) - len(opened)
         planned = requests + sum(map(len, drafts)) + sum(block.length - 1 for block in blocks.values())
-        must_draft = any(states[row].options.mode == "self_speculation" for row in adaptive)
+        must_draft = any(states[row].must_draft for row in adaptive)
         if adaptive and (must_draft or not self.auto.stays_with_ar(adaptive, requests, planned)):
             for row, length in self._plan(adaptive, states, tokens, requests, planned).items():
                 blocks[row] = self._draft_block(row, states[row], tokens, length)
@@ -308,8 +307,7 @@ class SelfSpeculation:
             longest = self._longest(row, states[row], tokens)
             if longest >= 2:
                 state = states[row]
-                must_draft = state.options.mode == "self_speculation"
-                candidates.append(Candidate(row, state.acceptance, longest, state.idle_steps, must_draft))
+                candidates.append(Candidate(row, state.acceptance, longest, state.idle_steps, state.must_draft))
         chosen = self.auto.plan(candidates, requests, planned)
         for candidate in candidates:
             states[candidate.row].note_choice(candidate.row in chosen)

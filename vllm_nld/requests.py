@@ -85,6 +85,11 @@ class RequestState:
         chooses = self.options.mode == "auto" or (self.options.mode == "self_speculation" and self.options.adaptive)
         return chooses and not self.is_reproducible
 
+    @property
+    def must_draft(self) -> bool:
+        """Whether AR is no choice where the block length is chosen."""
+        return self.options.mode == "self_speculation"
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end the request."""

@@ -30,7 +30,7 @@ def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]
             if drafts and is_diffusion(row):
                 rows = torch.arange(start, start + drafts, device=processed.device)
                 ids = metadata.draft_token_ids[rows].long()[:, None]
-                certain = torch.full_like(processed[rows], -torch.inf).scatter_(1, ids.clamp_min(0), 0.0)
+                certain = torch.full_like(processed[rows], -torch.inf).scatter_(1, ids, 0.0)
                 # Padding (see guide_verification) is to be rejected.
                 processed[rows] = torch.where(ids != mask_token_id, certain, processed[rows])
             start += drafts

@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+SMALL_REPLICA = ["--cores", "1", "--num-cpus", "0.5", "--num-gpus", "0"]
+"""Options of both examples with which two replicas fit two cores."""
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import EXAMPLES, address_of, alive, engine_processes, replicas, wait_for
+from processes import EXAMPLES, SMALL_REPLICA, address_of, alive, engine_processes, replicas, wait_for
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
@@ -37,18 +37,7 @@ class Batch:
     def start(self, count: int, *options: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(EXAMPLES / "ray_batch.py"), str(self.folder / "in.jsonl")]
         command += ["--output", str(self.folder / "out"), "--id-column", "name", "--address", self.cluster]
-        command += [
-            "--replicas",
-            str(count),
-            "--cores",
-            "1",
-            "--num-cpus",
-            "0.5",
-            "--num-gpus",
-            "0",
-            "--batch-size",
-            "4",
-        ]
+        command += ["--replicas", str(count), *SMALL_REPLICA, "--batch-size", "4"]
         command += ["--mode", "self_speculation", "--max-tokens", str(TOKENS), "--engine", json.dumps(ENGINE), *options]
         log = (self.folder / "log").open("a")
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)

@@ -24,7 +24,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"mode": "diffusion", "threshold": 0.3}, GREEDY),
     ({"mode": "diffusion", "threshold": 0.3}, SEEDED),
 ]
-PROMPTS = random_prompts([2, 40, 17], 24, seed=9)
+PROMPTS = random_prompts([1, 2, 40, 17], 24, seed=9)
 
 
 def expected_tokens(folder: Path) -> list[list[int]]:

@@ -18,7 +18,7 @@ import openai
 import psutil
 import pytest
 from openai import OpenAI
-from processes import EXAMPLES, address_of, alive, engine_processes, replicas, wait_for
+from processes import EXAMPLES, SMALL_REPLICA, address_of, alive, engine_processes, replicas, wait_for
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
@@ -51,20 +51,7 @@ def service(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
         str(port),
     ]
     command += ["--min-replicas", "1", "--max-replicas", "2", "--target-requests", "1", "--upscale-delay", "0"]
-    command += [
-        "--cores",
-        "1",
-        "--num-cpus",
-        "0.5",
-        "--num-gpus",
-        "0",
-        "--hang-timeout",
-        "10",
-        "--drain",
-        "1",
-        "--",
-        MODEL,
-    ]
+    command += [*SMALL_REPLICA, "--hang-timeout", "10", "--drain", "1", "--", MODEL]
     command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
     command += ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(1 << 27), "--enforce-eager"]
     path = tmp_path_factory.mktemp("serve") / "log"

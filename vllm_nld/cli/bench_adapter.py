@@ -18,15 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vllm_nld import ARCHITECTURE
+from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.errors import NLDError
 
-SHAPES = {
-    "3b": {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34},
-}
+MODELS = ("3b", "8b")
 RANK, SCALE = 128, 4.0
 BLOCK = 32
 
@@ -38,8 +35,8 @@ def run(models: list[str], layers: int | None, repeats: int, as_json: bool) -> N
         NLDError: a model name is unknown.
     """
     for name in models:
-        if name not in SHAPES:
-            raise NLDError(f"--model {name}: allowed are {', '.join(SHAPES)}")
+        if name not in MODELS:
+            raise NLDError(f"--model {name}: allowed are {', '.join(MODELS)}")
     prepare_environment()
     with stdout_to_stderr():
         rows = [_measure(name, layers, repeats) for name in models]
@@ -50,14 +47,11 @@ def run(models: list[str], layers: int | None, repeats: int, as_json: bool) -> N
 
 
 def _measure(name: str, layers: int | None, repeats: int) -> dict[str, Any]:
-    shape: dict[str, Any] = dict(SHAPES[name])
-    shape["num_hidden_layers"] = min(layers or shape["num_hidden_layers"], shape["num_hidden_layers"])
-    config = NemotronLabsDiffusionConfig(architectures=[ARCHITECTURE], dtype="bfloat16", **shape)
+    config = dummy_config(name, layers)
     print(f"bench: {name}, {config.num_hidden_layers} layers ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _dummy_model(config, Path(scratch))
-        settings = {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": 2048, "skip_tokenizer_init": True}
-        with engine(str(folder), drafts=BLOCK - 1, **settings) as llm:
+        with engine(str(folder), drafts=BLOCK - 1, skip_tokenizer_init=True, **DUMMY_SETTINGS) as llm:
             core = llm.llm_engine.engine_core.engine_core
             runner = core.model_executor.driver_worker.worker.model_runner
             draft = _alternate(_draft(runner), repeats)

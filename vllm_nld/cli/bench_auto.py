@@ -117,17 +117,22 @@ def run(concurrency: list[int], workloads: list[str], turns: int, max_tokens: in
         _show(report)
 
 
-def _measure(
-    concurrency: list[int], workloads: list[str], turns: int, max_tokens: int, dtype: str
-) -> list[dict[str, Any]]:
-    settings = {
+def serving_settings(dtype: str, requests: int) -> dict[str, Any]:
+    """Return the arguments of an engine that is kept busy: the embedded checkpoint, up to ``requests`` at once."""
+    return {
         "model": str(checkpoint_path("tiny")),
         "dtype": dtype,
-        "max_num_seqs": max(concurrency),
+        "max_num_seqs": requests,
         "max_model_len": 2048,
         "enable_prefix_caching": False,
         "speculative_config": {"model": PROPOSER},
     }
+
+
+def _measure(
+    concurrency: list[int], workloads: list[str], turns: int, max_tokens: int, dtype: str
+) -> list[dict[str, Any]]:
+    settings = serving_settings(dtype, max(concurrency))
     rows = []
     with contextlib.ExitStack() as stack:
         engines = {name: stack.enter_context(engine_with(**settings)) for name in ENGINES}

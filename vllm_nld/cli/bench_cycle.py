@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.stopwatch import PARTS, Stopwatch
 from vllm_nld.errors import NLDError
@@ -107,14 +108,8 @@ def _model(name: str, scratch: Path) -> tuple[str, dict[str, Any]]:
     """Return the folder and the LLM settings of a benchmark model."""
     if name == "tiny":
         return str(checkpoint_path("tiny")), {"dtype": "bfloat16", "max_model_len": 2048}
-    from vllm_nld import ARCHITECTURE
-    from vllm_nld.config import NemotronLabsDiffusionConfig
-
-    config = NemotronLabsDiffusionConfig(
-        architectures=[ARCHITECTURE], hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, dtype="bfloat16"
-    )
-    config.save_pretrained(scratch)
-    return str(scratch), {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": 2048}
+    dummy_config(name).save_pretrained(scratch)
+    return str(scratch), dict(DUMMY_SETTINGS)
 
 
 def _steps(

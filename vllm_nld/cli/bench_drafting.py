@@ -20,7 +20,7 @@ from rich.table import Table
 from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
-from vllm_nld.cli.bench_auto import Client, bootstrap_ratio, make_jobs, speed, take_turns
+from vllm_nld.cli.bench_auto import Client, bootstrap_ratio, make_jobs, serving_settings, speed, take_turns
 from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
 
 LENGTHS: tuple[int, ...] = (4, 8, 16)
@@ -123,14 +123,7 @@ def _summary(run: Run, tokens: list[list[int]], expected: list[list[int]]) -> di
 
 def _speed(concurrency: list[int], turns: int, max_tokens: int) -> list[dict[str, Any]]:
     """Return tokens per second of every way on the mix, and adaptive against the best fixed length."""
-    settings = {
-        "model": str(checkpoint_path("tiny")),
-        "dtype": "bfloat16",
-        "max_num_seqs": max(concurrency),
-        "max_model_len": 2048,
-        "enable_prefix_caching": False,
-        "speculative_config": {"model": PROPOSER},
-    }
+    settings = serving_settings("bfloat16", max(concurrency))
     rows = []
     with contextlib.ExitStack() as stack:
         engines = {name: stack.enter_context(engine_with(**settings)) for name in ways()}

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
+from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError
 from vllm_nld.hardware import HERE, Gpu, find_gpu
 from vllm_nld.planning import AR, Mode, Setup, acceptance_at, crossover, estimate, memory, passes
@@ -210,13 +211,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     Raises:
         NLDError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise NLDError("--plot needs matplotlib: pip install 'vllm-nld[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = file_pyplot()
     degrees = sorted({row["tp"] for row in report["estimates"]})
     labels = [mode["mode"] for mode in report["estimates"][0]["modes"]]
     colours = {"ar": "black", "self_speculation": "tab:blue", "diffusion": "tab:orange"}

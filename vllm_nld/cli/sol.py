@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError
 
 CONVENTION = "tokens per decode forward: every draft, verify, denoising and commit forward counts, the prefill does not"
@@ -149,13 +150,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     Raises:
         NLDError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise NLDError("--plot needs matplotlib: pip install 'vllm-nld[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = file_pyplot()
     names = [row["mode"] for row in report["modes"]]
     names += [f"speed of light\nblock {row['block_length']}" for row in report["speed_of_light"]]
     values = [row["tpf"] for row in (*report["modes"], *report["speed_of_light"])]

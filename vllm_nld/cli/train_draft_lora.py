@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError
 from vllm_nld.training import Settings, Trainer
 from vllm_nld.training.text import Stream
@@ -99,11 +100,7 @@ def report(trainer: Trainer, finished: bool) -> None:
 
 def draw(curve: list[dict[str, Any]], path: Path) -> None:
     """Plot the acceptance length against the step, and acceptance by position before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = file_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     left.plot([row["step"] for row in curve], [row["acceptance_length"] for row in curve], marker="o")
     left.set(xlabel="step", ylabel="acceptance length, held-out text")

@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from vllm_nld.draft_lora import WEIGHTS_FILE
 from vllm_nld.errors import NLDError
 from vllm_nld.reference import DraftAdapter, ReferenceModel, load_reference
 from vllm_nld.reference.generate import eos_ids
@@ -93,7 +94,7 @@ class Trainer:
         Raises:
             NLDError: there is a run that is not to be resumed, none to resume, or one with other settings.
         """
-        begun = self.state_folder.is_dir() or (self.output / "adapter_model.safetensors").is_file()
+        begun = self.state_folder.is_dir() or (self.output / WEIGHTS_FILE).is_file()
         if not resume:
             if begun:
                 raise NLDError(

@@ -1,0 +1,24 @@
+"""Models of a released size with random weights, which is enough for timing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_nld import ARCHITECTURE
+from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.released import RELEASED
+
+DUMMY_SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": 2048}
+"""Arguments of ``LLM`` for such a model."""
+
+
+def dummy_config(name: str, layers: int | None = None) -> NemotronLabsDiffusionConfig:
+    """Return the configuration of a released size; ``layers`` of it at most."""
+    shape = RELEASED[name].shape
+    return NemotronLabsDiffusionConfig(
+        architectures=[ARCHITECTURE],
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=min(layers or shape.layers, shape.layers),
+        dtype="bfloat16",
+    )
