@@ -244,6 +244,27 @@ def note_on(carrier: Any) -> Any:
     return getattr(carrier, "nld_note", None)
 
 
+def without_padding(scheduler_output: Any) -> Any:
+    """Return a ``SchedulerOutput`` whose requests run their own tokens alone.
+
+    vLLM pads a request that comes with one token to compute, behind a cached prompt or a preemption, by drafts of -1
+    (``Scheduler.schedule``), so that steps have one size for CUDA graphs; steps of this extension are ragged. Padding
+    would have the request sampled by rejecting, with other random numbers than without, and whether there is any
+    depends on the batch; 0.32's CPU kernels even take -1 for an index. The scheduler's own copy is left alone: it takes
+    the padding back as rejected drafts.
+    """
+    drafted = scheduler_output.scheduled_spec_decode_tokens
+    padded = {request_id: len(ids) for request_id, ids in drafted.items() if -1 in ids}
+    if not padded:
+        return scheduler_output
+    own = copy.copy(scheduler_output)
+    own.scheduled_spec_decode_tokens = {name: ids for name, ids in drafted.items() if name not in padded}
+    scheduled = scheduler_output.num_scheduled_tokens
+    own.num_scheduled_tokens = {name: count - padded.get(name, 0) for name, count in scheduled.items()}
+    own.total_num_scheduled_tokens -= sum(padded.values())
+    return own
+
+
 def draft_token_ids(drafts: dict[str, list[int]]) -> Any:
     """Return vLLM's ``DraftTokenIds`` of some requests."""
     from vllm.v1.outputs import DraftTokenIds
@@ -293,8 +314,8 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     runner.drafter.attach(runner)
     if not hasattr(runner.rejection_sampler, "apply_logits_processors"):
         raise NLDError(f"this vLLM's rejection sampler changed; vllm-nld supports vLLM {SUPPORTED}")
-    accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion, runner.drafter.mask_token_id)
-    guide_verification(runner.rejection_sampler, runner.drafter.draft_probs, runner.drafter.mask_token_id)
+    accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion)
+    guide_verification(runner.rejection_sampler, runner.drafter.draft_probs)
 
 
 def repair_cpu_temperature() -> None:

@@ -132,12 +132,10 @@ class SelfSpeculation:
         """Take note of what the causal pass is about to run, and forget requests that are over (called by the worker).
 
         Args:
-            scheduler_output: vLLM's ``SchedulerOutput``.
+            scheduler_output: vLLM's ``SchedulerOutput``, without padding.
         """
         self._scheduled = scheduler_output.num_scheduled_tokens
-        drafted = scheduler_output.scheduled_spec_decode_tokens
-        # vLLM pads a request that comes with one token to compute by drafts of -1; those are nobody's.
-        self._drafted = {request_id: ids for request_id, ids in drafted.items() if -1 not in ids}
+        self._drafted = scheduler_output.scheduled_spec_decode_tokens
         note = compat.note_on(scheduler_output)
         self._others_wait = isinstance(note, SchedulerNote) and note.others_wait
         for request_id in scheduler_output.finished_req_ids:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm_nld.errors import NLDError
 
 
-def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool], mask_token_id: int) -> None:
+def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]) -> None:
     """Make a rejection sampler accept every draft of the rows for which ``is_diffusion(row)`` holds; idempotent."""
     original = rejection_sampler.apply_logits_processors
     if getattr(original, "accepts_diffusion", False):
@@ -30,9 +30,7 @@ def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]
             if drafts and is_diffusion(row):
                 rows = torch.arange(start, start + drafts, device=processed.device)
                 ids = metadata.draft_token_ids[rows].long()[:, None]
-                certain = torch.full_like(processed[rows], -torch.inf).scatter_(1, ids, 0.0)
-                # Padding (see guide_verification) is to be rejected.
-                processed[rows] = torch.where(ids != mask_token_id, certain, processed[rows])
+                processed[rows] = torch.full_like(processed[rows], -torch.inf).scatter_(1, ids, 0.0)
             start += drafts
         return processed
 
@@ -58,17 +56,12 @@ def pack_draft_probs(metadata: Any, by_row: Sequence[Tensor | None], vocab_size:
     return probs
 
 
-def guide_verification(rejection_sampler: Any, draft_probs: Callable[[Any], Tensor | None], mask_token_id: int) -> None:
+def guide_verification(rejection_sampler: Any, draft_probs: Callable[[Any], Tensor | None]) -> None:
     """Have a rejection sampler told what drafts were drawn from, and left out where there are none; idempotent.
 
     vLLM asks its own draft models for their distributions, but not a proposer of ``custom_class``. And it runs the
     rejection sampler in every step, also in one without drafts, where a request with ``top_k`` and no ``top_p`` ends
     the engine: ``apply_top_k_only`` takes the maximum of nothing (seen in 0.32.0). The plain sampler gives the same.
-
-    A request that comes with one token to compute, behind a cached prompt or a preemption, is padded with drafts of
-    -1. The CPU kernels of 0.32 take that for an index, and a distribution that claims such a draft would shift what is
-    sampled instead of it. So padding becomes the mask token, which is never a possible answer: it is rejected for
-    certain, and what is sampled instead has the target's distribution.
 
     Raises:
         NLDError: the sampler's ``forward`` has other arguments than the ones this knows.
@@ -83,14 +76,7 @@ def guide_verification(rejection_sampler: Any, draft_probs: Callable[[Any], Tens
     def forward(metadata: Any, probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
         if not any(metadata.num_draft_tokens):
             return rejection_sampler.sampler(logits, sampling_metadata, predict_bonus_token=True)
-        padding = metadata.draft_token_ids < 0
-        metadata.draft_token_ids = metadata.draft_token_ids.masked_fill(padding, mask_token_id)
-        probs = draft_probs(metadata) if probs is None else probs
-        if probs is not None:
-            certain = torch.zeros_like(probs[:1])
-            certain[0, mask_token_id] = 1.0
-            probs = torch.where(padding[:, None], certain, probs)
-        return original(metadata, probs, logits, sampling_metadata)
+        return original(metadata, draft_probs(metadata) if probs is None else probs, logits, sampling_metadata)
 
     forward.is_guided = True  # type: ignore[attr-defined]
     rejection_sampler.forward = forward

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_nld.compat import attach_proposer, with_note
+from vllm_nld.compat import attach_proposer, with_note, without_padding
 from vllm_nld.metrics import Publisher, snapshot_path, worker_samples
 
 
@@ -46,6 +46,7 @@ class _IntroducesProposer:
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a causal step, as vLLM does, count it, and publish the counts. A step without tokens denoises."""
+        scheduler_output = without_padding(scheduler_output)
         busy = scheduler_output.total_num_scheduled_tokens > 0
         self._target_forwards += busy
         drafter = self.model_runner.drafter

@@ -139,3 +139,31 @@ def test_constraints_that_leave_no_token_end_no_engine(tmp_path: Path) -> None:
         ):
             generate(llm, [[6, 7]], temperature=1.0, max_tokens=12, **constraints)
         assert len(generate(llm, [[6, 7]], max_tokens=4)[0]) == 4
+
+
+@pytest.mark.parametrize("mode", ["ar", "self_speculation", "diffusion"])
+def test_a_seeded_request_of_one_token_to_compute_is_the_same_beside_others(mode: str, tmp_path: Path) -> None:
+    """vLLM pads it if others decode when it comes."""
+    from vllm import SamplingParams
+
+    model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
+    seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=20, extra_args={"nld": {"mode": mode}})
+    texts: list[list[int]] = []
+    with engine(save(model, tmp_path), spec=True) as llm:
+        core = llm.llm_engine
+        for company in (0, 2):
+            for name in range(company):
+                core.add_request(
+                    f"{name}", {"prompt_token_ids": [6, 7, 6]}, SamplingParams(temperature=0, max_tokens=90)
+                )
+            for _ in range(3 if company else 0):
+                core.step()
+            core.add_request("seeded", {"prompt_token_ids": [7]}, seeded)
+            while core.has_unfinished_requests():
+                texts += [
+                    list(output.outputs[0].token_ids)
+                    for output in core.step()
+                    if output.finished and output.request_id.startswith("seeded")
+                ]
+    assert len(texts) == 2
+    assert texts[0] == texts[1]
