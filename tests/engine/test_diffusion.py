@@ -202,14 +202,16 @@ def test_a_prompt_that_is_cached_but_for_its_last_token(folder: Path, model: Ref
 
     with engine(folder, spec=True, enable_prefix_caching=True, block_size=32, max_num_seqs=4) as llm:
         padded: list[bool] = []
-        drafter, steps = runner(llm).drafter, llm.llm_engine
-        original = drafter.begin_step
+        steps = llm.llm_engine
+        scheduler = steps.engine_core.engine_core.scheduler
+        original = scheduler.schedule
 
-        def begin_step(output: Any) -> None:
+        def schedule(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
             padded.extend(-1 in ids for ids in output.scheduled_spec_decode_tokens.values())
-            original(output)
+            return output
 
-        drafter.begin_step = begin_step
+        scheduler.schedule = schedule
         for turn in ("first", "again"):
             steps.add_request(f"{turn} other", {"prompt_token_ids": other}, params("ar", 60))
             steps.step()
