@@ -26,6 +26,9 @@ from vllm_nld.metrics import remove_snapshots, snapshot_prefix
 ERROR_GRACE_SECONDS = 1.0
 """Between an engine's death and its process's: time for the requests in flight to tell their callers."""
 
+LOOK_SECONDS = 0.2
+"""Between two looks whether an engine lives that is being waited for."""
+
 _claims: list[int] = []
 """Lock files of this process's cores; the system releases them when it ends, however it ends."""
 
@@ -122,10 +125,19 @@ async def check_engine(engine: Any, timeout: float) -> None:
         TimeoutError: it did not answer.
     """
     await engine.check_health()
+    answer = asyncio.ensure_future(engine.is_sleeping())
+    deadline = time.monotonic() + timeout
     try:
-        await asyncio.wait_for(engine.is_sleeping(), timeout)
-    except TimeoutError:
-        raise TimeoutError(f"the engine core did not answer for {timeout:g} s") from None
+        while not answer.done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"the engine core did not answer for {timeout:g} s")
+            await asyncio.wait({answer}, timeout=min(left, LOOK_SECONDS))
+            # A core that dies now leaves the question open for ever.
+            await engine.check_health()
+        answer.result()
+    finally:
+        answer.cancel()
 
 
 async def end_with(engine: Any, timeout: float, period: float = 1.0) -> NoReturn:

@@ -29,23 +29,46 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> float:
 
 
 def engine_processes(replica: int) -> list[psutil.Process]:
-    """Return the engine core of a replica's process and its workers, the core first."""
+    """Return the engine core of a replica's process and its workers, the core first.
+
+    Raises:
+        ValueError: it has no engine core (yet, or any more).
+    """
     children = psutil.Process(replica).children(recursive=True)
-    (core,) = [child for child in children if child.name().startswith("VLLM::EngineCor")]
+    cores = [child for child in children if _name(child).startswith("VLLM::EngineCor")]
+    if not cores:
+        raise ValueError(f"process {replica} has no engine core among {[_name(child) for child in children]}")
+    # A process that a core is about to start has the core's name until it runs its own program.
+    core = min(cores, key=psutil.Process.create_time)
     return [core, *core.children(recursive=True)]
 
 
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def replicas(title: str) -> set[int]:
-    """Return the process ids of the Ray actors whose title begins so, which have an engine."""
-    found = set()
-    for process in psutil.process_iter(["cmdline"]):
-        if " ".join(process.info["cmdline"] or []).startswith(title):
-            try:
-                engine_processes(process.pid)
-            except (ValueError, psutil.NoSuchProcess):
-                continue
-            found.add(process.pid)
-    return found
+    """Return the process ids of the Ray actors whose title begins so, which have an engine.
+
+    Ray rewrites a process's title whenever it begins or ends a task, so that a single look may miss one.
+    """
+    looks = set()
+    for _ in range(5):
+        for process in psutil.process_iter(["cmdline"]):
+            if " ".join(process.info["cmdline"] or []).startswith(title):
+                looks.add(process.pid)
+        time.sleep(0.02)
+    return {pid for pid in looks if _has_engine(pid)}
+
+
+def _has_engine(pid: int) -> bool:
+    try:
+        return bool(engine_processes(pid))
+    except (ValueError, psutil.NoSuchProcess):
+        return False
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -43,14 +43,14 @@ class Engine:
     looks = 0
     async def check_health(self):
         self.looks += 1
-        if sys.argv[1] == "dies" and self.looks > 2:
+        if sys.argv[1].startswith("dies") and self.looks > 2:
             raise RuntimeError("the core is dead")
     async def is_sleeping(self):
-        if sys.argv[1] == "hangs" and self.looks > 2:
+        if sys.argv[1] == "hangs" and self.looks > 2 or sys.argv[1] == "dies when asked":
             await asyncio.sleep(60)
         if self.looks > 5:
             sys.exit(0)
-asyncio.run(end_with(Engine(), timeout=0.2, period=0.01))
+asyncio.run(end_with(Engine(), timeout=float(sys.argv[2]), period=0.01))
 """
 
 
@@ -103,11 +103,16 @@ def test_children_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fate", "status", "words"),
-    [("dies", 1, "RuntimeError: the core is dead"), ("hangs", 1, "did not answer for 0.2 s"), ("lives", 0, "")],
+    ("fate", "timeout", "status", "words"),
+    [
+        ("dies", 30, 1, "RuntimeError: the core is dead"),
+        ("dies when asked", 30, 1, "RuntimeError: the core is dead"),
+        ("hangs", 0.2, 1, "did not answer for 0.2 s"),
+        ("lives", 0.2, 0, ""),
+    ],
 )
-def test_a_process_ends_with_its_engine(tmp_path: Path, fate: str, status: int, words: str) -> None:
-    process = start(WATCHED, fate, folder=tmp_path)
+def test_a_process_ends_with_its_engine(tmp_path: Path, fate: str, timeout: float, status: int, words: str) -> None:
+    process = start(WATCHED, fate, str(timeout), folder=tmp_path)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == status, errors
     assert words in errors
