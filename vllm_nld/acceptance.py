@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from vllm_nld.prompt_lookup import LOOKED_UP
 
 MEMORY = 0.95
 """Weight that a request's earlier blocks keep when a new one is verified."""
@@ -138,26 +141,37 @@ def _cycle_tokens(rate: float, length: int) -> float:
 class Calibration:
     """Turns a draft's confidence into the probability that it is accepted, from what was observed.
 
-    Drafts that were looked up (:mod:`vllm_nld.prompt_lookup`) have no confidence but a class of their own, the last.
+    Drafts that were looked up (:mod:`vllm_nld.prompt_lookup`) have no confidence but classes of their own, by the
+    length of the match: the first draft of a run, and its others.
     """
 
-    EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.5)
-    MIDDLES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 0.97, 0.995, 0.6)
+    EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+    MIDDLES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 0.97, 0.995)
+    FIRST_GUESSES = (0.5, 0.6, 0.7, 0.8, 0.9)
+    LATER_GUESSES = (0.7, 0.75, 0.8, 0.85, 0.9)
 
     def __init__(self) -> None:
         # Confidence is taken at its word until there is evidence.
-        self._accepted = [4 * middle for middle in self.MIDDLES]
-        self._tested = [4.0] * len(self.MIDDLES)
+        guesses = [*self.MIDDLES]
+        for pair in zip(self.FIRST_GUESSES, self.LATER_GUESSES, strict=True):
+            guesses += pair
+        self._accepted = [4 * guess for guess in guesses]
+        self._tested = [4.0] * len(guesses)
+
+    def _bin(self, confidence: float) -> int:
+        if confidence < LOOKED_UP:
+            return bisect_right(self.EDGES, confidence)
+        return len(self.MIDDLES) + int(confidence - LOOKED_UP)
 
     def probability(self, confidence: float) -> float:
         """Return the probability that a draft of this confidence is accepted, given that those before it were."""
-        bin_ = bisect_right(self.EDGES, confidence)
+        bin_ = self._bin(confidence)
         return self._accepted[bin_] / self._tested[bin_]
 
-    def observe(self, confidences: list[float], accepted: int) -> None:
+    def observe(self, confidences: Sequence[float], accepted: int) -> None:
         """Take note of a verified block: its drafts' confidences, and how many of them were accepted."""
         for position, confidence in enumerate(confidences[: accepted + 1]):
-            bin_ = bisect_right(self.EDGES, confidence)
+            bin_ = self._bin(confidence)
             # Slowly forgetting: traffic changes.
             self._accepted[bin_] = 0.999 * self._accepted[bin_] + (position < accepted)
             self._tested[bin_] = 0.999 * self._tested[bin_] + 1

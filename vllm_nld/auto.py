@@ -10,14 +10,15 @@ from __future__ import annotations
 import operator
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 
 from vllm_nld.acceptance import Acceptance
+from vllm_nld.correction import Correction
 from vllm_nld.costs import CostCurve, Costs, round_size
 
 logger = init_logger("vllm.nld.auto")
@@ -32,9 +33,9 @@ FRESH_AR_SECONDS = 10.0
 """How old the price of an AR step may become before one is taken to see whether it still holds."""
 AR_SAMPLES = 3
 """AR steps needed at a number of requests before their price is believed."""
-AR_STEPS_PER_CHOICE = 8
-"""AR steps that follow from one choice of AR, as long as the batch stays as it is."""
-MARGIN = 1.06
+STEPS_PER_CHOICE = 8
+"""Steps without a draft forward that follow from one choice to do without, as long as the batch stays as it is."""
+MARGIN = 1.03
 """How much better than AR drafting must look: the best of many noisy estimates looks better than it is."""
 LEAST_CHANCES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05, 0.03, 0.01)
 """What is tried for the least chance that a draft must have to be worth its place. Each token costs about the same, so
@@ -49,12 +50,6 @@ PROBE_EVERY = 64
 """Steps without a draft after which a request's acceptance counts as unknown."""
 
 
-FORGET = 0.002
-"""Share of a correction that a choice of AR takes back."""
-CORRECTION_WEIGHT = 0.03
-"""Weight of a cycle in the corrections: what one yields varies as much as it is, and a few poor ones prove nothing."""
-
-
 @dataclass
 class Candidate:
     """A request in auto mode that could draft.
@@ -65,6 +60,7 @@ class Candidate:
         longest: tokens of its longest possible block, seed included; at least 2.
         idle_steps: steps since it last drafted.
         must_draft: AR is no choice for it.
+        found: for each draft that a lookup offers it, how likely it is accepted if those before it are.
     """
 
     row: int
@@ -72,39 +68,29 @@ class Candidate:
     longest: int
     idle_steps: int = 0
     must_draft: bool = False
+    found: Sequence[float] = ()
 
 
-@dataclass
-class Correction:
-    """How far drafting fell short of what was expected, at a number of requests.
+class Choice(NamedTuple):
+    """What the requests of a step do; who is in neither takes an AR step.
 
     Attributes:
-        gain: accepted drafts, as a share of those expected.
-        seconds: time of a cycle, as a multiple of the one expected.
-        plain: time of a step without drafts, likewise: prices are medians, and the mean of either is higher.
+        blocks: tokens of the block to draft, seed included, by row.
+        lookups: looked-up drafts to verify without drafting, by row.
     """
 
-    gain: float = 1.0
-    seconds: float = 1.0
-    plain: float = 1.0
+    blocks: dict[int, int]
+    lookups: dict[int, int]
 
-    def observe(self, gain: float, seconds: float) -> None:
-        """Take in what one cycle yielded and took, relative to what was expected."""
-        self.gain += CORRECTION_WEIGHT * (min(gain, 2.0) - self.gain)
-        self.seconds += CORRECTION_WEIGHT * (min(seconds, 2.0) - self.seconds)
-
-    def observe_plain(self, seconds: float) -> None:
-        """Take in what a step without drafts took, relative to what was expected."""
-        self.plain += CORRECTION_WEIGHT * (min(seconds, 2.0) - self.plain)
-
-    def forget(self) -> None:
-        """Trust the expectations a little more again: nothing is learned while nobody drafts."""
-        self.gain += FORGET * (1 - self.gain)
-        self.seconds += FORGET * (1 - self.seconds)
+    @property
+    def drafts(self) -> bool:
+        """Whether anybody has drafts."""
+        return bool(self.blocks or self.lookups)
 
 
-Shared = tuple[dict[int, int], int]
-"""A choice as ranks share it: block lengths by row, and for how many steps it holds if it is AR."""
+NOTHING = Choice({}, {})
+Shared = tuple[Choice, int]
+"""A choice as ranks share it, and how many steps may follow without another look at draft forwards."""
 
 
 class AutoMode:
@@ -138,7 +124,7 @@ class AutoMode:
         self._wanted = 0.0
         self._planning = False
         self._charging = False
-        self._ar_again: tuple[Any, int] = (None, 0)
+        self._settled: tuple[Any, int] = (None, 0)
         self._corrections: dict[int, Correction] = {}
         self._expected: tuple[Correction, float, float] | None = None
         self._draft_seconds = 0.0
@@ -148,8 +134,8 @@ class AutoMode:
         """Block lengths to choose from: powers of two, and the longest."""
         return [n for n in (4, 8, 16, 32, 64) if n < self.block_length] + [self.block_length]
 
-    def plan(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> dict[int, int]:
-        """Return block lengths by row; rows that are not in it take an AR step.
+    def plan(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> Choice:
+        """Return who drafts how much; all others take an AR step.
 
         Args:
             candidates: requests that could draft.
@@ -158,72 +144,102 @@ class AutoMode:
         """
         self._planning = bool(candidates)
         if not candidates:
-            return {}
-        chosen, ar_steps = self._together(lambda: self._choose(candidates, requests, tokens))
-        self._ar_again = ((requests, tokens, [candidate.row for candidate in candidates]), ar_steps)
-        return chosen
+            return NOTHING
+        choice, steps = self._together(lambda: self._choose(candidates, requests, tokens))
+        self._settled = ((requests, tokens, [candidate.row for candidate in candidates]), steps)
+        return choice
 
     def _choose(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> Shared:
-        chosen, why = self._best(candidates, requests, tokens), "best"
-        probe = self._probe(candidates, requests, tokens, chosen)
+        choice, why = self._best(candidates, requests, tokens), "best"
+        probe = self._probe(candidates, requests, tokens, choice)
         if probe is not None:
-            chosen, why = probe
-        self._expect(candidates, requests, tokens, chosen)
-        if probe is not None and chosen:
+            choice, why = probe
+        self._expect(candidates, requests, tokens, choice)
+        if probe is not None and choice.drafts:
             self._allowance += self._plain_seconds(requests, tokens)  # an AR step would have had its price, too
             self._charging = True
         for candidate in candidates:
-            length = chosen.get(candidate.row, 1)
-            self.decisions["ar" if length == 1 else "self_speculation", length] += 1
+            self.decisions[_described(candidate.row, choice)] += 1
         if logger.isEnabledFor(10):
-            logger.debug("auto (%s): %d requests, blocks %s; %s", why, requests, chosen, self._prices(requests))
-        return chosen, 0 if chosen or probe is not None else AR_STEPS_PER_CHOICE
+            logger.debug("auto (%s): %d requests, %s; %s", why, requests, choice, self._prices(requests))
+        return choice, 0 if choice.blocks or probe is not None else STEPS_PER_CHOICE
 
-    def _expect(self, candidates: Sequence[Candidate], requests: int, tokens: int, chosen: dict[int, int]) -> None:
-        """Write down what the chosen cycle should yield and take, uncorrected."""
+    def _expect(self, candidates: Sequence[Candidate], requests: int, tokens: int, choice: Choice) -> None:
+        """Write down what the chosen draft forward's cycle should yield and take, uncorrected."""
         correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
         self._expected, self._draft_seconds = None, 0.0
-        if not chosen:
+        blocks = choice.blocks
+        if not blocks:
             correction.forget()
             return
-        drafting = [candidate for candidate in candidates if candidate.row in chosen]
-        gain = sum(candidate.acceptance.expected_tokens(chosen[candidate.row]) - 1 for candidate in drafting)
-        self._expected = (correction, gain, self._cycle_seconds(tokens, sum(chosen.values()), len(chosen)))
+        drafting = [candidate for candidate in candidates if candidate.row in blocks]
+        gain = sum(candidate.acceptance.expected_tokens(blocks[candidate.row]) - 1 for candidate in drafting)
+        tokens += sum(choice.lookups.values())
+        self._expected = (correction, gain, self._cycle_seconds(tokens, sum(blocks.values()), len(blocks)))
 
-    def stays_with_ar(self, rows: list[int], requests: int, tokens: int) -> bool:
-        """Whether AR was chosen for just these rows a moment ago: nothing was learned since, so it is chosen again.
+    def replan(
+        self, rows: list[int], requests: int, tokens: int, found: Mapping[int, Sequence[float]]
+    ) -> Choice | None:
+        """Return a choice without draft forwards, if just these rows did without a moment ago; else None.
 
-        Planning takes host time that an AR step, the cheapest of all, would feel.
+        Nothing was learned since that a plan would weigh, and planning takes host time, which an AR step feels. Only
+        lookups find something new with every token.
+
+        Args:
+            rows: that :meth:`plan` would choose for.
+            requests: as there.
+            tokens: as there.
+            found: chances of looked-up drafts, by row.
         """
-        batch, steps = self._ar_again
+        batch, steps = self._settled
         if steps == 0 or batch != (requests, tokens, rows):
-            return False
-        self._ar_again = (batch, steps - 1)
-        self.decisions["ar", 1] += len(rows)
-        return True
+            return None
+        self._settled = (batch, steps - 1)
+        choice = self._together(lambda: (self._lookups(found, requests, tokens)[0], 0))[0] if found else NOTHING
+        self.decisions["ar", 1] += len(rows) - len(choice.lookups)
+        self.decisions.update(_described(row, choice) for row in choice.lookups)
+        return choice
 
     def _best(
         self, candidates: Sequence[Candidate], requests: int, tokens: int, gain: float | None = None
-    ) -> dict[int, int]:
-        """Return the blocks with the most tokens per second; expected gains count ``gain`` times (None: corrected)."""
+    ) -> Choice:
+        """Return what yields the most tokens per second; gains by drafting count ``gain`` times (None: corrected)."""
         correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
         gain = correction.gain if gain is None else gain
-        # Accepted drafts of other modes are decided whatever is chosen here.
-        plain = correction.plain * self._plain_seconds(requests, tokens)
-        must_draft = any(candidate.must_draft for candidate in candidates)
-        best, choice = 0.0 if must_draft else MARGIN * tokens / max(plain, 1e-9), dict[int, int]()
-        offers = [self._offers(candidate) for candidate in candidates]
-        tried = None
+        found = {candidate.row: candidate.found for candidate in candidates if candidate.found}
+        (_, lookups), looked_up, rate = self._lookups(found, requests, tokens)
+        # Whoever has good drafts already needs no others.
+        rest = [candidate for candidate in candidates if candidate.row not in lookups]
+        best = 0.0 if any(candidate.must_draft for candidate in rest) else MARGIN * rate
+        blocks, tried = dict[int, int](), None
+        offers = [self._offers(candidate) for candidate in rest]
+        given = tokens + sum(lookups.values())
         for least in LEAST_CHANCES:
-            blocks, gained = _taken(candidates, offers, least)
-            if not blocks or blocks == tried:
+            taken, gained = _taken(rest, offers, least)
+            if not taken or taken == tried:
                 continue
-            tried = blocks
-            seconds = correction.seconds * self._cycle_seconds(tokens, sum(blocks.values()), len(blocks))
-            rate = (tokens + gain * gained) / max(seconds, 1e-9)
+            tried = taken
+            seconds = correction.seconds * self._cycle_seconds(given, sum(taken.values()), len(taken))
+            rate = (tokens + looked_up + gain * gained) / max(seconds, 1e-9)
             if rate > best:
-                best, choice = rate, blocks
-        return choice
+                best, blocks = rate, taken
+        return Choice(blocks, lookups)
+
+    def _lookups(
+        self, found: Mapping[int, Sequence[float]], requests: int, tokens: int
+    ) -> tuple[Choice, float, float]:
+        """Return the best choice without a draft forward, its gain, and its tokens per second.
+
+        Accepted drafts of other modes are decided whatever is chosen here.
+        """
+        slowness = self._corrections.setdefault(CostCurve.bucket(requests), Correction()).plain
+        rate = tokens / max(slowness * self._plain_seconds(requests, tokens), 1e-9)
+        if not found:
+            return NOTHING, 0.0, rate
+        kept, gained, better = self._worth(list(found.values()), tokens, 0.0, slowness)
+        if better < MARGIN * rate:
+            return NOTHING, 0.0, rate
+        return Choice({}, {row: drafts for row, drafts in zip(found, kept, strict=True) if drafts}), gained, better
 
     def _offers(self, candidate: Candidate) -> list[tuple[float, int, float]]:
         """Return a request's possible blocks, longest first: their last draft's chance, their length, their gain."""
@@ -242,63 +258,72 @@ class AutoMode:
         return self.costs.draft.seconds(block_tokens) + self.costs.verify.seconds(verified)
 
     def _probe(
-        self, candidates: Sequence[Candidate], requests: int, tokens: int, chosen: dict[int, int]
-    ) -> tuple[dict[int, int], str] | None:
+        self, candidates: Sequence[Candidate], requests: int, tokens: int, choice: Choice
+    ) -> tuple[Choice, str] | None:
         """Return a choice that is made to learn something, with its reason, if one is due and affordable."""
         if any(candidate.must_draft for candidate in candidates):
             return None
-        if chosen and tokens == requests:
+        if choice.drafts and tokens == requests:
             bucket = self.costs.ar.bucket(requests)
             if self.costs.ar.samples.get(bucket, 0) < AR_SAMPLES:
-                return {}, "AR's price is unknown"
+                return NOTHING, "AR's price is unknown"
             stale = self._clock() - self._last_ar.get(bucket, 0.0) > FRESH_AR_SECONDS
             if stale and self._afford(self.costs.ar.seconds(requests)):
-                return {}, "AR's price is old"
-        if chosen:
+                return NOTHING, "AR's price is old"
+        if choice.drafts:
             return None
         due = [candidate for candidate in candidates if candidate.idle_steps >= PROBE_EVERY]
-        if not due or not self._best(_hoped(due), requests, tokens, gain=1.0):
+        if not due or not self._best(_hoped(due), requests, tokens, gain=1.0).blocks:
             return None
         due = sorted(due, key=lambda candidate: -candidate.idle_steps)[:PROBED_REQUESTS]
         length = min(PROBE_LENGTH, self.block_length)
         blocks = {candidate.row: min(length, candidate.longest) for candidate in due}
         cycle = self._cycle_seconds(tokens, sum(blocks.values()), len(blocks))
         extra = cycle - self._plain_seconds(requests, tokens)
-        return (blocks, "acceptance is unknown") if self._afford(max(extra, 0.0)) else None
+        return (Choice(blocks, {}), "acceptance is unknown") if self._afford(max(extra, 0.0)) else None
 
     def _afford(self, seconds: float) -> bool:
         """Whether the budget bears this much; what a probe really costs is charged when it is known."""
         self._wanted = seconds
         return seconds <= self._allowance
 
-    def trim(self, chances: Sequence[list[float]], tokens: int, draft_seconds: float) -> list[int]:
-        """Return how many drafts of each block to verify.
-
-        Drafts are added in the order of their chance to be accepted (which falls along a block) as long as tokens
-        per second rise; drafting is paid already, but belongs to the cycle's time all the same.
+    def trim(self, chances: Sequence[Sequence[float]], tokens: int, draft_seconds: float) -> list[int]:
+        """Return how many drafts of each block to verify; drafting is paid, but belongs to the cycle's time.
 
         Args:
             chances: per block, how likely each draft is accepted if those before it are.
-            tokens: what the next causal pass runs anyway, as in :meth:`plan`.
+            tokens: what the next causal pass runs anyway, as in :meth:`plan`, and looked-up drafts.
             draft_seconds: what the draft took.
+        """
+        kept, _, _ = self._worth(chances, tokens, draft_seconds)
+        self._kept += 0.1 * (sum(kept) / max(1, sum(map(len, chances))) - self._kept)
+        return kept
+
+    def _worth(
+        self, chances: Sequence[Sequence[float]], tokens: int, seconds_before: float, slowness: float = 1.0
+    ) -> tuple[list[int], float, float]:
+        """Return how many drafts of each block are worth verifying, what they gain, and the tokens per second.
+
+        Drafts are added in the order of their chance to be accepted (which falls along a block), to sizes for which
+        there is a kernel, and those with the most tokens per second are kept: at least one.
         """
         ranked: list[tuple[float, int]] = []
         for block, values in enumerate(chances):
             ranked += [(chance, block) for chance in accumulate(values, operator.mul)]
-        ranked.sort(key=lambda item: -item[0])
-        best, keep, gained = 0.0, len(ranked), 0.0
+        ranked.sort(key=operator.itemgetter(0), reverse=True)
+        best, keep, gain, gained = 0.0, len(ranked), 0.0, 0.0
         for count, (chance, _) in enumerate(ranked, 1):
             gained += chance
-            if count < len(ranked) and round_size(tokens + count) != tokens + count:
+            size = tokens + count
+            if count < len(ranked) and round_size(size) != size:
                 continue
-            rate = (tokens + gained) / (draft_seconds + self.costs.verify.seconds(tokens + count))
+            rate = (tokens + gained) / max(seconds_before + slowness * self.costs.verify.seconds(size), 1e-9)
             if rate > best:
-                best, keep = rate, count
+                best, keep, gain = rate, count, gained
         kept = [0] * len(chances)
         for _, block in ranked[:keep]:
             kept[block] += 1
-        self._kept += 0.1 * (keep / max(1, len(ranked)) - self._kept)
-        return kept
+        return kept, gain, best
 
     def observe_step(self, requests: int, tokens: int, accepted: int, seconds: float) -> None:
         """Take in a causal step.
@@ -306,7 +331,7 @@ class AutoMode:
         Args:
             requests: requests that it served.
             tokens: what it ran.
-            accepted: drafts of auto mode's blocks that it accepted.
+            accepted: drafts that it accepted of the blocks that auto mode had drafted.
             seconds: what it took, host time included.
         """
         if self._was_interrupted(requests, tokens, seconds):
@@ -317,7 +342,7 @@ class AutoMode:
         if self._expected is not None:
             correction, gain, expected_seconds = self._expected
             taken = self._draft_seconds + seconds
-            correction.observe(accepted / max(gain, 1e-9), taken / max(expected_seconds, 1e-9))
+            correction.observe(accepted, gain, taken / max(expected_seconds, 1e-9))
             self._expected = None
         self._charging = False
         if tokens == requests:
@@ -358,6 +383,13 @@ class AutoMode:
         )
 
 
+def _described(row: int, choice: Choice) -> tuple[str, int]:
+    """Return what a row does: the mode, and the tokens that its next causal pass runs."""
+    if row in choice.blocks:
+        return "self_speculation", choice.blocks[row]
+    return ("prompt_lookup", 1 + choice.lookups[row]) if row in choice.lookups else ("ar", 1)
+
+
 def _taken(
     candidates: Sequence[Candidate], offers: Sequence[list[tuple[float, int, float]]], least: float
 ) -> tuple[dict[int, int], float]:
@@ -375,4 +407,4 @@ def _taken(
 def _hoped(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates as they would be if their drafts were good."""
     good = Acceptance(candidates[0].acceptance.prior, accepted=1e6 * HOPE, tested=1e6)
-    return [replace(candidate, acceptance=good) for candidate in candidates]
+    return [replace(candidate, acceptance=good, found=()) for candidate in candidates]

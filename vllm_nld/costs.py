@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from itertools import accumulate
 from statistics import median_low
 
 RECENT = 15
@@ -37,6 +38,7 @@ class CostCurve:
         self._recent: dict[int, deque[float]] = {}
         self._prices: dict[int, float] = {}
         self._answers: dict[int, float] = {}
+        self._ceilings: list[float] | None = None
         self.samples: dict[int, int] = {}
 
     @staticmethod
@@ -75,9 +77,11 @@ class CostCurve:
 
     def ceiling(self, size: int) -> float:
         """Return the least that this size or a larger one was seen to take; infinity if none was."""
-        bucket = self.bucket(size)
-        larger = (self._prices[other] for other in self._sizes if other >= bucket and self.is_known(other))
-        return min(larger, default=math.inf)
+        if self._ceilings is None:
+            known = (self._prices[other] if self.is_known(other) else math.inf for other in reversed(self._sizes))
+            self._ceilings = [*accumulate(known, min)]
+        larger = len(self._sizes) - bisect_left(self._sizes, self.bucket(size))
+        return self._ceilings[larger - 1] if larger else math.inf
 
     def is_known(self, bucket: int) -> bool:
         """Whether a bucket's price comes from measurements, and not from a guess."""
@@ -95,6 +99,7 @@ class CostCurve:
         if bucket not in self._prices:
             insort(self._sizes, bucket)
         self._answers.clear()
+        self._ceilings = None
         recent = list(self._recent.get(bucket, ()))
         if bucket in self._guesses and not self.is_known(bucket):
             recent.append(max(0.0, self._guesses[bucket] + beyond))

@@ -18,15 +18,16 @@ from vllm.logger import init_logger
 
 from vllm_nld import compat
 from vllm_nld.accounting import Ledger
+from vllm_nld.adaptive import choose
 from vllm_nld.agreement import first_rank_decides
-from vllm_nld.auto import AutoMode, Candidate
+from vllm_nld.auto import AutoMode
 from vllm_nld.block import Block
 from vllm_nld.costs import round_size
 from vllm_nld.draft_pass import DraftPass
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions
 from vllm_nld.parking import Parked, SchedulerNote, WorkerNote, may_leave
-from vllm_nld.prompt_lookup import splice
+from vllm_nld.prompt_lookup import Found, splice
 from vllm_nld.request_options import EngineTraits
 from vllm_nld.requests import Requests, RequestState
 from vllm_nld.step_tokens import StepTokens, TokenArray
@@ -210,7 +211,7 @@ class SelfSpeculation:
         waits = {row for row, state in states.items() if state.request_id in self.parked}
         others = self._others_wait or len(rows) < len(drafts)
         others = others or any(row not in waits and not self._ends(row, states[row], tokens) for row in states)
-        self._fill(blocks, states, tokens, len(rows) - len(waits), others)
+        self._fill(blocks, states, tokens, len(rows) - len(waits) + sum(map(len, drafts)), others)
         for row, block in blocks.items():
             drafts[row] = self._hand_out(row, states[row], block, tokens)
         done = self._hand_out_parked()
@@ -242,7 +243,7 @@ class SelfSpeculation:
         if any(state.is_prefill(self._scheduled, self._drafted) for state in states.values()):
             return
         tokens = sum(self._scheduled.get(state.request_id, 0) for state in states.values())
-        accepted = sum(len(sampled[row]) - 1 for row, state in states.items() if state.is_adaptive)
+        accepted = sum(len(sampled[row]) - 1 for row, state in states.items() if state.is_adaptive and state.drafted)
         self.auto.observe_step(len(states), tokens, accepted, now - self._left_at)
 
     def _settle(self, state: RequestState, sampled: list[int]) -> None:
@@ -270,7 +271,7 @@ class SelfSpeculation:
         """
         blocks: dict[int, Block] = {}
         opened: dict[int, Block] = {}
-        adaptive: list[int] = []
+        adaptive: dict[int, RequestState] = {}
         for row, state in states.items():
             if state.options.mode == "ar" or state.is_over(tokens.sampled[row]):
                 continue
@@ -280,36 +281,23 @@ class SelfSpeculation:
                     parks = self.parks and state.options.seed_first and state.interrupted is None
                     (opened if parks else blocks)[row] = block
             elif state.is_adaptive:
-                adaptive.append(row)
+                adaptive[row] = state
             elif state.options.mode == "self_speculation":
                 longest = self._longest(row, state, tokens)
                 if longest >= 2:
                     blocks[row] = self._draft_block(row, state, tokens, longest)
         requests = len(states) - len(opened)
         planned = requests + sum(map(len, drafts)) + sum(block.length - 1 for block in blocks.values())
-        must_draft = any(states[row].must_draft for row in adaptive)
-        if adaptive and (must_draft or not self.auto.stays_with_ar(adaptive, requests, planned)):
-            for row, length in self._plan(adaptive, states, tokens, requests, planned).items():
+        if adaptive:
+            lengths, found = choose(self.auto, adaptive, tokens, self._longest, requests, planned)
+            for row, length in lengths.items():
                 blocks[row] = self._draft_block(row, states[row], tokens, length)
+            for row, looked_up in found.items():
+                drafts[row] = self._hand_out_found(states[row], looked_up)
         self._draft_pass().locate(blocks | opened)
         for row, block in opened.items():
             self.parked.park(states[row], block)
         return blocks
-
-    def _plan(
-        self, rows: list[int], states: dict[int, RequestState], tokens: StepTokens, requests: int, planned: int
-    ) -> dict[int, int]:
-        """Return the block lengths that auto mode chooses, by row, for ``requests`` in the next causal pass."""
-        candidates: list[Candidate] = []
-        for row in rows:
-            longest = self._longest(row, states[row], tokens)
-            if longest >= 2:
-                state = states[row]
-                candidates.append(Candidate(row, state.acceptance, longest, state.idle_steps, state.must_draft))
-        chosen = self.auto.plan(candidates, requests, planned)
-        for candidate in candidates:
-            states[candidate.row].note_choice(candidate.row in chosen)
-        return chosen
 
     def _longest(self, row: int, state: RequestState, tokens: StepTokens) -> int:
         room = self.max_model_len - int(tokens.decided[row])
@@ -342,7 +330,7 @@ class SelfSpeculation:
         blocks: dict[int, Block],
         states: dict[int, RequestState],
         tokens: StepTokens,
-        requests: int,
+        given: int,
         others: bool,
     ) -> None:
         """Fill the blocks of rows, and carry on with those of parked requests as long as nobody waits.
@@ -351,7 +339,7 @@ class SelfSpeculation:
             blocks: by row.
             states: of all rows.
             tokens: of the step.
-            requests: rows that the next causal pass serves.
+            given: tokens of the next causal pass without these blocks' drafts.
             others: whether that pass has something to do even if no parked request's block becomes done.
         """
         mixed = len(self.parked) > 0
@@ -361,8 +349,9 @@ class SelfSpeculation:
         for row, block in blocks.items():
             kind, mode = ("denoise", "diffusion") if states[row].is_diffusion else ("draft", "self_speculation")
             self.ledger.block(states[row].tally, kind, mode, block.passes)
-            if states[row].looks_up and block.choice is None:
-                splice(block, tokens.history(row), states[row].options.prompt_lookup)
+            lookup = states[row].lookup
+            if lookup is not None and block.choice is None:
+                splice(block, lookup, tokens.history(row))
         adaptive = [row for row in blocks if states[row].is_adaptive]
         if mixed:
             # The forward and the causal pass also serve blocks that auto mode did not reckon with.
@@ -374,7 +363,8 @@ class SelfSpeculation:
             for row in adaptive:
                 states[row].confidence = blocks[row].confidence[1:]
             # vLLM takes the first rank's drafts; how many another one keeps does not matter.
-            keep = self.auto.trim([states[row].chances() for row in adaptive], requests + others_drafts, seconds)
+            chances = [states[row].chances_of(states[row].confidence) for row in adaptive]
+            keep = self.auto.trim(chances, given + others_drafts, seconds)
             for row, drafts in zip(adaptive, keep, strict=True):
                 del blocks[row].tokens[1 + drafts :]
 
@@ -401,7 +391,7 @@ class SelfSpeculation:
     def _hand_out(self, row: int, state: RequestState, block: Block, tokens: StepTokens) -> list[int]:
         """Return a filled block's tokens behind its first, which is decided by now."""
         if not state.is_diffusion:
-            state.confidence = block.confidence[1:]
+            state.drafted, state.confidence = True, block.confidence[1:]
             state.draft_probs = block.choice.probs if isinstance(block.choice, DraftChoice) else None
             return block.decided(self.mask_token_id)[1:]
         if state.interrupted is not None:
@@ -412,6 +402,12 @@ class SelfSpeculation:
         if not state.options.seed_first:
             tokens.replace_last(row, block.tokens[0], state)
         return self._commits(state, block)
+
+    def _hand_out_found(self, state: RequestState, found: Found) -> list[int]:
+        """Return looked-up drafts, which took no draft forward."""
+        state.drafted, state.draft_probs, state.confidence = False, None, found.confidence()
+        self.ledger.block(state.tally, "draft", "self_speculation", 0)
+        return found.tokens
 
     def _commits(self, state: RequestState, block: Block) -> list[int]:
         """Return the tokens that the causal pass is to commit behind a block's first."""

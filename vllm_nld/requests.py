@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vllm_nld.acceptance import Acceptance, Prior
 from vllm_nld.accounting import Tally
-from vllm_nld.auto import AR_STEPS_PER_CHOICE
+from vllm_nld.auto import STEPS_PER_CHOICE
 from vllm_nld.block import Block, CommitRule
 from vllm_nld.options import NLDOptions
+from vllm_nld.prompt_lookup import Found, Lookup
 from vllm_nld.request_options import EngineTraits, request_options
 from vllm_nld.thinking import ThinkingBudget
 from vllm_nld.token_choice import DraftChoice, TokenChoice
@@ -35,6 +36,8 @@ class RequestState:
         idle_steps: steps since it last drafted in auto mode.
         confidence: of the drafts that were handed out last.
         draft_probs: float32 ``[drafts, vocab]``, what those were drawn from; None if they were not drawn.
+        drafted: whether the drafts that were handed out last took a draft forward; else they were looked up alone.
+        lookup: what was said before; None if nothing is to be looked up.
         pending: tokens of a diffusion block that causal passes are still to commit, in order.
         interrupted: a diffusion block that was open when the request was preempted; it goes on when the request does.
         tally: what it has cost and yielded so far.
@@ -48,6 +51,8 @@ class RequestState:
     idle_steps: int = 0
     confidence: list[float] = field(default_factory=list)
     draft_probs: Tensor | None = None
+    drafted: bool = True
+    lookup: Lookup | None = None
     pending: list[int] = field(default_factory=list)
     interrupted: Block | None = None
     tally: Tally = field(default_factory=Tally)
@@ -114,17 +119,23 @@ class RequestState:
         if drafts:
             self.idle_steps = 0
             return
-        self.idle_steps += 1 + AR_STEPS_PER_CHOICE  # the choice holds for that long
-        self.acceptance.forget(FORGET_SHARE * (1 + AR_STEPS_PER_CHOICE))
+        self.idle_steps += 1 + STEPS_PER_CHOICE  # a choice not to draft holds for that long
+        self.acceptance.forget(FORGET_SHARE * (1 + STEPS_PER_CHOICE))
 
     def learn(self, drafts: int, accepted: int) -> None:
         """Take note of a verified block of self-speculation."""
-        self.acceptance.observe(drafts, accepted)
+        if self.drafted:
+            self.acceptance.observe(drafts, accepted)
         self.acceptance.prior.calibration.observe(self.confidence[:drafts], accepted)
 
-    def chances(self) -> list[float]:
-        """Return for each draft that was handed out last how likely it is accepted, if those before it are."""
-        return [self.acceptance.prior.calibration.probability(value) for value in self.confidence]
+    def chances_of(self, confidence: list[float]) -> list[float]:
+        """Return for each draft of these confidences how likely it is accepted, if those before it are."""
+        return list(map(self.acceptance.prior.calibration.probability, confidence))
+
+    def chances_of_found(self, found: Found) -> list[float]:
+        """Return the same for looked-up drafts, of which there are only two kinds in a run."""
+        kinds = self.chances_of(found.confidence()[:2])
+        return kinds[:1] + kinds[1:] * (len(found.tokens) - 1)
 
     def remaining(self, longest: int) -> int:
         """Tokens the request may still generate, at most ``longest``."""
@@ -159,11 +170,6 @@ class RequestState:
         if self.samples_drafts:
             block.choice = self._choice(prefix, length, vocab_size, DraftChoice)
         return block
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether unsure drafts may be replaced by what was said before."""
-        return not self.is_diffusion and self.options.prompt_lookup > 0
 
     @property
     def samples_drafts(self) -> bool:
@@ -272,15 +278,22 @@ class Requests:
         state = self._states.get(request_id)
         cached = self._runner.requests[request_id]
         if state is None or state.cached is not cached:
+            options = request_options(cached.sampling_params, self._traits)
             state = RequestState(
                 request_id,
                 cached,
-                request_options(cached.sampling_params, self._traits),
+                options,
                 Acceptance(self._sampled if cached.sampling_params.temperature > 0 else self._greedy),
                 self._budget(cached.sampling_params),
+                lookup=self._lookup(options),
             )
             self._states[request_id] = state
         return state
+
+    def _lookup(self, options: NLDOptions) -> Lookup | None:
+        if options.mode in ("ar", "diffusion") or options.prompt_lookup == 0:
+            return None
+        return Lookup(options.prompt_lookup, self._runner.model_config.hf_config.mask_token_id)
 
     def _budget(self, params: Any) -> ThinkingBudget | None:
         limit = getattr(params, "thinking_token_budget", None)
