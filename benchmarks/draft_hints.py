@@ -46,6 +46,8 @@ class Past:
     draft: dict[int, tuple[int, float]] = field(default_factory=dict)
 
 
+LONGEST = 64
+"""Tokens to look up at most."""
 Hint = Callable[[Past, int], list[int | None]]
 """Return a token or None for each of the next positions, at most so many."""
 
@@ -65,7 +67,7 @@ def tail(confidence: float, shift: int = 0) -> Hint:
     return hint
 
 
-def lookup(length: int, count_limit: int = 64) -> Hint:
+def lookup(length: int, count_limit: int = LONGEST) -> Hint:
     """Give what followed the last ``length`` tokens before."""
 
     def hint(past: Past, count: int) -> list[int | None]:
@@ -76,7 +78,8 @@ def lookup(length: int, count_limit: int = 64) -> Hint:
 
 def follow(tokens: list[int], length: int) -> list[int]:
     """Return what followed the last ``length`` tokens before, as engines look it up."""
-    return prompt_lookup.follow(np.asarray(tokens), length)
+    found = prompt_lookup.Lookup(length, mask_token_id=-1).find(np.asarray(tokens), LONGEST)
+    return [] if found is None else found.tokens
 
 
 @dataclass

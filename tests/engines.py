@@ -70,6 +70,18 @@ def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
     runner(llm).drafter.draft_pass.run = run
 
 
+def take_every_lookup(llm: Any, drafts: Callable[[int], int] = lambda count: count) -> None:
+    """Have auto mode verify ``drafts(n)`` of every n looked-up drafts, whatever it thinks of them."""
+    from vllm_nld.auto import Choice
+
+    def lookups(found: Any, requests: int, tokens: int) -> tuple[Choice, float, float]:
+        taken = {row: drafts(len(chances)) for row, chances in found.items()}
+        return Choice({}, {row: count for row, count in taken.items() if count}), 0.0, float("inf")
+
+    auto = runner(llm).drafter.auto
+    auto._lookups, auto._probe = lookups, lambda *_: None
+
+
 def watch_blocks(llm: Any, seen: Callable[[Any], None]) -> None:
     """Call ``seen(block)`` for every block, once it is filled."""
     draft_pass = runner(llm).drafter.draft_pass

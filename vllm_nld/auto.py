@@ -200,9 +200,7 @@ class AutoMode:
         self.decisions.update(_described(row, choice) for row in choice.lookups)
         return choice
 
-    def _best(
-        self, candidates: Sequence[Candidate], requests: int, tokens: int, gain: float | None = None
-    ) -> Choice:
+    def _best(self, candidates: Sequence[Candidate], requests: int, tokens: int, gain: float | None = None) -> Choice:
         """Return what yields the most tokens per second; gains by drafting count ``gain`` times (None: corrected)."""
         correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
         gain = correction.gain if gain is None else gain
@@ -225,9 +223,7 @@ class AutoMode:
                 best, blocks = rate, taken
         return Choice(blocks, lookups)
 
-    def _lookups(
-        self, found: Mapping[int, Sequence[float]], requests: int, tokens: int
-    ) -> tuple[Choice, float, float]:
+    def _lookups(self, found: Mapping[int, Sequence[float]], requests: int, tokens: int) -> tuple[Choice, float, float]:
         """Return the best choice without a draft forward, its gain, and its tokens per second.
 
         Accepted drafts of other modes are decided whatever is chosen here.

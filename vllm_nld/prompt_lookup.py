@@ -46,7 +46,6 @@ class Found:
         level = LOOKED_UP + 2 * bisect_right(MATCH_CLASSES, self.match)
         return [level] + [level + 1] * (len(self.tokens) - 1)
 
-
     def first(self, count: int) -> Found:
         """Return the same with no more than ``count`` tokens."""
         return Found(self.tokens[:count], self.match)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from engines import accepted, engine, metric
 
+from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import ar_generate, linear_spec_generate, load_reference
@@ -32,6 +33,27 @@ def test_greedy_text_equals_the_reference_and_acceptance_is_worth_it() -> None:
         assert list(output.outputs[0].token_ids) == expected.ids[len(ids) :]
         assert linear_spec_generate(model, ids, 96).ids == expected.ids
     assert acceptance >= 3.0
+
+
+def test_auto_mode_looks_up_what_the_text_repeats() -> None:
+    """By measured time alone: code repeats itself, and a verify pass is cheaper than a draft and a verify pass."""
+    from vllm import SamplingParams
+
+    texts = [text for _, text in held_out_prompts(8)]
+
+    def complete(mode: str) -> list[list[int]]:
+        params = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True, extra_args={"nld": {"mode": mode}})
+        return [list(output.outputs[0].token_ids) for output in llm.generate(texts, params, use_tqdm=False)]
+
+    options = {"prompt_lookup": 3}
+    with engine(checkpoint_path("tiny"), spec=True, options=options, skip_tokenizer_init=False) as llm:
+        expected = complete("ar")
+        before = llm.collective_rpc("nld_tally")[0]
+        assert [complete("auto") for _ in range(2)] == [expected] * 2
+        tally = Tally.between(before, llm.collective_rpc("nld_tally")[0])
+    alone = tally.blocks["self_speculation"] - tally.forwards["draft"]
+    assert alone > 20, "blocks that took no draft forward"
+    assert tally.accepted["self_speculation"] > 2 * alone
 
 
 def test_stop_strings_and_streamed_length() -> None:

@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import accepted, counters, engine, generate, random_prompts, runner, watch_blocks
+from engines import (
+    accepted,
+    counters,
+    engine,
+    generate,
+    metric,
+    random_prompts,
+    runner,
+    take_every_lookup,
+    watch_blocks,
+)
 from models import random_model, save, small_config, yarn
 
+from vllm_nld.accounting import Tally
 from vllm_nld.reference import ar_generate, linear_spec_generate
 
 # (heads, kv heads, head size): every GQA ratio and head size that matters, head_dim unlike hidden / heads included.
@@ -136,3 +147,35 @@ def test_looked_up_drafts_change_no_text_and_save_cycles(options: dict[str, Any]
             assert generate(llm, prompts, max_tokens=60, extra_args=nld) == expected
             cycles[length] = counters(llm)["cycles"] - before
     assert cycles[3] < cycles[0]
+
+
+def test_looked_up_drafts_that_stand_alone_change_no_text(tmp_path: Path) -> None:
+    """However many of them are verified, beside other modes, and when the cache is full."""
+    model = random_model(small_config(eos_token_id=None, block_size=8), seed=3)
+    prompts = [ids * 4 for ids in random_prompts([12, 20, 31, 5, 9, 3], 24, seed=7)] * 2
+    expected = [ar_generate(model, ids, 60).ids[len(ids) :] for ids in prompts]
+    numbers = random.Random(5)
+    folder, cache = save(model, tmp_path), {"kv_cache_memory_bytes": 1 << 19, "block_size": 32}
+    with engine(folder, spec=True, max_model_len=256, max_num_seqs=8, **cache) as llm:
+        take_every_lookup(llm, lambda count: numbers.randint(0, count))
+        before = llm.collective_rpc("nld_tally")[0]
+        modes = [{"mode": "self_speculation", "prompt_lookup": 3}, {"mode": "ar"}] + [
+            {"mode": "auto", "prompt_lookup": 2}
+        ] * 4
+        assert _generate_each(llm, prompts, [modes[number % 6] for number in range(12)], 60) == expected
+        after = llm.collective_rpc("nld_tally")[0]
+        preemptions = metric(llm, "vllm:num_preemptions")
+    tally = Tally.between(before, after)
+    assert preemptions > 0
+    assert sum(count for choice, count in after["decisions"].items() if choice.startswith("prompt_lookup")) > 50
+    assert tally.blocks["self_speculation"] - tally.forwards["draft"] > 50, "blocks that took no draft forward"
+
+
+def _generate_each(llm: Any, prompts: list[list[int]], options: list[dict[str, Any]], tokens: int) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, extra_args={"nld": own}) for own in options
+    ]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import accepted, engine, generate, random_prompts
+from engines import accepted, engine, generate, random_prompts, take_every_lookup
 from models import random_model, save, small_config
 
 from vllm_nld.reference import ReferenceModel, ar_generate
@@ -60,6 +60,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "most probable drafts": {"sampled_drafts": False},
     "drawn drafts": {},
     "drawn drafts, trimmed": {"adaptive": True},
+    "looked-up drafts alone": {"mode": "auto", "prompt_lookup": 1},
 }
 
 
@@ -68,11 +69,13 @@ def test_every_way_of_drafting_has_the_distribution_of_ar(temperature: float, to
     from vllm import SamplingParams
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
-    (prompt,) = random_prompts([9], 8, seed=1)
+    (start,) = random_prompts([9], 8, seed=1)
+    prompt = ar_generate(model, start, 20).ids  # of the model's own text, so that some of what is looked up is accepted
     expected = REQUESTS * second_and_third_token_probabilities(model, prompt, temperature, top_k)
     greedy_ids = ar_generate(model, prompt, TOKENS).ids[len(prompt) :]
     p_values = {}
     with engine(save(model, tmp_path), spec=True, seed=11, max_num_seqs=64) as llm:
+        take_every_lookup(llm)
         for way, options in WAYS.items():
             shared: dict[str, Any] = {"max_tokens": TOKENS, "detokenize": False, "extra_args": {"nld": options}}
             sampled = SamplingParams(temperature=temperature, top_k=top_k, **shared)
