@@ -72,11 +72,10 @@ def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
 
 def take_every_lookup(llm: Any, drafts: Callable[[int], int] = lambda count: count) -> None:
     """Have auto mode verify ``drafts(n)`` of every n looked-up drafts, whatever it thinks of them."""
-    from vllm_nld.auto import Choice
 
-    def lookups(found: Any, requests: int, tokens: int) -> tuple[Choice, float, float]:
+    def lookups(found: Any, *_: Any) -> tuple[dict[int, int], float, float]:
         taken = {row: drafts(len(chances)) for row, chances in found.items()}
-        return Choice({}, {row: count for row, count in taken.items() if count}), 0.0, float("inf")
+        return {row: count for row, count in taken.items() if count}, 0.0, float("inf")
 
     auto = runner(llm).drafter.auto
     auto._lookups, auto._probe = lookups, lambda *_: None

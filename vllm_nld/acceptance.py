@@ -18,6 +18,8 @@ RECENT = 32
 """Ended requests that say what a good one is."""
 TRIES = 2
 """Blocks that tell whether a request is a good one."""
+FORGET_LOOKUPS = 1e-4
+"""Share of the evidence on looked-up drafts that is lost whenever some are offered."""
 
 
 class Prior:
@@ -149,24 +151,33 @@ class Calibration:
     MIDDLES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 0.97, 0.995)
     FIRST_GUESSES = (0.5, 0.6, 0.7, 0.8, 0.9)
     LATER_GUESSES = (0.7, 0.75, 0.8, 0.85, 0.9)
+    GUESS_WEIGHT = 4.0
 
     def __init__(self) -> None:
-        # Confidence is taken at its word until there is evidence.
-        guesses = [*self.MIDDLES]
+        self._guesses = [*self.MIDDLES]
         for pair in zip(self.FIRST_GUESSES, self.LATER_GUESSES, strict=True):
-            guesses += pair
-        self._accepted = [4 * guess for guess in guesses]
-        self._tested = [4.0] * len(guesses)
+            self._guesses += pair
+        self._accepted = [0.0] * len(self._guesses)
+        self._tested = [0.0] * len(self._guesses)
 
     def _bin(self, confidence: float) -> int:
-        if confidence < LOOKED_UP:
-            return bisect_right(self.EDGES, confidence)
-        return len(self.MIDDLES) + int(confidence - LOOKED_UP)
+        if confidence >= LOOKED_UP:
+            return len(self.MIDDLES) + int(confidence - LOOKED_UP)
+        return bisect_right(self.EDGES, confidence)  # also if it is NaN
 
     def probability(self, confidence: float) -> float:
         """Return the probability that a draft of this confidence is accepted, given that those before it were."""
         bin_ = self._bin(confidence)
-        return self._accepted[bin_] / self._tested[bin_]
+        # Confidence is taken at its word until there is evidence.
+        return (self.GUESS_WEIGHT * self._guesses[bin_] + self._accepted[bin_]) / (
+            self.GUESS_WEIGHT + self._tested[bin_]
+        )
+
+    def forget(self, confidence: float) -> None:
+        """Let the evidence on looked-up drafts grow older: a class that looks poor is not tried, so would for ever."""
+        bin_ = self._bin(confidence)
+        self._accepted[bin_] *= 1 - FORGET_LOOKUPS
+        self._tested[bin_] *= 1 - FORGET_LOOKUPS
 
     def observe(self, confidences: Sequence[float], accepted: int) -> None:
         """Take note of a verified block: its drafts' confidences, and how many of them were accepted."""

@@ -43,7 +43,7 @@ def choose(
         ]
         choice = auto.plan(candidates, requests, planned)
         for candidate in candidates:
-            states[candidate.row].note_choice(candidate.row in choice.blocks)
+            states[candidate.row].note_choice(candidate.row in choice.blocks, 1 + auto.settled_steps)
     return choice.blocks, {row: found[row].first(count) for row, count in choice.lookups.items()}
 
 

@@ -1,8 +1,8 @@
 """Auto mode: per step and per request, AR or self-speculation, and how long a block, by expected tokens per second.
 
 A step of the engine decides R + G tokens, one per request and G by accepted drafts, and takes C seconds. Both depend on
-which requests draft, how long their blocks are, and how many of the drafts are put to the test; the choice that
-maximises (R + G) / C is taken. Text is not at stake: AR and self-speculation give the same.
+which requests draft, how long their blocks are, how many of the drafts are put to the test, and which requests verify
+looked-up drafts instead; the choice that maximises (R + G) / C is taken. Text is not at stake: it is AR's.
 """
 
 from __future__ import annotations
@@ -130,6 +130,11 @@ class AutoMode:
         self._draft_seconds = 0.0
 
     @property
+    def settled_steps(self) -> int:
+        """Steps that :meth:`replan` may answer for."""
+        return self._settled[1]
+
+    @property
     def lengths(self) -> list[int]:
         """Block lengths to choose from: powers of two, and the longest."""
         return [n for n in (4, 8, 16, 32, 64) if n < self.block_length] + [self.block_length]
@@ -150,23 +155,23 @@ class AutoMode:
         return choice
 
     def _choose(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> Shared:
-        choice, why = self._best(candidates, requests, tokens), "best"
+        (choice, steps), why = self._best(candidates, requests, tokens), "best"
         probe = self._probe(candidates, requests, tokens, choice)
         if probe is not None:
-            choice, why = probe
+            (choice, why), steps = probe, 0
         self._expect(candidates, requests, tokens, choice)
-        if probe is not None and choice.drafts:
+        if probe is not None and choice.blocks:
             self._allowance += self._plain_seconds(requests, tokens)  # an AR step would have had its price, too
             self._charging = True
         for candidate in candidates:
             self.decisions[_described(candidate.row, choice)] += 1
         if logger.isEnabledFor(10):
             logger.debug("auto (%s): %d requests, %s; %s", why, requests, choice, self._prices(requests))
-        return choice, 0 if choice.blocks or probe is not None else STEPS_PER_CHOICE
+        return choice, steps
 
     def _expect(self, candidates: Sequence[Candidate], requests: int, tokens: int, choice: Choice) -> None:
         """Write down what the chosen draft forward's cycle should yield and take, uncorrected."""
-        correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
+        correction = self._correction(requests)
         self._expected, self._draft_seconds = None, 0.0
         blocks = choice.blocks
         if not blocks:
@@ -195,47 +200,87 @@ class AutoMode:
         if steps == 0 or batch != (requests, tokens, rows):
             return None
         self._settled = (batch, steps - 1)
-        choice = self._together(lambda: (self._lookups(found, requests, tokens)[0], 0))[0] if found else NOTHING
+        choice, _ = (
+            self._together(lambda: (Choice({}, self._lookups(found, requests, tokens)[0]), 0))
+            if found
+            else (NOTHING, 0)
+        )
         self.decisions["ar", 1] += len(rows) - len(choice.lookups)
         self.decisions.update(_described(row, choice) for row in choice.lookups)
         return choice
 
-    def _best(self, candidates: Sequence[Candidate], requests: int, tokens: int, gain: float | None = None) -> Choice:
-        """Return what yields the most tokens per second; gains by drafting count ``gain`` times (None: corrected)."""
-        correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
-        gain = correction.gain if gain is None else gain
+    def _best(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> Shared:
+        """Return what yields the most tokens per second, and for how many steps drafting is out of the question."""
+        ar_allowed = not any(candidate.must_draft for candidate in candidates)
         found = {candidate.row: candidate.found for candidate in candidates if candidate.found}
-        (_, lookups), looked_up, rate = self._lookups(found, requests, tokens)
-        # Whoever has good drafts already needs no others.
+        lookups, gained, rate = self._lookups(found, requests, tokens, ar_allowed)
+        plain = MARGIN * self._plain_rate(requests, tokens) if ar_allowed else 0.0
+        everyone, best = self._drafting(candidates, requests, tokens, tokens, plain)
+        steps = 0 if everyone else STEPS_PER_CHOICE
+        if not lookups:
+            return Choice(everyone, {}), steps
+        # Whoever has good drafts already need not draft.
         rest = [candidate for candidate in candidates if candidate.row not in lookups]
-        best = 0.0 if any(candidate.must_draft for candidate in rest) else MARGIN * rate
-        blocks, tried = dict[int, int](), None
-        offers = [self._offers(candidate) for candidate in rest]
+        floor = 0.0 if any(candidate.must_draft for candidate in rest) else MARGIN * rate
         given = tokens + sum(lookups.values())
+        blocks, better = self._drafting(rest, requests, tokens + gained, given, floor) if everyone else ({}, rate)
+        return (Choice(everyone, {}) if best > max(rate, better) else Choice(blocks, lookups)), steps
+
+    def _drafting(
+        self,
+        candidates: Sequence[Candidate],
+        requests: int,
+        decided: float,
+        tokens: int,
+        floor: float,
+        gain: float | None = None,
+    ) -> tuple[dict[int, int], float]:
+        """Return the blocks with the most tokens per second, and those; none if there are no more than ``floor``.
+
+        Args:
+            candidates: who may draft.
+            requests: all requests of the batch that decode.
+            decided: tokens that the step decides without these drafts, on average.
+            tokens: tokens that its causal pass runs without them.
+            floor: tokens per second without a draft forward.
+            gain: how much expected gains count; None: as they turned out so far.
+        """
+        correction = self._correction(requests)
+        gain = correction.gain if gain is None else gain
+        best, blocks, tried = floor, dict[int, int](), None
+        offers = [self._offers(candidate) for candidate in candidates]
         for least in LEAST_CHANCES:
-            taken, gained = _taken(rest, offers, least)
+            taken, gained = _taken(candidates, offers, least)
             if not taken or taken == tried:
                 continue
             tried = taken
-            seconds = correction.seconds * self._cycle_seconds(given, sum(taken.values()), len(taken))
-            rate = (tokens + looked_up + gain * gained) / max(seconds, 1e-9)
+            seconds = correction.seconds * self._cycle_seconds(tokens, sum(taken.values()), len(taken))
+            rate = (decided + gain * gained) / max(seconds, 1e-9)
             if rate > best:
                 best, blocks = rate, taken
-        return Choice(blocks, lookups)
+        return blocks, best
 
-    def _lookups(self, found: Mapping[int, Sequence[float]], requests: int, tokens: int) -> tuple[Choice, float, float]:
-        """Return the best choice without a draft forward, its gain, and its tokens per second.
+    def _lookups(
+        self, found: Mapping[int, Sequence[float]], requests: int, tokens: int, ar_allowed: bool = True
+    ) -> tuple[dict[int, int], float, float]:
+        """Return how many looked-up drafts to verify, by row, what they gain, and the tokens per second.
 
-        Accepted drafts of other modes are decided whatever is chosen here.
+        None, if AR is allowed and they do not beat it. Accepted drafts of other modes are decided whatever is chosen.
         """
-        slowness = self._corrections.setdefault(CostCurve.bucket(requests), Correction()).plain
-        rate = tokens / max(slowness * self._plain_seconds(requests, tokens), 1e-9)
+        rate = self._plain_rate(requests, tokens)
         if not found:
-            return NOTHING, 0.0, rate
-        kept, gained, better = self._worth(list(found.values()), tokens, 0.0, slowness)
-        if better < MARGIN * rate:
-            return NOTHING, 0.0, rate
-        return Choice({}, {row: drafts for row, drafts in zip(found, kept, strict=True) if drafts}), gained, better
+            return {}, 0.0, rate
+        kept, gained, better = self._worth(list(found.values()), tokens, 0.0, self._correction(requests).plain)
+        if ar_allowed and better < MARGIN * rate:
+            return {}, 0.0, rate
+        return {row: drafts for row, drafts in zip(found, kept, strict=True) if drafts}, gained, better
+
+    def _plain_rate(self, requests: int, tokens: int) -> float:
+        """Return the tokens per second if nobody here drafts; those of other modes' drafts are decided, too."""
+        return tokens / max(self._correction(requests).plain * self._plain_seconds(requests, tokens), 1e-9)
+
+    def _correction(self, requests: int) -> Correction:
+        return self._corrections.setdefault(CostCurve.bucket(requests), Correction())
 
     def _offers(self, candidate: Candidate) -> list[tuple[float, int, float]]:
         """Return a request's possible blocks, longest first: their last draft's chance, their length, their gain."""
@@ -266,17 +311,19 @@ class AutoMode:
             stale = self._clock() - self._last_ar.get(bucket, 0.0) > FRESH_AR_SECONDS
             if stale and self._afford(self.costs.ar.seconds(requests)):
                 return NOTHING, "AR's price is old"
-        if choice.drafts:
+        if choice.blocks:
             return None
-        due = [candidate for candidate in candidates if candidate.idle_steps >= PROBE_EVERY]
-        if not due or not self._best(_hoped(due), requests, tokens, gain=1.0).blocks:
+        due = [c for c in candidates if c.idle_steps >= PROBE_EVERY and c.row not in choice.lookups]
+        floor = MARGIN * self._plain_rate(requests, tokens)
+        if not due or not self._drafting(_hoped(due), requests, tokens, tokens, floor, gain=1.0)[0]:
             return None
         due = sorted(due, key=lambda candidate: -candidate.idle_steps)[:PROBED_REQUESTS]
         length = min(PROBE_LENGTH, self.block_length)
         blocks = {candidate.row: min(length, candidate.longest) for candidate in due}
-        cycle = self._cycle_seconds(tokens, sum(blocks.values()), len(blocks))
-        extra = cycle - self._plain_seconds(requests, tokens)
-        return (Choice(blocks, {}), "acceptance is unknown") if self._afford(max(extra, 0.0)) else None
+        given = tokens + sum(choice.lookups.values())
+        extra = self._cycle_seconds(given, sum(blocks.values()), len(blocks)) - self._plain_seconds(requests, given)
+        affordable = self._afford(max(extra, 0.0))
+        return (Choice(blocks, choice.lookups), "acceptance is unknown") if affordable else None
 
     def _afford(self, seconds: float) -> bool:
         """Whether the budget bears this much; what a probe really costs is charged when it is known."""
@@ -342,8 +389,8 @@ class AutoMode:
             self._expected = None
         self._charging = False
         if tokens == requests:
-            correction = self._corrections.setdefault(CostCurve.bucket(requests), Correction())
-            correction.observe_plain(seconds / max(self._plain_seconds(requests, tokens), 1e-9))
+            price = self._plain_seconds(requests, tokens)
+            self._correction(requests).observe_plain(seconds / max(price, 1e-9))
             self.costs.ar.observe(requests, seconds)
             self._last_ar[self.costs.ar.bucket(requests)] = self._clock()
         else:

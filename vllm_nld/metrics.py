@@ -43,7 +43,9 @@ METRICS: dict[str, Metric] = {
     "vllm:nld_accepted_tokens": Metric("counter", ("mode",), "Accepted drafts; in diffusion, all that are committed."),
     "vllm:nld_denoising_passes": Metric("counter", (), "Denoising forwards of diffusion blocks, per block."),
     "vllm:nld_decisions": Metric(
-        "counter", ("mode", "block_length"), "What auto mode chose, per request and step; block length 1 is AR."
+        "counter",
+        ("mode", "block_length"),
+        "What auto mode chose, per request and step: ar (block length 1), self_speculation or prompt_lookup.",
     ),
     "vllm:nld_tokens_per_forward": Metric(
         "gauge", ("mode",), "Tokens per decode forward since start-up (draft, verify, denoise and commit all count)."

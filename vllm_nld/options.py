@@ -60,7 +60,8 @@ class NLDOptions(BaseModel):
         ge=0,
         le=16,
         description="Self-speculation. Behind the first unsure draft, draft what followed the last so many tokens at "
-        "their latest earlier occurrence in prompt and text; 0 does not. Drawn drafts are left alone.",
+        "their latest earlier occurrence in prompt and text (drawn drafts are left alone); where block lengths are "
+        "chosen (auto, adaptive), do so also instead of drafting. 0 does not.",
     )
     sampled_drafts: bool = Field(
         default=True,

@@ -46,6 +46,10 @@ class Found:
         level = LOOKED_UP + 2 * bisect_right(MATCH_CLASSES, self.match)
         return [level] + [level + 1] * (len(self.tokens) - 1)
 
+    def block(self, seed: int, prefix: int) -> Block:
+        """Return a full block of self-speculation, which takes no forward; ``prefix`` tokens come before the seed."""
+        return Block(prefix, [seed, *self.tokens], confidence=[1.0, *self.confidence()])
+
     def first(self, count: int) -> Found:
         """Return the same with no more than ``count`` tokens."""
         return Found(self.tokens[:count], self.match)
@@ -102,6 +106,8 @@ class Lookup:
         """Note where runs end, all but the one at the very end: that one is looked for."""
         if len(self._tokens) == len(text):
             return
+        if len(self._tokens) > len(text):  # tokens were taken back
+            self._tokens, self._ends = [], {}
         first = max(self.length, len(self._tokens))
         self._tokens += text[len(self._tokens) :].tolist()
         for end in range(first, len(self._tokens)):

@@ -27,7 +27,7 @@ from vllm_nld.draft_pass import DraftPass
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions
 from vllm_nld.parking import Parked, SchedulerNote, WorkerNote, may_leave
-from vllm_nld.prompt_lookup import Found, splice
+from vllm_nld.prompt_lookup import splice
 from vllm_nld.request_options import EngineTraits
 from vllm_nld.requests import Requests, RequestState
 from vllm_nld.step_tokens import StepTokens, TokenArray
@@ -267,7 +267,7 @@ class SelfSpeculation:
     def _blocks(self, states: dict[int, RequestState], tokens: StepTokens, drafts: list[list[int]]) -> dict[int, Block]:
         """Return the blocks to fill now, by row, and park requests whose block may take longer.
 
-        Where a diffusion block is only half committed, its rest is handed out.
+        Those of looked-up drafts are full. Where a diffusion block is only half committed, its rest is handed out.
         """
         blocks: dict[int, Block] = {}
         opened: dict[int, Block] = {}
@@ -293,8 +293,10 @@ class SelfSpeculation:
             for row, length in lengths.items():
                 blocks[row] = self._draft_block(row, states[row], tokens, length)
             for row, looked_up in found.items():
-                drafts[row] = self._hand_out_found(states[row], looked_up)
-        self._draft_pass().locate(blocks | opened)
+                seed, prefix = tokens.sampled[row][-1], int(tokens.decided[row]) - 1
+                blocks[row] = looked_up.block(seed, prefix)
+        empty = {row: block for row, block in blocks.items() if not block.is_done(self.mask_token_id)}
+        self._draft_pass().locate(empty | opened)
         for row, block in opened.items():
             self.parked.park(states[row], block)
         return blocks
@@ -339,7 +341,7 @@ class SelfSpeculation:
             blocks: by row.
             states: of all rows.
             tokens: of the step.
-            given: tokens of the next causal pass without these blocks' drafts.
+            given: tokens of the next causal pass without these blocks' drafts, all of which it decides.
             others: whether that pass has something to do even if no parked request's block becomes done.
         """
         mixed = len(self.parked) > 0
@@ -350,23 +352,26 @@ class SelfSpeculation:
             kind, mode = ("denoise", "diffusion") if states[row].is_diffusion else ("draft", "self_speculation")
             self.ledger.block(states[row].tally, kind, mode, block.passes)
             lookup = states[row].lookup
-            if lookup is not None and block.choice is None:
+            if lookup is not None and block.passes and block.choice is None:
                 splice(block, lookup, tokens.history(row))
-        adaptive = [row for row in blocks if states[row].is_adaptive]
+        drafted = [block for block in blocks.values() if block.passes]
         if mixed:
             # The forward and the causal pass also serve blocks that auto mode did not reckon with.
             self.auto.forget_cycle()
-        elif blocks and all(block.passes == 1 for block in blocks.values()):
-            self.auto.observe_draft(sum(block.length for block in blocks.values()), seconds)
-        if adaptive:
-            others_drafts = sum(blocks[row].length - 1 for row in blocks if row not in adaptive)
-            for row in adaptive:
-                states[row].confidence = blocks[row].confidence[1:]
-            # vLLM takes the first rank's drafts; how many another one keeps does not matter.
-            chances = [states[row].chances_of(states[row].confidence) for row in adaptive]
-            keep = self.auto.trim(chances, given + others_drafts, seconds)
-            for row, drafts in zip(adaptive, keep, strict=True):
-                del blocks[row].tokens[1 + drafts :]
+        elif drafted and all(block.passes == 1 for block in drafted):
+            self.auto.observe_draft(sum(block.length for block in drafted), seconds)
+        self._trim(blocks, states, given, seconds)
+
+    def _trim(self, blocks: dict[int, Block], states: dict[int, RequestState], given: int, seconds: float) -> None:
+        """Leave those drafts in adaptive blocks that are worth verifying, after ``seconds`` of drafting."""
+        adaptive = [row for row in blocks if states[row].is_adaptive]
+        if not any(blocks[row].passes for row in adaptive):
+            return  # looked-up drafts alone were chosen by what they are worth
+        given += sum(blocks[row].length - 1 for row in blocks if row not in adaptive)
+        # vLLM takes the first rank's drafts; how many another one keeps does not matter.
+        keep = self.auto.trim([states[row].chances_of(blocks[row].confidence[1:]) for row in adaptive], given, seconds)
+        for row, drafts in zip(adaptive, keep, strict=True):
+            del blocks[row].tokens[1 + drafts :]
 
     def _run(self, blocks: list[Block], others: bool) -> None:
         """Run forwards until the blocks are filled, and over parked requests' blocks until a causal pass is due."""
@@ -391,9 +396,10 @@ class SelfSpeculation:
     def _hand_out(self, row: int, state: RequestState, block: Block, tokens: StepTokens) -> list[int]:
         """Return a filled block's tokens behind its first, which is decided by now."""
         if not state.is_diffusion:
-            state.drafted, state.confidence = True, block.confidence[1:]
+            state.drafted, state.confidence = block.passes > 0, block.confidence[1:]
             state.draft_probs = block.choice.probs if isinstance(block.choice, DraftChoice) else None
-            return block.decided(self.mask_token_id)[1:]
+            drafts = block.decided(self.mask_token_id)[1:]
+            return drafts if state.thinking is None else state.thinking.before_start(tokens.history(row), drafts)
         if state.interrupted is not None:
             # The resumption ran the seed again and sampled behind it, where the block has a token of its own.
             state.interrupted = None
@@ -402,12 +408,6 @@ class SelfSpeculation:
         if not state.options.seed_first:
             tokens.replace_last(row, block.tokens[0], state)
         return self._commits(state, block)
-
-    def _hand_out_found(self, state: RequestState, found: Found) -> list[int]:
-        """Return looked-up drafts, which took no draft forward."""
-        state.drafted, state.draft_probs, state.confidence = False, None, found.confidence()
-        self.ledger.block(state.tally, "draft", "self_speculation", 0)
-        return found.tokens
 
     def _commits(self, state: RequestState, block: Block) -> list[int]:
         """Return the tokens that the causal pass is to commit behind a block's first."""

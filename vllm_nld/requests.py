@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vllm_nld.acceptance import Acceptance, Prior
 from vllm_nld.accounting import Tally
-from vllm_nld.auto import STEPS_PER_CHOICE
 from vllm_nld.block import Block, CommitRule
 from vllm_nld.options import NLDOptions
 from vllm_nld.prompt_lookup import Found, Lookup
@@ -114,13 +113,13 @@ class RequestState:
         own = scheduled.get(self.request_id, 0) - len(drafted.get(self.request_id, ()))
         return own > 1 or self.cached.num_computed_tokens < self.cached.num_prompt_tokens
 
-    def note_choice(self, drafts: bool) -> None:
-        """Take note of whether auto mode lets the request draft in the next step."""
+    def note_choice(self, drafts: bool, steps: int) -> None:
+        """Take note of whether auto mode lets the request draft in the next step, or in none of the next ``steps``."""
         if drafts:
             self.idle_steps = 0
             return
-        self.idle_steps += 1 + STEPS_PER_CHOICE  # a choice not to draft holds for that long
-        self.acceptance.forget(FORGET_SHARE * (1 + STEPS_PER_CHOICE))
+        self.idle_steps += steps
+        self.acceptance.forget(FORGET_SHARE * steps)
 
     def learn(self, drafts: int, accepted: int) -> None:
         """Take note of a verified block of self-speculation."""
@@ -133,9 +132,12 @@ class RequestState:
         return list(map(self.acceptance.prior.calibration.probability, confidence))
 
     def chances_of_found(self, found: Found) -> list[float]:
-        """Return the same for looked-up drafts, of which there are only two kinds in a run."""
-        kinds = self.chances_of(found.confidence()[:2])
-        return kinds[:1] + kinds[1:] * (len(found.tokens) - 1)
+        """Return the same for looked-up drafts that are on offer; there are only two kinds in a run."""
+        kinds = found.confidence()[:2]
+        for kind in kinds:
+            self.acceptance.prior.calibration.forget(kind)
+        chances = self.chances_of(kinds)
+        return chances[:1] + chances[1:] * (len(found.tokens) - 1)
 
     def remaining(self, longest: int) -> int:
         """Tokens the request may still generate, at most ``longest``."""
@@ -285,13 +287,13 @@ class Requests:
                 options,
                 Acceptance(self._sampled if cached.sampling_params.temperature > 0 else self._greedy),
                 self._budget(cached.sampling_params),
-                lookup=self._lookup(options),
+                lookup=self._lookup(options, cached),
             )
             self._states[request_id] = state
         return state
 
-    def _lookup(self, options: NLDOptions) -> Lookup | None:
-        if options.mode in ("ar", "diffusion") or options.prompt_lookup == 0:
+    def _lookup(self, options: NLDOptions, cached: Any) -> Lookup | None:
+        if options.mode in ("ar", "diffusion") or options.prompt_lookup == 0 or cached.prompt_token_ids is None:
             return None
         return Lookup(options.prompt_lookup, self._runner.model_config.hf_config.mask_token_id)
 

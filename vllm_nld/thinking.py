@@ -34,6 +34,26 @@ class ThinkingBudget:
             return None
         return max(0, self.limit - (len(tokens) - start - len(self.start_tokens)))
 
+    def before_start(self, text: Any, drafts: list[int]) -> list[int]:
+        """Cut drafts before they open a thinking section.
+
+        vLLM counts from the start that is in the text when a step begins. Behind a start among the drafts nothing
+        would be forced within the step, where AR may force the end already.
+
+        Args:
+            text: int ``[tokens]``, NumPy, prompt and text so far.
+            drafts: what is to follow.
+        """
+        behind = len(self.start_tokens) - 1
+        if behind < 0:
+            return drafts
+        tokens = (text[-behind:].tolist() if behind else []) + drafts
+        for place in range(len(drafts)):
+            end = len(tokens) - len(drafts) + place + 1
+            if tokens[max(0, end - behind - 1) : end] == self.start_tokens:
+                return drafts[:place]
+        return drafts
+
 
 def _last(tokens: list[int], wanted: list[int]) -> int:
     """Return where ``wanted`` last begins in ``tokens``, or -1."""

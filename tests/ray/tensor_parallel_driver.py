@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ def facts(worker: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Generate every case, all in one batch."""
+    """Generate every case, all in one batch; then kill a worker."""
     from vllm import LLM, SamplingParams
 
     job = json.load(sys.stdin)
@@ -52,8 +55,27 @@ def main() -> None:
         "workers": llm.collective_rpc(facts),
         "driver": os.getpid(),
     }
+    results["death"] = kill(llm, results["workers"][1]["pid"], prompts)
     Path(sys.argv[1]).write_text(json.dumps(results))
     llm.llm_engine.engine_core.shutdown()
+
+
+def kill(llm: Any, worker: int, prompts: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """Kill a worker in mid-generation; return how the generation ended, and how many seconds later."""
+    from vllm import SamplingParams
+
+    killed: list[float] = []
+
+    def strike() -> None:
+        killed.append(time.monotonic())
+        os.kill(worker, signal.SIGKILL)
+
+    threading.Timer(0.5, strike).start()
+    try:
+        llm.generate(prompts * 200, SamplingParams(temperature=0, max_tokens=200, detokenize=False), use_tqdm=False)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - killed[0]}
+    return {"error": "", "seconds": 0.0}
 
 
 if __name__ == "__main__":

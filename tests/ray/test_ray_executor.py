@@ -1,4 +1,4 @@
-"""Tensor parallelism under Ray: the tokens of one rank, from workers that load the installed plugin."""
+"""Tensor parallelism under Ray: the tokens of one rank, from workers that load the installed plugin; one is killed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def expected_tokens(folder: Path) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def test_two_ray_workers_give_the_tokens_of_one_rank(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_two_ray_workers_give_the_tokens_of_one_rank_until_one_is_killed(ray_cluster: Cluster, tmp_path: Path) -> None:
     """One KV head, which both ranks hold, and a vocabulary that lies in the first rank's shard alone.
 
     The driver starts in a folder that has nothing to do with this project.
@@ -76,3 +76,5 @@ def test_two_ray_workers_give_the_tokens_of_one_rank(ray_cluster: Cluster, tmp_p
         assert Path(worker["module"]).is_relative_to(ray_cluster.site)
         assert worker["draft_forwards"] > 0
     assert first["draft_forwards"] == second["draft_forwards"]
+    assert "EngineDeadError" in found["death"]["error"], found["death"]
+    assert 0 <= found["death"]["seconds"] < 30

@@ -126,6 +126,45 @@ def test_a_request_that_must_draft_does_so_unless_it_has_looked_up_drafts() -> N
     assert made(slope=0.05).plan(two, 2, 2) == Choice({1: 4}, {0: 14})
 
 
+def test_looked_up_drafts_replace_a_draft_only_if_they_are_better() -> None:
+    """Where AR is no choice, they are weighed against drafting."""
+    (candidate,) = candidates(0.97)
+    for chance, expected in ((0.3, Choice({0: 16}, {})), (0.95, Choice({}, {0: 15}))):
+        assert made().plan([replace(candidate, must_draft=True, found=[chance] * 15)], 1, 1) == expected
+
+
+def test_a_lookup_does_not_put_off_drafting() -> None:
+    """Where drafting pays, the step after a looked-up one is planned anew; where it does not, AR is settled."""
+    for rate, settled in ((0.8, 0), (0.1, STEPS_PER_CHOICE)):
+        auto = made()
+        (candidate,) = candidates(rate)
+        candidate.found = [0.95] * 15
+        assert auto.plan([candidate], 1, 1) == Choice({}, {0: 15})
+        assert auto.settled_steps == settled
+
+
+def test_a_better_draft_is_not_given_up_for_a_poor_lookup() -> None:
+    (candidate,) = candidates(0.95)
+    candidate.found = [0.5] + [0.7] * 14
+    assert made().plan([candidate], 1, 1) == Choice({0: 16}, {})
+
+
+def test_idle_requests_are_probed_beside_others_lookups() -> None:
+    auto, probed = made(slope=0.05), 0
+    for _ in range(2000):
+        pair = candidates(0.05, 0.05)
+        pair[0].found, pair[1].idle_steps = [0.95] * 15, 10_000
+        choice = auto.plan(pair, 2, 2)
+        assert 0 in choice.lookups
+        if choice.blocks:
+            assert set(choice.blocks) == {1}
+            probed += 1
+            auto.observe_draft(8, 1.4)
+        size = 2 + sum(choice.lookups.values()) + sum(choice.blocks.values()) - len(choice.blocks)
+        auto.observe_step(2, size, 0, 1 + 0.05 * size)
+    assert 5 < probed < 100
+
+
 def test_rare_long_runs_are_no_shortfall() -> None:
     """Blocks with 15 accepted drafts make up for those with none: on average the expected 3 are accepted."""
     correction = Correction()

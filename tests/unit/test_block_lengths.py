@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vllm_nld.acceptance import Acceptance, Prior
@@ -58,6 +59,22 @@ def test_a_cycle_ends_with_the_thinking_budget() -> None:
     assert state([7] * 5, budget).longest_draft_block(8) == 1
     assert state([7, 13, 7], budget).longest_draft_block(8) == 8, "thinking is over"
     assert state([7, 7]).longest_draft_block(8) == 8
+
+
+@pytest.mark.parametrize(
+    ("start", "text", "drafts", "kept"),
+    [
+        ([3], [3, 9, 13], [7, 7, 3, 8], [7, 7]),
+        ([3], [3], [7, 7], [7, 7]),
+        ([3, 4], [7, 3], [4, 8], []),
+        ([3, 4], [7, 7], [4, 3, 8, 3, 4, 9], [4, 3, 8, 3]),
+        ([3, 4], [3], [4, 8], []),
+        ([], [3], [4, 8], [4, 8]),
+    ],
+)
+def test_drafts_open_no_thinking_section(start: list[int], text: list[int], drafts: list[int], kept: list[int]) -> None:
+    budget = ThinkingBudget(limit=5, start_tokens=start, end_tokens=[13])
+    assert budget.before_start(np.array(text), drafts) == kept
 
 
 def diffusion(made: RequestState, room: int = 100) -> Block | None:

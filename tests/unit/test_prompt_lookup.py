@@ -94,3 +94,26 @@ def test_auto_mode_learns_what_they_are_worth() -> None:
         calibration.observe(short, 0)
     assert calibration.probability(short[0]) < 0.1
     assert list(map(calibration.probability, [0.995, *long_])) == before
+
+
+def test_a_class_that_looked_poor_is_tried_again_some_day() -> None:
+    calibration, (first, _) = Calibration(), Found([1, 2], 3).confidence()
+    guess = calibration.probability(first)
+    for _ in range(1000):
+        calibration.observe([first], 0)
+    assert calibration.probability(first) < 0.02
+    for _ in range(100_000):
+        calibration.forget(first)
+    assert calibration.probability(first) > 0.9 * guess
+
+
+def test_a_confidence_that_is_no_number_ends_no_engine() -> None:
+    calibration = Calibration()
+    assert 0 <= calibration.probability(float("nan")) <= 1
+    calibration.observe([float("nan")], 0)
+
+
+def test_a_text_that_lost_tokens_is_read_again() -> None:
+    lookup = Lookup(2, MASK)
+    assert lookup.find(np.array([1, 2, 3, 4, 1, 2]), 1) == Found([3], 2)
+    assert lookup.find(np.array([1, 2, 5, 1, 2]), 1) == Found([5], 2)
