@@ -70,15 +70,16 @@ def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
     runner(llm).drafter.draft_pass.run = run
 
 
-def take_every_lookup(llm: Any, drafts: Callable[[int], int] = lambda count: count) -> None:
-    """Have auto mode verify ``drafts(n)`` of every n looked-up drafts, whatever it thinks of them."""
+def shun_ar(llm: Any, drafts: Callable[[int], int] = lambda count: count) -> None:
+    """Have auto mode verify ``drafts(n)`` of every n looked-up drafts, and draft if there is none, at any price."""
 
     def lookups(found: Any, *_: Any) -> tuple[dict[int, int], float, float]:
         taken = {row: drafts(len(chances)) for row, chances in found.items()}
-        return {row: count for row, count in taken.items() if count}, 0.0, float("inf")
+        taken = {row: count for row, count in taken.items() if count}
+        return taken, 0.0, float("inf") if taken else 0.0
 
     auto = runner(llm).drafter.auto
-    auto._lookups, auto._probe = lookups, lambda *_: None
+    auto._lookups, auto._probe, auto._plain_rate = lookups, lambda *_: None, lambda *_: 0.0
 
 
 def watch_blocks(llm: Any, seen: Callable[[Any], None]) -> None:

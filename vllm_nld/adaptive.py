@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_nld.auto import AutoMode, Candidate
+from vllm_nld.auto import AutoMode
+from vllm_nld.candidates import Candidate
 from vllm_nld.prompt_lookup import Found
 from vllm_nld.requests import RequestState
 from vllm_nld.step_tokens import StepTokens
@@ -33,11 +34,10 @@ def choose(
     """
     found = {row: looked_up for row, state in states.items() if (looked_up := _look_up(row, state, tokens, longest))}
     chances = {row: states[row].chances_of_found(looked_up) for row, looked_up in found.items()}
-    must_draft = any(state.must_draft for state in states.values())
-    choice = None if must_draft else auto.replan(list(states), requests, planned, chances)
+    choice = auto.replan(list(states), requests, planned, chances)
     if choice is None:
         candidates = [
-            Candidate(row, state.acceptance, limit, state.idle_steps, state.must_draft, chances.get(row, ()))
+            Candidate(row, state.acceptance, limit, state.idle_steps, chances.get(row, ()))
             for row, state in states.items()
             if (limit := longest(row, state, tokens)) >= 2
         ]

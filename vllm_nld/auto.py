@@ -11,13 +11,12 @@ import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_nld.acceptance import Acceptance
+from vllm_nld.candidates import NOTHING, Candidate, Choice, described, hoped, taken
 from vllm_nld.correction import Correction
 from vllm_nld.costs import CostCurve, Costs, round_size
 
@@ -27,8 +26,6 @@ PROBE_SHARE = 0.01
 """Share of the time that may go into steps which are taken to learn something, not because they look best."""
 PROBE_SAVINGS = 10.0
 """Seconds of work whose share may be saved up for probes: a quiet hour must not pay for a burst of them."""
-HOPE = 0.9
-"""Acceptance rate of a request that would be worth finding: where not even that pays, nobody is probed."""
 FRESH_AR_SECONDS = 10.0
 """How old the price of an AR step may become before one is taken to see whether it still holds."""
 AR_SAMPLES = 3
@@ -50,45 +47,6 @@ PROBE_EVERY = 64
 """Steps without a draft after which a request's acceptance counts as unknown."""
 
 
-@dataclass
-class Candidate:
-    """A request in auto mode that could draft.
-
-    Attributes:
-        row: its row in the batch.
-        acceptance: what is known of its drafts.
-        longest: tokens of its longest possible block, seed included; at least 2.
-        idle_steps: steps since it last drafted.
-        must_draft: AR is no choice for it.
-        found: for each draft that a lookup offers it, how likely it is accepted if those before it are.
-    """
-
-    row: int
-    acceptance: Acceptance
-    longest: int
-    idle_steps: int = 0
-    must_draft: bool = False
-    found: Sequence[float] = ()
-
-
-class Choice(NamedTuple):
-    """What the requests of a step do; who is in neither takes an AR step.
-
-    Attributes:
-        blocks: tokens of the block to draft, seed included, by row.
-        lookups: looked-up drafts to verify without drafting, by row.
-    """
-
-    blocks: dict[int, int]
-    lookups: dict[int, int]
-
-    @property
-    def drafts(self) -> bool:
-        """Whether anybody has drafts."""
-        return bool(self.blocks or self.lookups)
-
-
-NOTHING = Choice({}, {})
 Shared = tuple[Choice, int]
 """A choice as ranks share it, and how many steps may follow without another look at draft forwards."""
 
@@ -164,7 +122,7 @@ class AutoMode:
             self._allowance += self._plain_seconds(requests, tokens)  # an AR step would have had its price, too
             self._charging = True
         for candidate in candidates:
-            self.decisions[_described(candidate.row, choice)] += 1
+            self.decisions[described(candidate.row, choice)] += 1
         if logger.isEnabledFor(10):
             logger.debug("auto (%s): %d requests, %s; %s", why, requests, choice, self._prices(requests))
         return choice, steps
@@ -206,25 +164,24 @@ class AutoMode:
             else (NOTHING, 0)
         )
         self.decisions["ar", 1] += len(rows) - len(choice.lookups)
-        self.decisions.update(_described(row, choice) for row in choice.lookups)
+        self.decisions.update(described(row, choice) for row in choice.lookups)
         return choice
 
     def _best(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> Shared:
         """Return what yields the most tokens per second, and for how many steps drafting is out of the question."""
-        ar_allowed = not any(candidate.must_draft for candidate in candidates)
         found = {candidate.row: candidate.found for candidate in candidates if candidate.found}
-        lookups, gained, rate = self._lookups(found, requests, tokens, ar_allowed)
-        plain = MARGIN * self._plain_rate(requests, tokens) if ar_allowed else 0.0
-        everyone, best = self._drafting(candidates, requests, tokens, tokens, plain)
-        steps = 0 if everyone else STEPS_PER_CHOICE
+        lookups, gained, rate = self._lookups(found, requests, tokens)
+        floor = MARGIN * self._plain_rate(requests, tokens)
+        everyone, best = self._drafting(candidates, requests, tokens, tokens, floor)
+        if not everyone:
+            return Choice({}, lookups), STEPS_PER_CHOICE
         if not lookups:
-            return Choice(everyone, {}), steps
+            return Choice(everyone, {}), 0
         # Whoever has good drafts already need not draft.
         rest = [candidate for candidate in candidates if candidate.row not in lookups]
-        floor = 0.0 if any(candidate.must_draft for candidate in rest) else MARGIN * rate
         given = tokens + sum(lookups.values())
-        blocks, better = self._drafting(rest, requests, tokens + gained, given, floor) if everyone else ({}, rate)
-        return (Choice(everyone, {}) if best > max(rate, better) else Choice(blocks, lookups)), steps
+        blocks, better = self._drafting(rest, requests, tokens + gained, given, MARGIN * rate)
+        return (Choice(blocks, lookups) if better >= best else Choice(everyone, {})), 0
 
     def _drafting(
         self,
@@ -248,30 +205,30 @@ class AutoMode:
         correction = self._correction(requests)
         gain = correction.gain if gain is None else gain
         best, blocks, tried = floor, dict[int, int](), None
-        offers = [self._offers(candidate) for candidate in candidates]
+        offers = [candidate.offers(self.lengths) for candidate in candidates]
         for least in LEAST_CHANCES:
-            taken, gained = _taken(candidates, offers, least)
-            if not taken or taken == tried:
+            choice, gained = taken(candidates, offers, least)
+            if not choice or choice == tried:
                 continue
-            tried = taken
-            seconds = correction.seconds * self._cycle_seconds(tokens, sum(taken.values()), len(taken))
+            tried = choice
+            seconds = correction.seconds * self._cycle_seconds(tokens, sum(choice.values()), len(choice))
             rate = (decided + gain * gained) / max(seconds, 1e-9)
             if rate > best:
-                best, blocks = rate, taken
+                best, blocks = rate, choice
         return blocks, best
 
     def _lookups(
-        self, found: Mapping[int, Sequence[float]], requests: int, tokens: int, ar_allowed: bool = True
+        self, found: Mapping[int, Sequence[float]], requests: int, tokens: int
     ) -> tuple[dict[int, int], float, float]:
         """Return how many looked-up drafts to verify, by row, what they gain, and the tokens per second.
 
-        None, if AR is allowed and they do not beat it. Accepted drafts of other modes are decided whatever is chosen.
+        None, if they do not beat AR. Accepted drafts of other modes are decided whatever is chosen.
         """
         rate = self._plain_rate(requests, tokens)
         if not found:
             return {}, 0.0, rate
         kept, gained, better = self._worth(list(found.values()), tokens, 0.0, self._correction(requests).plain)
-        if ar_allowed and better < MARGIN * rate:
+        if better < MARGIN * rate:
             return {}, 0.0, rate
         return {row: drafts for row, drafts in zip(found, kept, strict=True) if drafts}, gained, better
 
@@ -281,12 +238,6 @@ class AutoMode:
 
     def _correction(self, requests: int) -> Correction:
         return self._corrections.setdefault(CostCurve.bucket(requests), Correction())
-
-    def _offers(self, candidate: Candidate) -> list[tuple[float, int, float]]:
-        """Return a request's possible blocks, longest first: their last draft's chance, their length, their gain."""
-        rate = candidate.acceptance.hopeful_rate
-        lengths = dict.fromkeys(min(length, candidate.longest) for length in reversed(self.lengths))
-        return [(rate ** (n - 1), n, candidate.acceptance.hopeful_tokens(n) - 1) for n in lengths]
 
     def _plain_seconds(self, requests: int, tokens: int) -> float:
         if tokens > requests:
@@ -302,8 +253,6 @@ class AutoMode:
         self, candidates: Sequence[Candidate], requests: int, tokens: int, choice: Choice
     ) -> tuple[Choice, str] | None:
         """Return a choice that is made to learn something, with its reason, if one is due and affordable."""
-        if any(candidate.must_draft for candidate in candidates):
-            return None
         if choice.drafts and tokens == requests:
             bucket = self.costs.ar.bucket(requests)
             if self.costs.ar.samples.get(bucket, 0) < AR_SAMPLES:
@@ -315,7 +264,7 @@ class AutoMode:
             return None
         due = [c for c in candidates if c.idle_steps >= PROBE_EVERY and c.row not in choice.lookups]
         floor = MARGIN * self._plain_rate(requests, tokens)
-        if not due or not self._drafting(_hoped(due), requests, tokens, tokens, floor, gain=1.0)[0]:
+        if not due or not self._drafting(hoped(due), requests, tokens, tokens, floor, gain=1.0)[0]:
             return None
         due = sorted(due, key=lambda candidate: -candidate.idle_steps)[:PROBED_REQUESTS]
         length = min(PROBE_LENGTH, self.block_length)
@@ -424,30 +373,3 @@ class AutoMode:
             f"AR step {self.costs.ar.seconds(requests) * 1e3:.2f} ms, draft of {length} "
             f"{self.costs.draft.seconds(length) * 1e3:.2f} ms, verify {self.costs.verify.seconds(length) * 1e3:.2f} ms"
         )
-
-
-def _described(row: int, choice: Choice) -> tuple[str, int]:
-    """Return what a row does: the mode, and the tokens that its next causal pass runs."""
-    if row in choice.blocks:
-        return "self_speculation", choice.blocks[row]
-    return ("prompt_lookup", 1 + choice.lookups[row]) if row in choice.lookups else ("ar", 1)
-
-
-def _taken(
-    candidates: Sequence[Candidate], offers: Sequence[list[tuple[float, int, float]]], least: float
-) -> tuple[dict[int, int], float]:
-    """Return the longest blocks whose last drafts have at least this chance to be accepted, and their gain in all."""
-    blocks, gained = dict[int, int](), 0.0
-    for candidate, own in zip(candidates, offers, strict=True):
-        for chance, length, gain in own:
-            if chance >= least or (candidate.must_draft and length == own[-1][1]):
-                blocks[candidate.row] = length
-                gained += gain
-                break
-    return blocks, gained
-
-
-def _hoped(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates as they would be if their drafts were good."""
-    good = Acceptance(candidates[0].acceptance.prior, accepted=1e6 * HOPE, tested=1e6)
-    return [replace(candidate, acceptance=good, found=()) for candidate in candidates]

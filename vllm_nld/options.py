@@ -34,11 +34,6 @@ class NLDOptions(BaseModel):
         ge=2,
         description="Tokens of a block, seed included; at most 1 + num_speculative_tokens, which is the default.",
     )
-    adaptive: bool = Field(
-        default=False,
-        description="Self-speculation. Choose every block's length, and how many of its drafts to verify, by the "
-        "request's acceptance so far and the drafts' confidence, block_length being the longest. Auto mode does, too.",
-    )
     draft_threshold: float = Field(
         default=0.0,
         ge=0.0,
@@ -60,8 +55,8 @@ class NLDOptions(BaseModel):
         ge=0,
         le=16,
         description="Self-speculation. Behind the first unsure draft, draft what followed the last so many tokens at "
-        "their latest earlier occurrence in prompt and text (drawn drafts are left alone); where block lengths are "
-        "chosen (auto, adaptive), do so also instead of drafting. 0 does not.",
+        "their latest earlier occurrence in prompt and text (drawn drafts are left alone); in auto mode, "
+        "do so also instead of drafting. 0 does not.",
     )
     sampled_drafts: bool = Field(
         default=True,

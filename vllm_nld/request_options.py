@@ -20,7 +20,6 @@ LEARNED_SAMPLER_FOLDER = "learned_sampler"
 
 MODES_OF_KEY: dict[str, tuple[str, ...]] = {
     "block_length": ("auto", "self_speculation", "diffusion"),
-    "adaptive": ("self_speculation",),
     "draft_threshold": ("auto", "self_speculation"),
     "draft_adapter": ("auto", "self_speculation"),
     "prompt_lookup": ("auto", "self_speculation"),

@@ -86,13 +86,7 @@ class RequestState:
     @property
     def is_adaptive(self) -> bool:
         """Whether the block length is chosen for every block, by measured time among other things."""
-        chooses = self.options.mode == "auto" or (self.options.mode == "self_speculation" and self.options.adaptive)
-        return chooses and not self.is_reproducible
-
-    @property
-    def must_draft(self) -> bool:
-        """Whether AR is no choice where the block length is chosen."""
-        return self.options.mode == "self_speculation"
+        return self.options.mode == "auto" and not self.is_reproducible
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -15,7 +15,7 @@ from engines import (
     metric,
     random_prompts,
     runner,
-    take_every_lookup,
+    shun_ar,
     watch_blocks,
 )
 from models import random_model, save, small_config, yarn
@@ -134,7 +134,7 @@ def test_a_long_prompt_uses_the_query_scale(tmp_path: Path) -> None:
     assert difference[128:].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"draft_threshold": 0.3}])
+@pytest.mark.parametrize("options", [{}, {"draft_threshold": 0.3}])
 def test_looked_up_drafts_change_no_text_and_save_cycles(options: dict[str, Any], tmp_path: Path) -> None:
     model = random_model(small_config(eos_token_id=None, block_size=8), seed=3)
     prompts = [ids * 4 for ids in random_prompts([12, 20, 31], 24, seed=7)]
@@ -157,7 +157,7 @@ def test_looked_up_drafts_that_stand_alone_change_no_text(tmp_path: Path) -> Non
     numbers = random.Random(5)
     folder, cache = save(model, tmp_path), {"kv_cache_memory_bytes": 1 << 19, "block_size": 32}
     with engine(folder, spec=True, max_model_len=256, max_num_seqs=8, **cache) as llm:
-        take_every_lookup(llm, lambda count: numbers.randint(0, count))
+        shun_ar(llm, lambda count: numbers.randint(0, count))
         before = llm.collective_rpc("nld_tally")[0]
         modes = [{"mode": "self_speculation", "prompt_lookup": 3}, {"mode": "ar"}] + [
             {"mode": "auto", "prompt_lookup": 2}

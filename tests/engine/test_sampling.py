@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import accepted, engine, generate, random_prompts, take_every_lookup
+from engines import accepted, engine, generate, random_prompts, shun_ar
 from models import random_model, save, small_config
 
 from vllm_nld.reference import ReferenceModel, ar_generate
@@ -59,7 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "AR": {"mode": "ar"},
     "most probable drafts": {"sampled_drafts": False},
     "drawn drafts": {},
-    "drawn drafts, trimmed": {"adaptive": True},
+    "drawn drafts, trimmed": {"mode": "auto"},
     "looked-up drafts alone": {"mode": "auto", "prompt_lookup": 1},
 }
 
@@ -75,7 +75,7 @@ def test_every_way_of_drafting_has_the_distribution_of_ar(temperature: float, to
     greedy_ids = ar_generate(model, prompt, TOKENS).ids[len(prompt) :]
     p_values = {}
     with engine(save(model, tmp_path), spec=True, seed=11, max_num_seqs=64) as llm:
-        take_every_lookup(llm)
+        shun_ar(llm)
         for way, options in WAYS.items():
             shared: dict[str, Any] = {"max_tokens": TOKENS, "detokenize": False, "extra_args": {"nld": options}}
             sampled = SamplingParams(temperature=temperature, top_k=top_k, **shared)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 import pytest
 
 from vllm_nld.acceptance import TRIES, Acceptance, Calibration, Prior
-from vllm_nld.auto import AR_SAMPLES, NOTHING, PROBE_SHARE, STEPS_PER_CHOICE, AutoMode, Candidate, Choice
+from vllm_nld.auto import AR_SAMPLES, PROBE_SHARE, STEPS_PER_CHOICE, AutoMode
+from vllm_nld.candidates import NOTHING, Candidate, Choice
 from vllm_nld.correction import REMEMBERED_DRAFTS, Correction
 from vllm_nld.costs import KNOWN, CostCurve, round_size
 
@@ -118,19 +118,6 @@ def test_lookups_are_looked_at_in_every_step() -> None:
     found = auto.replan([0, 1], 2, 2, {1: [0.95] * 14})
     assert found == Choice({}, {1: 14})
     assert auto.decisions == {("ar", 1): 2 + 2 + 1, ("prompt_lookup", 15): 1}
-
-
-def test_a_request_that_must_draft_does_so_unless_it_has_looked_up_drafts() -> None:
-    two = [replace(candidate, must_draft=True) for candidate in candidates(0.05, 0.05)]
-    two[0].found = [0.95] * 15
-    assert made(slope=0.05).plan(two, 2, 2) == Choice({1: 4}, {0: 14})
-
-
-def test_looked_up_drafts_replace_a_draft_only_if_they_are_better() -> None:
-    """Where AR is no choice, they are weighed against drafting."""
-    (candidate,) = candidates(0.97)
-    for chance, expected in ((0.3, Choice({0: 16}, {})), (0.95, Choice({}, {0: 15}))):
-        assert made().plan([replace(candidate, must_draft=True, found=[chance] * 15)], 1, 1) == expected
 
 
 def test_a_lookup_does_not_put_off_drafting() -> None:

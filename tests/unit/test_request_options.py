@@ -113,12 +113,12 @@ def test_every_key_but_mode_says_where_it_applies() -> None:
 
 def test_booleans_may_arrive_as_numbers() -> None:
     """``vllm_xargs`` has none."""
-    options = read({"nld.mode": "self_speculation", "nld.draft_adapter": 0, "nld.adaptive": 1, "nld.sampled_drafts": 0})
-    assert (options.draft_adapter, options.adaptive, options.sampled_drafts) == (False, True, False)
+    options = read({"nld.mode": "self_speculation", "nld.draft_adapter": 0, "nld.sampled_drafts": 0})
+    assert (options.draft_adapter, options.sampled_drafts) == (False, False)
 
 
 def test_the_adapter_is_the_engine_s_to_choose() -> None:
     with pytest.raises(NLDError, match=r"draft_lora='off' is not a request's to choose.*--additional-config"):
         read({"nld": {"draft_lora": "off"}})
-    with pytest.raises(NLDError, match=r"adaptive=True has no effect in mode 'ar'"):
-        read({"nld": {"mode": "ar", "adaptive": True}})
+    with pytest.raises(NLDError, match=r"prompt_lookup=2 has no effect in mode 'ar'"):
+        read({"nld": {"mode": "ar", "prompt_lookup": 2}})

@@ -134,7 +134,7 @@ def drafting(
     turns: Annotated[int, typer.Option(min=2, help="Turns of half a second per engine.")] = 20,
     json: Json = False,
 ) -> None:
-    """The draft adapter, fixed and adaptive block lengths, and drawn drafts, on held-out text."""
+    """The draft adapter, fixed and chosen block lengths, and drawn drafts, on held-out text."""
     from vllm_nld.cli.bench_drafting import run
 
     run(prompts, max_tokens, concurrency or [1, 4, 16], turns, json)

@@ -1,7 +1,8 @@
 """``vllm-nld bench drafting``: what the draft adapter, the block length and drawn drafts are worth on held-out text.
 
-Three tables: acceptance by position, tokens per forward and agreement with AR, one request at a time; speed of adaptive
-against fixed block lengths on a mix of easy and hard requests, engines taking turns; acceptance of sampled requests.
+Three tables: acceptance by position, tokens per forward and agreement with AR, one request at a time; speed of the
+lengths that auto mode chooses against fixed ones on a mix of easy and hard requests, engines taking turns; acceptance
+of sampled requests.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def ways(lookup: bool = True) -> dict[str, dict[str, Any]]:
     """Return the block lengths to compare: a name, and a request's options."""
     drafting: dict[str, Any] = {"mode": "self_speculation"} | ({} if lookup else {"prompt_lookup": 0})
     fixed = {f"fixed {length}": drafting | {"block_length": length} for length in LENGTHS}
-    return fixed | {"adaptive": drafting | {"adaptive": True}}
+    return fixed | {"auto": drafting | {"mode": "auto"}}
 
 
 def run(prompts: int, max_tokens: int, concurrency: list[int], turns: int, as_json: bool) -> None:
@@ -100,7 +101,7 @@ def _greedy(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
         for adapter, lookup in ((False, False), (True, False), (True, True)):
             for name, options in ways(lookup).items():
                 _say(f"greedy, {'adapter' if adapter else 'no adapter'}, lookup {lookup}, {name}")
-                if name == "adaptive":
+                if name == "auto":
                     complete(llm, options | {"draft_adapter": adapter})  # prices settle
                 with watched(llm) as run:
                     tokens = complete(llm, options | {"draft_adapter": adapter})
@@ -122,7 +123,7 @@ def _summary(run: Run, tokens: list[list[int]], expected: list[list[int]]) -> di
 
 
 def _speed(concurrency: list[int], turns: int, max_tokens: int) -> list[dict[str, Any]]:
-    """Return tokens per second of every way on the mix, and adaptive against the best fixed length."""
+    """Return tokens per second of every way on the mix, and auto against the best fixed length."""
     settings = serving_settings("bfloat16", max(concurrency))
     rows = []
     with contextlib.ExitStack() as stack:
@@ -132,14 +133,14 @@ def _speed(concurrency: list[int], turns: int, max_tokens: int) -> list[dict[str
             jobs = make_jobs("mix", max(8, 2 * clients), max_tokens)
             runs = {name: Client(llm, ways()[name], jobs, clients) for name, llm in engines.items()}
             taken = take_turns(runs, turns)
-            best = max((name for name in runs if name != "adaptive"), key=lambda name: speed(taken[name]))
+            best = max((name for name in runs if name != "auto"), key=lambda name: speed(taken[name]))
             rows.append(
                 {
                     "concurrency": clients,
                     "tokens_per_s": {name: round(speed(own), 1) for name, own in taken.items()},
                     "best_fixed": best,
-                    "adaptive_to_best_fixed": round(speed(taken["adaptive"]) / speed(taken[best]), 3),
-                    "interval_95": bootstrap_ratio(taken["adaptive"], taken[best]),
+                    "auto_to_best_fixed": round(speed(taken["auto"]) / speed(taken[best]), 3),
+                    "interval_95": bootstrap_ratio(taken["auto"], taken[best]),
                 }
             )
     return rows
@@ -188,11 +189,11 @@ def _show(report: dict[str, Any]) -> None:
             f"{row['tpf']:.2f}", f"{row['tokens_per_s']:.0f}", f"{row['same_text_as_ar']:.0%}", _positions(row),
         )  # fmt: skip
     console.print(table)
-    table = Table("concurrency", *(f"{name} tokens/s" for name in ways()), "adaptive / best fixed", "95 %")
+    table = Table("concurrency", *(f"{name} tokens/s" for name in ways()), "auto / best fixed", "95 %")
     for row in report["speed"]:
         low, high = row["interval_95"]
         speeds = [f"{value:.0f}" for value in row["tokens_per_s"].values()]
-        ratio = f"{row['adaptive_to_best_fixed']:.3f} ({row['best_fixed']})"
+        ratio = f"{row['auto_to_best_fixed']:.3f} ({row['best_fixed']})"
         table.add_row(str(row["concurrency"]), *speeds, ratio, f"{low:.3f} to {high:.3f}")
     console.print(table)
     table = Table("temperature", "drafts", "acceptance length", "by position")
