@@ -11,7 +11,7 @@ from vllm_nld.acceptance import TRIES, Acceptance, Calibration, Prior
 from vllm_nld.auto import AR_SAMPLES, PROBE_SHARE, STEPS_PER_CHOICE, AutoMode
 from vllm_nld.candidates import NOTHING, Candidate, Choice
 from vllm_nld.correction import REMEMBERED_DRAFTS, Correction
-from vllm_nld.costs import KNOWN, CostCurve, round_size
+from vllm_nld.costs import KNOWN, RECENT, CostCurve, round_size
 
 
 def made(clock: list[float] | None = None, slope: float = 0.01, cap: int = 512) -> AutoMode:
@@ -252,6 +252,9 @@ def test_host_time_seen_at_one_size_is_expected_at_the_others() -> None:
     assert curve.seconds(32) == 37.0
     assert curve.ceiling(8) == 13.0
     assert curve.ceiling(16) == math.inf, "a guess is no ceiling"
+    for _ in range(RECENT):
+        curve.observe(8, 6.0)
+    assert curve.ceiling(8) == 6.0
 
 
 def test_a_stopped_process_is_no_price() -> None:
