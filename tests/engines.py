@@ -45,12 +45,21 @@ def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | Non
         stop(llm)
 
 
-def generate(llm: Any, prompts: list[list[int]], **params: Any) -> list[list[int]]:
-    """Complete token prompts in one batch; greedy unless told otherwise. Returns the new token ids."""
+def generate(
+    llm: Any, prompts: list[list[int]], each: list[dict[str, Any]] | None = None, loras: Any = None, **params: Any
+) -> list[list[int]]:
+    """Complete token prompts in one batch; greedy unless told otherwise. Returns the new token ids.
+
+    ``each`` are the requests' own options, under ``nld``; ``loras`` their LoRAs.
+    """
     from vllm import SamplingParams
 
-    settings = SamplingParams(**({"temperature": 0, "max_tokens": 24, "detokenize": False} | params))
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+    params = {"temperature": 0, "max_tokens": 24, "detokenize": False} | params
+    settings: Any = SamplingParams(**params)
+    if each is not None:
+        settings = [SamplingParams(**params, extra_args={"nld": options}) for options in each]
+    inputs = [{"prompt_token_ids": ids} for ids in prompts]
+    outputs = llm.generate(inputs, settings, use_tqdm=False, lora_request=loras)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

@@ -158,11 +158,9 @@ class AutoMode:
         if steps == 0 or batch != (requests, tokens, rows):
             return None
         self._settled = (batch, steps - 1)
-        choice, _ = (
-            self._together(lambda: (Choice({}, self._lookups(found, requests, tokens)[0]), 0))
-            if found
-            else (NOTHING, 0)
-        )
+        choice = NOTHING
+        if found:
+            choice, _ = self._together(lambda: (Choice({}, self._lookups(found, requests, tokens)[0]), 0))
         self.decisions["ar", 1] += len(rows) - len(choice.lookups)
         self.decisions.update(described(row, choice) for row in choice.lookups)
         return choice
@@ -284,7 +282,7 @@ class AutoMode:
 
         Args:
             chances: per block, how likely each draft is accepted if those before it are.
-            tokens: what the next causal pass runs anyway, as in :meth:`plan`, and looked-up drafts.
+            tokens: what the next causal pass runs anyway, as in :meth:`plan`.
             draft_seconds: what the draft took.
         """
         kept, _, _ = self._worth(chances, tokens, draft_seconds)

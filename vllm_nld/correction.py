@@ -20,39 +20,33 @@ class Correction:
 
     Ratios of sums, for a mean of ratios would be off: a few blocks in which nearly all drafts are accepted make up for
     many poor ones, and cut to size they no longer do.
+
+    Attributes:
+        seconds: time of a cycle, as a multiple of the one expected.
+        plain: time of a step without drafts, likewise: prices are medians, and the mean of either is higher.
     """
 
     def __init__(self) -> None:
         self._accepted = self._expected = REMEMBERED_DRAFTS
-        self._seconds, self._plain = 1.0, 1.0
+        self.seconds = self.plain = 1.0
 
     @property
     def gain(self) -> float:
         """Accepted drafts, as a share of those expected."""
         return self._accepted / self._expected
 
-    @property
-    def seconds(self) -> float:
-        """Time of a cycle, as a multiple of the one expected."""
-        return self._seconds
-
-    @property
-    def plain(self) -> float:
-        """Time of a step without drafts, likewise: prices are medians, and the mean of either is higher."""
-        return self._plain
-
     def observe(self, accepted: float, expected: float, slowness: float) -> None:
         """Take in what one cycle yielded, what it was expected to yield, and its time relative to the expected one."""
         keep = math.exp(-expected / REMEMBERED_DRAFTS)
         self._accepted = keep * self._accepted + accepted
         self._expected = keep * self._expected + expected
-        self._seconds += TIME_WEIGHT * (min(slowness, SLOWEST) - self._seconds)
+        self.seconds += TIME_WEIGHT * (min(slowness, SLOWEST) - self.seconds)
 
     def observe_plain(self, slowness: float) -> None:
         """Take in what a step without drafts took, relative to what was expected."""
-        self._plain += TIME_WEIGHT * (min(slowness, SLOWEST) - self._plain)
+        self.plain += TIME_WEIGHT * (min(slowness, SLOWEST) - self.plain)
 
     def forget(self) -> None:
         """Trust the expectations a little more again: nothing is learned while nobody drafts."""
         self._accepted += FORGET * (self._expected - self._accepted)
-        self._seconds += FORGET * (1 - self._seconds)
+        self.seconds += FORGET * (1 - self.seconds)

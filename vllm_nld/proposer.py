@@ -293,8 +293,7 @@ class SelfSpeculation:
             for row, length in lengths.items():
                 blocks[row] = self._draft_block(row, states[row], tokens, length)
             for row, looked_up in found.items():
-                seed, prefix = tokens.sampled[row][-1], int(tokens.decided[row]) - 1
-                blocks[row] = looked_up.block(seed, prefix)
+                blocks[row] = looked_up.block(*tokens.seed(row))
         empty = {row: block for row, block in blocks.items() if not block.is_done(self.mask_token_id)}
         self._draft_pass().locate(empty | opened)
         for row, block in opened.items():
@@ -306,8 +305,7 @@ class SelfSpeculation:
         return state.longest_draft_block(min(state.options.block_length or self.block_length, room))
 
     def _draft_block(self, row: int, state: RequestState, tokens: StepTokens, length: int) -> Block:
-        seed, prefix = tokens.sampled[row][-1], int(tokens.decided[row]) - 1
-        return state.draft_block(seed, prefix, length, self.mask_token_id, self.vocab_size)
+        return state.draft_block(*tokens.seed(row), length, self.mask_token_id, self.vocab_size)
 
     def _diffusion(self, row: int, state: RequestState, tokens: StepTokens, drafts: list[list[int]]) -> Block | None:
         """Return a diffusion request's next block, or hand out what is left of the one that was cut short."""
@@ -319,8 +317,7 @@ class SelfSpeculation:
             assert state.interrupted.prefix == decided - 2, "the resumption decides one token behind the block's seed"
             return state.interrupted
         return state.diffusion_block(
-            tokens.sampled[row][-1],
-            decided - 1,
+            *tokens.seed(row),
             self.max_model_len - decided,
             self.block_length,
             self.mask_token_id,

@@ -21,6 +21,10 @@ class StepTokens:
         """Return a row's decided tokens, prompt and text, this step's included."""
         return self.ids[row, : int(self.decided[row])]
 
+    def seed(self, row: int) -> tuple[int, int]:
+        """Return the token that opens a row's next block, and how many tokens come before it."""
+        return self.sampled[row][-1], int(self.decided[row]) - 1
+
     def replace_last(self, row: int, token: int, state: RequestState) -> None:
         """Replace the last sampled token of a row; vLLM returns the very lists that it passed to ``propose``."""
         self.sampled[row][-1] = token

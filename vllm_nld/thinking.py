@@ -44,13 +44,10 @@ class ThinkingBudget:
             text: int ``[tokens]``, NumPy, prompt and text so far.
             drafts: what is to follow.
         """
-        behind = len(self.start_tokens) - 1
-        if behind < 0:
-            return drafts
-        tokens = (text[-behind:].tolist() if behind else []) + drafts
+        length = len(self.start_tokens)
+        tail = text[max(0, len(text) - length + 1) :].tolist()
         for place in range(len(drafts)):
-            end = len(tokens) - len(drafts) + place + 1
-            if tokens[max(0, end - behind - 1) : end] == self.start_tokens:
+            if (tail + drafts[: place + 1])[-length:] == self.start_tokens:
                 return drafts[:place]
         return drafts
 

@@ -137,21 +137,15 @@ def test_finished_blocks_leave_the_pass(llm: Any) -> None:
 
 
 def test_modes_mix_in_one_batch(llm: Any, model: ReferenceModel) -> None:
-    from vllm import SamplingParams
-
     prompts = random_prompts(LENGTHS, 24, seed=7)
     modes = ["ar", "diffusion", "self_speculation", "auto"] * 2
-    params = [
-        SamplingParams(temperature=0, max_tokens=40, detokenize=False, extra_args={"nld": {"mode": mode}})
-        for mode in modes
-    ]
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-    for mode, ids, output in zip(modes, prompts, outputs, strict=True):
+    texts = generate(llm, prompts, each=[{"mode": mode} for mode in modes], max_tokens=40)
+    for mode, ids, text in zip(modes, prompts, texts, strict=True):
         if mode == "diffusion":
             expected = reference_generate(model, ids, 40, threshold=0.9)
         else:
             expected = ar_generate(model, ids, 40)
-        assert list(output.outputs[0].token_ids) == expected.ids[len(ids) :], mode
+        assert text == expected.ids[len(ids) :], mode
 
 
 def test_preemption_does_not_change_the_text(folder: Path, model: ReferenceModel) -> None:

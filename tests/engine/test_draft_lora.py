@@ -38,14 +38,7 @@ def folder(model: ReferenceModel, tmp_path: Path) -> Path:
 
 def request(llm: Any, prompts: list[list[int]], options: list[dict[str, Any]], loras: Any = None) -> list[list[int]]:
     """Complete prompts greedily in one batch, each with its own options."""
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(temperature=0, max_tokens=40, detokenize=False, extra_args={"nld": own}) for own in options
-    ]
-    inputs = [{"prompt_token_ids": ids} for ids in prompts]
-    outputs = llm.generate(inputs, params, use_tqdm=False, lora_request=loras)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return generate(llm, prompts, each=options, loras=loras, max_tokens=40)
 
 
 def drafts_of(llm: Any, prompts: list[list[int]], options: dict[str, Any], lora: Any = None) -> list[list[list[int]]]:

@@ -7,17 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import (
-    accepted,
-    counters,
-    engine,
-    generate,
-    metric,
-    random_prompts,
-    runner,
-    shun_ar,
-    watch_blocks,
-)
+from engines import accepted, counters, engine, generate, metric, random_prompts, runner, shun_ar, watch_blocks
 from models import random_model, save, small_config, yarn
 
 from vllm_nld.accounting import Tally
@@ -159,23 +149,12 @@ def test_looked_up_drafts_that_stand_alone_change_no_text(tmp_path: Path) -> Non
     with engine(folder, spec=True, max_model_len=256, max_num_seqs=8, **cache) as llm:
         shun_ar(llm, lambda count: numbers.randint(0, count))
         before = llm.collective_rpc("nld_tally")[0]
-        modes = [{"mode": "self_speculation", "prompt_lookup": 3}, {"mode": "ar"}] + [
-            {"mode": "auto", "prompt_lookup": 2}
-        ] * 4
-        assert _generate_each(llm, prompts, [modes[number % 6] for number in range(12)], 60) == expected
+        alone = {"mode": "auto", "prompt_lookup": 2}
+        modes = [{"mode": "self_speculation", "prompt_lookup": 3}, {"mode": "ar"}, alone, alone, alone, alone] * 2
+        assert generate(llm, prompts, each=modes, max_tokens=60) == expected
         after = llm.collective_rpc("nld_tally")[0]
         preemptions = metric(llm, "vllm:num_preemptions")
     tally = Tally.between(before, after)
     assert preemptions > 0
     assert sum(count for choice, count in after["decisions"].items() if choice.startswith("prompt_lookup")) > 50
     assert tally.blocks["self_speculation"] - tally.forwards["draft"] > 50, "blocks that took no draft forward"
-
-
-def _generate_each(llm: Any, prompts: list[list[int]], options: list[dict[str, Any]], tokens: int) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, extra_args={"nld": own}) for own in options
-    ]
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]

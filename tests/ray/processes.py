@@ -53,7 +53,7 @@ def _name(process: psutil.Process) -> str:
 def replicas(title: str) -> set[int]:
     """Return the process ids of the Ray actors whose title begins so, which have an engine.
 
-    Ray rewrites a process's title whenever it begins or ends a task, so that a single look may miss one.
+    Several looks, for a single one missed a working replica once, in CI; why was not found.
     """
     looks = set()
     for _ in range(5):
