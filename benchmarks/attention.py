@@ -26,10 +26,10 @@ from rich.table import Table
 from torch import Tensor
 
 from vllm_nld.attention import cpp_ops
-from vllm_nld.pages import LAYOUTS
+from vllm_nld.pages import STRIDED, TILED
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 128
-LAYOUT = LAYOUTS[0]  # what vLLM's CPU backend writes without AMX
+COLUMNS = STRIDED[0]  # what vLLM's CPU backend writes without AMX, and all that peer (b) reads on such a CPU
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Point:
     rows: int
     dtype: torch.dtype
     causal: bool = False
+    tiles: bool = False  # the pages are those of a CPU with AMX
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -72,7 +73,7 @@ class Point:
 
     def ours(self) -> Tensor:
         """The operator under test."""
-        keys, values = LAYOUT.split(self.cache, DIM)
+        keys, values = (TILED if self.tiles else COLUMNS).split(self.cache, DIM)
         cpp_ops.block_attention(
             self.query, self.key, self.value, keys, values, self.table, self.prefixes, self.starts, self.kinds, None,
             DIM**-0.5, 1.0, 1.0, self.length, self.prefix, self.output,
@@ -82,7 +83,7 @@ class Point:
     def gather_sdpa(self) -> Tensor:
         """Peer (a); all rows have the same prefix here, so nothing is padded and no mask is needed."""
         pages = self.table[:, : -(-self.prefix // PAGE)].long()
-        keys, values = LAYOUT.gather(self.cache, DIM, pages, self.prefix)
+        keys, values = (TILED if self.tiles else COLUMNS).gather(self.cache, DIM, pages, self.prefix)
         shape = (self.rows, self.length, -1, DIM)
         keys = torch.cat((keys, self.key.view(shape).transpose(1, 2)), 2)
         values = torch.cat((values, self.value.view(shape).transpose(1, 2)), 2)
@@ -145,9 +146,11 @@ def measure(point: Point, limits: dict[str, float], seconds: float) -> dict[str,
     """Check that all three agree, then time them."""
     point.prepare_stock()
     truth = point.gather_sdpa().float() if not point.causal else point.stock().float()
-    for found in (point.ours(), point.stock()):
+    for found in (point.ours(), *([] if point.tiles else [point.stock()])):
         assert (found.float() - truth).abs().max() < 0.05, "an implementation is wrong"
-    calls = {"ours": point.ours, "stock": point.stock}
+    calls = {"ours": point.ours}
+    if not point.tiles:
+        calls["stock"] = point.stock
     if not point.causal:
         calls["gather_sdpa"] = point.gather_sdpa
     times = medians(calls, seconds)
@@ -158,12 +161,17 @@ def measure(point: Point, limits: dict[str, float], seconds: float) -> dict[str,
         "rows": point.rows,
         "causal": point.causal,
         "ms": {name: round(value * 1e3, 3) for name, value in times.items()},
-        "stock_to_ours": round(times["stock"] / times["ours"], 2),
-        "sdpa_to_ours": round(times["gather_sdpa"] / times["ours"], 2) if not point.causal else None,
+        "stock_to_ours": ratio(times, "stock"),
+        "sdpa_to_ours": ratio(times, "gather_sdpa"),
         "gflops": round(gflops, 1),
         "share_of_gemm": round(gflops / limits["gemm_gflops"], 3),
         "gb_per_s": round(point.bytes / times["ours"] / 1e9, 2),
     }
+
+
+def ratio(times: dict[str, float], peer: str) -> float | None:
+    """A peer's time over ours, if it was measured."""
+    return round(times[peer] / times["ours"], 2) if peer in times else None
 
 
 def show(report: dict[str, Any]) -> None:
@@ -180,8 +188,8 @@ def show(report: dict[str, Any]) -> None:
         ms = row["ms"]
         table.add_row(
             str(row["prefix"]), str(row["length"]), str(row["rows"]), "causal" if row["causal"] else "all",
-            f"{ms['ours']:.2f}", f"{ms['stock']:.2f}", f"{ms.get('gather_sdpa', float('nan')):.2f}",
-            f"{row['stock_to_ours']:.2f}", f"{row['sdpa_to_ours']}", f"{row['gflops']:.0f}",
+            *(f"{ms[name]:.2f}" if name in ms else "-" for name in ("ours", "stock", "gather_sdpa")),
+            *(f"{row[name] or '-'}" for name in ("stock_to_ours", "sdpa_to_ours")), f"{row['gflops']:.0f}",
             f"{row['share_of_gemm']:.0%}",
         )  # fmt: skip
     console.print(table)
@@ -197,9 +205,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--isa", default="", help="force avx512bf16, avx512, avx2 or portable")
     parser.add_argument("--causal", action="store_true", help="verify passes: causal mask, against (b) alone")
+    parser.add_argument("--tiles", action="store_true", help="pages of a CPU with AMX; without (b)")
     parser.add_argument("--seconds", type=float, default=1.0, help="per point")
     parser.add_argument("--json", type=Path, help="write the report here")
     args = parser.parse_args()
+    if args.causal and args.tiles:
+        parser.error("--causal is compared with (b), which does not read --tiles")
     import vllm._C  # noqa: F401  (registers peer (b))
 
     reason = cpp_ops.unavailable(torch.device("cpu"))
@@ -211,7 +222,7 @@ def main() -> None:
     results = []
     with torch.inference_mode():
         for point in points:
-            results.append(measure(Point(*point, dtype, args.causal), limits, args.seconds))
+            results.append(measure(Point(*point, dtype, args.causal, args.tiles), limits, args.seconds))
             print(json.dumps(results[-1]), flush=True)
     report = {
         "dtype": args.dtype, "instruction_set": isa, "threads": torch.get_num_threads(), "machine": limits,

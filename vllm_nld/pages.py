@@ -26,18 +26,21 @@ class PageLayout:
     Attributes:
         name: shown by errors and by the log.
         page_dim: which dimension of the cache counts pages.
-        split: cache -> views (keys, values), each ``[pages, kv_heads, page_size, head_dim]``, any strides.
+        split: cache -> views (keys, values), each ``[pages, kv_heads, page_size, head_dim]``, any strides; or,
+            in tiles, ``[pages, kv_heads, groups, tokens of a group, groups, dimensions of a group]``.
         accepts: whether a cache of this shape can have the layout, given the head size.
+        tiled: whether ``split`` gives tiles. Not every implementation of the operators reads them.
     """
 
     name: str
     page_dim: int
     split: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     accepts: Callable[[torch.Size, int], bool]
+    tiled: bool = False
 
     def page_size(self, layer: Any) -> int:
         """Tokens per page of an attention layer's cache."""
-        return int(self.split(layer.kv_cache, layer.head_size)[0].shape[2])
+        return page_size(self.split(layer.kv_cache, layer.head_size)[0])
 
     def gather(self, cache: Tensor, head_dim: int, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Return keys and values ``[rows, kv_heads, tokens, head_dim]`` of the first ``tokens`` positions.
@@ -52,9 +55,25 @@ class PageLayout:
         return _rows(keys, pages, tokens), _rows(values, pages, tokens)
 
 
+def page_size(pool: Tensor) -> int:
+    """Tokens per page of a view that :attr:`PageLayout.split` gave."""
+    return pool.shape[2] if pool.dim() == 4 else pool.shape[2] * pool.shape[3]
+
+
+def refuse_tiles(pool: Tensor, reader: str) -> None:
+    """Raise NLDError if a view is of tiles, which ``reader`` cannot read."""
+    if pool.dim() != 4:
+        raise NLDError(f"{reader} attention reads no pages in tiles ({pool.dim()} dimensions); needed: 4 dimensions")
+
+
+def whole_pages(pool: Tensor, pages: Tensor) -> Tensor:
+    """Return a copy of some pages, in tiles or not: ``[*pages.shape, kv_heads, page_size, head_dim]``."""
+    picked = pool[pages]
+    return picked if pool.dim() == 4 else picked.flatten(-2).flatten(-3, -2)
+
+
 def _rows(pool: Tensor, pages: Tensor, tokens: int) -> Tensor:
-    picked = pool[pages]  # [rows, pages, kv_heads, page_size, head_dim]
-    return picked.permute(0, 2, 1, 3, 4).flatten(2, 3)[:, :, :tokens]
+    return whole_pages(pool, pages).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
 
 
 def _fused_shape(shape: torch.Size, head_dim: int) -> bool:
@@ -75,7 +94,20 @@ def _split_row_pages(cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return halves[:, :, 0], halves[:, :, 1]
 
 
-LAYOUTS = (
+def _fits_tiles(shape: torch.Size, head_dim: int) -> bool:
+    return _fused_shape(shape, head_dim) and shape[2] % 16 == 0 and head_dim % 16 == 0
+
+
+def _split_tiles(cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """vLLM's CPU cache where products are AMX's: keys in tiles of 16 tokens by 2 dimensions, values of 2 by 16."""
+    pages, heads, size, _ = cache.shape
+    halves = cache.view(pages, heads, 2, size * head_dim)
+    keys = halves[:, :, 0].view(pages, heads, size // 16, head_dim // 2, 16, 2)
+    values = halves[:, :, 1].view(pages, heads, head_dim // 16, size // 2, 16, 2)
+    return keys.permute(0, 1, 2, 4, 3, 5), values.permute(0, 1, 3, 5, 2, 4)
+
+
+STRIDED = (
     PageLayout("column-major key pages (CPU)", 0, _split_column_pages, _fused_shape),
     PageLayout("row-major key pages (CPU)", 0, _split_row_pages, _fused_shape),
     PageLayout(
@@ -103,6 +135,11 @@ LAYOUTS = (
         lambda shape, d: len(shape) == 5 and shape[0] == 2 and shape[-1] == d,
     ),
 )
+"""Layouts that every implementation of the operators reads."""
+
+TILED = PageLayout("tiles of 16 by 2 (CPU with AMX)", 0, _split_tiles, _fits_tiles, tiled=True)
+
+LAYOUTS = (*STRIDED, TILED)
 
 
 def typed_cache(layer: Any) -> Tensor:
@@ -138,13 +175,13 @@ def find_layout(layer: Any) -> PageLayout:
         shape = list(cache.shape)
         shape[layout.page_dim] = _PROBE_PAGES
         scratch = layer.kv_cache.new_zeros(shape)
-        page_size = layout.split(scratch, head_dim)[0].shape[2]
-        tokens = page_size + 1
+        size = page_size(layout.split(scratch, head_dim)[0])
+        tokens = size + 1
         written = torch.arange(2 * tokens * kv_heads * head_dim, device=cache.device)
         written = written % 17 - 8 if quantized else written % 251  # exact in every dtype
         written = written.to(layer.dtype if quantized else cache.dtype).view(2, tokens, kv_heads, head_dim)
         pages = torch.tensor([[2, 1]], device=cache.device)
-        slots = (pages[0, :, None] * page_size + torch.arange(page_size, device=cache.device)).flatten()[:tokens]
+        slots = (pages[0, :, None] * size + torch.arange(size, device=cache.device)).flatten()[:tokens]
         layer.impl.do_kv_cache_update(layer, written[0], written[1], scratch, slots)
         read = layout.gather(scratch.view(cache.dtype), head_dim, pages, tokens)
         scaled = [part[0].transpose(0, 1).float() * scale for part, scale in zip(read, scales(layer), strict=True)]

@@ -50,13 +50,30 @@ nld::Fresh fresh(const Tensor& tensor, const char* name, int64_t tokens, int64_t
     return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
+int64_t page_size(const Tensor& pool) { return pool.dim() == 6 ? pool.size(2) * pool.size(3) : pool.size(2); }
+
+// Whole pages, or tiles in pages: [pages, kv_heads, groups, tokens of a group, groups, dimensions of a group].
 nld::Pages pages(const Tensor& tensor, const char* name, int64_t kv_heads, int64_t head_dim, double scale) {
-    STD_TORCH_CHECK(tensor.dim() == 4, "block_attention: ", name, " has ", tensor.dim(), " dimensions; needed: 4");
-    STD_TORCH_CHECK(tensor.size(1) == kv_heads && tensor.size(3) == head_dim && tensor.size(2) > 0,
-                    "block_attention: ", name, " has shape [pages, ", tensor.size(1), ", ", tensor.size(2), ", ",
-                    tensor.size(3), "]; needed: [pages, ", kv_heads, ", page size, ", head_dim, "]");
-    return {tensor.data_ptr(), dtype_of(tensor, name, true), tensor.stride(0), tensor.stride(1), tensor.stride(2),
-            tensor.stride(3),  static_cast<float>(scale)};
+    const bool tiled = tensor.dim() == 6;
+    STD_TORCH_CHECK(tensor.dim() == 4 || tiled, "block_attention: ", name, " has ", tensor.dim(),
+                    " dimensions; needed: 4, or 6 in tiles");
+    const int64_t dims = tiled ? tensor.size(4) * tensor.size(5) : tensor.size(3);
+    const int64_t size = page_size(tensor);
+    STD_TORCH_CHECK(tensor.size(1) == kv_heads && dims == head_dim && size > 0, "block_attention: ", name,
+                    " has shape [pages, ", tensor.size(1), ", ", size, ", ", dims, "]; needed: [pages, ", kv_heads,
+                    ", page size, ", head_dim, "]");
+    nld::Pages found{tensor.data_ptr(),        dtype_of(tensor, name, true), tensor.stride(0),
+                     tensor.stride(1),         tensor.stride(tiled ? 3 : 2), tensor.stride(tiled ? 5 : 3),
+                     static_cast<float>(scale)};
+    if (!tiled) return found;
+    STD_TORCH_CHECK(nld::kTile % tensor.size(3) == 0 && tensor.size(5) % 2 == 0, "block_attention: tiles of ", name,
+                    " are of ", tensor.size(3), " tokens by ", tensor.size(5),
+                    " dimensions; allowed: divisors of 64 by even numbers");
+    found.tokens = static_cast<int>(tensor.size(3));
+    found.dims = static_cast<int>(tensor.size(5));
+    found.token_group = tensor.stride(2);
+    found.dim_group = tensor.stride(4);
+    return found;
 }
 
 const int32_t* ints(const Tensor& tensor, const char* name, int64_t dims, int64_t size) {
@@ -128,14 +145,14 @@ void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, T
     call.output = fresh(output, "output", tokens, heads, dim);
     call.key_pages = pages(key_pages, "key_pages", kv_heads, dim, k_scale);
     call.value_pages = pages(value_pages, "value_pages", kv_heads, dim, v_scale);
-    STD_TORCH_CHECK(key_pages.size(0) == value_pages.size(0) && key_pages.size(2) == value_pages.size(2) &&
+    STD_TORCH_CHECK(key_pages.size(0) == value_pages.size(0) && page_size(key_pages) == page_size(value_pages) &&
                         call.key_pages.dtype == call.value_pages.dtype,
                     "block_attention: key_pages and value_pages differ in shape or dtype");
     const bool quantized = call.key_pages.dtype >= nld::DType::kFloat8E4M3;
     STD_TORCH_CHECK(quantized || call.key_pages.dtype == call.dtype,
                     "block_attention: dtype of key_pages is neither the query's nor float8");
     if (!quantized) call.key_pages.scale = call.value_pages.scale = 1.0f;
-    call.page_size = static_cast<int>(key_pages.size(2));
+    call.page_size = static_cast<int>(page_size(key_pages));
     call.block_table = ints(block_table, "block_table", 2, rows);
     call.table_stride = block_table.stride(0);
     call.prefix_lens = ints(prefix_lens, "prefix_lens", 1, rows);

@@ -51,7 +51,7 @@ struct Layout {
         const size_t dim = padded_dim(head_dim), rows = kMaxQueries + 16;
         queries = aligned(rows * dim * sizeof(float));
         tile = aligned(kTile * dim * sizeof(float));
-        scores = aligned(16 * kTile * sizeof(float));
+        scores = aligned(kMaxStrip * kTile * sizeof(float));
         accumulator = queries;
         maxima = aligned(rows * sizeof(float));
         sums = aligned(rows * 16 * sizeof(float));
@@ -197,7 +197,7 @@ const Isa& choose_isa(DType dtype) {
     const Isa* chosen = forced.load();
     if (chosen != nullptr && (!chosen->bfloat16_only || dtype == DType::kBFloat16)) return *chosen;
     for (const Isa& isa : instruction_sets()) {
-        if (isa.available() && (!isa.bfloat16_only || dtype == DType::kBFloat16)) return isa;
+        if (isa.preferred() && (!isa.bfloat16_only || dtype == DType::kBFloat16)) return isa;
     }
     return instruction_sets().back();
 }

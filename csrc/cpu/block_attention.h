@@ -17,12 +17,16 @@ struct Fresh {
     int64_t token, head;
 };
 
-// A view of the cache: [pages, kv_heads, page_size, head_dim], any strides, in elements.
+// A view of the cache: [pages, kv_heads, page_size, head_dim], any strides, in elements. In tiled pages tokens lie in
+// groups of `tokens`, and dimensions in groups of `dims`, with strides of their own; elsewhere these are zero.
 struct Pages {
     const void* data;
     DType dtype;
     int64_t page, head, token, dim;
     float scale;
+    int tokens = 0, dims = 0;
+    int64_t token_group = 0, dim_group = 0;
+    bool tiled() const { return tokens > 0; }
 };
 
 enum MaskKind : int32_t { kAll = 0, kCausal = 1, kWords = 2 };
@@ -56,12 +60,15 @@ constexpr int kTile = 64;  // keys that are multiplied at once: packed keys and 
 // Query rows (tokens times grouped heads) of an item: accumulators and queries of an item fit the L2 cache.
 constexpr int kMaxQueries = 256;
 
+// At most so many query rows are multiplied by a stretch of keys while it is in the L1 cache.
+constexpr int kMaxStrip = 32;
+
 // What one thread works in. All pointers are 64-byte aligned.
 struct Scratch {
-    void* queries;  // [queries, padded head_dim]
+    void* queries;  // packed [queries / rows of the micro kernel][padded head_dim / pair][rows][pair]
     void* keys;     // one packed tile
     void* values;
-    float* scores;       // [rows of the micro kernel, kTile]
+    float* scores;       // [kMaxStrip, kTile]
     float* accumulator;  // [queries, padded head_dim]
     float* maxima;       // [queries], in units of log2
     float* sums;         // [queries, 16], lanes yet to be added
@@ -81,7 +88,8 @@ using FinishFunction = void (*)(const BlockAttention&, const Item&, int head, co
 
 struct Isa {
     const char* name;
-    bool (*available)();
+    bool (*available)();  // may be forced
+    bool (*preferred)();  // and is no slower than the next one here
     bool bfloat16_only;
     PieceFunction piece;
     FinishFunction finish;

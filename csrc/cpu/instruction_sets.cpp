@@ -15,6 +15,10 @@ bool has_avx512() {
 }
 
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Intel's cores take two cycles where AMD's take half of one: 165 GFLOP/s of bf16 pairs against 338 of float32 were
+// measured on an Emerald Rapids. What is fast there is AMX, which these kernels do not use.
+bool has_fast_avx512bf16() { return has_avx512bf16() && !__builtin_cpu_is("intel"); }
 #endif
 
 }  // namespace
@@ -22,11 +26,11 @@ bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf1
 const std::vector<Isa>& instruction_sets() {
     static const std::vector<Isa> all = {
 #if defined(__x86_64__)
-        {"avx512bf16", has_avx512bf16, true, avx512bf16::run_piece, avx512bf16::run_finish},
-        {"avx512", has_avx512, false, avx512::run_piece, avx512::run_finish},
-        {"avx2", has_avx2, false, avx2::run_piece, avx2::run_finish},
+        {"avx512bf16", has_avx512bf16, has_fast_avx512bf16, true, avx512bf16::run_piece, avx512bf16::run_finish},
+        {"avx512", has_avx512, has_avx512, false, avx512::run_piece, avx512::run_finish},
+        {"avx2", has_avx2, has_avx2, false, avx2::run_piece, avx2::run_finish},
 #endif
-        {"portable", always, false, portable::run_piece, portable::run_finish},
+        {"portable", always, always, false, portable::run_piece, portable::run_finish},
     };
     return all;
 }

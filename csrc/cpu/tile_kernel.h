@@ -54,10 +54,12 @@ struct BFloat16Math {
 };
 #endif
 
-// c[kRows][2 vectors] (+)= a[kRows][steps * kPair] * b, where b is packed [steps][width][kPair].
-template <class Math, bool kAdd>
-inline void multiply(const typename Math::Element* a, int a_stride, const typename Math::Element* b, int width,
-                     int steps, float* c, int c_stride) {
+// c[kRows][2 vectors] (+)= a[kRows][steps * kPair] * b, where b is packed [steps][width][kPair]. Rows and steps of a
+// lie kRow and kStep elements apart, known when compiled: a loop that computes addresses asks for more loads than
+// products.
+template <class Math, bool kAdd, int kRow, int kStep>
+inline void multiply(const typename Math::Element* a, const typename Math::Element* b, int width, int steps, float* c,
+                     int c_stride) {
     constexpr int kRows = Math::kRows, kPair = Math::kPair;
     Vec sum[kRows][2];
 #pragma GCC unroll 8
@@ -70,10 +72,11 @@ inline void multiply(const typename Math::Element* a, int a_stride, const typena
         b += width * kPair;
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-            const auto factor = Math::broadcast(a + i * a_stride + step * kPair);
+            const auto factor = Math::broadcast(a + i * kRow);
             sum[i][0] = Math::add(sum[i][0], factor, left);
             sum[i][1] = Math::add(sum[i][1], factor, right);
         }
+        a += kStep;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -95,6 +98,13 @@ struct Run {
     int64_t token, dim;
     int count;
     float scale;
+    const Pages* tiles = nullptr;  // set where neighbouring tokens or dimensions lie in groups
+
+    const T* at(int t, int d) const {
+        if (tiles == nullptr) return data + t * token + d * dim;
+        return data + t / tiles->tokens * tiles->token_group + t % tiles->tokens * token +
+               d / tiles->dims * tiles->dim_group + d % tiles->dims * dim;
+    }
 };
 
 template <class Math, class T>
@@ -136,10 +146,67 @@ inline void interleave(typename Math::Element* to, const T* a, const T* b, int c
     }
 }
 
+// 16 pairs that lie together become two lines of 16 where products are of single elements, and stay pairs otherwise.
+template <class Math, class T>
+inline void unzip(const T* from, typename Math::Element* first, typename Math::Element* second, float scale) {
+    if constexpr (Math::kPair == 2) {
+        for (int i = 0; i < 32; ++i) first[i] = element_of<Math>(from[i], scale);
+    } else {
+        for (int i = 0; i < 16; ++i) {
+            first[i] = element_of<Math>(from[2 * i], scale);
+            second[i] = element_of<Math>(from[2 * i + 1], scale);
+        }
+    }
+}
+
+// Tiles of 16 tokens by 2 dimensions (keys) or 2 tokens by 16 dimensions (values), as AMX products want them. What is
+// no whole tile is copied element by element: behind the prefix, a tile may hold anything.
+template <class Math, class T>
+void pack_tiled_keys(typename Math::Element* keys, int place, const Run<T>& run, int head_dim) {
+    constexpr int kPair = Math::kPair;
+    const Pages& tiles = *run.tiles;
+    const bool whole = tiles.tokens == 16 && tiles.dims == 2 && run.token == 2 && run.dim == 1;
+    for (int t = 0; t < run.count;) {
+        const int n = whole && t + 16 <= run.count ? 16 : 1;
+        for (int d = 0; d < head_dim; d += 2) {
+            auto* to = keys + (d / kPair * kTile + place + t) * kPair;
+            auto* next = kPair == 2 ? to + 1 : to + kTile;
+            if (n == 16) {
+                unzip<Math>(run.at(t, d), to, next, run.scale);
+            } else {
+                *to = element_of<Math>(*run.at(t, d), run.scale);
+                *next = element_of<Math>(*run.at(t, d + 1), run.scale);
+            }
+        }
+        t += n;
+    }
+}
+
+template <class Math, class T>
+void pack_tiled_values(typename Math::Element* values, int place, const Run<T>& run, int head_dim, int width) {
+    constexpr int kPair = Math::kPair;
+    const Pages& tiles = *run.tiles;
+    const bool whole = tiles.tokens == 2 && tiles.dims == 16 && run.token == 1 && run.dim == 2;
+    for (int t = 0; t < run.count;) {
+        const int n = whole && (place + t) % 2 == 0 && t + 2 <= run.count ? 2 : 1, row = place + t;
+        auto* to = values + row / kPair * width * kPair + row % kPair;
+        for (int d = 0; d < head_dim; d += n == 2 ? 16 : 1) {
+            if (n == 2) {
+                unzip<Math>(run.at(t, d), to + d * kPair, to + width + d, run.scale);
+            } else {
+                to[d * kPair] = element_of<Math>(*run.at(t, d), run.scale);
+                if (kPair == 2 && row % 2 == 0) to[d * kPair + 1] = typename Math::Element{};
+            }
+        }
+        t += n;
+    }
+}
+
 // keys[dim / kPair][kTile][kPair], from column `place` on. The summed dimension is the head's.
 template <class Math, class T>
 void pack_keys(typename Math::Element* keys, int place, const Run<T>& run, int head_dim) {
     constexpr int kPair = Math::kPair;
+    if (run.tiles != nullptr) return pack_tiled_keys<Math>(keys, place, run, head_dim);
     if (run.token == 1) {  // column-major pages: neighbours in memory are neighbours in the tile
         for (int d = 0; d < head_dim; d += kPair) {
             auto* to = keys + (d / kPair * kTile + place) * kPair;
@@ -162,6 +229,7 @@ void pack_keys(typename Math::Element* keys, int place, const Run<T>& run, int h
 template <class Math, class T>
 void pack_values(typename Math::Element* values, int place, const Run<T>& run, int head_dim, int width) {
     constexpr int kPair = Math::kPair;
+    if (run.tiles != nullptr) return pack_tiled_values<Math>(values, place, run, head_dim, width);
     int t = 0;
     if (place % kPair != 0) {  // the other half of a pair that another run began
         auto* to = values + (place / kPair) * width * kPair + 1;
@@ -191,9 +259,10 @@ inline void for_each_run(const BlockAttention& call, const Item& item, const Pag
             const int page = t / call.page_size, place = t % call.page_size;
             const int n = least(least(call.page_size - place, item.prefix - t), end - t);
             const int64_t id = call.block_table[item.row * call.table_stride + page];
-            const PageT* data =
-                static_cast<const PageT*>(pages.data) + id * pages.page + head * pages.head + place * pages.token;
-            use(Run<PageT>{data, pages.token, pages.dim, n, pages.scale}, t - first);
+            // Tiles and pages begin where groups do, so a run does, too.
+            const int64_t offset = pages.tiled() ? place / pages.tokens * pages.token_group : place * pages.token;
+            const PageT* data = static_cast<const PageT*>(pages.data) + id * pages.page + head * pages.head + offset;
+            use(Run<PageT>{data, pages.token, pages.dim, n, pages.scale, pages.tiled() ? &pages : nullptr}, t - first);
             t += n;
         } else {
             const int64_t token = call.block_starts[item.row] + (t - item.prefix);
@@ -211,11 +280,19 @@ class Prefetcher {
     template <class T>
     void add(const Run<T>& run, int head_dim) {
         if (count_ == kMost) return;
-        const bool columns = run.token == 1;
-        stretches_[count_++] = {
-            reinterpret_cast<const char*>(run.data), static_cast<int64_t>((columns ? run.dim : run.token) * sizeof(T)),
-            columns ? head_dim : run.count, static_cast<int>((columns ? run.count : head_dim) * sizeof(T))};
-        lines_ += stretches_[count_ - 1].lines;
+        if (run.tiles != nullptr) {
+            const Pages& tiles = *run.tiles;
+            if (tiles.token_group > tiles.dim_group) {
+                stretch(run.data, tiles.token_group, (run.count + tiles.tokens - 1) / tiles.tokens,
+                        tiles.tokens * head_dim);
+            } else {
+                stretch(run.data, tiles.dim_group, head_dim / tiles.dims, run.count * tiles.dims);
+            }
+        } else if (run.token == 1) {
+            stretch(run.data, run.dim, head_dim, run.count);
+        } else {
+            stretch(run.data, run.token, run.count, head_dim);
+        }
     }
 
     int lines() const { return lines_; }
@@ -240,6 +317,15 @@ class Prefetcher {
         int64_t stride;
         int lines, bytes;
     };
+
+    // `lines` times `length` elements, `stride` elements apart.
+    template <class T>
+    void stretch(const T* data, int64_t stride, int lines, int length) {
+        stretches_[count_++] = {reinterpret_cast<const char*>(data), stride * static_cast<int64_t>(sizeof(T)), lines,
+                                length * static_cast<int>(sizeof(T))};
+        lines_ += lines;
+    }
+
     Stretch stretches_[kMost];
     int count_ = 0, lines_ = 0, at_ = 0, line_ = 0;
 };
@@ -312,7 +398,7 @@ inline void softmax(float* scores, int rows, float scale, float* maxima, float* 
 template <class Math, class PageT, class FreshT>
 struct Kernel {
     using Element = typename Math::Element;
-    static constexpr int kRows = Math::kRows, kPair = Math::kPair;
+    static constexpr int kRows = Math::kRows, kPair = Math::kPair, kStrips = kMaxStrip / kRows;
     static constexpr float kLowest = -1e30f;  // finite, so that a row that sees nothing yet stays free of NaN
 
     static int queries_of(const BlockAttention& call, const Item& item) {
@@ -322,16 +408,14 @@ struct Kernel {
     static void load_queries(const BlockAttention& call, const Item& item, int head, const Scratch& s) {
         const int group = call.heads / call.kv_heads, dim = padded_dim(call.head_dim);
         const int count = queries_of(call, item), padded = (count + kRows - 1) / kRows * kRows;
-        auto* to = static_cast<Element*>(s.queries);
-        for (int q = 0; q < padded; ++q, to += dim) {
-            if (q >= count) {
-                std::memset(static_cast<void*>(to), 0, dim * sizeof(Element));
-                continue;
-            }
+        std::memset(s.queries, 0, sizeof(Element) * padded * dim);
+        for (int q = 0; q < count; ++q) {
+            auto* to = static_cast<Element*>(s.queries) + q / kRows * kRows * dim + q % kRows * kPair;
             const int64_t token = call.block_starts[item.row] + item.first + q / group;
             const FreshT* from = static_cast<const FreshT*>(call.query.data) + token * call.query.token +
                                  (head * group + q % group) * call.query.head;
-            for (int d = 0; d < call.head_dim; ++d) to[d] = element_of<Math>(from[d], 1.0f);
+            for (int d = 0; d < call.head_dim; ++d)
+                to[d / kPair * kRows * kPair + d % kPair] = element_of<Math>(from[d], 1.0f);
         }
         for (int q = 0; q < padded; ++q) s.maxima[q] = kLowest;
         std::memset(s.sums, 0, sizeof(float) * padded * 16);
@@ -370,19 +454,22 @@ struct Kernel {
         const auto *queries = static_cast<const Element*>(s.queries), *keys = static_cast<const Element*>(s.keys),
                    *values = static_cast<const Element*>(s.values);
         const int lines = next.lines() * kRows / count + 1;
-        for (int q = 0; q < count; q += kRows) {
-            const int rows = least(kRows, count - q);
-            next.ask(lines);
+        for (int q = 0; q < count; q += kRows * kStrips) {
+            const int rows = least(kRows * kStrips, count - q), strips = (rows + kRows - 1) / kRows;
             for (int column = 0; column < kTile; column += 2 * kLanes)
-                multiply<Math, false>(queries + q * dim, dim, keys + column * kPair, kTile, call.head_dim / kPair,
-                                      s.scores + column, kTile);
+                for (int i = 0; i < strips; ++i)
+                    multiply<Math, false, kPair, kRows * kPair>(queries + (q + i * kRows) * dim, keys + column * kPair,
+                                                                kTile, call.head_dim / kPair,
+                                                                s.scores + i * kRows * kTile + column, kTile);
+            next.ask(lines * strips);
             if (masked) hide(call, item, q, rows, group, first, s.scores);
             float* accumulator = s.accumulator + q * dim;
             softmax<Math>(s.scores, rows, scale, s.maxima + q, s.sums + q * 16, accumulator, dim);
             for (int column = 0; column < dim; column += 2 * kLanes)
-                multiply<Math, true>(reinterpret_cast<const Element*>(s.scores),
-                                     kTile * sizeof(float) / sizeof(Element), values + column * kPair, dim,
-                                     kTile / kPair, accumulator + column, dim);
+                for (int i = 0; i < strips; ++i)
+                    multiply<Math, true, kTile * sizeof(float) / sizeof(Element), kPair>(
+                        reinterpret_cast<const Element*>(s.scores + i * kRows * kTile), values + column * kPair, dim,
+                        kTile / kPair, accumulator + i * kRows * dim + column, dim);
         }
     }
 
@@ -401,7 +488,7 @@ struct Kernel {
         load_queries(call, item, head, s);
         if (call.head_dim % 32 != 0)  // columns behind the head's dimensions are computed, and dropped
             std::memset(s.values, 0, sizeof(Element) * kTile * padded_dim(call.head_dim));
-        std::memset(s.scores, 0, sizeof(float) * 16 * kTile);
+        std::memset(s.scores, 0, sizeof(float) * kMaxStrip * kTile);
         for (int tile = first; tile < last; ++tile) {
             load_tile(call, item, head, tile * kTile, s);
             attend(call, item, tile * kTile, next_tile(call, item, head, (tile + 1) * kTile, tile + 1 == last), s);

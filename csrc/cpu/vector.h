@@ -15,7 +15,18 @@ constexpr int kLanes = NLD_LANES;
 typedef float Vec __attribute__((vector_size(4 * NLD_LANES)));
 typedef int32_t IVec __attribute__((vector_size(4 * NLD_LANES)));
 
-inline Vec splat(float x) { return Vec{} + x; }
+// `Vec{} + x` would be an addition for the compiler, since it turns a negative zero into a positive one.
+inline Vec splat(float x) {
+#if defined(__AVX512F__)
+    return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return _mm256_set1_ps(x);
+#else
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = x;
+    return v;
+#endif
+}
 inline IVec isplat(int32_t x) { return IVec{} + x; }
 
 inline Vec load(const float* p) {

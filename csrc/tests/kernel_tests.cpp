@@ -85,6 +85,7 @@ struct Case {
     DType dtype, cache;
     int rows, heads, kv_heads, dim, page_size, pages, width;
     bool columns;  // column-major key pages
+    bool tiled;    // tiles of 16 by 2 instead
     std::vector<int32_t> table, prefixes, starts, kinds, words;
     int pages_per_row;
     std::unique_ptr<Buffer> query, key, value, key_pages, value_pages, output;
@@ -102,6 +103,7 @@ struct Case {
         dim = pick({16, 32, 48, 64, 80, 128, 256});
         page_size = pick({5, 16, 32, 128});
         columns = pick({0, 1});
+        tiled = page_size % 16 == 0 && pick({0, 0, 1});
         rows = pick({1, 2, 4, 6});
         starts.push_back(0);
         for (int row = 0; row < rows; ++row) {
@@ -140,6 +142,11 @@ struct Case {
         call.key_pages = {key_pages->data.get(),   cache, kv_heads * head, head, columns ? 1 : dim,
                           columns ? page_size : 1, 1};
         call.value_pages = {value_pages->data.get(), cache, kv_heads * head, head, dim, 1, 1};
+        if (tiled) {
+            call.key_pages = {key_pages->data.get(), cache, kv_heads * head, head, 2, 1, 1, 16, 2, 16 * dim, 32};
+            call.value_pages = {value_pages->data.get(), cache, kv_heads * head, head, 1, 2, 1, 2, 16, 32,
+                                16 * page_size};
+        }
         if (cache != dtype) call.key_pages.scale = 0.5f, call.value_pages.scale = 2.0f;
         for (const auto* pool : {&call.key_pages, &call.value_pages}) {
             Buffer& buffer = pool == &call.key_pages ? *key_pages : *value_pages;
@@ -173,7 +180,10 @@ struct Case {
     }
 
     static size_t slot(const nld::Pages& p, int page, int head, int token, int d) {
-        return page * p.page + head * p.head + token * p.token + d * p.dim;
+        const size_t start = page * p.page + head * p.head;
+        if (!p.tiled()) return start + token * p.token + d * p.dim;
+        return start + token / p.tokens * p.token_group + token % p.tokens * p.token + d / p.dims * p.dim_group +
+               d % p.dims * p.dim;
     }
 
     void set(const nld::Pages& pool, Buffer& buffer, size_t at, std::mt19937& random) {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_nld.attention import torch_ops
-from vllm_nld.pages import LAYOUTS
+from vllm_nld.pages import LAYOUTS, STRIDED, TILED
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NOWHERE = 1 << 30
@@ -37,13 +37,14 @@ def cache_shapes(pages: int, kv_heads: int, page_size: int, head_dim: int) -> tu
         (2, pages, *by_token),
         (pages, 2, *by_token),
         (2, pages, kv_heads, page_size, head_dim),
+        fused,
     )
 
 
 def empty_cache(
     layout: int, pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Key and value views ``[pages, kv_heads, page_size, head_dim]`` of a cache full of NaN."""
+    """Key and value views ``[pages, kv_heads, page_size, head_dim]``, or of tiles, of a cache full of NaN."""
     shape = cache_shapes(pages, kv_heads, page_size, head_dim)[layout]
     cache = torch.full(shape, torch.nan).to(dtype)
     return LAYOUTS[layout].split(cache, head_dim)
@@ -96,6 +97,7 @@ def attention_specs(
     most_heads: int = 8,
     head_dims: Sequence[int] = (32, 64, 80, 96, 128, 256),
     caches: Sequence[torch.dtype | None] = (None, *FLOAT8),
+    tiles: bool = False,
 ) -> AttentionSpec:
     """Draw batches: short rows, at times one long one; empty prefixes, empty blocks, single tokens."""
     rows = draw(st.integers(1, 6))
@@ -120,7 +122,7 @@ def attention_specs(
         heads=draw(st.sampled_from(ratios)),
         head_dim=draw(st.sampled_from(head_dims)),
         page_size=page_size,
-        layout=draw(st.integers(0, len(LAYOUTS) - 1)),
+        layout=draw(st.integers(0, len(LAYOUTS if tiles else STRIDED) - 1)),
         cache=draw(st.sampled_from(caches)),
         shared=draw(st.booleans()),
         padding=draw(st.sampled_from((0, 3))),
@@ -147,6 +149,15 @@ EDGE_SPECS = {
     "float8 e4m3": AttentionSpec((70, 3), (4, 5), (0, 2), cache=torch.float8_e4m3fn, layout=4, loose=True),
     "float8 e5m2": AttentionSpec((700, 3), (4, 5), (0, 1), cache=torch.float8_e5m2, layout=1, page_size=32),
     "wide head": AttentionSpec((40, 9), (8, 3), (0, 1), heads=(4, 1), head_dim=256, layout=5),
+}
+
+# Pages in tiles of 16 by 2: whole tiles, begun ones, odd tokens, several pages, a page that ends inside 64 keys.
+TILES = LAYOUTS.index(TILED)
+TILED_SPECS = {
+    "tiles": AttentionSpec((128, 70, 17, 0), (4, 3, 5, 2), (0, 1, 2, 0), heads=(4, 2), layout=TILES, page_size=32),
+    "long tiles": AttentionSpec((901, 64), (16, 1), (1, 0), heads=(3, 1), head_dim=128, layout=TILES, page_size=128),
+    "shared tiles": AttentionSpec((96, 97), (2, 3), (0, 1), head_dim=80, layout=TILES, page_size=48, shared=True),
+    "float8 tiles": AttentionSpec((70, 3), (4, 5), (0, 2), cache=torch.float8_e4m3fn, layout=TILES, page_size=32),
 }
 
 
@@ -238,7 +249,7 @@ def attention_arguments(spec: AttentionSpec, dtype: torch.dtype, device: str = "
             page, count = int(table[row, token // spec.page_size]), min(spec.page_size, cached - token)
             for pool in (key_pages, value_pages):
                 drawn = torch.randn(spec.heads[1], count, spec.head_dim, generator=generator)
-                _raw(pool)[page, :, :count] = _raw(drawn.to(cache_dtype))
+                _fill(_raw(pool)[page], _raw(drawn.to(cache_dtype)))
     starts = torch.tensor([0, *spec.lengths]).cumsum(0).to(torch.int32)
     scales = (K_SCALE, V_SCALE) if spec.cache in FLOAT8 else (1.0, 1.0)
     arguments = {
@@ -260,6 +271,16 @@ def attention_arguments(spec: AttentionSpec, dtype: torch.dtype, device: str = "
         "output": torch.full(query.shape, torch.nan, dtype=dtype),
     }
     return {name: to_device(x, device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+def _fill(page: Tensor, tokens: Tensor) -> None:
+    """Write ``[kv_heads, count, head_dim]`` into the first places of a page, which may consist of tiles."""
+    if page.dim() == 3:
+        page[:, : tokens.shape[1]] = tokens
+        return
+    for place, token in enumerate(tokens.unbind(1)):
+        group, inside = divmod(place, page.shape[2])
+        page[:, group, inside] = token.unflatten(-1, page.shape[3:])
 
 
 def to_device(x: Tensor, device: str) -> Tensor:
@@ -429,7 +450,7 @@ def move_specs(draw: st.DrawFn) -> MoveSpec:
         page_size=page_size,
         kv_heads=draw(st.integers(1, 3)),
         head_dim=draw(st.sampled_from((32, 80, 96))),
-        layout=draw(st.integers(0, len(LAYOUTS) - 1)),
+        layout=draw(st.integers(0, len(STRIDED) - 1)),
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16, *FLOAT8))),
     )
 

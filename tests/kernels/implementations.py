@@ -29,6 +29,7 @@ class Implementation:
         examples: batches that hypothesis draws; few where each takes long.
         longest_prefix: of a drawn batch.
         repeats: runs that must give the same bits.
+        tiles: reads pages in tiles.
         interpreted: runs on CPU only through Triton's interpreter; ``test_triton_interpreted.py`` starts that process.
     """
 
@@ -40,6 +41,7 @@ class Implementation:
     examples: int = 100
     longest_prefix: int = 600
     repeats: int = 20
+    tiles: bool = False
     interpreted: bool = False
 
     def load(self, device: str) -> Any:
@@ -53,8 +55,8 @@ class Implementation:
 
 
 IMPLEMENTATIONS = (
-    Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3),
-    Implementation("cpp", "vllm_nld.attention.cpp_ops", devices=("cpu",)),
+    Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3, tiles=True),
+    Implementation("cpp", "vllm_nld.attention.cpp_ops", devices=("cpu",), tiles=True),
     Implementation(
         "triton", "vllm_nld.attention.triton_ops", examples=20, longest_prefix=200, repeats=3, interpreted=True
     ),

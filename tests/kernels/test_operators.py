@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from implementations import Implementation, having
 
+from vllm_nld.errors import NLDError
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,9 +37,23 @@ def test_attention_edges(implementation: Implementation, device: str, dtype: tor
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", cases.TILED_SPECS)
+def test_attention_over_tiles(implementation: Implementation, device: str, dtype: torch.dtype, name: str) -> None:
+    """Pages in tiles are read by the implementations of CPUs alone, and refused in words by the others."""
+    module, spec = implementation.load(device), cases.TILED_SPECS[name]
+    if implementation.tiles:
+        cases.check(module, spec, dtype, device)
+    elif dtype in implementation.dtypes:
+        with pytest.raises(NLDError, match="tiles"):
+            module.block_attention(**cases.attention_arguments(spec, dtype, device))
+
+
+@pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
 def test_attention(implementation: Implementation, device: str) -> None:
     module = implementation.load(device)
-    drawn = st.tuples(cases.attention_specs(implementation.longest_prefix), st.sampled_from(implementation.dtypes))
+    specs = cases.attention_specs(implementation.longest_prefix, tiles=implementation.tiles)
+    drawn = st.tuples(specs, st.sampled_from(implementation.dtypes))
     run_examples(implementation.examples, drawn, lambda pair: cases.check(module, *pair, device))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_nld.errors import NLDError
-from vllm_nld.pages import LAYOUTS, PageLayout, find_layout
+from vllm_nld.pages import LAYOUTS, STRIDED, TILED, PageLayout, find_layout
 
 PAGES, SIZE, HEADS, DIM = 6, 4, 3, 8
 
@@ -61,7 +62,7 @@ BY_HAND: list[tuple[tuple[int, ...], int, Put]] = [
     ((PAGES, 2, SIZE, HEADS, DIM), 2, put_split_second),
     ((2, PAGES, HEADS, SIZE, DIM), 3, put_split_first_by_head),
 ]
-CASES = [pytest.param(layout, *case, id=layout.name) for layout, case in zip(LAYOUTS, BY_HAND, strict=True)]
+CASES = [pytest.param(layout, *case, id=layout.name) for layout, case in zip(STRIDED, BY_HAND, strict=True)]
 
 
 @pytest.mark.parametrize(("layout", "shape", "size_dim", "put"), CASES)
@@ -126,3 +127,36 @@ def test_unknown_layout_is_refused(shape: tuple[int, ...], put: Put) -> None:
     assert "FAKE_ATTN" in str(caught.value)
     assert str(list(shape)) in str(caught.value)
     assert LAYOUTS[0].name in str(caught.value)
+
+
+class AmxLayer:
+    """An attention layer of a CPU with AMX, whose cache vLLM's own operator writes: that part needs no AMX."""
+
+    def __init__(self, page_size: int, head_dim: int) -> None:
+        self.kv_cache = torch.zeros(5, HEADS, page_size, 2 * head_dim, dtype=torch.bfloat16)
+        self.dtype, self.num_kv_heads, self.head_size = torch.bfloat16, HEADS, head_dim
+        self.impl = self
+        self.attn_backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
+
+    def do_kv_cache_update(self, layer: object, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        import vllm._C  # noqa: F401
+        from vllm import _custom_ops as vllm_ops
+
+        pages, heads, size, width = cache.shape
+        keys, values = cache.view(pages, heads, 2 * size, width // 2).chunk(2, dim=2)
+        vllm_ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, "amx")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="vLLM writes tiles on x86 alone")
+@pytest.mark.parametrize(("page_size", "head_dim"), [(32, 32), (128, 128), (96, 64)])
+def test_tiles_are_what_vllm_writes_for_amx(page_size: int, head_dim: int) -> None:
+    layer = AmxLayer(page_size, head_dim)
+    assert find_layout(layer) is TILED
+    assert TILED.page_size(layer) == page_size
+    tokens = page_size + 7
+    written = torch.randn(2, tokens, HEADS, head_dim, dtype=torch.bfloat16)
+    pages = torch.tensor([[3, 1]])
+    slots = (pages[0, :, None] * page_size + torch.arange(page_size)).flatten()[:tokens]
+    layer.do_kv_cache_update(layer, written[0], written[1], layer.kv_cache, slots)
+    read = TILED.gather(layer.kv_cache, head_dim, pages, tokens)
+    assert torch.equal(torch.stack(read)[:, 0], written.transpose(1, 2))

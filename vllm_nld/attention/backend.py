@@ -138,16 +138,15 @@ def page_layout(layer: Any) -> PageLayout:
     return layout
 
 
-def has_known_layout(layer: Any) -> bool:
-    """Whether the layer's pages can be read, found out once."""
-    if not hasattr(layer, "nld_has_known_layout"):
+def has_strided_pages(layer: Any) -> bool:
+    """Whether the layer's pages can be read, and are not in tiles; found out once."""
+    if not hasattr(layer, "nld_has_strided_pages"):
         try:
-            page_layout(layer)
-            layer.nld_has_known_layout = True
+            layer.nld_has_strided_pages = not page_layout(layer).tiled
         except NLDError:
-            layer.nld_has_known_layout = False
-    known: bool = layer.nld_has_known_layout
-    return known
+            layer.nld_has_strided_pages = False
+    strided: bool = layer.nld_has_strided_pages
+    return strided
 
 
 def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | None:
@@ -156,14 +155,14 @@ def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | N
     On a CPU with bfloat16 products the operator is faster as soon as a row has several queries: verify passes, commits
     and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens read
     the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's attention
-    sees the fresh tokens quantized, in AR as in a verify pass, and so it must. A page layout that is unknown here (AMX)
-    is left to the platform, too: AR never needed to know it.
+    sees the fresh tokens quantized, in AR as in a verify pass, and so it must. Tiled pages mean that the platform has
+    AMX, which outruns the operator, and an unknown layout is none of AR's business.
     """
     if metadata is None or not fast_causal(query.device.type, query.dtype):
         return None
     if metadata.max_query_len <= 1 or metadata.causal is not True:
         return None
-    if layer.kv_cache.element_size() == 1 or not has_known_layout(layer):
+    if layer.kv_cache.element_size() == 1 or not has_strided_pages(layer):
         return None
     if not hasattr(metadata, "nld_blocks"):  # once a step, for all layers
         starts = metadata.query_start_loc.int()
@@ -189,7 +188,7 @@ def fast_causal(device_type: str, dtype: torch.dtype) -> bool:
         return False
     from vllm_nld.attention.cpp_ops import instruction_set
 
-    return instruction_set() == "avx512bf16"
+    return instruction_set() in ("avx512bf16", "avx512")
 
 
 def block_forward(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import vllm_nld
 from vllm_nld.errors import NLDError
+from vllm_nld.pages import refuse_tiles
 
 LIBRARY = "VLLM_NLD_CUDA_LIBRARY"
 _TYPES = {
@@ -290,6 +291,7 @@ def _check_attention(
             raise NLDError(f"{name} is {x.dtype}; all four must be the same of float32, bfloat16, float16")
         if x.stride(2) != 1:
             raise NLDError(f"the inner dimension of {name} must be contiguous")
+    refuse_tiles(key_pages, "CUDA")
     if key_pages.dtype not in _TYPES or value_pages.dtype != key_pages.dtype:
         raise NLDError(f"the cache is {key_pages.dtype} and {value_pages.dtype}; both must be the same known dtype")
 

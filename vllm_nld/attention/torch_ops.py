@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vllm_nld.pages import page_size, whole_pages
+
 BIDIRECTIONAL, CAUSAL, WORDS = 0, 1, 2
 """Mask kinds."""
 
@@ -74,8 +76,7 @@ def block_mask(kind: int, length: int, words: Tensor | None, device: torch.devic
 
 def _prefix(pages: Tensor, table: Tensor, tokens: int, scale: float, like: Tensor) -> Tensor:
     """Return the first ``tokens`` cached tokens of one row, ``[Hkv, tokens, D]``, dequantised to ``like``'s dtype."""
-    size = pages.shape[2]
-    used = pages[table[: -(-tokens // size)].long()]  # [pages, Hkv, S, D]
+    used = whole_pages(pages, table[: -(-tokens // page_size(pages))].long())  # [pages, Hkv, S, D]
     flat = used.transpose(0, 1).flatten(1, 2)[:, :tokens]
     if flat.element_size() > _ONE_BYTE:
         return flat.to(like.dtype)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_nld.pages import refuse_tiles
+
 _LOG2E = math.log2(math.e)
 _E4M3_SHIFT = 256.0
 """What decoding float8_e4m3fn leaves to the scale; see ``_float8_to_half``."""
@@ -92,6 +94,7 @@ def block_attention(
     output: Tensor,
 ) -> None:
     """Write attention of every fresh token over its row's cached prefix and its own block (``docs/operators.md``)."""
+    refuse_tiles(key_pages, "Triton")
     kernels = _kernels()
     tokens, heads, head_dim = query.shape
     rows, kv_heads = prefix_lens.shape[0], key.shape[1]

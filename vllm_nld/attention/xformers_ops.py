@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vllm_nld.attention.torch_ops import CAUSAL, WORDS, block_mask
 from vllm_nld.errors import NLDError
+from vllm_nld.pages import refuse_tiles
 
 DTYPES = (torch.float16, torch.bfloat16)
 _PAGE = 16
@@ -81,6 +82,7 @@ def block_attention(
     Raises:
         NLDError: none of xformers' kernels takes these tensors; says what each one objects to.
     """
+    refuse_tiles(key_pages, "xformers")
     host = torch.cat((prefix_lens, mask_kinds, block_starts)).tolist()  # one wait instead of three
     count = prefix_lens.shape[0]
     cached, kinds, starts = host[:count], host[count : 2 * count], host[2 * count :]
