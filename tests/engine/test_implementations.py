@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from models import random_model, save, small_config
 from vllm_nld import ops
 from vllm_nld.attention import backend
 from vllm_nld.errors import NLDError
+from vllm_nld.pages import STRIDED, TILED
 from vllm_nld.reference import ReferenceModel, ar_generate
 from vllm_nld.reference import generate as reference_generate
 
@@ -97,7 +99,7 @@ def test_causal_steps_agree_with_vllms_attention(folder: Path, fresh_choice: pyt
 
 
 def test_ar_needs_no_known_page_layout(folder: Path, fresh_choice: pytest.MonkeyPatch) -> None:
-    """On a CPU with AMX the layout is unknown here: causal steps must stay with vLLM's attention, and AR must work."""
+    """Where the layout is unknown, causal steps must stay with vLLM's attention, and AR must work."""
 
     def unknown(_: Any) -> Any:
         raise NLDError("unknown layout")
@@ -106,6 +108,46 @@ def test_ar_needs_no_known_page_layout(folder: Path, fresh_choice: pytest.Monkey
     fresh_choice.setattr(backend, "find_layout", unknown)
     with engine(folder, dtype="bfloat16") as llm:
         assert all(len(tokens) == 24 for tokens in generate(llm, PROMPTS))
+
+
+def test_pages_in_tiles_change_nothing(tmp_path: Path, fresh_choice: pytest.MonkeyPatch) -> None:
+    """With AMX, vLLM writes pages in tiles. Every step runs the operator here, once over each kind of page: equal bits.
+
+    Writing tiles takes no AMX, vLLM's attention over them does: the steps that stay with it where there is AMX (causal
+    ones) are taken from it here.
+    """
+    from vllm.v1.attention.backends import cpu_attn
+
+    folder = save(random_model(small_config(block_size=8), 1), tmp_path)
+    original, layouts = backend.verify_blocks, []
+
+    def every_step(metadata: Any, query: torch.Tensor, layer: Any) -> Any:
+        if metadata is not None:
+            metadata.max_query_len = max(2, metadata.max_query_len)
+            layouts.append(backend.page_layout(layer))
+        return original(metadata, query, layer)
+
+    fresh_choice.setattr(backend, "verify_blocks", every_step)
+    fresh_choice.setattr(backend, "fast_causal", lambda *_: True)
+    fresh_choice.setattr(backend, "has_strided_pages", lambda _: True)
+    found = []
+    for name, layout in (("vec", STRIDED[0]), ("amx", TILED)):
+        fresh_choice.setattr(cpu_attn, "_get_attn_isa", lambda *_, name=name: name)
+        layouts.clear()
+        with engine(folder, spec=True, dtype="bfloat16", enable_prefix_caching=True) as llm:
+            nld = {"mode": "diffusion", "threshold": 0.3}
+            found.append([generate(llm, PROMPTS), generate(llm, PROMPTS, extra_args={"nld": nld})])
+            assert counters(llm)["draft_forwards"] > 0
+        assert layouts, "no causal step ran the operator"
+        assert all(one is layout for one in layouts)
+    assert found[0] == found[1]
+
+
+def test_tiles_leave_causal_steps_to_the_platform() -> None:
+    """The platform's attention uses AMX, which outruns the operator."""
+    tiled, strided = (SimpleNamespace(nld_page_layout=layout) for layout in (TILED, STRIDED[0]))
+    assert not backend.has_strided_pages(tiled)
+    assert backend.has_strided_pages(strided)
 
 
 def prompt_logprobs(llm: Any) -> torch.Tensor:
