@@ -34,7 +34,7 @@ void write_row(const BestTokens& call, int64_t row, const BestPart* parts, int64
     if (!std::isfinite(best->largest)) return;
     double sum = 0;
     for (const BestPart* part = parts; part < parts + segments; ++part)
-        if (std::isfinite(part->largest)) sum += part->sum * std::exp(double{part->largest} - best->largest);
+        sum += part->sum * std::exp(double{part->largest} - best->largest);
     call.normalisers[row] = static_cast<float>(best->largest + std::log(sum));
 }
 

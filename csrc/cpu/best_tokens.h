@@ -23,7 +23,7 @@ constexpr int64_t kSegment = 16384;
 struct BestPart {
     int64_t token;  // the first one with the largest logit, or the first one that is NaN
     float largest;  // NaN if any is
-    double sum;     // of exp(logit - largest); means nothing unless `largest` is finite
+    double sum;     // of exp(logit - largest); 0 for minus infinity alone
 };
 
 // vocab > 0.

@@ -68,10 +68,8 @@ inline int place_of_largest(const Vec (&logits)[kVectors], const float (&values)
 template <class T, bool kSum>
 inline BestPart search(const T* logits, int64_t count, int64_t first_token) {
     constexpr float kLog2E = 1.44269504089f;
-    // What is subtracted must be finite: minus infinity from itself is NaN.
-    constexpr float kLowest = -__FLT_MAX__;
     BestPart best{first_token, -__builtin_inff(), 0.0};
-    Vec largest = splat(best.largest), base = splat(kLowest), sums[kVectors] = {};
+    Vec largest = splat(best.largest), sums[kVectors] = {};
     for (int64_t at = 0; at < count; at += kStep) {
         Vec step[kVectors];
         load_step(logits + at, count - at, step);
@@ -82,16 +80,15 @@ inline BestPart search(const T* logits, int64_t count, int64_t first_token) {
             best.token = first_token + at + place;
             best.largest = values[place];
             if (best.largest != best.largest) return best;
-            largest = splat(best.largest);
             if constexpr (kSum) {
-                const Vec shrink = exp2<6>((base - largest) * kLog2E);
+                const Vec shrink = exp2<6>((largest - best.largest) * kLog2E);
                 for (Vec& sum : sums) sum *= shrink;
-                base = largest;
             }
+            largest = splat(best.largest);
         }
-        if constexpr (kSum) {
+        if constexpr (kSum) {  // an infinity less itself is NaN, which counts as nothing
 #pragma GCC unroll 4
-            for (int i = 0; i < kVectors; ++i) sums[i] += exp2<6>((step[i] - base) * kLog2E);
+            for (int i = 0; i < kVectors; ++i) sums[i] += exp2<6>((step[i] - largest) * kLog2E);
         }
     }
     for (const Vec& sum : sums)

@@ -68,7 +68,7 @@ inline bool any_above(const Vec (&vectors)[kCount], Vec bound) {
 #endif
 }
 
-// 2 to the power of x for x <= 126; 0 below -126, also for minus infinity. kTerms of the Taylor series.
+// 2 to the power of x for x <= 126; 0 below -126, also for minus infinity and NaN. kTerms of the Taylor series.
 template <int kTerms>
 inline Vec exp2(Vec x) {
     constexpr float kCoefficients[] = {1.0f,          0.6931471806f, 0.2402265070f, 0.0555041087f,
