@@ -1,6 +1,9 @@
-"""What a draft's head exchanges and costs with tensor parallelism: all logits gathered, or three numbers per row.
+"""What follows the head's product: finding each row's token and normaliser, and exchanging them over ranks.
 
-Two processes, one core each, on vLLM's own communicator. Also what it costs that the first rank decides for all.
+First best_tokens against the same in PyTorch, in one process with all cores: what a draft needs (token, largest logit,
+normaliser), and what greedy verification needs (the token). Then what a draft's head exchanges and costs with tensor
+parallelism: all logits gathered, or three numbers per row; two processes, one core each, on vLLM's own communicator.
+Also what it costs that the first rank decides for all.
 
 python benchmarks/vocab_head.py --json results.json
 """
@@ -37,6 +40,40 @@ def timed(call: Any, seconds: float) -> float:
         call()
         times.append(time.perf_counter() - started)
     return median(times)
+
+
+def measure_operator(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time best_tokens and what it replaces, alternating, so that a slow spell hits all."""
+    import torch
+
+    from vllm_nld import ops
+
+    best_tokens = ops.function("best_tokens", "cpu")
+
+    def draft_in_pytorch(logits: Any) -> None:
+        for rows in torch.split(logits, 16):  # stay in the cache while they are read several times
+            rows = rows.float()
+            rows.gather(1, rows.argmax(-1, keepdim=True)), torch.logsumexp(rows, -1)
+
+    calls = {
+        "ms_draft_pytorch": draft_in_pytorch,
+        "ms_draft_best_tokens": best_tokens,
+        "ms_verify_pytorch": lambda logits: logits.float().argmax(-1),
+        "ms_verify_best_tokens": lambda logits: best_tokens(logits, False),
+    }
+    found = []
+    for rows in arguments.operator_rows:
+        logits = torch.randn(rows, arguments.vocab).bfloat16()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        end = time.perf_counter() + len(calls) * arguments.seconds
+        while time.perf_counter() < end:
+            for name, call in calls.items():
+                started = time.perf_counter()
+                call(logits)
+                times[name].append(time.perf_counter() - started)
+        milliseconds = {name: median(own[1:] or own) * 1e3 for name, own in times.items()}
+        found.append({"operator_rows": rows, "threads": torch.get_num_threads(), **milliseconds})
+    return found
 
 
 def measure(rank: int, store: str, arguments: argparse.Namespace, results: Any) -> None:
@@ -99,11 +136,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vocab", type=int, default=131072)
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--operator-rows", type=int, nargs="+", default=[1, 33, 256], help="for best_tokens alone")
     parser.add_argument("--seconds", type=float, default=2.0, help="per measurement")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     from rich.console import Console
     from rich.table import Table
+
+    operator = measure_operator(arguments)
+    table = Table("rows", "threads", "draft: PyTorch, ms", "best_tokens, ms", "verify: PyTorch, ms", "best_tokens, ms")
+    for one in operator:
+        numbers = (f"{value:.3f}" for key, value in one.items() if key.startswith("ms_"))
+        table.add_row(str(one["operator_rows"]), str(one["threads"]), *numbers)
+    Console().print(table)
 
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -130,7 +175,7 @@ def main() -> None:
     (agreed,) = (one["us_first_rank_decides"] for one in found if "us_first_rank_decides" in one)
     Console().print(f"the first rank decides for all: {agreed:.0f} us")
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(operator + found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

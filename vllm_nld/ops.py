@@ -23,7 +23,7 @@ import vllm_nld
 from vllm_nld.errors import NLDError
 
 ENVIRONMENT_VARIABLE = "VLLM_NLD_OPS"
-OPERATORS = ("block_attention", "accept_prefix", "move_kv")
+OPERATORS = ("block_attention", "accept_prefix", "move_kv", "best_tokens")
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,24 @@ def fake_accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple
 def move_kv(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
     """Copy keys and values of slots to other slots, in all layers; shapes and dtypes: ``docs/operators.md``."""
     function("move_kv", sources.device.type)(caches, sources, targets)
+
+
+@torch.library.custom_op("vllm_nld::best_tokens", mutates_args=())
+def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(tokens, largest, normaliser)``; shapes and dtypes: ``docs/operators.md``."""
+    best: tuple[Tensor, Tensor, Tensor] = function("best_tokens", logits.device.type)(logits, with_normaliser)
+    return best
+
+
+@best_tokens.register_fake
+def fake_best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors of the results' shapes and dtypes, for tracing."""
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows if with_normaliser else 0, dtype=torch.float32),
+    )
 
 
 def native_library() -> Path | None:

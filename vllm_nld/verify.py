@@ -1,8 +1,8 @@
 """Diffusion on the speculative-decoding path: a denoised block is committed by the causal pass, not judged by it.
 
-Verification of self-speculation is vLLM's rejection sampler as it is. For the rows of diffusion requests its target
-distribution is replaced by certainty of the draft, after the log-probabilities' copy was taken, so those still say
-what the causal pass thought of each token.
+Verification of self-speculation is vLLM's rejection sampler as it is, or for greedy steps what gives the same at less
+cost. For the rows of diffusion requests its target distribution is replaced by certainty of the draft, after the
+log-probabilities' copy was taken, so those still say what the causal pass thought of each token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_nld import compat
 from vllm_nld.errors import NLDError
+from vllm_nld.greedy_verify import verify_greedily
 
 
 def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]) -> None:
@@ -56,12 +58,20 @@ def pack_draft_probs(metadata: Any, by_row: Sequence[Tensor | None], vocab_size:
     return probs
 
 
-def guide_verification(rejection_sampler: Any, draft_probs: Callable[[Any], Tensor | None]) -> None:
-    """Have a rejection sampler told what drafts were drawn from, and left out where there are none; idempotent.
+def guide_verification(
+    rejection_sampler: Any, draft_probs: Callable[[Any], Tensor | None], is_diffusion: Callable[[int], bool]
+) -> None:
+    """Have a rejection sampler told what drafts were drawn from, and left out where it is not needed; idempotent.
 
     vLLM asks its own draft models for their distributions, but not a proposer of ``custom_class``. And it runs the
     rejection sampler in every step, also in one without drafts, where a request with ``top_k`` and no ``top_p`` ends
     the engine: ``apply_top_k_only`` takes the maximum of nothing (seen in 0.32.0). The plain sampler gives the same.
+    A step of greedy requests alone, whose logits nobody changes, is decided by :mod:`vllm_nld.greedy_verify`.
+
+    Args:
+        rejection_sampler: vLLM's.
+        draft_probs: returns a step's draft distributions, given its ``SpecDecodeMetadata``; None if no draft was drawn.
+        is_diffusion: whether a row's drafts are accepted anyway (:func:`accept_diffusion`).
 
     Raises:
         NLDError: the sampler's ``forward`` has other arguments than the ones this knows.
@@ -76,6 +86,9 @@ def guide_verification(rejection_sampler: Any, draft_probs: Callable[[Any], Tens
     def forward(metadata: Any, probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
         if not any(metadata.num_draft_tokens):
             return rejection_sampler.sampler(logits, sampling_metadata, predict_bonus_token=True)
+        committed = any(drafts and is_diffusion(row) for row, drafts in enumerate(metadata.num_draft_tokens))
+        if not committed and compat.decides_by_argmax(rejection_sampler, sampling_metadata):
+            return compat.sampler_output(verify_greedily(metadata, logits))
         return original(metadata, draft_probs(metadata) if probs is None else probs, logits, sampling_metadata)
 
     forward.is_guided = True  # type: ignore[attr-defined]

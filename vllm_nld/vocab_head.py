@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_gather
 
+from vllm_nld import ops
 from vllm_nld.block import Block
-
-CACHED_ROWS = 16
-"""Rows of logits that are reduced together on a CPU."""
 
 
 class Best(NamedTuple):
@@ -52,13 +50,9 @@ def best_tokens(model: Any, hidden: Tensor) -> Best:
 
 
 def best_of(logits: Tensor) -> Best:
-    """Return the best tokens of whole logits ``[rows, vocab]``, any float dtype."""
-    found = []
-    for rows in _parts(logits):
-        rows = rows.float()
-        tokens = rows.argmax(-1)
-        found.append(Best(tokens, probability_of(tokens, rows)))
-    return Best(torch.cat([best.tokens for best in found]), torch.cat([best.probability for best in found]))
+    """Return the best tokens of whole logits ``[rows, vocab]``: float32, bfloat16 or float16, inner stride 1."""
+    tokens, largest, normaliser = ops.function("best_tokens", logits.device.type)(logits)
+    return Best(tokens, (largest - normaliser).exp())
 
 
 def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -70,23 +64,14 @@ def shard_summary(logits: Tensor, first_id: int) -> Tensor:
     """Return a shard's largest logit, its token id and the log of the shard's normaliser, float32 ``[rows, 3]``.
 
     Args:
-        logits: the shard's columns, ``[rows, columns]``. There may be none: vLLM pads vocabularies, and a small one
-            lies in the first shards alone.
+        logits: the shard's columns, ``[rows, columns]``, as for :func:`best_of`. There may be none: vLLM pads
+            vocabularies, and a small one lies in the first shards alone.
         first_id: token id of the first column. Ids below 2^24 are exact in float32.
     """
     if logits.shape[1] == 0:
         return torch.tensor([-torch.inf, 0.0, -torch.inf], device=logits.device).expand(len(logits), 3).contiguous()
-    return torch.cat([_summary(rows.float(), first_id) for rows in _parts(logits)])
-
-
-def _summary(logits: Tensor, first_id: int) -> Tensor:
-    largest = logits.argmax(-1, keepdim=True)
-    return torch.cat((logits.gather(1, largest), largest + first_id, torch.logsumexp(logits, -1, keepdim=True)), 1)
-
-
-def _parts(logits: Tensor) -> tuple[Tensor, ...]:
-    """Split the rows so that a part stays in a CPU's cache while it is read several times."""
-    return torch.split(logits, CACHED_ROWS if logits.device.type == "cpu" else max(1, len(logits)))  # type: ignore[no-any-return, no-untyped-call]
+    tokens, largest, normaliser = ops.function("best_tokens", logits.device.type)(logits)
+    return torch.stack((largest, (tokens + first_id).float(), normaliser), 1)
 
 
 def combine(summaries: Tensor) -> Best:

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "best_tokens.h"
 #include "block_attention.h"
 #include "compaction.h"
 
@@ -17,7 +18,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-nld::DType dtype_of(const Tensor& tensor, const char* name, bool may_be_float8) {
+nld::DType dtype_of(const Tensor& tensor, const char* op, const char* name, bool may_be_float8) {
     switch (tensor.scalar_type()) {
         case ScalarType::Float:
             return nld::DType::kFloat32;
@@ -26,16 +27,14 @@ nld::DType dtype_of(const Tensor& tensor, const char* name, bool may_be_float8) 
         case ScalarType::Half:
             return nld::DType::kFloat16;
         case ScalarType::Float8_e4m3fn:
-            STD_TORCH_CHECK(may_be_float8, "block_attention: ", name,
-                            " is float8; allowed: float32, bfloat16, float16");
+            STD_TORCH_CHECK(may_be_float8, op, ": ", name, " is float8; allowed: float32, bfloat16, float16");
             return nld::DType::kFloat8E4M3;
         case ScalarType::Float8_e5m2:
-            STD_TORCH_CHECK(may_be_float8, "block_attention: ", name,
-                            " is float8; allowed: float32, bfloat16, float16");
+            STD_TORCH_CHECK(may_be_float8, op, ": ", name, " is float8; allowed: float32, bfloat16, float16");
             return nld::DType::kFloat8E5M2;
         default:
-            STD_TORCH_CHECK(false, "block_attention: dtype of ", name,
-                            " is not supported; allowed: float32, bfloat16, float16", may_be_float8 ? ", float8" : "");
+            STD_TORCH_CHECK(false, op, ": dtype of ", name, " is not supported; allowed: float32, bfloat16, float16",
+                            may_be_float8 ? ", float8" : "");
     }
     return nld::DType::kFloat32;
 }
@@ -62,8 +61,12 @@ nld::Pages pages(const Tensor& tensor, const char* name, int64_t kv_heads, int64
     STD_TORCH_CHECK(tensor.size(1) == kv_heads && dims == head_dim && size > 0, "block_attention: ", name,
                     " has shape [pages, ", tensor.size(1), ", ", size, ", ", dims, "]; needed: [pages, ", kv_heads,
                     ", page size, ", head_dim, "]");
-    nld::Pages found{tensor.data_ptr(),        dtype_of(tensor, name, true), tensor.stride(0),
-                     tensor.stride(1),         tensor.stride(tiled ? 3 : 2), tensor.stride(tiled ? 5 : 3),
+    nld::Pages found{tensor.data_ptr(),
+                     dtype_of(tensor, "block_attention", name, true),
+                     tensor.stride(0),
+                     tensor.stride(1),
+                     tensor.stride(tiled ? 3 : 2),
+                     tensor.stride(tiled ? 5 : 3),
                      static_cast<float>(scale)};
     if (!tiled) return found;
     STD_TORCH_CHECK(nld::kTile % tensor.size(3) == 0 && tensor.size(5) % 2 == 0, "block_attention: tiles of ", name,
@@ -131,7 +134,7 @@ void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, T
     STD_TORCH_CHECK(dim >= 16 && dim <= 256 && dim % 16 == 0, "block_attention: head size is ", dim,
                     "; allowed: multiples of 16 up to 256");
     nld::BlockAttention call;
-    call.dtype = dtype_of(query, "query", false);
+    call.dtype = dtype_of(query, "block_attention", "query", false);
     for (const auto& [tensor, name] : {std::pair{&key, "key"}, {&value, "value"}, {&output, "output"}})
         STD_TORCH_CHECK(tensor->scalar_type() == query.scalar_type(), "block_attention: dtype of ", name,
                         " differs from the query's");
@@ -167,6 +170,26 @@ void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, T
     // The workspace lives as long as the thread that calls: an engine calls from one.
     thread_local nld::Workspace workspace;
     nld::block_attention(call, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel, workspace);
+}
+
+std::tuple<Tensor, Tensor, Tensor> best_tokens(Tensor logits, bool with_normaliser) {
+    STD_TORCH_CHECK(logits.dim() == 2, "best_tokens: logits has ", logits.dim(), " dimensions; needed: 2");
+    const int64_t rows = logits.size(0), vocab = logits.size(1);
+    STD_TORCH_CHECK(vocab > 0, "best_tokens: logits has no columns; needed: 1 or more");
+    STD_TORCH_CHECK(vocab == 1 || logits.stride(1) == 1, "best_tokens: logits has inner stride ", logits.stride(1),
+                    "; needed: 1");
+    Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long),
+           largest = torch::stable::new_empty(logits, {rows}, ScalarType::Float),
+           normalisers = torch::stable::new_empty(logits, {with_normaliser ? rows : 0}, ScalarType::Float);
+    nld::BestTokens call;
+    call.logits = logits.data_ptr();
+    call.dtype = dtype_of(logits, "best_tokens", "logits", false);
+    call.rows = rows, call.vocab = vocab, call.row_stride = logits.stride(0);
+    call.tokens = static_cast<int64_t*>(tokens.data_ptr());
+    call.largest = static_cast<float*>(largest.data_ptr());
+    call.normalisers = with_normaliser ? static_cast<float*>(normalisers.data_ptr()) : nullptr;
+    nld::best_tokens(call, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel);
+    return {tokens, largest, normalisers};
 }
 
 std::string instruction_set(std::string force) {
@@ -239,6 +262,7 @@ STABLE_TORCH_LIBRARY(vllm_nld_cpu, m) {
         "block_table, "
         "Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, Tensor? mask_words, float scale, float k_scale, "
         "float v_scale, int max_length, int max_prefix, Tensor(a!) output) -> ()");
+    m.def("best_tokens(Tensor logits, bool with_normaliser=True) -> (Tensor, Tensor, Tensor)");
     m.def("accept_prefix(Tensor drafts, Tensor targets, Tensor starts) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("move_kv(Tensor(a!)[] caches, Tensor sources, Tensor targets) -> ()");
     m.def("instruction_set(str force) -> str");
@@ -246,6 +270,7 @@ STABLE_TORCH_LIBRARY(vllm_nld_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_nld_cpu, CPU, m) {
     m.impl("block_attention", TORCH_BOX(&block_attention));
+    m.impl("best_tokens", TORCH_BOX(&best_tokens));
     m.impl("accept_prefix", TORCH_BOX(&accept_prefix));
     m.impl("move_kv", TORCH_BOX(&move_kv));
 }

@@ -9,6 +9,9 @@
 
 namespace nld {
 
+struct BestTokens;
+struct BestPart;
+
 enum class DType : int8_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kFloat8E5M2 };
 
 // Fresh tokens: [tokens, heads, head_dim] with inner stride 1; strides in elements.
@@ -86,6 +89,9 @@ using PieceFunction = void (*)(const BlockAttention&, const Item&, int head, int
 // Divide by the sums and write out.
 using FinishFunction = void (*)(const BlockAttention&, const Item&, int head, const Scratch&);
 
+// Search one segment of one row of logits (best_tokens.h).
+using SegmentFunction = void (*)(const BestTokens&, int64_t row, int64_t segment, BestPart&);
+
 struct Isa {
     const char* name;
     bool (*available)();  // may be forced
@@ -93,6 +99,7 @@ struct Isa {
     bool bfloat16_only;
     PieceFunction piece;
     FinishFunction finish;
+    SegmentFunction segment;
 };
 
 // All that were compiled in, the best one first.

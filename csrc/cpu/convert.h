@@ -1,6 +1,6 @@
 // Conversions between the dtypes of tensors and the two that are computed with.
 //
-// Included by tile_kernel.h only, inside the namespace of an instruction set.
+// Included by the kernels' headers only, inside the namespace of an instruction set.
 #pragma once
 
 #include <cstdint>

@@ -26,11 +26,12 @@ bool has_fast_avx512bf16() { return has_avx512bf16() && !__builtin_cpu_is("intel
 const std::vector<Isa>& instruction_sets() {
     static const std::vector<Isa> all = {
 #if defined(__x86_64__)
-        {"avx512bf16", has_avx512bf16, has_fast_avx512bf16, true, avx512bf16::run_piece, avx512bf16::run_finish},
-        {"avx512", has_avx512, has_avx512, false, avx512::run_piece, avx512::run_finish},
-        {"avx2", has_avx2, has_avx2, false, avx2::run_piece, avx2::run_finish},
+        {"avx512bf16", has_avx512bf16, has_fast_avx512bf16, true, avx512bf16::run_piece, avx512bf16::run_finish,
+         avx512bf16::run_segment},
+        {"avx512", has_avx512, has_avx512, false, avx512::run_piece, avx512::run_finish, avx512::run_segment},
+        {"avx2", has_avx2, has_avx2, false, avx2::run_piece, avx2::run_finish, avx2::run_segment},
 #endif
-        {"portable", always, always, false, portable::run_piece, portable::run_finish},
+        {"portable", always, always, false, portable::run_piece, portable::run_finish, portable::run_segment},
     };
     return all;
 }

@@ -7,6 +7,7 @@
     namespace nld::name {                                                              \
     void run_piece(const BlockAttention&, const Item&, int, int, int, const Scratch&); \
     void run_finish(const BlockAttention&, const Item&, int, const Scratch&);          \
+    void run_segment(const BestTokens&, int64_t, int64_t, BestPart&);                  \
     }
 
 NLD_DECLARE_ISA(avx512bf16)

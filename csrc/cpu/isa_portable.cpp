@@ -1,5 +1,6 @@
 #define NLD_ISA portable
 #define NLD_LANES 4
+#include "best_tokens_kernel.h"
 #include "instruction_sets.h"
 #include "tile_kernel.h"
 
@@ -11,6 +12,10 @@ void run_piece(const BlockAttention& call, const Item& item, int head, int first
 
 void run_finish(const BlockAttention& call, const Item& item, int head, const Scratch& scratch) {
     finish(call, item, head, scratch);
+}
+
+void run_segment(const BestTokens& call, int64_t row, int64_t segment, BestPart& part) {
+    search_segment(call, row, segment, part);
 }
 
 }  // namespace nld::portable

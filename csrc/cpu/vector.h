@@ -1,6 +1,6 @@
 // Vectors of NLD_LANES floats by the compiler's vector extension: one source for every instruction set.
 //
-// Included by tile_kernel.h only, inside the namespace of an instruction set.
+// Included by the kernels' headers only, inside the namespace of an instruction set.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,29 @@ inline float reduce_max(Vec v) {
 #endif
 }
 
-// 2 to the power of x for x <= 126; 0 below -126, also for minus infinity. kTerms of the Taylor series.
+// Whether any lane is above the bound's, or NaN.
+template <int kCount>
+inline bool any_above(const Vec (&vectors)[kCount], Vec bound) {
+#if defined(__AVX512F__)
+    __mmask16 above = 0;
+#pragma GCC unroll 8
+    for (const Vec& v : vectors) above |= _mm512_cmp_ps_mask(v, bound, _CMP_NLE_UQ);
+    return above != 0;
+#elif defined(__AVX2__)
+    Vec above{};
+#pragma GCC unroll 8
+    for (const Vec& v : vectors) above = _mm256_or_ps(above, _mm256_cmp_ps(v, bound, _CMP_NLE_UQ));
+    return _mm256_movemask_ps(above) != 0;
+#else
+    IVec below = isplat(-1);
+    for (const Vec& v : vectors) below &= v <= bound;
+    int32_t all = -1;
+    for (int i = 0; i < kLanes; ++i) all &= below[i];
+    return all == 0;
+#endif
+}
+
+// 2 to the power of x for x <= 126; 0 below -126, also for minus infinity and NaN. kTerms of the Taylor series.
 template <int kTerms>
 inline Vec exp2(Vec x) {
     constexpr float kCoefficients[] = {1.0f,          0.6931471806f, 0.2402265070f, 0.0555041087f,

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "best_tokens.h"
 #include "block_attention.h"
 #include "compaction.h"
 
@@ -261,6 +262,66 @@ void test_attention(const char* isa, int cases) {
     }
 }
 
+// Rows of logits lie end to end in a block that ends with the last one.
+struct Logits {
+    DType dtype;
+    int64_t rows, vocab;
+    Buffer buffer;
+
+    Logits(DType dtype_, int64_t rows_, int64_t vocab_, std::mt19937& random)
+        : dtype(dtype_), rows(rows_), vocab(vocab_), buffer(rows_ * vocab_, bytes_of(dtype_)) {
+        const bool hidden = random() % 4 == 0;  // none is seen but what follows
+        for (int64_t i = 0; i < rows * vocab; ++i) set(i, hidden ? -INFINITY : 4 * value_of(random));
+        if (random() % 2 == 0) set(random() % (rows * vocab), 9.0);
+        if (random() % 3 == 0) set(random() % (rows * vocab), NAN);
+    }
+
+    void set(int64_t i, double value) {
+        buffer.values[i] = value;
+        // put() knows finite numbers and NaN alone
+        const uint16_t half = 0xfc00;
+        if (dtype == DType::kFloat16 && std::isinf(value))
+            std::memcpy(&buffer.data[i * 2], &half, 2);
+        else
+            put(&buffer.data[i * bytes_of(dtype)], dtype, value);
+    }
+
+    bool right(const int64_t* tokens, const float* largest, const float* normalisers) const {
+        for (int64_t row = 0; row < rows; ++row) {
+            const double* logits = &buffer.values[row * vocab];
+            int64_t best = 0;
+            for (int64_t i = 1; i < vocab; ++i)
+                if (!std::isnan(logits[best]) && !(logits[i] <= logits[best])) best = i;
+            double sum = 0;
+            for (int64_t i = 0; i < vocab; ++i) sum += std::exp(logits[i] - logits[best]);
+            const double expected = std::isinf(logits[best]) ? logits[best] : logits[best] + std::log(sum);
+            auto same = [](double a, double b) { return a == b || std::fabs(a - b) < 1e-5 || (a != a && b != b); };
+            if (tokens[row] != best || !same(largest[row], logits[best])) return false;
+            if (normalisers != nullptr && !same(normalisers[row], expected)) return false;
+        }
+        return true;
+    }
+};
+
+void test_best_tokens(const char* isa, int cases) {
+    for (int seed = 0; seed < cases; ++seed) {
+        std::mt19937 random(seed);
+        const int64_t sizes[] = {1, 15, 64, 67, 1000, nld::kSegment - 1, nld::kSegment + 5};
+        const Logits logits(static_cast<DType>(random() % 3), 1 + random() % 3, sizes[random() % 7], random);
+        for (int threads : {1, 2, 7}) {
+            for (bool with_normalisers : {true, false}) {
+                std::vector<int64_t> tokens(logits.rows);
+                std::vector<float> largest(logits.rows), normalisers(logits.rows);
+                float* wanted = with_normalisers ? normalisers.data() : nullptr;
+                nld::best_tokens({logits.buffer.data.get(), logits.dtype, logits.rows, logits.vocab, logits.vocab,
+                                  tokens.data(), largest.data(), wanted},
+                                 threads, run_threads);
+                if (!logits.right(tokens.data(), largest.data(), wanted)) fail("best_tokens", isa, seed);
+            }
+        }
+    }
+}
+
 void test_accept_prefix() {
     const std::vector<int64_t> drafts = {9, 2, 3, 6, 7, 8}, targets = {8, 2, 3, 0, 6, 7, 8, 9, 3};
     const std::vector<int32_t> starts = {0, 3, 6, 6};
@@ -305,6 +366,7 @@ int main(int argc, char** argv) {
             continue;
         }
         test_attention(isa.name, cases);
+        test_best_tokens(isa.name, 4 * cases);
         std::printf("%s: %d cases\n", isa.name, cases);
     }
     test_accept_prefix();

@@ -475,3 +475,97 @@ def check_move(implementation: Any, spec: MoveSpec, device: str = "cpu") -> None
     )
     for index, (pool, wanted) in enumerate(zip(moved, expected, strict=True)):
         assert torch.equal(bits(pool), wanted), f"cache {index} differs"
+
+
+@dataclass(frozen=True)
+class BestSpec:
+    """Logits for best_tokens: random ones, with what is hard about a row written over them.
+
+    Attributes:
+        rows: rows of logits.
+        vocab: columns.
+        dtype: of the logits.
+        scale: of the normal distribution that they are drawn from; 0 makes all equal.
+        padding: columns behind a row that are not part of it.
+        ties: places that all get the row's largest value.
+        nans: places of NaN.
+        infinities: places of plus infinity.
+        hidden: places below this are minus infinity.
+        ascending: sorted, so that every logit is a new maximum.
+        offset: added to all.
+        seed: of the random numbers.
+    """
+
+    rows: int
+    vocab: int
+    dtype: torch.dtype
+    scale: float = 3.0
+    padding: int = 0
+    ties: tuple[int, ...] = ()
+    nans: tuple[int, ...] = ()
+    infinities: tuple[int, ...] = ()
+    hidden: int = 0
+    ascending: bool = False
+    offset: float = 0.0
+    seed: int = 0
+
+    def logits(self) -> Tensor:
+        """Logits ``[rows, vocab]``; padding is plus infinity. What is special is so in every row but the last."""
+        drawn = torch.randn(self.rows, self.vocab, generator=torch.Generator().manual_seed(self.seed))
+        drawn = (drawn * self.scale + self.offset).to(self.dtype)
+        drawn = drawn.sort(-1).values if self.ascending else drawn
+        special = drawn[: max(1, self.rows - 1)]
+        special[:, list(self.ties)] = special.amax(-1, keepdim=True)
+        special[:, : self.hidden] = -torch.inf
+        special[:, list(self.infinities)] = torch.inf
+        special[:, list(self.nans)] = torch.nan
+        wide = torch.full((self.rows, self.vocab + self.padding), torch.inf, dtype=self.dtype)
+        wide[:, : self.vocab] = drawn
+        return wide[:, : self.vocab]
+
+
+SEGMENT = 16384
+"""Tokens that the C++ operator searches on their own."""
+
+
+@st.composite
+def best_specs(draw: st.DrawFn) -> BestSpec:
+    """Draw sizes around whole vectors and segments."""
+    around = st.sampled_from((1, 4, 16, 64, 128, 1000, SEGMENT, 2 * SEGMENT))
+    vocab = max(1, draw(around) + draw(st.integers(-3, 3)))
+    places = st.lists(st.integers(0, vocab - 1), max_size=3).map(tuple)
+    rare = st.one_of(st.just(()), st.just(()), places)
+    return BestSpec(
+        rows=draw(st.integers(1, 4)),
+        vocab=vocab,
+        dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
+        scale=draw(st.sampled_from((0.0, 0.01, 3.0, 1000.0))),
+        padding=draw(st.sampled_from((0, 1, 7))),
+        ties=draw(places),
+        nans=draw(rare),
+        infinities=draw(rare),
+        hidden=draw(st.sampled_from((0, 0, vocab // 2, vocab - 1, vocab))),
+        ascending=draw(st.booleans()),
+        offset=draw(st.sampled_from((0.0, 50.0, -3000.0))),
+        seed=draw(st.integers(0, 5)),
+    )
+
+
+def check_best(implementation: Any, spec: BestSpec, device: str = "cpu") -> None:
+    """Check best_tokens against argmax, and log-sum-exp in float64."""
+    logits = spec.logits()
+    expected = logits.float().argmax(-1)
+    largest = logits.gather(1, expected[:, None]).squeeze(1).float()
+    normaliser = torch.logsumexp(logits.double(), -1)
+    given = torch.full((spec.rows, spec.vocab + spec.padding), torch.inf, dtype=spec.dtype, device=device)
+    given = given[:, : spec.vocab].copy_(logits)
+    for wanted in (True, False):
+        found = [x.cpu() for x in implementation.best_tokens(given, wanted)]
+        assert [x.dtype for x in found] == [torch.int64, torch.float32, torch.float32]
+        assert torch.equal(found[0], expected), f"{found[0].tolist()} instead of {expected.tolist()}"
+        torch.testing.assert_close(found[1], largest, rtol=0, atol=0, equal_nan=True)
+        # Half a unit of the result's last place, and what float32 loses in adding the exponentials.
+        torch.testing.assert_close(
+            found[2].double(), normaliser if wanted else torch.empty(0).double(), rtol=1e-7, atol=3e-6, equal_nan=True
+        )
+    assert torch.equal(bits(given), bits(logits)), "logits were written"

@@ -13,7 +13,7 @@ import torch
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = (torch.bfloat16, torch.float16)
-OPERATORS = ("block_attention", "accept_prefix", "move_kv")
+OPERATORS = ("block_attention", "accept_prefix", "move_kv", "best_tokens")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Implementation:
     Attributes:
         name: shown in test ids.
         module: import path.
-        operators: which of the three it has.
+        operators: which of the four it has.
         dtypes: of the query.
         devices: where it runs; one that this machine lacks is left out.
         examples: batches that hypothesis draws; few where each takes long.
@@ -58,7 +58,13 @@ IMPLEMENTATIONS = (
     Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3, tiles=True),
     Implementation("cpp", "vllm_nld.attention.cpp_ops", devices=("cpu",), tiles=True),
     Implementation(
-        "triton", "vllm_nld.attention.triton_ops", examples=20, longest_prefix=200, repeats=3, interpreted=True
+        "triton",
+        "vllm_nld.attention.triton_ops",
+        OPERATORS[:3],
+        examples=20,
+        longest_prefix=200,
+        repeats=3,
+        interpreted=True,
     ),
     Implementation("xformers", "vllm_nld.attention.xformers_ops", ("block_attention",), HALF, devices=("cuda",)),
 )

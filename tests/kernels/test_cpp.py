@@ -9,6 +9,7 @@ from typing import Any
 import cases
 import pytest
 import torch
+from test_operators import run_examples
 
 from vllm_nld import ops
 from vllm_nld.attention import cpp_ops
@@ -65,6 +66,87 @@ def test_any_number_of_threads(threads: int) -> None:
             cases.check(cpp_ops, cases.EDGE_SPECS[name], torch.float32)
     finally:
         torch.set_num_threads(before)
+
+
+BEST_SPECS = {
+    "one row": cases.BestSpec(1, 1000, torch.bfloat16),
+    "one column": cases.BestSpec(3, 1, torch.float16),
+    "no whole vector": cases.BestSpec(5, 131, torch.float32, padding=3),
+    "ties in several segments": cases.BestSpec(
+        3, 3 * cases.SEGMENT, torch.bfloat16, ties=(cases.SEGMENT + 70, cases.SEGMENT + 5, 2 * cases.SEGMENT)
+    ),
+    "all equal": cases.BestSpec(2, 2 * cases.SEGMENT + 1, torch.float16, scale=0.0),
+    "ascending": cases.BestSpec(2, 2 * cases.SEGMENT, torch.float32, ascending=True),
+    "NaN behind a larger one": cases.BestSpec(3, 2 * cases.SEGMENT, torch.float32, nans=(90, 70, cases.SEGMENT)),
+    "NaN in the second segment": cases.BestSpec(3, 2 * cases.SEGMENT, torch.float16, nans=(cases.SEGMENT + 9,)),
+    "NaN in the rest of a step": cases.BestSpec(2, 130, torch.bfloat16, nans=(129,)),
+    "NaN behind infinity": cases.BestSpec(2, 200, torch.bfloat16, infinities=(3,), nans=(150, 160)),
+    "infinity": cases.BestSpec(2, 2 * cases.SEGMENT, torch.bfloat16, infinities=(99, cases.SEGMENT + 3)),
+    "minus infinity alone": cases.BestSpec(1, 2 * cases.SEGMENT, torch.bfloat16, hidden=2 * cases.SEGMENT),
+    "first segment hidden": cases.BestSpec(2, 2 * cases.SEGMENT, torch.float32, hidden=cases.SEGMENT),
+    "only the last seen": cases.BestSpec(2, 2 * cases.SEGMENT + 1, torch.float16, hidden=2 * cases.SEGMENT),
+    "float16 with subnormals": cases.BestSpec(2, 5000, torch.float16, scale=1e-5),
+    "lowest float32": cases.BestSpec(2, 500, torch.float32, scale=0.0, offset=-3.4e38),
+    "far from zero": cases.BestSpec(4, 131072, torch.float32, scale=0.5, offset=5000.0),
+}
+
+
+@pytest.mark.parametrize("name", BEST_SPECS)
+def test_best_tokens_by_every_instruction_set(forced: str, name: str) -> None:
+    cases.check_best(cpp_ops, BEST_SPECS[name])
+
+
+def test_random_best_tokens_by_every_instruction_set(forced: str) -> None:
+    run_examples(50, cases.best_specs(), lambda spec: cases.check_best(cpp_ops, spec))
+
+
+def test_every_float16_is_widened(forced: str) -> None:
+    """A row per value, each of 131 equal columns: whole vectors, and the rest that is converted one by one."""
+    values = torch.arange(1 << 16).to(torch.uint16).view(torch.float16)
+    for first, last in ((0, 128), (128, 131)):
+        logits = torch.full((len(values), 131), -torch.inf, dtype=torch.float16)
+        logits[:, first:last] = values[:, None]
+        largest = cpp_ops.best_tokens(logits, False)[1]
+        torch.testing.assert_close(largest, values.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_best_tokens_are_the_same_whatever_the_threads_and_the_batch(forced: str) -> None:
+    logits = cases.BestSpec(9, 3 * cases.SEGMENT + 77, torch.bfloat16).logits()
+    expected = cpp_ops.best_tokens(logits)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7, 2, 1):
+            torch.set_num_threads(threads)
+            for rows in (slice(None), slice(4, 5), slice(2, 9, 3)):
+                for x, y in zip(cpp_ops.best_tokens(logits[rows]), expected, strict=True):
+                    assert torch.equal(cases.bits(x), cases.bits(y[rows]))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_may_lie_anywhere() -> None:
+    """Any row stride: every other row, one row many times, none."""
+    logits = cases.BestSpec(6, 300, torch.float32).logits()
+    tokens = logits.argmax(-1)
+    assert torch.equal(cpp_ops.best_tokens(logits[::2])[0], tokens[::2])
+    assert torch.equal(cpp_ops.best_tokens(logits[1].expand(4, 300))[0], tokens[1].expand(4))
+    assert [len(x) for x in cpp_ops.best_tokens(logits[:0])] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (torch.zeros(3), "best_tokens: logits has 1 dimensions; needed: 2"),
+        (torch.zeros(3, 0), "best_tokens: logits has no columns; needed: 1 or more"),
+        (torch.zeros(3, 8)[:, ::2], "best_tokens: logits has inner stride 2; needed: 1"),
+        (torch.zeros(8, 3).t(), "best_tokens: logits has inner stride 3; needed: 1"),
+        (torch.zeros(3, 8, dtype=torch.float64), "best_tokens: dtype of logits is not supported; allowed: float32"),
+        (torch.zeros(3, 8, dtype=torch.float8_e5m2), "best_tokens: logits is float8; allowed: float32"),
+    ],
+)
+def test_unsuitable_logits_are_an_error(logits: torch.Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        cpp_ops.best_tokens(logits)
 
 
 def spoiled(**changes: Any) -> dict[str, Any]:
@@ -161,6 +243,8 @@ def test_torch_accepts_the_operators() -> None:
         torch.library.opcheck(library.block_attention.default, (), arguments)
         torch.library.opcheck(library.accept_prefix.default, accept)
         torch.library.opcheck(library.move_kv.default, moves)
+        for with_normaliser in (True, False):
+            torch.library.opcheck(library.best_tokens.default, (torch.randn(3, 100), with_normaliser))
 
 
 def test_compiled_code_may_call_them() -> None:

@@ -70,6 +70,12 @@ def test_accept_prefix(implementation: Implementation, device: str) -> None:
     run_examples(implementation.examples, cases.accept_specs(), lambda spec: cases.check_accept(module, spec, device))
 
 
+@pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
+def test_best_tokens(implementation: Implementation, device: str) -> None:
+    module = implementation.load(device)
+    run_examples(implementation.examples, cases.best_specs(), lambda spec: cases.check_best(module, spec, device))
+
+
 @pytest.mark.parametrize(("implementation", "device"), having("move_kv"))
 def test_move_kv(implementation: Implementation, device: str) -> None:
     module = implementation.load(device)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_nld.ops import fake_accept_prefix, native_library
+from vllm_nld.ops import OPERATORS, fake_accept_prefix, fake_best_tokens, native_library
 
 
 @cache
@@ -31,6 +31,7 @@ def _register_fakes() -> None:
     register("vllm_nld_cpu::block_attention", lambda *_: None)
     register("vllm_nld_cpu::move_kv", lambda *_: None)
     register("vllm_nld_cpu::accept_prefix", fake_accept_prefix)
+    register("vllm_nld_cpu::best_tokens", fake_best_tokens)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -39,7 +40,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def instruction_set(force: str = "") -> str:
-    """Return the instruction set that bfloat16 attention uses; ``force`` picks one by name, "" the best.
+    """Return the instruction set that the operators use for bfloat16; ``force`` picks one by name, "" the best.
 
     Raises:
         RuntimeError: this machine lacks it. Names: avx512bf16, avx512, avx2, portable.
@@ -49,6 +50,6 @@ def instruction_set(force: str = "") -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("block_attention", "accept_prefix", "move_kv") and _load() is None:
+    if name in OPERATORS and _load() is None:
         return getattr(torch.ops.vllm_nld_cpu, name).default
     raise AttributeError(name)

@@ -151,3 +151,22 @@ def move_kv(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
             pages.view(torch.uint8) if pages.element_size() == _ONE_BYTE else pages
         )  # float8 lacks index_put on some devices
         raw[targets // size, :, targets % size] = raw[sources // size, :, sources % size]
+
+
+def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's most probable token, its logit and the row's normaliser.
+
+    Args:
+        logits: ``[rows, vocab]``, any float dtype; at least one column.
+        with_normaliser: whether the normaliser is wanted.
+
+    Returns:
+        tokens int64 ``[rows]``, of equal logits the first, or the first NaN; largest float32 ``[rows]``; the
+        log-sum-exp float32 ``[rows]``, or nothing, ``[0]``. The latter two are float64 for float64 logits.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if with_normaliser:
+        logits = logits.to(wide)
+    tokens = logits.argmax(-1)
+    largest = logits.gather(1, tokens[:, None]).squeeze(1).to(wide)
+    return tokens, largest, torch.logsumexp(logits, -1) if with_normaliser else largest.new_empty(0)
