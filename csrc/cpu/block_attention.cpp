@@ -51,7 +51,7 @@ struct Layout {
         const size_t dim = padded_dim(head_dim), rows = kMaxQueries + 16;
         queries = aligned(rows * dim * sizeof(float));
         tile = aligned(kTile * dim * sizeof(float));
-        scores = aligned(kMaxStrip * kTile * sizeof(float));
+        scores = aligned(16 * kTile * sizeof(float));
         accumulator = queries;
         maxima = aligned(rows * sizeof(float));
         sums = aligned(rows * 16 * sizeof(float));

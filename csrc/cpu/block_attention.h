@@ -63,15 +63,12 @@ constexpr int kTile = 64;  // keys that are multiplied at once: packed keys and 
 // Query rows (tokens times grouped heads) of an item: accumulators and queries of an item fit the L2 cache.
 constexpr int kMaxQueries = 256;
 
-// At most so many query rows are multiplied by a stretch of keys while it is in the L1 cache.
-constexpr int kMaxStrip = 32;
-
 // What one thread works in. All pointers are 64-byte aligned.
 struct Scratch {
     void* queries;  // packed [queries / rows of the micro kernel][padded head_dim / pair][rows][pair]
     void* keys;     // one packed tile
     void* values;
-    float* scores;       // [kMaxStrip, kTile]
+    float* scores;       // [rows of the micro kernel, kTile]
     float* accumulator;  // [queries, padded head_dim]
     float* maxima;       // [queries], in units of log2
     float* sums;         // [queries, 16], lanes yet to be added

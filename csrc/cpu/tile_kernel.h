@@ -78,7 +78,7 @@ inline void softmax(float* scores, int rows, float scale, float* maxima, float* 
 template <class Math, class PageT, class FreshT>
 struct Kernel {
     using Element = typename Math::Element;
-    static constexpr int kRows = Math::kRows, kPair = Math::kPair, kStrips = kMaxStrip / kRows;
+    static constexpr int kRows = Math::kRows, kPair = Math::kPair;
     static constexpr float kLowest = -1e30f;  // finite, so that a row that sees nothing yet stays free of NaN
 
     static int queries_of(const BlockAttention& call, const Item& item) {
@@ -134,22 +134,19 @@ struct Kernel {
         const auto *queries = static_cast<const Element*>(s.queries), *keys = static_cast<const Element*>(s.keys),
                    *values = static_cast<const Element*>(s.values);
         const int lines = next.lines() * kRows / count + 1;
-        for (int q = 0; q < count; q += kRows * kStrips) {
-            const int rows = least(kRows * kStrips, count - q), strips = (rows + kRows - 1) / kRows;
+        for (int q = 0; q < count; q += kRows) {
+            const int rows = least(kRows, count - q);
+            next.ask(lines);
             for (int column = 0; column < kTile; column += 2 * kLanes)
-                for (int i = 0; i < strips; ++i)
-                    multiply<Math, false, kPair, kRows * kPair>(queries + (q + i * kRows) * dim, keys + column * kPair,
-                                                                kTile, call.head_dim / kPair,
-                                                                s.scores + i * kRows * kTile + column, kTile);
-            next.ask(lines * strips);
+                multiply<Math, false, kPair, kRows * kPair>(queries + q * dim, keys + column * kPair, kTile,
+                                                            call.head_dim / kPair, s.scores + column, kTile);
             if (masked) hide(call, item, q, rows, group, first, s.scores);
             float* accumulator = s.accumulator + q * dim;
             softmax<Math>(s.scores, rows, scale, s.maxima + q, s.sums + q * 16, accumulator, dim);
             for (int column = 0; column < dim; column += 2 * kLanes)
-                for (int i = 0; i < strips; ++i)
-                    multiply<Math, true, kTile * sizeof(float) / sizeof(Element), kPair>(
-                        reinterpret_cast<const Element*>(s.scores + i * kRows * kTile), values + column * kPair, dim,
-                        kTile / kPair, accumulator + i * kRows * dim + column, dim);
+                multiply<Math, true, kTile * sizeof(float) / sizeof(Element), kPair>(
+                    reinterpret_cast<const Element*>(s.scores), values + column * kPair, dim, kTile / kPair,
+                    accumulator + column, dim);
         }
     }
 
@@ -168,7 +165,7 @@ struct Kernel {
         load_queries(call, item, head, s);
         if (call.head_dim % 32 != 0)  // columns behind the head's dimensions are computed, and dropped
             std::memset(s.values, 0, sizeof(Element) * kTile * padded_dim(call.head_dim));
-        std::memset(s.scores, 0, sizeof(float) * kMaxStrip * kTile);
+        std::memset(s.scores, 0, sizeof(float) * 16 * kTile);
         for (int tile = first; tile < last; ++tile) {
             load_tile(call, item, head, tile * kTile, s);
             attend(call, item, tile * kTile, next_tile(call, item, head, (tile + 1) * kTile, tile + 1 == last), s);
