@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class Publisher:
         if not now and moment - self._last < INTERVAL_SECONDS:
             return
         self._last = moment
-        text = json.dumps({"pid": os.getpid(), "samples": [asdict(sample) for sample in samples()]})
+        text = json.dumps({"pid": os.getpid(), "samples": [vars(sample) for sample in samples()]})
         # A full disk must not stop the engine: metrics are then old, that is all.
         with contextlib.suppress(OSError):
             # mkstemp follows no link that somebody else put into the shared folder; mode 0600.

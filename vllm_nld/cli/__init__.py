@@ -64,13 +64,16 @@ def cycle(
     block: Annotated[list[int] | None, typer.Option(min=2, help="Block lengths; may be repeated.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the cached prefix.")] = 128,
     steps: Annotated[int, typer.Option(min=3, help="Timed steps per measurement.")] = 20,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="So many layers of 3b: enough for what is outside the forwards.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Cost of one draft + verify cycle in AR steps, against what this machine's GEMM and memory reach."""
     from vllm_nld.cli.bench_cycle import run
 
     try:
-        run(model or ["tiny", "3b"], block or [], prompt_tokens, steps, json)
+        run(model or ["tiny", "3b"], block or [], prompt_tokens, steps, json, layers)
     except NLDError as error:
         raise _fail(error) from None
 
