@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the run; goes on with one found there")
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("steps", "rank", "learning_rate", "rows"):
+    for name in ("steps", "rank", "learning_rate", "rows", "dtype"):
         value = SETTINGS[name]
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"default: {value}")
     args = vars(parser.parse_args())
