@@ -120,7 +120,6 @@ void pack_tiled_values(typename Math::Element* values, int place, const Run<T>& 
                 unzip<Math>(run.at(t, d), to + d * kPair, to + width + d, run.scale);
             } else {
                 to[d * kPair] = element_of<Math>(*run.at(t, d), run.scale);
-                if (kPair == 2 && row % 2 == 0) to[d * kPair + 1] = typename Math::Element{};
             }
         }
         t += n;

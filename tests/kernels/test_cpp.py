@@ -166,6 +166,11 @@ def with_entry(index: Any, value: int) -> Any:
     return change
 
 
+def in_tiles(tokens: tuple[int, int], dims: tuple[int, int]) -> Any:
+    """Pages of groups and tokens, groups and dimensions."""
+    return lambda x: x.new_zeros(len(x), 2, *tokens, *dims)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -191,6 +196,11 @@ def with_entry(index: Any, value: int) -> Any:
         ({"key_pages": lambda x: x.bfloat16()}, "differ in shape or dtype"),
         ({"key_pages": lambda x: x[:, :, :8]}, "differ in shape or dtype"),
         ({"key_pages": lambda x: x.flatten(1, 2)}, "key_pages has 3 dimensions; needed: 4"),
+        ({"key_pages": lambda x: x.unflatten(2, (2, 8))}, "key_pages has 5 dimensions; needed: 4, or 6 in tiles"),
+        ({"key_pages": in_tiles((2, 8), (16, 2))}, r"key_pages has shape \[pages, 2, 16, 32\]; needed: .* 64\]"),
+        ({"key_pages": in_tiles((1, 5), (32, 2))}, "key_pages are of 5 tokens by 2 dimensions; allowed: divisors of 64"),
+        ({"key_pages": in_tiles((1, 16), (64, 1))}, "key_pages are of 16 tokens by 1 dimensions; allowed"),
+        ({"value_pages": in_tiles((2, 16), (4, 16))}, "differ in shape or dtype"),
         ({"scale": 0.0}, "scale is 0"),
     ],
 )  # fmt: skip
