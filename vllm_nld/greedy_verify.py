@@ -18,6 +18,11 @@ PLACEHOLDER = -1
 """Behind the end of a row of sampled tokens (vLLM's ``PLACEHOLDER_TOKEN_ID``)."""
 
 
+def readable(logits: Tensor) -> bool:
+    """Whether :func:`verify_greedily` takes such logits: the model's own ones always are so."""
+    return logits.dtype in (torch.float32, torch.bfloat16, torch.float16) and logits.stride(-1) == 1
+
+
 def verify_greedily(metadata: Any, logits: Tensor) -> Tensor:
     """Return every request's accepted drafts and the verifier's token behind them, as vLLM's rejection sampler does.
 

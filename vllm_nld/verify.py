@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_nld import compat
 from vllm_nld.errors import NLDError
-from vllm_nld.greedy_verify import verify_greedily
+from vllm_nld.greedy_verify import readable, verify_greedily
 
 
 def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]) -> None:
@@ -87,7 +87,8 @@ def guide_verification(
         if not any(metadata.num_draft_tokens):
             return rejection_sampler.sampler(logits, sampling_metadata, predict_bonus_token=True)
         committed = any(drafts and is_diffusion(row) for row, drafts in enumerate(metadata.num_draft_tokens))
-        if not committed and compat.decides_by_argmax(rejection_sampler, sampling_metadata):
+        plain = not committed and compat.decides_by_argmax(rejection_sampler, sampling_metadata)
+        if plain and readable(logits):
             return compat.sampler_output(verify_greedily(metadata, logits))
         return original(metadata, draft_probs(metadata) if probs is None else probs, logits, sampling_metadata)
 

@@ -24,7 +24,7 @@ inline Vec widened(const BFloat16* p) { return reinterpret_cast<Vec>(load_words(
 
 // As to_float() does it. AVX2 alone does not promise the instruction.
 inline Vec widened(const Half* p) {
-#if defined(__AVX512F__)
+#if NLD_LANES == 16
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #else
     const IVec bits = load_words(p), magnitude = bits & 0x7fff, shifted = magnitude << 13;

@@ -129,8 +129,9 @@ void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, T
     STD_TORCH_CHECK(scale > 0, "block_attention: scale is ", scale, "; allowed: more than 0");
     const int64_t tokens = query.size(0), heads = query.size(1), dim = query.size(2), kv_heads = key.size(1);
     const int64_t rows = prefix_lens.size(0);
-    STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "block_attention: ", heads, " query heads and ", kv_heads,
-                    " KV heads; allowed: a multiple");
+    STD_TORCH_CHECK(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= nld::kMaxQueries,
+                    "block_attention: ", heads, " query heads and ", kv_heads,
+                    " KV heads; allowed: a multiple, at most ", nld::kMaxQueries);
     STD_TORCH_CHECK(dim >= 16 && dim <= 256 && dim % 16 == 0, "block_attention: head size is ", dim,
                     "; allowed: multiples of 16 up to 256");
     nld::BlockAttention call;

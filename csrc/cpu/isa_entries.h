@@ -1,5 +1,6 @@
 // What one instruction set offers, in its namespace: define NLD_ISA and NLD_LANES, then include, in a file of its own
-// that is compiled for that instruction set.
+// that is compiled for that instruction set. NLD_LANES says which intrinsics there are: the compiler may be told of
+// more.
 #pragma once
 
 #include "best_tokens_kernel.h"

@@ -201,7 +201,7 @@ void with_page_type(const BlockAttention& call, Do&& run) {
 
 template <class Do>
 void with_kernel(const BlockAttention& call, Do&& run) {
-#if defined(__AVX512BF16__)  // chosen for no other dtype
+#if defined(NLD_BFLOAT16_PAIRS)  // chosen for no other dtype
     return with_page_type<BFloat16Math, BFloat16>(call, run);
 #else
     switch (call.dtype) {

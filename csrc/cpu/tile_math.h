@@ -15,7 +15,7 @@ struct Float32Math {
     using Operand = Vec;
     static constexpr int kPair = 1;  // elements of the summed dimension that lie side by side
     static constexpr int kTerms = 6;
-#if defined(__AVX512F__)
+#if NLD_LANES == 16
     static constexpr int kRows = 8;
 #else
     static constexpr int kRows = 4;
@@ -27,7 +27,7 @@ struct Float32Math {
     static void store(float* p, Vec v) { NLD_ISA::store(p, v); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(NLD_BFLOAT16_PAIRS)
 // Products of bfloat16 pairs, summed in float32.
 struct BFloat16Math {
     using Element = BFloat16;

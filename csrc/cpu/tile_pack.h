@@ -52,7 +52,7 @@ inline void put(typename Math::Element* to, const T* from, int64_t stride, bool 
 template <class Math, class T>
 inline void interleave(typename Math::Element* to, const T* a, const T* b, int count, float scale) {
     int i = 0;
-#if defined(__AVX512BF16__)
+#if defined(NLD_BFLOAT16_PAIRS)
     if constexpr (std::is_same_v<T, BFloat16>) {
         const __m512i low =
             _mm512_set_epi32(0x2f000f + 0, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008,

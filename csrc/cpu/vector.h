@@ -17,9 +17,9 @@ typedef int32_t IVec __attribute__((vector_size(4 * NLD_LANES)));
 
 // `Vec{} + x` would be an addition for the compiler, since it turns a negative zero into a positive one.
 inline Vec splat(float x) {
-#if defined(__AVX512F__)
+#if NLD_LANES == 16
     return _mm512_set1_ps(x);
-#elif defined(__AVX2__)
+#elif NLD_LANES == 8
     return _mm256_set1_ps(x);
 #else
     Vec v;
@@ -38,9 +38,9 @@ inline Vec load(const float* p) {
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline Vec vmax(Vec a, Vec b) {
-#if defined(__AVX512F__)
+#if NLD_LANES == 16
     return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
+#elif NLD_LANES == 8
     return _mm256_max_ps(a, b);
 #else
     return a > b ? a : b;
@@ -48,7 +48,7 @@ inline Vec vmax(Vec a, Vec b) {
 }
 
 inline float reduce_max(Vec v) {
-#if defined(__AVX512F__)
+#if NLD_LANES == 16
     return _mm512_reduce_max_ps(v);
 #else
     float best = v[0];
@@ -60,12 +60,12 @@ inline float reduce_max(Vec v) {
 // Whether any lane is above the bound's, or NaN.
 template <int kCount>
 inline bool any_above(const Vec (&vectors)[kCount], Vec bound) {
-#if defined(__AVX512F__)
+#if NLD_LANES == 16
     __mmask16 above = 0;
 #pragma GCC unroll 8
     for (const Vec& v : vectors) above |= _mm512_cmp_ps_mask(v, bound, _CMP_NLE_UQ);
     return above != 0;
-#elif defined(__AVX2__)
+#elif NLD_LANES == 8
     Vec above{};
 #pragma GCC unroll 8
     for (const Vec& v : vectors) above = _mm256_or_ps(above, _mm256_cmp_ps(v, bound, _CMP_NLE_UQ));
@@ -98,7 +98,7 @@ inline Vec exp2(Vec x) {
 
 // v where the bit of the lane is set, minus infinity elsewhere.
 inline Vec keep_visible(Vec v, uint32_t bits) {
-#if defined(__AVX512F__)
+#if NLD_LANES == 16
     return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), _mm512_set1_ps(-__builtin_inff()), v);
 #else
     IVec lane;

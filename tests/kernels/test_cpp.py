@@ -190,6 +190,8 @@ def in_tiles(tokens: tuple[int, int], dims: tuple[int, int]) -> Any:
         ({"key": lambda x: x.bfloat16()}, "dtype of key differs"),
         ({"output": lambda x: x.half()}, "dtype of output differs"),
         ({"query": lambda x: x[..., :40]}, "head size is 40; allowed: multiples of 16"),
+        ({"query": lambda x: x[:, :0], "output": lambda x: x[:, :0]}, "0 query heads and 2 KV heads"),
+        ({"query": lambda x: x[:, :1].expand(-1, 514, -1)}, "514 query heads and 2 KV heads; allowed: .* at most 256"),
         ({"query": lambda x: x[0]}, "query has 2 dimensions; needed: 3"),
         ({"query": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)}, "query has inner stride"),
         ({"value": lambda x: x[:, :1]}, "value has shape"),
@@ -198,7 +200,7 @@ def in_tiles(tokens: tuple[int, int], dims: tuple[int, int]) -> Any:
         ({"key_pages": lambda x: x.flatten(1, 2)}, "key_pages has 3 dimensions; needed: 4"),
         ({"key_pages": lambda x: x.unflatten(2, (2, 8))}, "key_pages has 5 dimensions; needed: 4, or 6 in tiles"),
         ({"key_pages": in_tiles((2, 8), (16, 2))}, r"key_pages has shape \[pages, 2, 16, 32\]; needed: .* 64\]"),
-        ({"key_pages": in_tiles((1, 5), (32, 2))}, "key_pages are of 5 tokens by 2 dimensions; allowed: divisors of 64"),
+        ({"key_pages": in_tiles((1, 5), (32, 2))}, "key_pages are of 5 tokens by 2 dimensions; allowed: divisors"),
         ({"key_pages": in_tiles((1, 16), (64, 1))}, "key_pages are of 16 tokens by 1 dimensions; allowed"),
         ({"value_pages": in_tiles((2, 16), (4, 16))}, "differ in shape or dtype"),
         ({"scale": 0.0}, "scale is 0"),
@@ -268,3 +270,17 @@ def test_compiled_code_may_call_them() -> None:
         return arguments["output"] * 2
 
     assert torch.equal(double(arguments), expected * 2)
+
+
+def test_a_library_of_another_version_is_a_reason_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editable install keeps its compiled part until it is installed again."""
+
+    def lacks(*_: Any) -> None:
+        raise RuntimeError("operator vllm_nld_cpu::best_tokens does not exist")
+
+    monkeypatch.setattr(cpp_ops, "_register_fakes", lacks)
+    reason = cpp_ops._load.__wrapped__()  # what it says is kept once a process
+    assert "install vllm-nld again" in reason
+    monkeypatch.setattr(cpp_ops, "_load", lambda: reason)
+    with pytest.raises(RuntimeError, match="install vllm-nld again"):
+        cpp_ops.instruction_set()

@@ -266,3 +266,16 @@ def test_another_rejection_sampler_is_an_error() -> None:
 
     with pytest.raises(NLDError, match=r"RejectionSampler\.forward changed: its arguments are"):
         guide_verification(Changed(), lambda metadata: None, lambda row: False)
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.randn(VOCAB, 4).t(), torch.randn(4, 2 * VOCAB)[:, ::2], torch.randn(4, VOCAB).double()]
+)
+def test_logits_that_the_operator_does_not_read_go_vllms_way(logits: Tensor) -> None:
+    """The model's own logits never are so; were they, the step should not fail."""
+    drafts = [[int(logits[0].argmax()), 3], []]
+    expected = RejectionSampler(Sampler())(spec_metadata(drafts), None, logits.clone(), greedy(2))
+    made = guided()
+    found = made.sampler(spec_metadata(drafts), None, logits, greedy(2))
+    assert made.own == 1
+    assert torch.equal(found.sampled_token_ids, expected.sampled_token_ids)

@@ -152,8 +152,8 @@ def has_strided_pages(layer: Any) -> bool:
 def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | None:
     """Return a causal step as blocks with a causal mask, or None where the platform's own attention is the better one.
 
-    On a CPU with bfloat16 products the operator is faster as soon as a row has several queries: verify passes, commits
-    and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens read
+    In bfloat16 on a CPU with AVX-512 the operator is faster as soon as a row has several queries: verify passes,
+    commits and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens read
     the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's attention
     sees the fresh tokens quantized, in AR as in a verify pass, and so it must. Tiled pages mean that the platform has
     AMX, which outruns the operator, and an unknown layout is none of AR's business.

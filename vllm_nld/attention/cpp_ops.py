@@ -21,7 +21,10 @@ def _load() -> str | None:
         load(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
-    _register_fakes()
+    try:
+        _register_fakes()
+    except RuntimeError:  # an operator is missing
+        return f"{path} was compiled for another version of vllm-nld; install vllm-nld again"
     return None
 
 
@@ -43,8 +46,12 @@ def instruction_set(force: str = "") -> str:
     """Return the instruction set that the operators use for bfloat16; ``force`` picks one by name, "" the best.
 
     Raises:
-        RuntimeError: this machine lacks it. Names: avx512bf16, avx512, avx2, portable.
+        RuntimeError: this machine lacks it, or the operators are unavailable. Names: avx512bf16, avx512, avx2,
+            portable.
     """
+    reason = _load()
+    if reason is not None:
+        raise RuntimeError(reason)
     name: str = torch.ops.vllm_nld_cpu.instruction_set(force)
     return name
 
