@@ -153,10 +153,10 @@ def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | N
     """Return a causal step as blocks with a causal mask, or None where the platform's own attention is the better one.
 
     In bfloat16 on a CPU with AVX-512 the operator is faster as soon as a row has several queries: verify passes,
-    commits and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens read
-    the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's attention
-    sees the fresh tokens quantized, in AR as in a verify pass, and so it must. Tiled pages mean that the platform has
-    AMX, which outruns the operator, and an unknown layout is none of AR's business.
+    commits and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens
+    read the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's
+    attention sees the fresh tokens quantized, in AR as in a verify pass, and so it must. Tiled pages mean that the
+    platform has AMX, which outruns the operator, and an unknown layout is none of AR's business.
     """
     if metadata is None or not fast_causal(query.device.type, query.dtype):
         return None
