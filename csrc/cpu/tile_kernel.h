@@ -134,10 +134,13 @@ struct Kernel {
         const auto *queries = static_cast<const Element*>(s.queries), *keys = static_cast<const Element*>(s.keys),
                    *values = static_cast<const Element*>(s.values);
         const int lines = next.lines() * kRows / count + 1;
+        // Of the last tile, only what there is: behind it, scores are hidden and probabilities zero.
+        const int present = least(kTile, item.keys - first);
+        const int columns = (present + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
         for (int q = 0; q < count; q += kRows) {
             const int rows = least(kRows, count - q);
             next.ask(lines);
-            for (int column = 0; column < kTile; column += 2 * kLanes)
+            for (int column = 0; column < columns; column += 2 * kLanes)
                 multiply<Math, false, kPair, kRows * kPair>(queries + q * dim, keys + column * kPair, kTile,
                                                             call.head_dim / kPair, s.scores + column, kTile);
             if (masked) hide(call, item, q, rows, group, first, s.scores);
@@ -145,8 +148,8 @@ struct Kernel {
             softmax<Math>(s.scores, rows, scale, s.maxima + q, s.sums + q * 16, accumulator, dim);
             for (int column = 0; column < dim; column += 2 * kLanes)
                 multiply<Math, true, kTile * sizeof(float) / sizeof(Element), kPair>(
-                    reinterpret_cast<const Element*>(s.scores), values + column * kPair, dim, kTile / kPair,
-                    accumulator + column, dim);
+                    reinterpret_cast<const Element*>(s.scores), values + column * kPair, dim,
+                    (present + kPair - 1) / kPair, accumulator + column, dim);
         }
     }
 
