@@ -10,7 +10,7 @@ from vllm_nld.checkpoint_check import check_tensors
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.draft_lora import adapter_of
 from vllm_nld.errors import NLDError
-from vllm_nld.options import NAMESPACE, NLDOptions
+from vllm_nld.options import NLDOptions, is_ours
 from vllm_nld.request_options import PROPOSER_PATHS
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -70,7 +70,7 @@ def _is_self_speculation(speculative: Any) -> bool:
 def _asks_for_this_extension(vllm_config: Any) -> bool:
     additional = vllm_config.additional_config
     return _is_self_speculation(vllm_config.speculative_config) or (
-        isinstance(additional, dict) and NAMESPACE in additional
+        isinstance(additional, dict) and any(map(is_ours, additional))
     )
 
 

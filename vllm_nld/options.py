@@ -7,6 +7,8 @@ An engine's defaults come from ``--additional-config '{"nld": {...}}'``. A reque
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -110,7 +112,10 @@ class NLDOptions(BaseModel):
             NLDError: a key is unknown, or a value has the wrong type or lies outside its range.
         """
         additional = vllm_config.additional_config
-        return cls.parse(additional.get(NAMESPACE, {}) if isinstance(additional, dict) else {})
+        if not isinstance(additional, dict):
+            return cls.parse({})
+        refuse_misplaced(additional.keys() - {NAMESPACE}, "additional_config", f'{{"{NAMESPACE}": {{"mode": "ar"}}}}')
+        return cls.parse(additional.get(NAMESPACE, {}))
 
     @classmethod
     def parse(cls, raw: object, where: str = f'additional_config["{NAMESPACE}"]') -> NLDOptions:
@@ -121,6 +126,18 @@ class NLDOptions(BaseModel):
             return cls.model_validate(raw)
         except ValidationError as error:
             raise NLDError("; ".join(_explain(item, where) for item in error.errors())) from None
+
+
+def is_ours(key: str) -> bool:
+    """Whether a key, of a dictionary that others use, too, is ``nld`` or a near miss of it."""
+    return re.match(rf"{NAMESPACE}([._-]|$)", key, re.IGNORECASE) is not None
+
+
+def refuse_misplaced(keys: Iterable[str], where: str, example: str) -> None:
+    """Raise NLDError if one of ``keys``, which nobody reads, is meant for this extension."""
+    for key in keys:
+        if is_ours(key):
+            raise NLDError(f'{where}["{key}"] is unknown; this extension reads {example} there')
 
 
 def _explain(item: Any, where: str) -> str:

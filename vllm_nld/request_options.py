@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_nld import MODEL_TYPE
 from vllm_nld.errors import NLDError
-from vllm_nld.options import NAMESPACE, NLDOptions
+from vllm_nld.options import NAMESPACE, NLDOptions, refuse_misplaced
 
 PROPOSER_PATHS = ("vllm_nld.SelfSpeculation", "vllm_nld.proposer.SelfSpeculation")
 LEARNED_SAMPLER_FOLDER = "learned_sampler"
@@ -130,6 +130,8 @@ def _own_keys(extra_args: dict[str, Any]) -> Any:
                 f'extra_args["{NAMESPACE}"]={nested!r} is not JSON; allowed: an object such as {{"mode": "diffusion"}}'
             ) from None
     flat = {key.removeprefix(f"{NAMESPACE}."): value for key, value in extra_args.items() if key.startswith("nld.")}
+    others = [key for key in extra_args if key != NAMESPACE and not key.startswith("nld.")]
+    refuse_misplaced(others, "extra_args", f'"{NAMESPACE}.mode", or an object "{NAMESPACE}",')
     for key in flat.keys() & BOOLEANS:
         if flat[key] in (0, 1):  # vllm_xargs has no booleans: they arrive as numbers
             flat[key] = bool(flat[key])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_nld.engine_config import _asks_for_this_extension
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions
 
@@ -53,3 +54,20 @@ def test_from_vllm_config() -> None:
     assert read({"nld": {"draft_threshold": 0.25}}) == 0.25
     with pytest.raises(NLDError, match="None"):
         read({"nld": None})
+
+
+@pytest.mark.parametrize("key", ["nld.mode", "nld_mode", "NLD.draft_threshold", "nld-mode", "Nld"])
+def test_a_misplaced_key_is_refused(key: str) -> None:
+    """vLLM ignores what it does not know in ``additional_config``; a default that was meant must not be lost so."""
+    config = SimpleNamespace(additional_config={key: "ar", "nld": {"mode": "diffusion"}, "nldx": 1, "other.nld": 2})
+    with pytest.raises(NLDError) as caught:
+        NLDOptions.from_vllm_config(config)
+    assert f'additional_config["{key}"] is unknown' in str(caught.value)
+    assert '{"nld": {"mode": "ar"}}' in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["nld", "nld.mode", "NLD"])
+def test_misplaced_keys_count_as_asking_for_the_extension(key: str) -> None:
+    config = SimpleNamespace(additional_config={key: {}}, speculative_config=None)
+    assert _asks_for_this_extension(config)
+    assert not _asks_for_this_extension(SimpleNamespace(additional_config={"nldx": {}}, speculative_config=None))

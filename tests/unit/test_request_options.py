@@ -122,3 +122,15 @@ def test_the_adapter_is_the_engine_s_to_choose() -> None:
         read({"nld": {"draft_lora": "off"}})
     with pytest.raises(NLDError, match=r"prompt_lookup=2 has no effect in mode 'ar'"):
         read({"nld": {"mode": "ar", "prompt_lookup": 2}})
+
+
+@pytest.mark.parametrize("key", ["nld_mode", "nld-mode", "NLD.mode", "NLD", "Nld"])
+def test_a_near_miss_of_a_key_is_refused(key: str) -> None:
+    with pytest.raises(NLDError) as caught:
+        read({key: "diffusion", "nld.mode": "ar"})
+    assert f'extra_args["{key}"] is unknown' in str(caught.value)
+    assert '"nld.mode"' in str(caught.value)
+
+
+def test_keys_of_others_are_nobodys_business() -> None:
+    assert read({"nldx": 1, "mode": "diffusion", "other.nld.mode": 2}) == NLDOptions()
