@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vllm_nld.attention import cpp_ops
-from vllm_nld.pages import STRIDED, TILED
+from vllm_nld.pages import STRIDED, TILED, PageLayout
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 128
 COLUMNS = STRIDED[0]  # what vLLM's CPU backend writes without AMX, and all that peer (b) reads on such a CPU
@@ -62,6 +62,11 @@ class Point:
         self.slots = (self.table.long()[:, place // PAGE] * PAGE + place % PAGE).flatten()
 
     @property
+    def layout(self) -> PageLayout:
+        """Of the pages."""
+        return TILED if self.tiles else COLUMNS
+
+    @property
     def flops(self) -> float:
         """Of both products."""
         return 4.0 * HEADS * DIM * self.rows * self.length * (self.prefix + self.length)
@@ -73,7 +78,7 @@ class Point:
 
     def ours(self) -> Tensor:
         """The operator under test."""
-        keys, values = (TILED if self.tiles else COLUMNS).split(self.cache, DIM)
+        keys, values = self.layout.split(self.cache, DIM)
         cpp_ops.block_attention(
             self.query, self.key, self.value, keys, values, self.table, self.prefixes, self.starts, self.kinds, None,
             DIM**-0.5, 1.0, 1.0, self.length, self.prefix, self.output,
@@ -83,7 +88,7 @@ class Point:
     def gather_sdpa(self) -> Tensor:
         """Peer (a); all rows have the same prefix here, so nothing is padded and no mask is needed."""
         pages = self.table[:, : -(-self.prefix // PAGE)].long()
-        keys, values = (TILED if self.tiles else COLUMNS).gather(self.cache, DIM, pages, self.prefix)
+        keys, values = self.layout.gather(self.cache, DIM, pages, self.prefix)
         shape = (self.rows, self.length, -1, DIM)
         keys = torch.cat((keys, self.key.view(shape).transpose(1, 2)), 2)
         values = torch.cat((values, self.value.view(shape).transpose(1, 2)), 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import DIM, KV_HEADS, LAYOUT, PAGE, medians
+from attention import COLUMNS, DIM, KV_HEADS, PAGE, medians
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +42,7 @@ def moves(rows: int, length: int, layers: int, seconds: float) -> dict[str, Any]
     pages = max(4, 2 * rows * length // PAGE + 1)
     caches = []
     for _ in range(layers):
-        caches += LAYOUT.split(torch.randn(pages, KV_HEADS, PAGE, 2 * DIM).bfloat16(), DIM)
+        caches += COLUMNS.split(torch.randn(pages, KV_HEADS, PAGE, 2 * DIM).bfloat16(), DIM)
     slots = torch.randperm(pages * PAGE, generator=torch.Generator().manual_seed(0))
     count = rows * (length - 1)
     sources, targets = slots[:count].contiguous(), slots[count : 2 * count].contiguous()

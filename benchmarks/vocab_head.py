@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,8 +44,9 @@ def timed(call: Any, seconds: float) -> float:
 
 
 def measure_operator(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time best_tokens and what it replaces, alternating, so that a slow spell hits all."""
+    """Time best_tokens and what it replaces."""
     import torch
+    from attention import medians
 
     from vllm_nld import ops
 
@@ -64,14 +66,9 @@ def measure_operator(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for rows in arguments.operator_rows:
         logits = torch.randn(rows, arguments.vocab).bfloat16()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        end = time.perf_counter() + len(calls) * arguments.seconds
-        while time.perf_counter() < end:
-            for name, call in calls.items():
-                started = time.perf_counter()
-                call(logits)
-                times[name].append(time.perf_counter() - started)
-        milliseconds = {name: median(own[1:] or own) * 1e3 for name, own in times.items()}
+        bound = {name: partial(call, logits) for name, call in calls.items()}
+        times = medians(bound, len(calls) * arguments.seconds)
+        milliseconds = {name: seconds * 1e3 for name, seconds in times.items()}
         found.append({"operator_rows": rows, "threads": torch.get_num_threads(), **milliseconds})
     return found
 

@@ -25,8 +25,8 @@ struct Run {
     float scale;
     const Pages* tiles = nullptr;  // set where neighbouring tokens or dimensions lie in groups
 
+    // Where one element lies, in tiles.
     const T* at(int t, int d) const {
-        if (tiles == nullptr) return data + t * token + d * dim;
         return data + t / tiles->tokens * tiles->token_group + t % tiles->tokens * token +
                d / tiles->dims * tiles->dim_group + d % tiles->dims * dim;
     }
