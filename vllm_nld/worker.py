@@ -34,10 +34,12 @@ class IntroducesProposer:
         return result
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Warm up, as vLLM does, and learn what forwards cost here, for auto mode."""
-        result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+        """Learn what forwards cost here, for auto mode, and warm up, as vLLM does.
+
+        vLLM ends its warm-up by watching for kernels that are compiled later, so a draft's must be compiled before.
+        """
         self.model_runner.drafter.measure_costs()
-        return result
+        return super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
 
     def update_max_model_len(self, max_model_len: int) -> None:
         """Lower the limit to what the cache holds (``--max-model-len auto``), and tell the proposer."""
