@@ -88,9 +88,7 @@ def test_connectors_that_do_nothing_in_a_layer_are_allowed(connector: str) -> No
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_connector_may_say_itself_whether_it_works_layer_by_layer(layerwise: bool) -> None:
     settings = {"use_layerwise": layerwise}
-    config = KVTransferConfig(
-        kv_connector="LMCacheConnectorV1", kv_role="kv_both", kv_connector_extra_config=settings
-    )
+    config = KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both", kv_connector_extra_config=settings)
     assert compat.transfers_layer_by_layer(config) == layerwise
 
 
@@ -103,14 +101,12 @@ class WaitingConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
 
 def test_a_connector_of_ones_own_is_looked_at() -> None:
-    config = KVTransferConfig(
-        kv_connector="WaitingConnector", kv_connector_module_path=__name__, kv_role="kv_both"
-    )
+    config = KVTransferConfig(kv_connector="WaitingConnector", kv_connector_module_path=__name__, kv_role="kv_both")
     assert compat.transfers_layer_by_layer(config)
 
 
 def test_attention_takes_no_fused_operation() -> None:
-    """A draft pass could not run it: its attention neither quantizes its output nor writes rotated keys to the cache."""
+    """A draft pass could not run it: its attention neither quantizes its output nor writes rotated keys."""
     own = _with_draft_passes(TritonAttentionBackend).get_impl_cls()
     vllms = own.__mro__[1]
     asked = [name for name in dir(vllms) if name.startswith("fused_") and name.endswith("_supported")]

@@ -1,4 +1,4 @@
-"""What a GPU worker imports must leave torch as it is: vLLM's CPU worker replaces parts of torch when it is imported."""
+"""What a GPU worker imports leaves torch as it is: vLLM's CPU worker replaces parts of torch when it is imported."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def find(path):
     return functools.reduce(getattr, rest, sys.modules[first])
 
 def faults():
-    return [path for path in patched if find(path) is not before[path]] + [name for name in of_cpus if name in sys.modules]
+    replaced = [path for path in patched if find(path) is not before[path]]
+    return replaced + [name for name in of_cpus if name in sys.modules]
 
 patched, of_cpus, of_gpus, cpu_worker = [words.split() for words in sys.argv[1:]]
 before = {path: find(path) for path in patched}

@@ -83,7 +83,7 @@ def make(model: Model, cache: int = 1) -> DraftPass:
     return DraftPass(config, model)
 
 
-def chosen_blocks(lengths: list[int], rule: CommitRule = CommitRule()) -> list[Block]:
+def chosen_blocks(lengths: list[int], rule: CommitRule) -> list[Block]:
     """Blocks whose tokens are chosen from logits; their first token is given."""
     return [
         Block(0, [1] + [MASK] * (length - 1), rule, choice=TokenChoice(vocab_size=VOCAB, length=length))
@@ -119,9 +119,7 @@ def test_logits_come_in_chunks_of_blocks(
     assert filler.forwards == 4
 
 
-def test_drafting_is_profiled_before_there_is_a_cache(
-    contexts: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drafting_is_profiled_before_there_is_a_cache(contexts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft_pass, "DRAWN_BYTES", 20 * VOCAB * 4)
     drawn: list[Tensor] = []
     original = ProfiledDraft.choose
