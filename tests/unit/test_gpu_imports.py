@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import patch
 
 from vllm_nld import compat
 
@@ -26,26 +28,9 @@ PATCHED = (
 
 OF_CPUS = ("vllm.v1.worker.cpu.shm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
 
-OF_GPUS = (
-    "vllm_nld.proposer",
-    "vllm_nld.draft_pass",
-    "vllm_nld.scheduler",
-    "vllm_nld.model",
-    "vllm_nld.attention.backend",
-    "vllm_nld.attention.triton_ops",
-    "vllm_nld.attention.cuda_ops",
-    "vllm_nld.attention.xformers_ops",
-    "vllm_nld.greedy_verify",
-    "vllm_nld.vocab_head",
-    "vllm_nld.learned_sampler",
-    "vllm_nld.engine_config",
-    "vllm_nld.collector",
-)
-"""What the plugin, the worker and the scheduler of an engine on a GPU import, at once or later."""
-
 PROBE = """
-import functools, importlib, sys
-import torch, vllm.utils.torch_utils, vllm.v1.worker.gpu.buffer_utils
+import functools, importlib, pkgutil, sys
+import torch, vllm.utils.torch_utils, vllm.v1.worker.gpu.buffer_utils, vllm_nld
 from vllm_nld import plugin
 
 def find(path):
@@ -56,28 +41,36 @@ def faults():
     replaced = [path for path in patched if find(path) is not before[path]]
     return replaced + [name for name in of_cpus if name in sys.modules]
 
-patched, of_cpus, of_gpus, cpu_worker = [words.split() for words in sys.argv[1:]]
+patched, of_cpus, gpu_worker, cpu_worker = [words.split() for words in sys.argv[1:]]
 before = {path: find(path) for path in patched}
 plugin.register()
-for name in of_gpus:
+pkgutil.resolve_name(*gpu_worker)
+for module in pkgutil.walk_packages(vllm_nld.__path__, "vllm_nld."):
+    if module.name.endswith("__main__") or cpu_worker[0].startswith(module.name + "."):
+        continue
     try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:  # Triton, on a machine without it
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:  # an optional package
         if error.name.split(".")[0] in ("vllm", "vllm_nld", "torch"):
             raise
 print("GPU", *faults())
-importlib.import_module(*cpu_worker)
+pkgutil.resolve_name(*cpu_worker)
 print("CPU", *faults())
 """
 
 
+def worker(cpu: bool) -> str:
+    """The worker that the plugin chooses on a platform."""
+    platform = SimpleNamespace(is_cpu=lambda: cpu, is_cuda_alike=lambda: not cpu)
+    config = SimpleNamespace(worker_cls="auto")
+    with patch("vllm.platforms.current_platform", platform):
+        compat.use_worker_subclass(config)
+    return str(config.worker_cls)
+
+
 def test_nothing_on_the_gpu_path_imports_the_cpu_worker() -> None:
-    """The CPU worker is imported last, to see that it still replaces what is looked at."""
-    gpu_worker, cpu_worker = (
-        compat.WORKERS[name].rpartition(".")[0]
-        for name in ("vllm.v1.worker.gpu_worker.Worker", "vllm.v1.worker.cpu_worker.CPUWorker")
-    )
-    arguments = [" ".join(words) for words in (PATCHED, OF_CPUS, (gpu_worker, *OF_GPUS), (cpu_worker,))]
+    """All modules but one are imported. The CPU worker comes last, to see that it still replaces what is looked at."""
+    arguments = [" ".join(words) for words in (PATCHED, OF_CPUS, [worker(cpu=False)], [worker(cpu=True)])]
     command = [sys.executable, "-c", PROBE, *arguments]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     faults = {words[0]: words[1:] for line in shown.splitlines() if (words := line.split())}
