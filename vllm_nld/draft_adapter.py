@@ -15,6 +15,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_nld.attention.backend import DraftMetadata
 from vllm_nld.draft_lora import WEIGHTS_FILE, DraftLoRA, tensor_names
+from vllm_nld.errors import NLDError
 
 
 class DraftAdapter(nn.Module):
@@ -51,11 +52,15 @@ def add_draft_adapter(hidden: Tensor, down: Tensor, up: Tensor, output: Tensor) 
     blocks = next(iter(metadata.values()), None)
     if not isinstance(blocks, DraftMetadata) or blocks.adapted is None:
         return
+    if is_being_captured(output):
+        raise NLDError("a draft pass was about to be captured in a CUDA graph; its adapter would follow the capture")
     if isinstance(blocks.adapted, slice):
         output.addmm_(hidden @ down, up)
     else:
         output.index_add_(0, blocks.adapted, hidden[blocks.adapted] @ down @ up)
 
+
+OPERATOR = "vllm_nld::add_draft_adapter"
 
 _library: Any = torch.library.Library("vllm_nld", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("add_draft_adapter(Tensor hidden, Tensor down, Tensor up, Tensor(a!) output) -> ()")
@@ -63,6 +68,23 @@ for _device in ("CPU", "CUDA"):
     _library.impl("add_draft_adapter", add_draft_adapter, dispatch_key=_device)
 torch.library.register_fake("vllm_nld::add_draft_adapter", lambda hidden, down, up, output: None)
 # Not torch.library.custom_op: its wrapper takes longer than all else that a causal pass does here.
+
+
+def is_being_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured of what is done with a tensor."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def leave_adapter_out_of_graphs(compilation_config: Any) -> None:
+    """Have vLLM cut the model's graph at the operator, so that no piecewise CUDA graph holds it; idempotent.
+
+    Whether it does anything is decided whenever it runs; captured in a causal pass, it would never do anything again.
+    vLLM fills ``splitting_ops`` after the config hook and reads it when it compiles, so this is called in between,
+    when the model is made. Where it is empty, there are no piecewise graphs; a draft pass runs no graph at all.
+    """
+    operators = compilation_config.splitting_ops
+    if operators and OPERATOR not in operators:
+        operators.append(OPERATOR)
 
 
 def load_adapter(adapter: DraftLoRA, model: nn.Module, shard: int, shards: int) -> None:

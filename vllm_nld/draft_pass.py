@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 
@@ -23,6 +23,7 @@ from vllm_nld.attention.torch_ops import BIDIRECTIONAL
 from vllm_nld.block import Block
 from vllm_nld.costs import round_size
 from vllm_nld.draft_adapter import load_adapter
+from vllm_nld.memory import CHUNK_BYTES, DRAWN_BYTES, ProfiledDraft, rows_in
 from vllm_nld.selection import select
 from vllm_nld.token_choice import DraftChoice
 from vllm_nld.vocab_head import Best, best_tokens, needs_logits, probability_of
@@ -48,6 +49,7 @@ class DraftPass:
         self.model = model
         self.learned_sampler = learned_sampler
         self.mask_token_id: int = config.mask_token_id
+        self.vocab_size: int = vllm_config.model_config.get_vocab_size()
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.last_position = vllm_config.model_config.max_model_len - 1
         self.device = next(model.parameters()).device
@@ -127,52 +129,115 @@ class DraftPass:
         active = [block for block in group if not block.is_done(self.mask_token_id)]
         if not active:
             return
-        rows = slice(None) if len(active) == len(group) else self._rows_of(group, active)
-        if any(map(needs_logits, active)):
-            logits = self.forward(group)[rows]
-            self._commit(active, *self._choose(active, logits), logits)
-        else:
-            best = self.best(group)
-            self._commit(active, best.tokens[rows], best.probability[rows])
+        hidden = self._hidden(group)
+        if not any(map(needs_logits, active)):
+            self._commit(active, *self._best(hidden, group, active))
+            return
+        for blocks in self._chunks(active):
+            logits = self._logits(hidden, group, blocks)
+            self._commit(blocks, *self._choose(blocks, logits), logits)
 
-    def _rows_of(self, group: list[Block], active: list[Block]) -> Tensor:
-        """Return which logits rows of a forward over ``group`` belong to ``active`` blocks, bool ``[masked]``."""
-        chosen = {id(block) for block in active}
-        return torch.tensor(
-            [id(block) in chosen for block in group for token in block.tokens if token == self.mask_token_id]
-        )
-
-    def forward(self, blocks: Sequence[Block]) -> Tensor:
-        """Run one forward and return the masked positions' logits, float32 ``[masked, vocab]``, in block order."""
-        hidden, masked = self._hidden(blocks)
-        logits: Tensor = self.model.compute_logits(hidden)
-        return logits[:masked].float()
+    def _chunks(self, blocks: Sequence[Block]) -> list[list[Block]]:
+        """Split into groups whose logits in float32 take at most ``CHUNK_BYTES``, or one block's."""
+        most = rows_in(CHUNK_BYTES, self.vocab_size)
+        chunks: list[list[Block]] = []
+        used = 0
+        for block in blocks:
+            rows = block.tokens.count(self.mask_token_id)
+            if chunks and used + rows <= most:
+                chunks[-1].append(block)
+                used += rows
+            else:
+                chunks.append([block])
+                used = rows
+        return chunks
 
     def best(self, blocks: Sequence[Block]) -> Best:
         """Run one forward and return the masked positions' most probable tokens, in block order."""
-        hidden, masked = self._hidden(blocks)
-        tokens, probability = best_tokens(self.model, hidden)
+        return self._best(self._hidden(blocks), blocks, blocks)
+
+    def _best(self, hidden: Tensor, group: Sequence[Block], blocks: Sequence[Block]) -> Best:
+        """Return the most probable tokens of some blocks of a forward, of whose tokens ``hidden`` is the last layer."""
+        wanted, masked = self._wanted(group, blocks)
+        tokens, probability = best_tokens(self.model, hidden[wanted])
         return Best(tokens[:masked], probability[:masked])
 
-    def _hidden(self, blocks: Sequence[Block]) -> tuple[Tensor, int]:
-        """Run one forward and return the masked positions' hidden states, and their number; more rows are padding.
+    def _logits(self, hidden: Tensor, group: Sequence[Block], blocks: Sequence[Block]) -> Tensor:
+        """Return the same rows' logits, float32 ``[masked, vocab]``."""
+        wanted, masked = self._wanted(group, blocks)
+        if self.activate_tasks is not None and len(blocks) < len(group):
+            self.activate_tasks(blocks, sum(block.length for block in blocks), wanted.numel())
+        logits: Tensor = self.model.compute_logits(hidden[wanted])
+        return logits[:masked].float()
 
-        Row i of a bidirectional pass predicts position i. The blocks are laid end to end, ragged as they are.
+    def _wanted(self, group: Sequence[Block], blocks: Sequence[Block]) -> tuple[Tensor, int]:
+        """Return where a forward over ``group`` has the masked positions of ``blocks``, int64, and how many there are.
+
+        Row i of a bidirectional pass predicts position i. More indices are padding.
+        """
+        chosen = set(map(id, blocks))
+        masked = [id(block) in chosen and token == self.mask_token_id for block in group for token in block.tokens]
+        wanted = torch.tensor(masked).nonzero().squeeze(1)
+        return _rounded(wanted).to(self.device), len(wanted)
+
+    def _hidden(self, blocks: Sequence[Block]) -> Tensor:
+        """Run one forward and return the hidden states of its tokens ``[tokens, hidden]``; more rows are padding.
+
+        The blocks are laid end to end, ragged as they are. vLLM compiled the model for int32 ids and int64 positions,
+        and dropped all guards: other ids would be misread. Nor may a CUDA graph of a causal pass be replayed.
         """
         self.forwards += 1
         self.block_forwards += len(blocks)
-        ids = torch.tensor([token for block in blocks for token in block.tokens])
+        ids = torch.tensor([token for block in blocks for token in block.tokens], dtype=torch.int32)
         positions = torch.cat([torch.arange(block.prefix, block.prefix + block.length) for block in blocks])
         # No block reaches past the last position; a warm-up's may.
         positions = positions.clamp_max(self.last_position)
-        per_layer = dict.fromkeys(self.layers, self._metadata(blocks))
-        masked = (ids == self.mask_token_id).nonzero().squeeze(1)
-        ids, positions, wanted = _rounded(ids, self.max_tokens), _rounded(positions, self.max_tokens), _rounded(masked)
+        ids, positions = _rounded(ids, self.max_tokens), _rounded(positions, self.max_tokens)
         if self.activate_tasks is not None:
-            self.activate_tasks(blocks, ids.numel(), wanted.numel())
-        with set_forward_context(per_layer, self.vllm_config, num_tokens=ids.numel(), slot_mapping={}):
-            hidden = self.model(input_ids=ids.to(self.device), positions=positions.to(self.device))
-        return hidden[wanted.to(self.device)], len(masked)
+            logits = sum(block.tokens.count(self.mask_token_id) for block in blocks)
+            self.activate_tasks(blocks, ids.numel(), round_size(logits))
+        context = set_forward_context(
+            self._per_layer(blocks),
+            self.vllm_config,
+            num_tokens=ids.numel(),
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            slot_mapping={},
+        )
+        with context:
+            hidden: Tensor = self.model(input_ids=ids.to(self.device), positions=positions.to(self.device))
+        return hidden
+
+    def _per_layer(self, blocks: Sequence[Block]) -> dict[str, DraftMetadata] | None:
+        """Return the layers' metadata; None, with which attention answers zeros, while there is no cache to read."""
+        has_cache = next(iter(self.layers.values())).kv_cache.numel() > 0
+        return dict.fromkeys(self.layers, self._metadata(blocks)) if has_cache else None
+
+    @torch.inference_mode()
+    def profile(self, requests: int, block_length: int) -> None:
+        """Use as much memory as drafting ever does, for vLLM to see it, whether there is a cache yet or not.
+
+        That is: the logits of a verification of all the blocks, which are still at hand when the next drafts are made,
+        the probabilities of as many drawn drafts as are allowed, and what a forward needs on top.
+
+        Args:
+            requests: at most that many draft together, as far as their tokens fit into a step.
+            block_length: tokens of their blocks, seed included.
+        """
+        rows = rows_in(DRAWN_BYTES, self.vocab_size)
+        counts = self.forwards, self.block_forwards
+        blocks = [
+            Block(0, [0] + [self.mask_token_id] * (block_length - 1), adapted=True)
+            for _ in range(max(1, min(requests, self.max_tokens // block_length)))
+        ]
+        for block in blocks[: max(1, rows // (block_length - 1))]:
+            block.choice = ProfiledDraft()
+        hidden = self._hidden(blocks)
+        if self.activate_tasks is not None:
+            self.activate_tasks(blocks, len(hidden), len(hidden))
+        verified = self.model.compute_logits(hidden)
+        self._advance(blocks)
+        del verified
+        self.forwards, self.block_forwards = counts
 
     def _metadata(self, blocks: Sequence[Block]) -> DraftMetadata:
         lengths, prefixes = [block.length for block in blocks], [block.prefix for block in blocks]

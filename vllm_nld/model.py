@@ -22,7 +22,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm_nld import compat
 from vllm_nld.attention.backend import block_attention_backend
 from vllm_nld.config import NemotronLabsDiffusionConfig
-from vllm_nld.draft_adapter import DraftAdapter
+from vllm_nld.draft_adapter import DraftAdapter, leave_adapter_out_of_graphs
 from vllm_nld.draft_lora import adapter_of
 
 
@@ -119,6 +119,7 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if self.draft_lora is not None:
             for layer in self.model.layers:
                 layer.self_attn.add_draft_adapter(self.draft_lora.rank)
+            leave_adapter_out_of_graphs(vllm_config.compilation_config)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits ``[tokens, vocab]`` with the mask token at minus infinity, or None off the gathering rank."""

@@ -25,6 +25,7 @@ from vllm_nld.block import Block
 from vllm_nld.costs import round_size
 from vllm_nld.draft_pass import DraftPass
 from vllm_nld.errors import NLDError
+from vllm_nld.memory import drafts_allowed
 from vllm_nld.options import NLDOptions
 from vllm_nld.parking import Parked, SchedulerNote, WorkerNote, may_leave
 from vllm_nld.prompt_lookup import splice
@@ -63,6 +64,8 @@ class SelfSpeculation:
         self.auto = AutoMode(self.block_length, together=first_rank_decides)
         self.ledger = Ledger()
         self._requests: Requests | None = None
+        self._runner: Any = None
+        self._most_drafts = self.block_length - 1
         self._tasks: TaskLoRAs | None = None
         self._scheduled: dict[str, int] = {}
         self._drafted: dict[str, list[int]] = {}
@@ -104,9 +107,14 @@ class SelfSpeculation:
             self.auto.costs.start(size, min(times))  # the first one compiles kernels
             size = round_size(size + 1)
 
+    def profile(self) -> None:
+        """Use as much memory as drafting ever does (called while vLLM profiles it)."""
+        self._draft_pass().profile(self.vllm_config.scheduler_config.max_num_seqs, self.block_length)
+
     def attach(self, runner: Any) -> None:
         """Let the proposer see the requests and the final length limit (called by the worker)."""
         self.max_model_len = runner.max_model_len
+        self._runner = runner
         self._requests = Requests(runner, EngineTraits.of(self.vllm_config), thinking_tokens(self.vllm_config))
         if self.vllm_config.lora_config is not None:
             self._tasks = TaskLoRAs(runner, self.mask_token_id)
@@ -232,7 +240,8 @@ class SelfSpeculation:
         if self._requests is None:
             raise NLDError(
                 f"worker_cls={self.vllm_config.parallel_config.worker_cls!r} did not introduce the model runner to the "
-                "proposer; allowed: auto, or a subclass of vllm_nld.worker.NLDCPUWorker or NLDGPUWorker"
+                "proposer; allowed: auto, or a subclass of vllm_nld.cpu_worker.NLDCPUWorker or "
+                "vllm_nld.gpu_worker.NLDGPUWorker"
             )
         return self._requests
 
@@ -269,6 +278,7 @@ class SelfSpeculation:
 
         Those of looked-up drafts are full. Where a diffusion block is only half committed, its rest is handed out.
         """
+        self._most_drafts = drafts_allowed(self._runner, len(states), self.vocab_size)
         blocks: dict[int, Block] = {}
         opened: dict[int, Block] = {}
         adaptive: dict[int, RequestState] = {}
@@ -302,7 +312,8 @@ class SelfSpeculation:
 
     def _longest(self, row: int, state: RequestState, tokens: StepTokens) -> int:
         room = self.max_model_len - int(tokens.decided[row])
-        return state.longest_draft_block(min(state.options.block_length or self.block_length, room))
+        longest = state.options.block_length or self.block_length
+        return state.longest_draft_block(min(longest, room, 1 + self._most_drafts))
 
     def _draft_block(self, row: int, state: RequestState, tokens: StepTokens, length: int) -> Block:
         return state.draft_block(*tokens.seed(row), length, self.mask_token_id, self.vocab_size)

@@ -76,7 +76,10 @@ def test_one_forward_serves_blocks_with_and_without_it(model: ReferenceModel, fo
     """Diffusion never drafts with the adapter, and a request may do without."""
     options: list[dict[str, Any]] = [{}, {"draft_adapter": False}, {"mode": "diffusion", "threshold": 0.4}, {}]
     adapter = model.draft_adapter
-    with engine(folder, spec=True) as llm:
+    attention = "vllm::unified_attention_with_output"
+    with engine(folder, spec=True, compilation_config={"splitting_ops": [attention]}) as llm:
+        operators = runner(llm).vllm_config.compilation_config.splitting_ops
+        assert operators == [attention, "vllm_nld::add_draft_adapter"], "on a GPU no CUDA graph holds it"
         seen: dict[int, list[list[int]]] = {}
         watch_blocks(llm, lambda block: seen.setdefault(block.prefix, []).append(list(block.tokens)))
         text = request(llm, PROMPTS, options)

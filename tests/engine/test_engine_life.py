@@ -20,6 +20,7 @@ from engines import (
 )
 from models import random_model, save, small_config
 
+from vllm_nld.memory import profiling_drafts
 from vllm_nld.reference import ReferenceModel, ar_generate
 
 
@@ -53,6 +54,26 @@ def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path) -> None:
         generate(llm, random_prompts([3, 70, 140], 24))
         assert len(passes) > 5
         assert all(passes)
+        draft_pass.run = original
+        check_profiling(runner(llm))
+
+
+def check_profiling(of: Any) -> None:
+    """vLLM's profiling run, without a cache and with one, drafts and verifies the most that there can be."""
+    counted = of.drafter.draft_pass.forwards
+    caches = {name: layer.kv_cache for name, layer in of.drafter.draft_pass.layers.items()}
+    verify, verified = of.rejection_sampler.forward, []
+    of.rejection_sampler.forward = lambda *args: (verified.append(args[2].shape), verify(*args))[1]
+    for cached in (False, True):
+        for name, layer in of.drafter.draft_pass.layers.items():
+            layer.kv_cache = caches[name] if cached else torch.tensor([])
+        with profiling_drafts(of, 7):
+            of.profile_run()
+    requests = of.scheduler_config.max_num_seqs
+    assert set(verified) == {(requests * 8, 24)}
+    assert of.drafter.draft_pass.forwards == counted
+    # What the compiled model is called with in causal passes, and so in draft passes.
+    assert (of.input_ids.gpu.dtype, of.positions.dtype) == (torch.int32, torch.int64)
 
 
 def test_random_drafts_cost_cycles_but_change_no_token(model: ReferenceModel, folder: Path) -> None:
