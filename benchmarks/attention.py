@@ -168,7 +168,7 @@ def measure(point: Point, limits: dict[str, float], seconds: float) -> dict[str,
     truth = point.gather_sdpa().float() if not point.causal else point.stock().float()
     for found in (point.ours(), *([] if point.tiles else [point.stock()])):
         assert (found.float() - truth).abs().max() < 0.05, "an implementation is wrong"
-    calls = {"ours": point.ours}
+    calls: dict[str, Callable[[], Any]] = {"ours": point.ours}
     if not point.tiles:
         calls["stock"] = point.stock
     if not point.causal:

@@ -40,7 +40,7 @@ def main() -> int:
     build = Build(Record(args.out, "build", origin), args.out / "build.log")
     if not (args.dry_run or args.no_build):
         build.start()
-    states = {}
+    states: dict[str, str] = {}
     if device == "cuda" and steps[0].name == "libraries":
         states |= supervisor.run(steps[:1])  # needs no library of ours, and tells soon whether anything works
         steps = steps[1:]

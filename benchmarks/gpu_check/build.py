@@ -42,7 +42,7 @@ class Build:
             )
 
     def wait(self, seconds: float) -> None:
-        """Wait for it, and end it if it takes longer: a library that appears halfway would be used by some steps only."""
+        """Wait for it, and end it if it takes longer: some steps would run with the library, and some without."""
         if self._process is None:
             return
         try:

@@ -27,7 +27,8 @@ class GPUPoint(Point):
         self.seq_lens = self.prefixes + self.length
         self.stock_output = torch.empty_like(self.query)
         self.unit = torch.ones((), device=self.device)
-        self.pools = self.cache.transpose(1, 2).split(DIM, -1)  # [pages, page size, KV heads, head size]
+        by_token = self.cache.transpose(1, 2)
+        self.keys, self.values = by_token[..., :DIM], by_token[..., DIM:]  # [pages, page size, KV heads, head size]
 
     def _flash(self, keys: Tensor, values: Tensor, longest: int, **settings: Any) -> Any:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
@@ -41,27 +42,29 @@ class GPUPoint(Point):
         """What vLLM does in a step: write the block to its pages, then attend over them."""
         from vllm._custom_ops import reshape_and_cache_flash
 
-        reshape_and_cache_flash(self.key, self.value, *self.pools, self.slots, "auto", self.unit, self.unit)
+        reshape_and_cache_flash(self.key, self.value, self.keys, self.values, self.slots, "auto", self.unit, self.unit)
         return self.floor(self.causal)
 
     def floor(self, causal: bool = True) -> Tensor:
         """One FlashAttention call over pages that hold the block already: nothing does with less."""
-        return self._flash(
-            *self.pools, self.prefix + self.length, out=self.stock_output, seqused_k=self.seq_lens,
+        self._flash(
+            self.keys, self.values, self.prefix + self.length, out=self.stock_output, seqused_k=self.seq_lens,
             block_table=self.table, causal=causal,
         )  # fmt: skip
+        return self.stock_output
 
     def two_calls(self) -> Tensor:
         """FlashAttention over the cached prefix, then over the block, merged by their log-sum-exp."""
         from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
+        block: Tensor
         block, block_lse = self._flash(
             self.key, self.value, self.length, cu_seqlens_k=self.starts, causal=False, return_softmax_lse=True
         )
         if not self.prefix:
             return block
         prefix, prefix_lse = self._flash(
-            *self.pools, self.prefix, seqused_k=self.prefixes, block_table=self.table, causal=False,
+            self.keys, self.values, self.prefix, seqused_k=self.prefixes, block_table=self.table, causal=False,
             return_softmax_lse=True,
         )  # fmt: skip
         merge_attn_states(self.stock_output, prefix, prefix_lse, block, block_lse)
@@ -80,10 +83,10 @@ class FlexPoint:
         self.keys = torch.cat((keys, point.key.view(shape).transpose(1, 2)), 2)
         self.values = torch.cat((values, point.value.view(shape).transpose(1, 2)), 2)
         self.query = point.query.view(shape).transpose(1, 2).contiguous()
-        self.attend: Callable[..., Tensor] = torch.compile(flex_attention) if compiled else flex_attention
+        self.attend: Any = torch.compile(flex_attention) if compiled else flex_attention
 
     def __call__(self) -> Tensor:
-        out = self.attend(self.query, self.keys, self.values, scale=DIM**-0.5, enable_gqa=HEADS != KV_HEADS)
+        out: Tensor = self.attend(self.query, self.keys, self.values, scale=DIM**-0.5, enable_gqa=HEADS != KV_HEADS)
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -124,7 +127,7 @@ def device_medians(device: str, calls: dict[str, Callable[[], Any]], seconds: fl
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(pairs.values()))) < 5:
         for name, call in calls.items():
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair = _event(), _event()
             flush.zero_()
             pair[0].record()
             call()
@@ -132,6 +135,10 @@ def device_medians(device: str, calls: dict[str, Callable[[], Any]], seconds: fl
             pairs[name].append(pair)
         torch.cuda.synchronize()
     return {name: statistics.median(a.elapsed_time(b) for a, b in found) * 1e-3 for name, found in pairs.items()}
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def host_seconds(call: Callable[[], Any], synchronize: Callable[[], None], repeats: int = 20) -> float:

@@ -94,5 +94,3 @@ class Warnings(logging.Handler):
         """Keep the text."""
         with contextlib.suppress(Exception):
             self.texts.append(record.getMessage()[:500])
-
-

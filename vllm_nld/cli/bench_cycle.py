@@ -17,7 +17,7 @@ from rich.table import Table
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
-from vllm_nld.cli.stopwatch import PARTS, Stopwatch
+from vllm_nld.cli.stopwatch import PARTS, Stopwatch, Watch
 from vllm_nld.errors import NLDError
 
 MODELS = ("tiny", "3b")
@@ -138,7 +138,7 @@ def time_decoding(
     prompt_tokens: int,
     steps: int,
     drafts: int = 0,
-    watch: Stopwatch | None = None,
+    watch: Watch | None = None,
     **sampling: Any,
 ) -> list[float]:
     """Return the seconds of steps (AR) or cycles that decode for some requests at once, after all their prefills.
@@ -151,7 +151,7 @@ def time_decoding(
         prompt_tokens: of each.
         steps: to time; fewer if the requests end before.
         drafts: of a cycle at most, so that no block is cut short by ``max_tokens`` while it is timed.
-        watch: times the parts of these steps as well.
+        watch: runs these steps, and takes note of their parts.
         sampling: of ``SamplingParams``; greedy by default.
     """
     from vllm import SamplingParams

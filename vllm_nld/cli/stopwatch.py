@@ -8,11 +8,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 PARTS = ("draft forward", "verify forward", "draft pass", "proposer", "sampling", "scheduler", "runner", "rest")
 """The two forwards of the model, output layer included; the draft pass beside its forward; the proposer beside the
 draft pass; vLLM's sampler; its scheduler; its model runner beside all of these; the rest of the step."""
+
+
+class Watch(Protocol):
+    """Runs steps and takes note of something."""
+
+    def step(self, step: Callable[[], Any]) -> Any:
+        """Run one step and return what it returned."""
 
 
 class Stopwatch:

@@ -38,10 +38,5 @@ def run(check: Check) -> None:
         check.figure(name, found)
     for operator in ops.OPERATORS:
         check.figure("operator", ops.implementation(operator, check.device).name, of=operator)
-    check.figure("prices of forwards", str(_prices(runner(llm).drafter)))
-
-
-def _prices(drafter: Any) -> dict[int, float]:
-    """Return what auto mode measured at start: milliseconds by tokens of a draft forward."""
-    found = getattr(drafter.auto.costs, "seconds", None) or {}
-    return {int(size): round(1e3 * float(seconds), 3) for size, seconds in dict(found).items()}
+    for tokens in check.sizes.forward_tokens:
+        check.figure("auto mode's price", runner(llm).drafter.auto.costs.seconds(tokens) * 1e3, "ms", tokens=tokens)

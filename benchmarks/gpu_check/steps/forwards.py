@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from gpu_check.check import Check
@@ -39,8 +40,8 @@ def _forwards(check: Check, llm: Any) -> None:
         check.synchronize()
 
     for tokens in check.sizes.forward_tokens:
-        check.figure("causal forward", _median(lambda tokens=tokens: causal(tokens)) * 1e3, "ms", tokens=tokens)
-        draft = _median(lambda tokens=tokens: draft_pass.time_forward(tokens, tokens))
+        check.figure("causal forward", _median(partial(causal, tokens)) * 1e3, "ms", tokens=tokens)
+        draft = _median(partial(draft_pass.time_forward, tokens, tokens))
         check.figure("draft forward and choice", draft * 1e3, "ms", tokens=tokens)
 
 
@@ -94,7 +95,7 @@ class Profiled:
 
     def finish(self) -> tuple[Counter[str], float]:
         """Return how often the host called what, and for how many seconds the device was busy."""
-        from torch.autograd import DeviceType
+        from torch._C._autograd import DeviceType
 
         self._profile.__exit__(None, None, None)
         calls: Counter[str] = Counter()

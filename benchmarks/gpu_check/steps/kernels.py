@@ -9,7 +9,12 @@ from typing import Any
 from gpu_check.build import ROOT
 from gpu_check.check import Check
 
-GPU_FILES = ("gpu/test_cuda_kernels.py", "kernels/test_operators.py", "kernels/test_triton.py", "kernels/test_xformers.py")
+GPU_FILES = (
+    "gpu/test_cuda_kernels.py",
+    "kernels/test_operators.py",
+    "kernels/test_triton.py",
+    "kernels/test_xformers.py",
+)
 DRY_FILES = ("gpu", "kernels/test_operators.py")
 EVERY = 100
 """Tests between two figures of how many have passed."""

@@ -31,7 +31,9 @@ def run(check: Check) -> None:
     check.figure("platform", type(current_platform).__name__)
     if check.device == "cuda":
         found = torch.cuda.get_device_properties(0)
-        check.figure("gpu", found.name, processors=found.multi_processor_count, capability=f"{found.major}.{found.minor}")
+        check.figure(
+            "gpu", found.name, processors=found.multi_processor_count, capability=f"{found.major}.{found.minor}"
+        )
         check.figure("memory", found.total_memory / 2**30, "GiB")
     for heads_first in (False, True) if check.device == "cuda" else (False,):
         _compare(check, heads_first)
@@ -53,7 +55,9 @@ def _compare(check: Check, heads_first: bool) -> None:
         keys, values = point.layout.gather(point.cache, DIM, point.table.long(), total)
         shape = (point.rows, point.length, -1, DIM)
         for cached, fresh in ((keys, point.key), (values, point.value)):
-            assert torch.equal(cached[:, :, point.prefix :], fresh.view(shape).transpose(1, 2)), "the cache write is wrong"
+            assert torch.equal(cached[:, :, point.prefix :], fresh.view(shape).transpose(1, 2)), (
+                "the cache write is wrong"
+            )
         check.figure("cache write", "exact", pages=pages)
         for name, module in modules.items():
             results[name] = point.ours(module).clone().float()

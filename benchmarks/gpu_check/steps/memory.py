@@ -7,7 +7,12 @@ from typing import Any
 from gpu_check.check import Check
 from gpu_check.serving import speculative, worker
 
-PROFILED = ("peak_activation_memory", "cudagraph_memory_estimate", "non_torch_memory", "available_kv_cache_memory_bytes")
+PROFILED = (
+    "peak_activation_memory",
+    "cudagraph_memory_estimate",
+    "non_torch_memory",
+    "available_kv_cache_memory_bytes",
+)
 """What vLLM's GPU worker notes when it profiles, in bytes."""
 
 

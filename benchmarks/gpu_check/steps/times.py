@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 
 from gpu_check.check import Check
-from gpu_check.points import FlexPoint, device_medians, host_seconds, implementations, make_point
+from gpu_check.points import FlexPoint, GPUPoint, device_medians, host_seconds, implementations, make_point
 
 FLEX_POINTS = ((1024, 32, 8), (8192, 32, 1))
 """(prefix, block length, rows): each has to be compiled, so few."""
@@ -38,12 +39,11 @@ def run(check: Check) -> None:
 
 def _measure(check: Check, modules: dict[str, Any], prefix: int, length: int, rows: int) -> None:
     point = make_point(check.device, prefix, length, rows)
-    where = {"prefix": prefix, "length": length, "rows": rows}
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, module in modules.items():
-        if name != "torch":
-            calls[name] = lambda module=module: point.ours(module)
-    if check.device == "cuda":
+    where: dict[str, Any] = {"prefix": prefix, "length": length, "rows": rows}
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(point.ours, module) for name, module in modules.items() if name != "torch"
+    }
+    if isinstance(point, GPUPoint):
         calls |= {"flash twice": point.two_calls, "flash causal": point.floor}
     else:
         calls["vllm"] = point.stock
@@ -66,7 +66,7 @@ def _measure_flex(check: Check, prefix: int, length: int, rows: int) -> None:
     point = make_point(check.device, prefix, length, rows)
     call = FlexPoint(point, compiled=not check.dry)
     difference = (call().float() - point.gather_sdpa().view_as(point.query).float()).abs().max().item()
-    where = {"prefix": prefix, "length": length, "rows": rows}
+    where: dict[str, Any] = {"prefix": prefix, "length": length, "rows": rows}
     check.figure("largest difference from SDPA", difference, of="flex", **where)
     seconds = device_medians(check.device, {"flex": call}, check.sizes.point_seconds)["flex"]
     check.figure("attention", seconds * 1e6, "us", of="flex", **where)
