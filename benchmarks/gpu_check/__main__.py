@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from gpu_check.build import ROOT, Build, card
-from gpu_check.plan import STEPS
+from gpu_check.plan import STEPS, steps_on
 from gpu_check.record import FILE, Record
 from gpu_check.supervise import Supervisor
 
@@ -35,7 +35,7 @@ def main() -> int:
     (args.out / FILE).unlink(missing_ok=True)
     device = "cpu" if args.dry_run else "cuda"
     _describe(Record(args.out, "machine", origin), device)
-    steps = [step for step in STEPS if args.step is None or step.name in args.step]
+    steps = [step for step in steps_on(device) if args.step is None or step.name in args.step]
     supervisor = Supervisor(args.out, device, origin, args.minutes * 60)
     build = Build(Record(args.out, "build", origin), args.out / "build.log")
     if not (args.dry_run or args.no_build):

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from gpu_check.check import Check, Engines
-from gpu_check.plan import DRY, STEPS, Sizes
+from gpu_check.plan import DRY, Sizes, steps_on
 from gpu_check.record import Record
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if args.device == "cpu":
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    known = {step.name: step for step in STEPS}
+    known = {step.name: step for step in steps_on(args.device)}
     figures = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries log to standard output, which is for figures
     engines, sizes = Engines(), DRY if args.device == "cpu" else Sizes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,17 @@ STEPS = (
     Step("baseline-3b", "baseline", "plain 3b", 10, 60, "3b"),
     Step("engine-tests", "engine_tests", "engine tests", 60, 20),
 )
+
+
+DRY_PATIENCE = 4.0
+"""Times as long as on a GPU machine may a step of a dry run take: limits are for that machine's cores."""
+
+
+def steps_on(device: str) -> tuple[Step, ...]:
+    """Return the steps, with their limits on a device."""
+    if device == "cuda":
+        return STEPS
+    return tuple(replace(s, seconds=s.seconds * DRY_PATIENCE, start=s.start * DRY_PATIENCE) for s in STEPS)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,14 @@ class Supervisor:
         device: "cuda" or "cpu".
         origin: ``time.time()`` at the beginning.
         seconds: what the whole may take.
+        child: command of a session's process.
     """
 
     folder: Path
     device: str
     origin: float
     seconds: float
+    child: tuple[str, ...] = (sys.executable, "-m", "gpu_check.child")
 
     def run(self, steps: Sequence[Step]) -> dict[str, str]:
         """Run the steps; returns what became of each."""
@@ -53,7 +55,7 @@ class Supervisor:
             for step in steps:
                 self._record(step).event("skipped", why="no time left")
             return []
-        command = [sys.executable, "-m", "gpu_check.child", *(step.name for step in steps), "--out", str(self.folder)]
+        command = [*self.child, *(step.name for step in steps), "--out", str(self.folder)]
         command += ["--device", self.device, "--origin", str(self.origin)]
         log = self.folder / f"{name.replace(' ', '_')}.log"
         with log.open("ab") as output:

@@ -59,15 +59,10 @@ def _agrees(check: Check, case: Case) -> bool:
     from vllm_nld.checkpoints import checkpoint_path
 
     folder = checkpoint_path("tiny") if case.tiny else _random(check)
-    settings: dict[str, Any] = {"dtype": case.dtype, "max_model_len": 512, "max_num_seqs": 8}
-    if not check.dry:
-        settings["enforce_eager"] = case.eager
-        settings["compilation_config"] = {"cudagraph_capture_sizes": CAPTURED} if not case.eager else {}
-        settings |= {"attention_backend": case.backend} if case.backend else {}
     prompts = random_prompts([1, 5, 17, 40, 65, 130, 31, 200][: 8 if not check.dry else 3], 250)
     texts = {}
     for spec in (False, True):
-        with engine(folder, spec=spec, **settings) as llm:
+        with engine(folder, spec=spec, **settings(check, case)) as llm:
             texts[spec] = generate(llm, prompts, max_tokens=check.sizes.new_tokens, ignore_eos=True)
             if spec:
                 cycles, tokens = counters(llm)["cycles"], sum(map(len, texts[True]))
@@ -77,6 +72,18 @@ def _agrees(check: Check, case: Case) -> bool:
     check.figure("texts that agree with AR", f"{sum(same)} of {len(same)}", of=case.name)
     check.figure("tokens before the first difference", min(first), of=case.name)
     return all(same) or not case.must_agree
+
+
+def settings(check: Check, case: Case) -> dict[str, Any]:
+    """Return a case's arguments of ``LLM`` beside the tests' own."""
+    common: dict[str, Any] = {"dtype": case.dtype, "max_model_len": 512, "max_num_seqs": 8}
+    if check.dry:
+        return common
+    if case.backend:
+        common["attention_backend"] = case.backend
+    if case.eager:
+        return common | {"enforce_eager": True}
+    return common | {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": CAPTURED}}
 
 
 def _common(a: list[int], b: list[int]) -> int:
