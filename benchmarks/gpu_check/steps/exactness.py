@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,10 @@ def run(check: Check) -> None:
         AssertionError: a text differs where none may.
     """
     sys.path.insert(0, str(ROOT / "tests"))
-    wrong = [case.name for case in CASES if not _agrees(check, case)]
+    # vLLM's Triton attention leaves float32 products to Triton, whose default is TF32: 10 bits of mantissa.
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"
+    cases = CASES if not check.dry else CASES[1::2]  # eager and with graphs are the same there
+    wrong = [case.name for case in cases if not _agrees(check, case)]
     assert not wrong, f"self-speculation is not AR: {'; '.join(wrong)}"
 
 
@@ -92,13 +96,13 @@ def _common(a: list[int], b: list[int]) -> int:
 
 def _random(check: Check) -> Path:
     """Write a checkpoint of random weights, once."""
-    from models import random_model, save, small_config
+    from models import random_model, save, small_config, yarn
 
     folder = check.scratch / "heads_of_128"
     if not folder.exists():
         config = small_config(
             vocab_size=256, hidden_size=512, intermediate_size=1024, head_dim=128, block_size=16,
-            num_hidden_layers=check.sizes.layers, max_position_embeddings=512,
+            num_hidden_layers=check.sizes.layers, max_position_embeddings=512, rope_parameters=yarn(original=128),
         )  # fmt: skip
         save(random_model(config), folder)
     return folder
