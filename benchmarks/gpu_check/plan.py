@@ -29,7 +29,7 @@ class Step:
 STEPS = (
     Step("libraries", "libraries", "operators", 15, 40),
     Step("kernels", "kernels", "tests", 70, 10),
-    Step("exactness", "exactness", "exactness", 70, 25),
+    Step("exactness", "exactness", "exactness", 90, 25),
     Step("engine", "engine", "speculative", 5, 110, "8b"),
     Step("cycle", "cycle", "speculative", 25, 60, "8b"),
     Step("forwards", "forwards", "speculative", 20, 60, "8b"),
@@ -99,6 +99,6 @@ DRY = Sizes(
     crowd=4,
     layers=2,
     new_tokens=12,
-    cases="torch and (edges or best or move)",
+    cases="torch and (accept or move)",
 )
 """Of a dry run: every code path, on a CPU, in a minute."""

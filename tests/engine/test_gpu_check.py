@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from gpu_check import record
+from gpu_check.build import ROOT
 
 FIGURES = {
     "libraries": ("import vllm", "platform", "cache write", "largest difference from SDPA"),
