@@ -29,7 +29,9 @@ from vllm_nld.attention import cpp_ops
 from vllm_nld.pages import STRIDED, TILED, PageLayout
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 128
+GPU_PAGE = 16  # vLLM's default there
 COLUMNS = STRIDED[0]  # what vLLM's CPU backend writes without AMX, and all that peer (b) reads on such a CPU
+BESIDE = STRIDED[2]  # keys beside values: what vLLM's GPU backends write
 
 
 @dataclass
@@ -42,28 +44,41 @@ class Point:
     dtype: torch.dtype
     causal: bool = False
     tiles: bool = False  # the pages are those of a CPU with AMX
+    device: str = "cpu"
+    heads_first: bool = False  # in memory a GPU's page goes by heads, then tokens (vLLM's HND); else NHD
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        pages_per_row = -(-(self.prefix + self.length) // PAGE)
+        generator = torch.Generator(self.device).manual_seed(0)
+        self.page = PAGE if self.device == "cpu" else GPU_PAGE
+        pages_per_row = -(-(self.prefix + self.length) // self.page)
         pages, tokens = self.rows * pages_per_row, self.rows * self.length
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float32).to(self.dtype)
+            drawn = torch.randn(*shape, generator=generator, dtype=torch.float32, device=self.device)
+            return drawn.to(self.dtype)
+
+        def ints(values: Tensor) -> Tensor:
+            return values.to(self.device, torch.int32)
 
         self.query, self.key, self.value = random(tokens, HEADS, DIM), *random(2, tokens, KV_HEADS, DIM)
-        self.cache = random(pages, KV_HEADS, PAGE, 2 * DIM)
-        self.table = torch.randperm(pages, generator=generator).view(self.rows, pages_per_row).to(torch.int32)
-        self.prefixes = torch.full((self.rows,), self.prefix, dtype=torch.int32)
-        self.starts = torch.arange(self.rows + 1, dtype=torch.int32) * self.length
-        self.kinds = torch.full((self.rows,), int(self.causal), dtype=torch.int32)
+        if self.device == "cpu" or self.heads_first:
+            self.cache = random(pages, KV_HEADS, self.page, 2 * DIM)
+        else:
+            self.cache = random(pages, self.page, KV_HEADS, 2 * DIM).transpose(1, 2)
+        order = torch.randperm(pages, generator=generator, device=self.device)
+        self.table = order.view(self.rows, pages_per_row).to(torch.int32)
+        self.prefixes = ints(torch.full((self.rows,), self.prefix))
+        self.starts = ints(torch.arange(self.rows + 1) * self.length)
+        self.kinds = ints(torch.full((self.rows,), int(self.causal)))
         self.output = torch.empty_like(self.query)
-        place = self.prefix + torch.arange(self.length)
-        self.slots = (self.table.long()[:, place // PAGE] * PAGE + place % PAGE).flatten()
+        place = self.prefix + torch.arange(self.length, device=self.device)
+        self.slots = (self.table.long()[:, place // self.page] * self.page + place % self.page).flatten()
 
     @property
     def layout(self) -> PageLayout:
         """Of the pages."""
+        if self.device != "cpu":
+            return BESIDE
         return TILED if self.tiles else COLUMNS
 
     @property
@@ -76,10 +91,10 @@ class Point:
         """Keys and values of the prefix, each read once."""
         return 2.0 * self.rows * self.prefix * KV_HEADS * DIM * self.query.element_size()
 
-    def ours(self) -> Tensor:
-        """The operator under test."""
+    def ours(self, implementation: Any = cpp_ops) -> Tensor:
+        """The operator under test, in one of its implementations."""
         keys, values = self.layout.split(self.cache, DIM)
-        cpp_ops.block_attention(
+        implementation.block_attention(
             self.query, self.key, self.value, keys, values, self.table, self.prefixes, self.starts, self.kinds, None,
             DIM**-0.5, 1.0, 1.0, self.length, self.prefix, self.output,
         )  # fmt: skip
@@ -87,7 +102,7 @@ class Point:
 
     def gather_sdpa(self) -> Tensor:
         """Peer (a); all rows have the same prefix here, so nothing is padded and no mask is needed."""
-        pages = self.table[:, : -(-self.prefix // PAGE)].long()
+        pages = self.table[:, : -(-self.prefix // self.page)].long()
         keys, values = self.layout.gather(self.cache, DIM, pages, self.prefix)
         shape = (self.rows, self.length, -1, DIM)
         keys = torch.cat((keys, self.key.view(shape).transpose(1, 2)), 2)
@@ -153,7 +168,7 @@ def measure(point: Point, limits: dict[str, float], seconds: float) -> dict[str,
     truth = point.gather_sdpa().float() if not point.causal else point.stock().float()
     for found in (point.ours(), *([] if point.tiles else [point.stock()])):
         assert (found.float() - truth).abs().max() < 0.05, "an implementation is wrong"
-    calls = {"ours": point.ours}
+    calls: dict[str, Callable[[], Any]] = {"ours": point.ours}
     if not point.tiles:
         calls["stock"] = point.stock
     if not point.causal:

@@ -58,10 +58,10 @@ def _load_page_tile(
 
     The mask keeps unused slots out: 0 * NaN would be NaN.
     """
-    raw = tl.load(pages + page * s_page + place * s_place + dim * s_dim, mask=in_prefix & in_head, other=0)
+    tile = tl.load(pages + page * s_page + place * s_place + dim * s_dim, mask=in_prefix & in_head, other=0)
     if FP8:
-        return _float8_to_half(raw, E5M2).to(DTYPE)
-    return raw
+        tile = _float8_to_half(tile, E5M2).to(DTYPE)
+    return tile  # once: the compiler wants all of a function's returns to be of one type, also those that are never run
 
 
 @triton.jit

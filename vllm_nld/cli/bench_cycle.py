@@ -17,7 +17,7 @@ from rich.table import Table
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
-from vllm_nld.cli.stopwatch import PARTS, Stopwatch
+from vllm_nld.cli.stopwatch import PARTS, Stopwatch, Watch
 from vllm_nld.errors import NLDError
 
 MODELS = ("tiny", "3b")
@@ -126,23 +126,58 @@ def _steps(
     folder: str, drafts: int | None, prompt_tokens: int, steps: int, settings: dict[str, Any]
 ) -> tuple[float, dict[str, float]]:
     """Return the median seconds of a decode step (AR) or cycle (drafts given), and of its parts."""
+    print(f"bench: {Path(folder).name}, {'AR' if drafts is None else f'block {drafts + 1}'} ...", file=sys.stderr)
+    with engine(folder, drafts=drafts, **settings) as llm, Stopwatch(llm) as watch:
+        times = time_decoding(llm, 1, prompt_tokens, steps, drafts or 0, watch)
+    return statistics.median(times), watch.medians()
+
+
+def time_decoding(
+    llm: Any,
+    requests: int,
+    prompt_tokens: int,
+    steps: int,
+    drafts: int = 0,
+    watch: Watch | None = None,
+    **sampling: Any,
+) -> list[float]:
+    """Return the seconds of steps (AR) or cycles that decode for some requests at once, after all their prefills.
+
+    A step counts when its tokens come out: an asynchronous engine returns from some calls without any.
+
+    Args:
+        llm: an ``LLM`` that nothing else uses.
+        requests: in flight.
+        prompt_tokens: of each.
+        steps: to time; fewer if the requests end before.
+        drafts: of a cycle at most, so that no block is cut short by ``max_tokens`` while it is timed.
+        watch: runs these steps, and takes note of their parts.
+        sampling: of ``SamplingParams``; greedy by default.
+    """
     from vllm import SamplingParams
 
-    print(f"bench: {Path(folder).name}, {'AR' if drafts is None else f'block {drafts + 1}'} ...", file=sys.stderr)
-    # Long enough that no block is cut short by max_tokens while it is timed.
-    budget = steps * (2 + (drafts or 0)) + 64
-    params = SamplingParams(temperature=0, max_tokens=budget, ignore_eos=True, detokenize=False)
-    prompt = {"prompt_token_ids": [200 + i % 200 for i in range(prompt_tokens)]}
-    with engine(folder, drafts=drafts, **settings) as llm:
-        core = llm.llm_engine
-        core.add_request("bench", prompt, params)
-        core.step()  # prefill, and the first draft
+    budget = steps * (2 + drafts) + 64
+    defaults = {"temperature": 0, "max_tokens": budget, "ignore_eos": True, "detokenize": False}
+    params = SamplingParams(**(defaults | sampling))
+    core, names = llm.llm_engine, [f"bench-{number}" for number in range(requests)]
+    for number, name in enumerate(names):
+        core.add_request(name, {"prompt_token_ids": [200 + (number + i) % 200 for i in range(prompt_tokens)]}, params)
+    waiting = set(names)
+    while waiting:  # prefills, and the first drafts
+        waiting -= {output.request_id for output in core.step()}
+    core.step()
+    times: list[float] = []
+    last = time.perf_counter()
+    while core.has_unfinished_requests() and len(times) < steps:
+        outputs = core.step() if watch is None else watch.step(core.step)
+        if outputs:
+            now = time.perf_counter()
+            times.append(now - last)
+            last = now
+    core.abort_request(names)
+    while core.has_unfinished_requests():
         core.step()
-        watch, times = Stopwatch(llm), list[float]()
-        while core.has_unfinished_requests() and len(times) < steps:
-            times.append(watch.step(core.step))
-        core.abort_request(["bench"])
-    return statistics.median(times), watch.medians()
+    return times
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -8,30 +8,42 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 PARTS = ("draft forward", "verify forward", "draft pass", "proposer", "sampling", "scheduler", "runner", "rest")
 """The two forwards of the model, output layer included; the draft pass beside its forward; the proposer beside the
 draft pass; vLLM's sampler; its scheduler; its model runner beside all of these; the rest of the step."""
 
 
+class Watch(Protocol):
+    """Runs steps and takes note of something."""
+
+    def step(self, step: Callable[[], Any]) -> Any:
+        """Run one step and return what it returned."""
+
+
 class Stopwatch:
-    """Times the parts of every step.
+    """Times the parts of every step, until it is closed (it is a context manager, too).
 
     Args:
         llm: an ``LLM`` whose engine core runs in this process.
+        synchronize: waits for the device. Called where a part begins and where it ends, so that a part's time is that
+            of its kernels too; a step takes longer then than it does unwatched. Not needed on a CPU.
     """
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, synchronize: Callable[[], None] | None = None) -> None:
+        self._synchronize = synchronize or (lambda: None)
         self._now: dict[str, float] = {}
         self._running: list[tuple[str, float]] = []
+        self._wrapped: list[tuple[Any, str, Any]] = []
         self.steps: list[dict[str, float]] = []
         core = llm.llm_engine.engine_core.engine_core
         worker = core.model_executor.driver_worker.worker
         runner = worker.model_runner
         drafter = getattr(runner, "drafter", None)
         for name in ("forward", "compute_logits"):
-            self._wrap(runner.model, name, self._forward)
+            self._wrap(runner.get_model(), name, self._forward)
+        self._wrap(runner, "_model_forward", self._forward)  # a replayed CUDA graph never enters the model's forward
         self._wrap(runner, "_sample", lambda: "sampling")
         for name in ("execute_model", "sample_tokens"):
             self._wrap(worker, name, lambda: "runner")
@@ -47,6 +59,7 @@ class Stopwatch:
 
     def _wrap(self, owner: Any, name: str, part: Callable[[], str]) -> None:
         original = getattr(owner, name)
+        self._wrapped.append((owner, name, vars(owner).get(name)))
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._enter(part())
@@ -58,9 +71,11 @@ class Stopwatch:
         setattr(owner, name, timed)
 
     def _enter(self, part: str) -> None:
+        self._synchronize()
         self._running.append((part, time.perf_counter()))
 
     def _leave(self) -> None:
+        self._synchronize()
         part, started = self._running.pop()
         spent = time.perf_counter() - started
         self._now[part] = self._now.get(part, 0.0) + spent
@@ -68,16 +83,28 @@ class Stopwatch:
             outer = self._running[-1][0]
             self._now[outer] = self._now.get(outer, 0.0) - spent
 
-    def step(self, step: Callable[[], Any]) -> float:
-        """Run one step; returns its seconds."""
+    def __enter__(self) -> Stopwatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the engine as it was."""
+        for owner, name, own in reversed(self._wrapped):
+            delattr(owner, name)
+            if own is not None:
+                setattr(owner, name, own)
+        self._wrapped.clear()
+
+    def step(self, step: Callable[[], Any]) -> Any:
+        """Run one step, note its parts, and return what it returned."""
         self._now = {}
         self._enter("rest")
-        started = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - started
+        outputs = step()
         self._leave()
         self.steps.append(self._now)
-        return seconds
+        return outputs
 
     def medians(self) -> dict[str, float]:
         """Median seconds of every part, over the steps so far."""

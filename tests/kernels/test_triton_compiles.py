@@ -1,0 +1,134 @@
+"""The Triton kernels, compiled for GPUs that are not here: by Triton's own compiler and ptxas, with no device.
+
+The interpreter shows what the kernels compute; only this shows that Triton takes them, and that they fit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import cases
+import pytest
+import torch
+from implementations import INTERPRETING
+
+from vllm_nld.attention import triton_ops
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETING, reason="nothing is compiled for the interpreter"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
+]
+
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Shared memory that one program may have, by compute capability: A100, H100, B200."""
+
+# Large float32 tiles take half a minute each to compile, and fit too: tried once by hand.
+SMALL = cases.AttentionSpec((5, 0), (4, 3), (2, 1), heads=(1, 1), head_dim=32)
+ATTENTION = {
+    "bfloat16, heads of 128": (cases.EDGE_SPECS["whole pages"], torch.bfloat16),
+    "split": (cases.EDGE_SPECS["one long row"], torch.bfloat16),
+    "mask words, float32": (SMALL, torch.float32),
+    "float8 e4m3": (cases.EDGE_SPECS["float8 e4m3"], torch.bfloat16),
+    "float8 e5m2": (cases.EDGE_SPECS["float8 e5m2"], torch.float16),
+}
+
+
+class _Device:
+    """Stands in for Triton's driver. Its device number is the compute capability, as Triton caches by number."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Kernel:
+    """A kernel whose launches compile only."""
+
+    def __init__(self, kernel: Any, compiled: list[Any]) -> None:
+        self.kernel = kernel
+        self.compiled = compiled
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            if "UPCAST" in options:  # for the interpreter
+                options["UPCAST"] = False
+            self.compiled.append(self.kernel.run(*args, grid=grid, warmup=True, **options))
+
+        return launch
+
+
+class _Kernels:
+    def __init__(self) -> None:
+        self.compiled: list[Any] = []
+
+    def __getattr__(self, name: str) -> _Kernel:
+        from vllm_nld.attention import triton_kernels
+
+        return _Kernel(getattr(triton_kernels, name), self.compiled)
+
+
+@pytest.fixture
+def capability() -> int:
+    return 90
+
+
+@pytest.fixture
+def compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What the operators' launches were compiled to; checked when the test ends."""
+    from triton.runtime.driver import driver
+
+    kernels = _Kernels()
+    monkeypatch.setattr(driver, "_active", _Device(capability))
+    monkeypatch.setattr(triton_ops, "_kernels", lambda: kernels)
+    monkeypatch.setattr(triton_ops, "_processors", lambda device: 132)
+    yield kernels.compiled
+    assert kernels.compiled, "nothing was launched"
+    for kernel in kernels.compiled:
+        assert kernel.asm["cubin"]
+        shared, limit = kernel.metadata.shared, SHARED_BYTES[capability]
+        assert shared <= limit, f"{kernel.metadata.name} wants {shared} bytes of shared memory, {limit} are there"
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(compiled: list[Any], name: str) -> None:
+    spec, dtype = ATTENTION[name]
+    triton_ops.block_attention(**cases.attention_arguments(spec, dtype))
+    names = {kernel.metadata.name for kernel in compiled}
+    assert "attention_kernel" in names
+    assert name != "split" or "merge_kernel" in names
+
+
+@pytest.mark.parametrize("capability", [80, 100], ids="sm_{}".format)
+def test_attention_elsewhere(compiled: list[Any], capability: int) -> None:
+    spec, dtype = ATTENTION["split"]
+    triton_ops.block_attention(**cases.attention_arguments(spec, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_move_kv(compiled: list[Any], dtype: torch.dtype) -> None:
+    caches = [pool for _ in range(2) for pool in cases.empty_cache(3, 4, 2, 16, 64, dtype)]
+    triton_ops.move_kv(caches, torch.arange(3), torch.arange(3, 6))
+
+
+def test_accept_prefix(compiled: list[Any]) -> None:
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    triton_ops.accept_prefix(torch.arange(5), torch.arange(7), starts)
+    assert {kernel.metadata.name for kernel in compiled} == {"count_kernel", "pack_kernel"}
+
+
+@pytest.mark.skipif(not hasattr(triton_ops, "best_tokens"), reason="Triton has no best_tokens")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_best_tokens(compiled: list[Any], dtype: torch.dtype) -> None:
+    triton_ops.best_tokens(torch.zeros(3, 131072, dtype=dtype))
