@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _float8_to_half(raw, E5M2: tl.constexpr):
@@ -237,3 +239,66 @@ def move_kernel(table, sources, targets, FIELDS: tl.constexpr, TYPE: tl.constexp
         inside = (element // dims) * s_head + (element % dims) * s_dim
         mask = element < heads * dims
         tl.store(to_slot + inside, tl.load(from_slot + inside, mask=mask), mask=mask)
+
+
+@triton.jit
+def _best_of(logit, token, total, SUM: tl.constexpr):
+    """Reduce logits float32 [N] to ``(largest, token, total)``: the first NaN or, if there is none, the first largest.
+
+    token int32 [N], no two alike, and total float32 [N]: the sum of exponentials relative to the logit that each entry
+    stands for. The result's is relative to the largest one; NaN and infinities leave no total that means anything.
+    """
+    strange = logit != logit
+    rank = tl.max(strange.to(tl.int32), 0)
+    peak = tl.max(tl.where(strange, float("-inf"), logit), 0)
+    best = strange | ((logit == peak) & (strange.to(tl.int32) == rank))
+    chosen = tl.min(tl.where(best, token, 0x7FFFFFFF), 0)
+    added = 0.0
+    if SUM:
+        # Minus infinity less itself is NaN, but counts as nothing.
+        shrink = tl.where(logit == float("-inf"), 0.0, tl.exp2((logit - peak) * _LOG2E))
+        added = tl.sum(total * shrink, 0)
+    return tl.where(rank > 0, float("nan"), peak), chosen, added
+
+
+@triton.jit
+def best_kernel(
+    logits, part_largest, part_token, part_total, row_stride, vocab, BLOCK: tl.constexpr, SUM: tl.constexpr
+):  # fmt: skip
+    """Find the best token of one segment, BLOCK logits, of one row. Grid: (rows, segments). Parts are [rows, segments]."""
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(1)
+    token = segment * BLOCK + tl.arange(0, BLOCK)
+    exists = token < vocab
+    logit = tl.load(logits + row * row_stride + token, mask=exists, other=0.0).to(tl.float32)
+    logit = tl.where(exists, logit, float("-inf"))
+    largest, token, total = _best_of(logit, token, 1.0, SUM)
+    part = row * tl.num_programs(1) + segment
+    tl.store(part_largest + part, largest)
+    tl.store(part_token + part, token)
+    if SUM:
+        tl.store(part_total + part, total)
+
+
+@triton.jit
+def best_merge_kernel(
+    part_largest, part_token, part_total, tokens, largest, normalisers,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Combine the segments of one row. Grid: (rows,)."""
+    row = tl.program_id(0)
+    segment = tl.arange(0, BLOCK)
+    part = row * SEGMENTS + segment
+    exists = segment < SEGMENTS
+    top = tl.load(part_largest + part, mask=exists, other=float("-inf"))
+    # Segments that lack have tokens of their own, behind all others.
+    token = tl.where(exists, tl.load(part_token + part, mask=exists, other=0), 0x7FFF0000 + segment)
+    total = top
+    if SUM:
+        total = tl.load(part_total + part, mask=exists, other=0.0)
+    best, chosen, added = _best_of(top, token, total, SUM)
+    tl.store(tokens + row, chosen.to(tl.int64))
+    tl.store(largest + row, best)
+    if SUM:
+        finite = tl.abs(best) < float("inf")
+        tl.store(normalisers + row, tl.where(finite, best + tl.log(tl.where(finite, added, 1.0)), best))
