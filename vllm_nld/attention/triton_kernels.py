@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def _kernel(*changing: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a kernel that is not compiled anew for the values of ``changing`` arguments.
+
+    Triton compiles in whether an integer is 1, and whether it or an address divides by 16. That helps for what is the
+    same in all of a model's calls; sizes of a batch would have it compile while requests wait.
+    """
+    return triton.jit(do_not_specialize=changing)
 
 
 @triton.jit
@@ -66,7 +78,10 @@ def _load_page_tile(
     return raw
 
 
-@triton.jit
+@_kernel(
+    "block_table", "prefix_lens", "block_starts", "mask_kinds", "mask_words",
+    "table_row", "words_token", "tiles", "splits",
+)  # fmt: skip
 def attention_kernel(
     query, key, value, key_pages, value_pages, block_table, prefix_lens, block_starts, mask_kinds, mask_words, output,
     part_acc, part_top, part_total,
@@ -161,7 +176,7 @@ def attention_kernel(
         tl.store(out_at, result.to(output.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@_kernel("block_starts", "rows", "splits")
 def merge_kernel(
     part_acc, part_top, part_total, block_starts, output, rows, splits, o_token, o_head,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -186,7 +201,7 @@ def merge_kernel(
     tl.store(output + token * o_token + head * o_head + dim, result.to(output.dtype.element_ty), mask=dim < D)
 
 
-@triton.jit
+@_kernel("drafts", "targets", "starts", "accepted")
 def count_kernel(drafts, targets, starts, accepted, BLOCK: tl.constexpr):
     """Write how many drafts a row accepts. Grid: (R,)."""
     row = tl.program_id(0)
@@ -202,7 +217,7 @@ def count_kernel(drafts, targets, starts, accepted, BLOCK: tl.constexpr):
     tl.store(accepted + row, count)
 
 
-@triton.jit
+@_kernel("targets", "starts", "accepted", "tokens", "token_starts", "seeds")
 def pack_kernel(targets, starts, accepted, tokens, token_starts, seeds, BLOCK: tl.constexpr):
     """Copy a row's accepted tokens and the one behind them to their place. Grid: (R,)."""
     row = tl.program_id(0)
@@ -219,7 +234,7 @@ def pack_kernel(targets, starts, accepted, tokens, token_starts, seeds, BLOCK: t
     tl.store(seeds + row, tl.load(source + count - 1))
 
 
-@triton.jit
+@_kernel("table", "sources", "targets")
 def move_kernel(table, sources, targets, FIELDS: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Copy one slot of one cache. Grid: (moves, caches).
 
@@ -261,7 +276,7 @@ def _best_of(logit, token, total, SUM: tl.constexpr):
     return tl.where(rank > 0, float("nan"), peak), chosen, added
 
 
-@triton.jit
+@_kernel()
 def best_kernel(
     logits, part_largest, part_token, part_total, row_stride, vocab, BLOCK: tl.constexpr, SUM: tl.constexpr
 ):  # fmt: skip
@@ -280,7 +295,7 @@ def best_kernel(
         tl.store(part_total + part, total)
 
 
-@triton.jit
+@_kernel()
 def best_merge_kernel(
     part_largest, part_token, part_total, tokens, largest, normalisers,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr,

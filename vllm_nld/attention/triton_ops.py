@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ def unavailable(device: torch.device) -> str | None:
     )
 
 
+@cache
 def _interpreted() -> bool:
     """Whether Triton's own library came up interpreted: what counts is the environment when Triton was imported."""
     import triton.language as tl
@@ -130,13 +131,13 @@ def block_attention(
         HEADS=heads, GROUP=group, D=head_dim, PAGE=key_pages.shape[2],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
         WORDS=mask_words is not None, FP8=float8, E5M2=key_pages.dtype == torch.float8_e5m2,
-        SPLIT=splits > 1, UPCAST=query.device.type == "cpu",
+        SPLIT=splits > 1, UPCAST=_interpreted(),
         num_warps=8 if block_m * block_d >= 64 * 128 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         kernels.merge_kernel[(tokens, heads)](
             *scratch, block_starts, output, rows, splits, *output.stride()[:2],
-            HEADS=heads, D=head_dim, BLOCK_S=_power_of_two(splits), BLOCK_D=block_d,
+            HEADS=heads, D=head_dim, BLOCK_S=_power_of_two(_MOST_SPLITS), BLOCK_D=block_d,
         )  # fmt: skip
 
 
