@@ -11,6 +11,7 @@ from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.draft_lora import adapter_of
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions, is_ours
+from vllm_nld.refusals import check_speculation_can_be_right
 from vllm_nld.request_options import PROPOSER_PATHS
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -54,6 +55,7 @@ class NLDEngineConfig:
         _check_layers(vllm_config.model_config.hf_config)
         _check_stages(vllm_config)
         if _is_self_speculation(vllm_config.speculative_config):
+            check_speculation_can_be_right(vllm_config)
             _check_speculation(vllm_config)
             compat.use_worker_subclass(vllm_config.parallel_config)
             if vllm_config.lora_config is None:

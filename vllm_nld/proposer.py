@@ -232,7 +232,8 @@ class SelfSpeculation:
         if self._requests is None:
             raise NLDError(
                 f"worker_cls={self.vllm_config.parallel_config.worker_cls!r} did not introduce the model runner to the "
-                "proposer; allowed: auto, or a subclass of vllm_nld.worker.NLDCPUWorker or NLDGPUWorker"
+                "proposer; allowed: auto, or a subclass of vllm_nld.cpu_worker.NLDCPUWorker or "
+                "vllm_nld.gpu_worker.NLDGPUWorker"
             )
         return self._requests
 

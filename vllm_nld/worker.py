@@ -1,17 +1,17 @@
-"""Worker subclasses that introduce the proposer to its model runner (``ParallelConfig.worker_cls``)."""
+"""What both platforms' workers do beside vLLM's own work; the classes are in ``cpu_worker.py`` and ``gpu_worker.py``.
+
+One module per platform: vLLM's CPU worker replaces parts of torch as soon as it is imported, which would break a GPU.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
-
 from vllm_nld.compat import attach_proposer, with_note, without_padding
 from vllm_nld.metrics import Publisher, snapshot_path, worker_samples
 
 
-class _IntroducesProposer:
+class IntroducesProposer:
     """Mix-in: after the runner exists, hand it to its proposer."""
 
     vllm_config: Any
@@ -90,11 +90,3 @@ class _IntroducesProposer:
         drafter = self.model_runner.drafter
         decisions = {f"{mode} {length}": count for (mode, length), count in drafter.auto.decisions.items()}
         return {**drafter.ledger.total.as_dict(), "decisions": decisions}
-
-
-class NLDCPUWorker(_IntroducesProposer, CPUWorker):  # type: ignore[misc]
-    """vLLM's CPU worker with the proposer attached."""
-
-
-class NLDGPUWorker(_IntroducesProposer, Worker):  # type: ignore[misc]
-    """vLLM's GPU worker with the proposer attached."""

@@ -102,6 +102,20 @@ def _with_draft_passes(base: type[Any]) -> type[Any]:
             causal: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             return causal
 
+        # vLLM may fuse neighbors into the attention: a quantization of its output, or the rotation of queries and keys
+        # into the write to the cache. A draft pass would then miss them: it has neither vLLM's kernel nor a write.
+        def fused_output_quant_supported(self, *_: Any) -> bool:
+            return False
+
+        def fused_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_mrope_kvcache_supported(self) -> bool:
+            return False
+
     class Builder(base_builder):  # type: ignore[misc, valid-type]
         """Sees every step's block table, also when a CUDA graph replays and no Python ``forward`` runs."""
 
