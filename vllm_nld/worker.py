@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_nld.compat import attach_proposer, with_note, without_padding
 from vllm_nld.metrics import Publisher, snapshot_path, worker_samples
+from vllm_nld.warm_up import compilations_allowed, warm_up
 
 
 class IntroducesProposer:
@@ -34,9 +35,12 @@ class IntroducesProposer:
         return result
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Warm up, as vLLM does, and learn what forwards cost here, for auto mode."""
+        """Warm up, as vLLM does, our operators first; then learn what forwards cost here, for auto mode."""
+        drafter = self.model_runner.drafter
+        warm_up(drafter.draft_pass, drafter.block_length)
         result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
-        self.model_runner.drafter.measure_costs()
+        with compilations_allowed():
+            drafter.measure_costs()
         return result
 
     def update_max_model_len(self, max_model_len: int) -> None:
