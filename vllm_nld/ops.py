@@ -151,6 +151,18 @@ def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, T
     return best
 
 
+def check_logits(logits: Tensor) -> None:
+    """Raise NLDError for logits that ``best_tokens`` does not take, as the C++ operator does for its own."""
+    if logits.dim() != 2:
+        raise NLDError(f"best_tokens: logits has {logits.dim()} dimensions; needed: 2")
+    if logits.shape[1] == 0:
+        raise NLDError("best_tokens: logits has no columns; needed: 1 or more")
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise NLDError(f"best_tokens: logits has inner stride {logits.stride(1)}; needed: 1")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise NLDError(f"best_tokens: logits is {logits.dtype}; allowed: float32, bfloat16, float16")
+
+
 @best_tokens.register_fake
 def fake_best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Return tensors of the results' shapes and dtypes, for tracing."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_nld.compat import attach_proposer, with_note, without_padding
 from vllm_nld.metrics import Publisher, snapshot_path, worker_samples
+from vllm_nld.warm_up import compilations_allowed, warm_up
 
 
 class IntroducesProposer:
@@ -34,12 +35,13 @@ class IntroducesProposer:
         return result
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Learn what forwards cost here, for auto mode, and warm up, as vLLM does.
-
-        vLLM ends its warm-up by watching for kernels that are compiled later, so a draft's must be compiled before.
-        """
-        self.model_runner.drafter.measure_costs()
-        return super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+        """Warm up, as vLLM does, our operators first; then learn what forwards cost here, for auto mode."""
+        drafter = self.model_runner.drafter
+        warm_up(drafter.draft_pass, drafter.block_length)
+        result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+        with compilations_allowed():
+            drafter.measure_costs()
+        return result
 
     def update_max_model_len(self, max_model_len: int) -> None:
         """Lower the limit to what the cache holds (``--max-model-len auto``), and tell the proposer."""

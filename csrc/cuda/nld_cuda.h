@@ -106,6 +106,23 @@ struct NldMoveKv {
 int nld_move_kv_vector_bytes(const struct NldCache* caches, int count, int head_size, int element_bytes);
 int nld_move_kv(const struct NldMoveKv* call, cudaStream_t stream);
 
+struct NldBestTokens {
+    const void* logits;  // [rows, vocab], inner stride 1
+    int64_t row_stride;  // counts elements
+    int64_t* tokens;     // [rows]
+    float* largest;      // [rows]
+    float* normalisers;  // [rows], or null if they are not wanted
+    int32_t rows;
+    int32_t vocab;
+    int32_t type;     // NldType of the logits: not a float8 one
+    void* workspace;  // device memory, aligned to 16 bytes
+    size_t workspace_bytes;
+};
+
+// Bytes of workspace that nld_best_tokens needs with these shapes. Reads no pointer.
+int nld_best_tokens_workspace(const struct NldBestTokens* call, size_t* bytes);
+int nld_best_tokens(const struct NldBestTokens* call, cudaStream_t stream);
+
 // A static text for what a function above returned.
 const char* nld_cuda_message(int status);
 

@@ -28,6 +28,7 @@ NLD_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 NLD_DEVICE void sync_threads() { __syncthreads(); }
 NLD_DEVICE void sync_warp() { __syncwarp(); }
 NLD_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+NLD_DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 NLD_DEVICE int shuffle_up(int value, int distance) {
     return __shfl_up_sync(0xffffffffu, value, static_cast<unsigned>(distance));
 }
@@ -43,6 +44,8 @@ NLD_DEVICE float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
+
+NLD_DEVICE float natural_log(float x) { return logf(x); }
 
 NLD_DEVICE uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -40,6 +40,7 @@ NLD_HOST_DEVICE uint32_t bits_from_float(float value) {
 }
 
 NLD_HOST_DEVICE float minus_infinity() { return float_from_bits(0xff800000u); }
+NLD_HOST_DEVICE bool is_finite(float value) { return (bits_from_float(value) & 0x7f800000u) != 0x7f800000u; }
 
 NLD_HOST_DEVICE float to_float(float value) { return value; }
 NLD_HOST_DEVICE float to_float(BFloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }

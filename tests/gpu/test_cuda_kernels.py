@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels import cuda_cases
+from kernels import cases, cuda_cases
 
 from vllm_nld.attention import cuda_ops
 
@@ -36,6 +36,16 @@ def test_accept_prefix(rows: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
 def test_move_kv(dtype: torch.dtype, layout: str) -> None:
     cuda_cases.check_move(cuda_ops, dtype, layout, "cuda")
+
+
+@pytest.mark.parametrize("name", cases.BEST_SPECS)
+def test_best_tokens(name: str) -> None:
+    cases.check_best(cuda_ops, cases.BEST_SPECS[name], "cuda")
+
+
+def test_best_tokens_of_rows_anywhere() -> None:
+    cases.check_best_anywhere(cuda_ops, "cuda")
+    cases.check_best_alone(cuda_ops, "cuda")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])

@@ -527,11 +527,41 @@ class BestSpec:
 SEGMENT = 16384
 """Tokens that the C++ operator searches on their own."""
 
+GPU_SEGMENT = 4096
+"""Tokens that the operators for GPUs search on their own."""
+
+# What random drawing may miss in a short run; every implementation gets these as well.
+BEST_SPECS = {
+    "one row": BestSpec(1, 1000, torch.bfloat16),
+    "one column": BestSpec(3, 1, torch.float16),
+    "no whole vector": BestSpec(5, 131, torch.float32, padding=3),
+    "ties in several segments": BestSpec(
+        3, 3 * SEGMENT, torch.bfloat16, ties=(SEGMENT + 70, SEGMENT + 5, 2 * SEGMENT)
+    ),
+    "all equal": BestSpec(2, 2 * SEGMENT + 1, torch.float16, scale=0.0),
+    "ascending": BestSpec(2, 2 * SEGMENT, torch.float32, ascending=True),
+    "NaN behind a larger one": BestSpec(3, 2 * SEGMENT, torch.float32, nans=(90, 70, SEGMENT)),
+    "NaN in the second segment": BestSpec(3, 2 * SEGMENT, torch.float16, nans=(SEGMENT + 9,)),
+    "NaN in the rest of a step": BestSpec(2, 130, torch.bfloat16, nans=(129,)),
+    "NaN behind infinity": BestSpec(2, 200, torch.bfloat16, infinities=(3,), nans=(150, 160)),
+    "infinity": BestSpec(2, 2 * SEGMENT, torch.bfloat16, infinities=(99, SEGMENT + 3)),
+    "minus infinity alone": BestSpec(1, 2 * SEGMENT, torch.bfloat16, hidden=2 * SEGMENT),
+    "first segment hidden": BestSpec(2, 2 * SEGMENT, torch.float32, hidden=SEGMENT),
+    "only the last seen": BestSpec(2, 2 * SEGMENT + 1, torch.float16, hidden=2 * SEGMENT),
+    "float16 with subnormals": BestSpec(2, 5000, torch.float16, scale=1e-5),
+    "lowest float32": BestSpec(2, 500, torch.float32, scale=0.0, offset=-3.4e38),
+    "short segments": BestSpec(
+        3, 3 * GPU_SEGMENT + 1, torch.bfloat16, ties=(3 * GPU_SEGMENT, GPU_SEGMENT + 9, GPU_SEGMENT + 8), padding=7
+    ),
+    "NaN in short segments": BestSpec(3, 2 * GPU_SEGMENT, torch.bfloat16, nans=(GPU_SEGMENT + 1030, GPU_SEGMENT + 7)),
+    "far from zero": BestSpec(2, 131072, torch.float32, scale=0.5, offset=5000.0),
+}
 
 @st.composite
-def best_specs(draw: st.DrawFn) -> BestSpec:
-    """Draw sizes around whole vectors and segments."""
-    around = st.sampled_from((1, 4, 16, 64, 128, 1000, SEGMENT, 2 * SEGMENT))
+def best_specs(draw: st.DrawFn, longest: int = 2 * SEGMENT) -> BestSpec:
+    """Draw sizes around whole vectors and segments, up to about ``longest``."""
+    sizes = (1, 4, 16, 64, 128, 1000, GPU_SEGMENT, 2 * GPU_SEGMENT, SEGMENT, 2 * SEGMENT)
+    around = st.sampled_from([size for size in sizes if size <= longest])
     vocab = max(1, draw(around) + draw(st.integers(-3, 3)))
     places = st.lists(st.integers(0, vocab - 1), max_size=3).map(tuple)
     rare = st.one_of(st.just(()), st.just(()), places)
@@ -569,3 +599,21 @@ def check_best(implementation: Any, spec: BestSpec, device: str = "cpu") -> None
             found[2].double(), normaliser if wanted else torch.empty(0).double(), rtol=1e-7, atol=3e-6, equal_nan=True
         )
     assert torch.equal(bits(given), bits(logits)), "logits were written"
+
+
+def check_best_anywhere(implementation: Any, device: str = "cpu") -> None:
+    """Check best_tokens on any row stride: every other row, one row many times, none."""
+    logits = BestSpec(6, 300, torch.float32).logits().contiguous().to(device)
+    tokens = logits.argmax(-1)
+    assert torch.equal(implementation.best_tokens(logits[::2])[0], tokens[::2])
+    assert torch.equal(implementation.best_tokens(logits[1].expand(4, 300))[0], tokens[1].expand(4))
+    assert [len(x) for x in implementation.best_tokens(logits[:0])] == [0, 0, 0]
+
+
+def check_best_alone(implementation: Any, device: str = "cpu") -> None:
+    """Check that a row's results do not depend on the other rows, to the bit."""
+    logits = BestSpec(9, 3 * GPU_SEGMENT + 77, torch.bfloat16).logits().contiguous().to(device)
+    together = implementation.best_tokens(logits)
+    for rows in (slice(4, 5), slice(2, 9, 3)):
+        for x, y in zip(implementation.best_tokens(logits[rows]), together, strict=True):
+            assert torch.equal(bits(x), bits(y[rows]))

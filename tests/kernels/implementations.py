@@ -60,7 +60,6 @@ IMPLEMENTATIONS = (
     Implementation(
         "triton",
         "vllm_nld.attention.triton_ops",
-        OPERATORS[:3],
         examples=20,
         longest_prefix=200,
         repeats=3,

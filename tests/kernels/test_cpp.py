@@ -68,32 +68,9 @@ def test_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-BEST_SPECS = {
-    "one row": cases.BestSpec(1, 1000, torch.bfloat16),
-    "one column": cases.BestSpec(3, 1, torch.float16),
-    "no whole vector": cases.BestSpec(5, 131, torch.float32, padding=3),
-    "ties in several segments": cases.BestSpec(
-        3, 3 * cases.SEGMENT, torch.bfloat16, ties=(cases.SEGMENT + 70, cases.SEGMENT + 5, 2 * cases.SEGMENT)
-    ),
-    "all equal": cases.BestSpec(2, 2 * cases.SEGMENT + 1, torch.float16, scale=0.0),
-    "ascending": cases.BestSpec(2, 2 * cases.SEGMENT, torch.float32, ascending=True),
-    "NaN behind a larger one": cases.BestSpec(3, 2 * cases.SEGMENT, torch.float32, nans=(90, 70, cases.SEGMENT)),
-    "NaN in the second segment": cases.BestSpec(3, 2 * cases.SEGMENT, torch.float16, nans=(cases.SEGMENT + 9,)),
-    "NaN in the rest of a step": cases.BestSpec(2, 130, torch.bfloat16, nans=(129,)),
-    "NaN behind infinity": cases.BestSpec(2, 200, torch.bfloat16, infinities=(3,), nans=(150, 160)),
-    "infinity": cases.BestSpec(2, 2 * cases.SEGMENT, torch.bfloat16, infinities=(99, cases.SEGMENT + 3)),
-    "minus infinity alone": cases.BestSpec(1, 2 * cases.SEGMENT, torch.bfloat16, hidden=2 * cases.SEGMENT),
-    "first segment hidden": cases.BestSpec(2, 2 * cases.SEGMENT, torch.float32, hidden=cases.SEGMENT),
-    "only the last seen": cases.BestSpec(2, 2 * cases.SEGMENT + 1, torch.float16, hidden=2 * cases.SEGMENT),
-    "float16 with subnormals": cases.BestSpec(2, 5000, torch.float16, scale=1e-5),
-    "lowest float32": cases.BestSpec(2, 500, torch.float32, scale=0.0, offset=-3.4e38),
-    "far from zero": cases.BestSpec(4, 131072, torch.float32, scale=0.5, offset=5000.0),
-}
-
-
-@pytest.mark.parametrize("name", BEST_SPECS)
+@pytest.mark.parametrize("name", cases.BEST_SPECS)
 def test_best_tokens_by_every_instruction_set(forced: str, name: str) -> None:
-    cases.check_best(cpp_ops, BEST_SPECS[name])
+    cases.check_best(cpp_ops, cases.BEST_SPECS[name])
 
 
 def test_random_best_tokens_by_every_instruction_set(forced: str) -> None:
@@ -122,15 +99,6 @@ def test_best_tokens_are_the_same_whatever_the_threads_and_the_batch(forced: str
                     assert torch.equal(cases.bits(x), cases.bits(y[rows]))
     finally:
         torch.set_num_threads(before)
-
-
-def test_rows_may_lie_anywhere() -> None:
-    """Any row stride: every other row, one row many times, none."""
-    logits = cases.BestSpec(6, 300, torch.float32).logits()
-    tokens = logits.argmax(-1)
-    assert torch.equal(cpp_ops.best_tokens(logits[::2])[0], tokens[::2])
-    assert torch.equal(cpp_ops.best_tokens(logits[1].expand(4, 300))[0], tokens[1].expand(4))
-    assert [len(x) for x in cpp_ops.best_tokens(logits[:0])] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import cases
 import cuda_cases
 import pytest
 import torch
+from test_operators import run_examples
 
 from vllm_nld.attention import cuda_ops
 from vllm_nld.errors import NLDError
@@ -116,6 +118,30 @@ def test_move_kv(emulated: ModuleType, dtype: torch.dtype, layout: str) -> None:
     cuda_cases.check_move(emulated, dtype, layout, "cpu")
 
 
+@pytest.mark.parametrize("name", cases.BEST_SPECS)
+def test_best_tokens(emulated: ModuleType, name: str) -> None:
+    cases.check_best(emulated, cases.BEST_SPECS[name])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_best_tokens(emulated: ModuleType, library: Path, seed: int) -> None:
+    steer(library, seed)
+    run_examples(10, cases.best_specs(2 * cases.GPU_SEGMENT), lambda spec: cases.check_best(emulated, spec))
+
+
+def test_best_tokens_of_rows_anywhere(emulated: ModuleType) -> None:
+    cases.check_best_anywhere(emulated)
+    cases.check_best_alone(emulated)
+
+
+def test_every_float16_is_widened(emulated: ModuleType) -> None:
+    """A value per row: read 16 bytes at a time (8 columns), and one by one (5)."""
+    values = torch.arange(0, 1 << 16, 61).to(torch.uint16).view(torch.float16)
+    for columns in (8, 5):
+        largest = emulated.best_tokens(values[:, None].expand(-1, columns).contiguous(), False)[1]
+        torch.testing.assert_close(largest, values.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_mistakes_have_messages(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = cuda_cases.build(cuda_cases.BATCHES["bfloat16"])[0]
     with pytest.raises(NLDError, match="all four must be the same"):
@@ -124,6 +150,10 @@ def test_mistakes_have_messages(emulated: ModuleType, monkeypatch: pytest.Monkey
         cuda_ops.block_attention(**{**arguments, "prefix_lens": arguments["prefix_lens"].long()})  # type: ignore[attr-defined]
     with pytest.raises(NLDError, match="a size is out of range"):
         cuda_ops.block_attention(**{**arguments, "query": arguments["query"][..., :24]})  # type: ignore[index]
+    with pytest.raises(NLDError, match="logits has inner stride 2; needed: 1"):
+        cuda_ops.best_tokens(torch.zeros(3, 8)[:, ::2])
+    with pytest.raises(NLDError, match="more rows, heads, caches or tokens than a grid"):
+        cuda_ops.best_tokens(torch.empty(1, 1 << 29, dtype=torch.bfloat16))
     monkeypatch.setenv(cuda_ops.LIBRARY, "/nowhere.so")
     with pytest.raises(NLDError, match="cannot load the CUDA operators"):
         cuda_ops.accept_prefix(*(torch.zeros(1, dtype=d) for d in (torch.int64, torch.int64, torch.int32)))

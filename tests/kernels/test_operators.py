@@ -71,9 +71,23 @@ def test_accept_prefix(implementation: Implementation, device: str) -> None:
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
+@pytest.mark.parametrize("name", cases.BEST_SPECS)
+def test_best_tokens_edges(implementation: Implementation, device: str, name: str) -> None:
+    cases.check_best(implementation.load(device), cases.BEST_SPECS[name], device)
+
+
+@pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
+def test_best_tokens_of_rows_anywhere(implementation: Implementation, device: str) -> None:
+    module = implementation.load(device)
+    cases.check_best_anywhere(module, device)
+    cases.check_best_alone(module, device)
+
+
+@pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
 def test_best_tokens(implementation: Implementation, device: str) -> None:
     module = implementation.load(device)
-    run_examples(implementation.examples, cases.best_specs(), lambda spec: cases.check_best(module, spec, device))
+    specs = cases.best_specs(2 * (cases.GPU_SEGMENT if implementation.interpreted else cases.SEGMENT))
+    run_examples(implementation.examples, specs, lambda spec: cases.check_best(module, spec, device))
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("move_kv"))

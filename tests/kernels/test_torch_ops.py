@@ -8,6 +8,10 @@ import cases
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vllm_nld.attention import torch_ops
 
 
 def visible(arguments: dict[str, Any], row: int, token: int, length: int) -> list[int]:
@@ -79,3 +83,32 @@ def test_quadratic_mask() -> None:
     """
     wanted = torch.tensor([[bit == "1" for bit in line.split()] for line in expected.split("\n") if line.strip()])
     assert torch.equal(cases.quadratic_mask(9), wanted)
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            self.bytes = max([self.bytes, *(x.numel() * x.element_size() for x in made)])
+        return result
+
+
+@pytest.mark.parametrize("with_normaliser", [True, False])
+@pytest.mark.parametrize(("rows", "vocab"), [(300, 20_000), (3, 1_500_000)])
+def test_best_tokens_takes_little_memory(rows: int, vocab: int, with_normaliser: bool) -> None:
+    """A few rows at a time become float32: at least one, at most 4 MiB."""
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with LargestResult() as largest:
+        tokens, best, normaliser = torch_ops.best_tokens(logits, with_normaliser)
+    assert largest.bytes <= max(4 << 20, 4 * vocab)
+    assert torch.equal(tokens, logits.argmax(-1))
+    assert torch.equal(best, logits.amax(-1).float())
+    if with_normaliser:
+        torch.testing.assert_close(normaliser, logits.float().logsumexp(-1))

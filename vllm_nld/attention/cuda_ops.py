@@ -20,6 +20,7 @@ from torch import Tensor
 
 import vllm_nld
 from vllm_nld.errors import NLDError
+from vllm_nld.ops import check_logits, fake_best_tokens
 from vllm_nld.pages import refuse_tiles
 
 LIBRARY = "VLLM_NLD_CUDA_LIBRARY"
@@ -70,12 +71,25 @@ class _MoveKv(Structure):
     ]
 
 
+class _BestTokens(Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("row_stride", c_int64),
+        *[(name, c_void_p) for name in ("tokens", "largest", "normalisers")],
+        *[(name, c_int32) for name in ("rows", "vocab", "type")],
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_size_t),
+    ]
+
+
 _ARGUMENTS: dict[str, list[Any]] = {
     "nld_block_attention_workspace": [POINTER(_BlockAttention), POINTER(c_size_t)],
     "nld_block_attention": [POINTER(_BlockAttention), c_void_p],
     "nld_accept_prefix": [POINTER(_AcceptPrefix), c_void_p],
     "nld_move_kv_vector_bytes": [POINTER(_Cache), c_int, c_int, c_int],
     "nld_move_kv": [POINTER(_MoveKv), c_void_p],
+    "nld_best_tokens_workspace": [POINTER(_BestTokens), POINTER(c_size_t)],
+    "nld_best_tokens": [POINTER(_BestTokens), c_void_p],
     "nld_cuda_message": [c_int],
     "nld_cuda_emulated": [],
 }
@@ -281,6 +295,36 @@ def _cache_table(
     vector_bytes = _library().nld_move_kv_vector_bytes(array, len(caches), head_size, element_bytes)
     words = torch.frombuffer(bytearray(array), dtype=torch.int64)
     return words.to(device), int(vector_bytes)
+
+
+def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's most probable token, its logit and the row's normaliser, as ``docs/operators.md`` says.
+
+    Args:
+        logits: float32, bfloat16 or float16 ``[rows, vocab]``, inner stride 1.
+        with_normaliser: whether the normaliser is wanted; without, the third result is ``[0]``.
+    """
+    check_logits(logits)
+    tokens, largest, normalisers = fake_best_tokens(logits, with_normaliser)
+    call = _BestTokens(
+        logits=logits.data_ptr(),
+        row_stride=logits.stride(0),
+        tokens=tokens.data_ptr(),
+        largest=largest.data_ptr(),
+        normalisers=normalisers.data_ptr() if with_normaliser else None,
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        type=_TYPES[logits.dtype],
+    )
+    if logits.shape[0] == 0:
+        return tokens, largest, normalisers
+    library, size = _library(), c_size_t()
+    with _on(logits.device):
+        _check(library, library.nld_best_tokens_workspace(byref(call), byref(size)))
+        workspace = torch.empty(size.value, dtype=torch.uint8, device=logits.device)
+        call.workspace, call.workspace_bytes = workspace.data_ptr(), size.value
+        _check(library, library.nld_best_tokens(byref(call), _stream(logits.device)))
+    return tokens, largest, normalisers
 
 
 def _check_attention(

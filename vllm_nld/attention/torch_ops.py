@@ -15,6 +15,8 @@ BIDIRECTIONAL, CAUSAL, WORDS = 0, 1, 2
 """Mask kinds."""
 
 _ONE_BYTE = 1
+_LOGITS_AT_A_TIME = 1 << 20
+"""That become float32 together: 8 rows of a vocabulary of 131072, 4 MiB."""
 
 
 def block_attention(
@@ -165,8 +167,13 @@ def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, T
         log-sum-exp float32 ``[rows]``, or nothing, ``[0]``. The latter two are float64 for float64 logits.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    if with_normaliser:
-        logits = logits.to(wide)
     tokens = logits.argmax(-1)
     largest = logits.gather(1, tokens[:, None]).squeeze(1).to(wide)
-    return tokens, largest, torch.logsumexp(logits, -1) if with_normaliser else largest.new_empty(0)
+    normaliser = largest.new_empty(len(logits) if with_normaliser else 0)
+    rows = max(1, _LOGITS_AT_A_TIME // logits.shape[1])
+    for first in range(0, len(normaliser), rows):
+        some = slice(first, first + rows)
+        # The sum is taken over the distances to the largest logit, which is known: of infinities it is all.
+        distances = logits[some] - largest[some, None]
+        normaliser[some] = largest[some] + distances.exp_().sum(-1).log_()
+    return tokens, largest, torch.where(largest.isfinite(), normaliser, largest) if with_normaliser else normaliser

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def _kernel(*changing: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a kernel that is not compiled anew for the values of ``changing`` arguments.
+
+    Triton compiles in whether an integer is 1, and whether it or an address divides by 16. That helps for what is the
+    same in all of a model's calls; sizes of a batch would have it compile while requests wait.
+    """
+    return triton.jit(do_not_specialize=changing)
 
 
 @triton.jit
@@ -64,7 +78,10 @@ def _load_page_tile(
     return tile  # once: the compiler wants all of a function's returns to be of one type, also those that are never run
 
 
-@triton.jit
+@_kernel(
+    "block_table", "prefix_lens", "block_starts", "mask_kinds", "mask_words",
+    "table_row", "words_token", "tiles", "splits",
+)  # fmt: skip
 def attention_kernel(
     query, key, value, key_pages, value_pages, block_table, prefix_lens, block_starts, mask_kinds, mask_words, output,
     part_acc, part_top, part_total,
@@ -159,7 +176,7 @@ def attention_kernel(
         tl.store(out_at, result.to(output.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@_kernel("block_starts", "rows", "splits")
 def merge_kernel(
     part_acc, part_top, part_total, block_starts, output, rows, splits, o_token, o_head,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -184,7 +201,7 @@ def merge_kernel(
     tl.store(output + token * o_token + head * o_head + dim, result.to(output.dtype.element_ty), mask=dim < D)
 
 
-@triton.jit
+@_kernel("drafts", "targets", "starts", "accepted")
 def count_kernel(drafts, targets, starts, accepted, BLOCK: tl.constexpr):
     """Write how many drafts a row accepts. Grid: (R,)."""
     row = tl.program_id(0)
@@ -200,7 +217,7 @@ def count_kernel(drafts, targets, starts, accepted, BLOCK: tl.constexpr):
     tl.store(accepted + row, count)
 
 
-@triton.jit
+@_kernel("targets", "starts", "accepted", "tokens", "token_starts", "seeds")
 def pack_kernel(targets, starts, accepted, tokens, token_starts, seeds, BLOCK: tl.constexpr):
     """Copy a row's accepted tokens and the one behind them to their place. Grid: (R,)."""
     row = tl.program_id(0)
@@ -217,7 +234,7 @@ def pack_kernel(targets, starts, accepted, tokens, token_starts, seeds, BLOCK: t
     tl.store(seeds + row, tl.load(source + count - 1))
 
 
-@triton.jit
+@_kernel("table", "sources", "targets")
 def move_kernel(table, sources, targets, FIELDS: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Copy one slot of one cache. Grid: (moves, caches).
 
@@ -237,3 +254,66 @@ def move_kernel(table, sources, targets, FIELDS: tl.constexpr, TYPE: tl.constexp
         inside = (element // dims) * s_head + (element % dims) * s_dim
         mask = element < heads * dims
         tl.store(to_slot + inside, tl.load(from_slot + inside, mask=mask), mask=mask)
+
+
+@triton.jit
+def _best_of(logit, token, total, SUM: tl.constexpr):
+    """Reduce logits float32 [N] to ``(largest, token, total)``: the first NaN or, if there is none, the first largest.
+
+    token int32 [N], no two alike, and total float32 [N]: the sum of exponentials relative to the logit that each entry
+    stands for. The result's is relative to the largest one; NaN and infinities leave no total that means anything.
+    """
+    strange = logit != logit
+    rank = tl.max(strange.to(tl.int32), 0)
+    peak = tl.max(tl.where(strange, float("-inf"), logit), 0)
+    best = strange | ((logit == peak) & (strange.to(tl.int32) == rank))
+    chosen = tl.min(tl.where(best, token, 0x7FFFFFFF), 0)
+    added = 0.0
+    if SUM:
+        # Minus infinity less itself is NaN, but counts as nothing.
+        shrink = tl.where(logit == float("-inf"), 0.0, tl.exp2((logit - peak) * _LOG2E))
+        added = tl.sum(total * shrink, 0)
+    return tl.where(rank > 0, float("nan"), peak), chosen, added
+
+
+@_kernel()
+def best_kernel(
+    logits, part_largest, part_token, part_total, row_stride, vocab, BLOCK: tl.constexpr, SUM: tl.constexpr
+):  # fmt: skip
+    """Find the best token of one segment, BLOCK logits, of one row. Grid: (rows, segments). Parts are [rows, segments]."""
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(1)
+    token = segment * BLOCK + tl.arange(0, BLOCK)
+    exists = token < vocab
+    logit = tl.load(logits + row * row_stride + token, mask=exists, other=0.0).to(tl.float32)
+    logit = tl.where(exists, logit, float("-inf"))
+    largest, token, total = _best_of(logit, token, 1.0, SUM)
+    part = row * tl.num_programs(1) + segment
+    tl.store(part_largest + part, largest)
+    tl.store(part_token + part, token)
+    if SUM:
+        tl.store(part_total + part, total)
+
+
+@_kernel()
+def best_merge_kernel(
+    part_largest, part_token, part_total, tokens, largest, normalisers,
+    SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Combine the segments of one row. Grid: (rows,)."""
+    row = tl.program_id(0)
+    segment = tl.arange(0, BLOCK)
+    part = row * SEGMENTS + segment
+    exists = segment < SEGMENTS
+    top = tl.load(part_largest + part, mask=exists, other=float("-inf"))
+    # Segments that lack have tokens of their own, behind all others.
+    token = tl.where(exists, tl.load(part_token + part, mask=exists, other=0), 0x7FFF0000 + segment)
+    total = top
+    if SUM:
+        total = tl.load(part_total + part, mask=exists, other=0.0)
+    best, chosen, added = _best_of(top, token, total, SUM)
+    tl.store(tokens + row, chosen.to(tl.int64))
+    tl.store(largest + row, best)
+    if SUM:
+        finite = tl.abs(best) < float("inf")
+        tl.store(normalisers + row, tl.where(finite, best + tl.log(tl.where(finite, added, 1.0)), best))

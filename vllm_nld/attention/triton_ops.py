@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_nld.ops import check_logits, fake_best_tokens
 from vllm_nld.pages import refuse_tiles
 
 _LOG2E = math.log2(math.e)
@@ -22,6 +23,8 @@ _E4M3_SHIFT = 256.0
 _LEAST_SPLIT = 256
 """Cached tokens that are worth a program of their own."""
 _MOST_SPLITS = 32
+_SEGMENT = 4096
+"""Logits that one program searches: a row of 131072 makes 32 programs. Independent of the batch, as results must be."""
 _BYTES = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
@@ -38,6 +41,7 @@ def unavailable(device: torch.device) -> str | None:
     )
 
 
+@cache
 def _interpreted() -> bool:
     """Whether Triton's own library came up interpreted: what counts is the environment when Triton was imported."""
     import triton.language as tl
@@ -127,13 +131,13 @@ def block_attention(
         HEADS=heads, GROUP=group, D=head_dim, PAGE=key_pages.shape[2],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
         WORDS=mask_words is not None, FP8=float8, E5M2=key_pages.dtype == torch.float8_e5m2,
-        SPLIT=splits > 1, UPCAST=query.device.type == "cpu",
+        SPLIT=splits > 1, UPCAST=_interpreted(),
         num_warps=8 if block_m * block_d >= 64 * 128 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         kernels.merge_kernel[(tokens, heads)](
             *scratch, block_starts, output, rows, splits, *output.stride()[:2],
-            HEADS=heads, D=head_dim, BLOCK_S=_power_of_two(splits), BLOCK_D=block_d,
+            HEADS=heads, D=head_dim, BLOCK_S=_power_of_two(_MOST_SPLITS), BLOCK_D=block_d,
         )  # fmt: skip
 
 
@@ -171,3 +175,29 @@ def move_kv(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
 def _cache_table(described: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """Return int64 ``[caches, 8]`` for ``move_kernel``; uploaded once, as an engine's caches never move."""
     return torch.tensor(described, dtype=torch.int64, device=device)
+
+
+def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's most probable token, its logit and the row's normaliser (``docs/operators.md``).
+
+    Raises:
+        NLDError: the logits are not two-dimensional, contiguous within rows, and of an allowed dtype.
+    """
+    check_logits(logits)
+    kernels = _kernels()
+    rows, vocab = logits.shape
+    tokens, largest, normalisers = fake_best_tokens(logits, with_normaliser)
+    if rows == 0:
+        return tokens, largest, normalisers
+    segments = -(-vocab // _SEGMENT)
+    tops = logits.new_empty(rows, segments, dtype=torch.float32)
+    places = logits.new_empty(rows, segments, dtype=torch.int32)
+    totals = torch.empty_like(tops) if with_normaliser else tops
+    kernels.best_kernel[(rows, segments)](
+        logits, tops, places, totals, logits.stride(0), vocab, BLOCK=_SEGMENT, SUM=with_normaliser
+    )
+    kernels.best_merge_kernel[(rows,)](
+        tops, places, totals, tokens, largest, normalisers if with_normaliser else largest,
+        SEGMENTS=segments, BLOCK=_power_of_two(segments), SUM=with_normaliser,
+    )  # fmt: skip
+    return tokens, largest, normalisers

@@ -268,6 +268,7 @@ inline int block_y() { return simt::block->index[1]; }
 inline int block_z() { return simt::block->index[2]; }
 inline char* shared_memory() { return simt::block->shared; }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float natural_log(float x) { return logf(x); }
 
 inline void sync_threads() {
     ++simt::block->at_barrier;
@@ -281,6 +282,13 @@ inline float shuffle_xor(float value, int mask) {
     simt::thread().argument = mask;
     simt::warp_instruction(simt::Operation::kShuffleXor);
     return float_from_bits(simt::thread().out[0]);
+}
+
+inline int shuffle_xor(int value, int mask) {
+    simt::thread().in[0] = static_cast<uint32_t>(value);
+    simt::thread().argument = mask;
+    simt::warp_instruction(simt::Operation::kShuffleXor);
+    return static_cast<int>(simt::thread().out[0]);
 }
 
 inline int shuffle_up(int value, int distance) {

@@ -1,0 +1,82 @@
+"""What Triton compiles on a GPU, seen without one: not while requests wait, and without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import pytest
+import torch
+from implementations import INTERPRETING
+from torch import Tensor
+from triton_compiler import Compilation, pretended_gpu
+
+from vllm_nld.attention import triton_ops
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="this process interprets")
+
+HEADS, KV_HEADS, HEAD_DIM, VOCAB = 8, 2, 64, 131072
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[Compilation]]:
+    with pretended_gpu() as log:
+        yield log
+
+
+def attend(rows: int, length: int, prefix: int, columns: int, words: int | None = None) -> None:
+    """Call block_attention with a batch of so many equal rows; query, key and value lie in one tensor."""
+    tokens = rows * length
+    joined = torch.zeros(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    query, key, value = joined.split([HEADS, KV_HEADS, KV_HEADS], 1)
+    pages = torch.zeros(4, 2, 16, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    lists = torch.zeros(3 * rows + 2, dtype=torch.int32)  # not every one begins at a multiple of 16 bytes
+    triton_ops.block_attention(
+        query, key, value, pages[:, 0].transpose(1, 2), pages[:, 1].transpose(1, 2),
+        torch.zeros(rows, columns + 1, dtype=torch.int32)[:, 1:], lists[:rows], lists[rows : 2 * rows + 1],
+        lists[2 * rows + 1 : 3 * rows + 1], None if words is None else torch.zeros(tokens, words, dtype=torch.int32),
+        0.125, 1.0, 1.0, length, prefix, torch.empty_like(query),
+    )  # fmt: skip
+
+
+def accept(rows: int, drafts: int) -> None:
+    """Call accept_prefix with slices of larger tensors."""
+    numbers = torch.zeros(1 + rows * (2 * drafts + 1), dtype=torch.int64)
+    starts = torch.arange(0, (rows + 2) * drafts, drafts, dtype=torch.int32)[1:] - drafts
+    triton_ops.accept_prefix(numbers[1 : 1 + rows * drafts], numbers[1 + rows * drafts :], starts)
+
+
+def names(compiled: list[Compilation]) -> list[str]:
+    return [compilation.kernel for compilation in compiled]
+
+
+SERVED: dict[str, tuple[Callable[..., None], list[tuple[int, ...]], list[str]]] = {
+    "a block of one tile": (attend, [(1, 4, 0, 1), (2, 4, 17, 2), (16, 3, 100, 16), (33, 4, 500, 32)], []),
+    "split prefixes": (attend, [(1, 16, 600, 38), (1, 15, 4096, 256), (4, 16, 5000, 313), (2, 9, 8000, 500)], ["merge"]),
+    "mask words": (attend, [(1, 32, 0, 1, 1), (3, 17, 9, 1, 2), (16, 30, 100, 7, 16)], []),
+    "several tiles": (attend, [(1, 32, 0, 1), (1, 60, 0, 1), (2, 64, 10, 1), (16, 300, 0, 1)], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_sizes_of_a_batch_make_no_new_attention_kernel(compiled: list[Compilation], name: str) -> None:
+    """Rows, tiles, splits, and how far the rows of tables lie apart: none may be compiled in."""
+    call, batches, more = SERVED[name]
+    call(*batches[0])
+    assert names(compiled) == ["attention_kernel", *(f"{kernel}_kernel" for kernel in more)]
+    for batch in batches[1:]:
+        call(*batch)
+    assert len(compiled) == 1 + len(more), names(compiled)
+
+
+def test_sizes_of_a_batch_make_no_new_kernel_of_the_others(compiled: list[Compilation]) -> None:
+    for rows, drafts in product((1, 2, 16, 33), (1, 5, 16)):
+        accept(rows, drafts)
+    assert names(compiled) == ["count_kernel", "pack_kernel"]
+    for rows in (1, 2, 16, 33):
+        triton_ops.best_tokens(torch.zeros(rows, VOCAB, dtype=torch.bfloat16))
+    assert names(compiled)[2:] == ["best_kernel", "best_merge_kernel"]
+    for rows in (1, 2, 16, 33):
+        triton_ops.best_tokens(torch.zeros(rows, VOCAB, dtype=torch.bfloat16), with_normaliser=False)
+    assert len(compiled) == 6, names(compiled)
