@@ -11,6 +11,16 @@ import pytest
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 
+ALONE = ("server", "ray", "gpu")
+"""Tiers whose tests start processes of their own, or measure: they want the whole machine (``scripts/test.sh``)."""
+
+# Each process of pytest-xdist works on one core: threads that wait for each other do so by spinning, and engines on
+# the same cores are many times slower than one. Before torch is imported, which counts the cores then.
+_process = os.environ.get("PYTEST_XDIST_WORKER")
+if _process and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_process.removeprefix("gw")) % len(_cores)]})
+
 # Before vLLM is imported: in-process engines can be inspected, and use both cores.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
@@ -22,3 +32,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         tier = item.path.relative_to(TESTS).parts[0]
         item.add_marker(getattr(pytest.mark, tier))
+        if tier in ALONE:
+            item.add_marker(pytest.mark.alone)

@@ -51,3 +51,14 @@ def write_tiles(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> Non
     for head in range(heads):
         flat[page, head, key_at] = key[: len(slots), head]
         flat[page, head, value_at] = value[: len(slots), head]
+
+
+def write_columns(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Write as vLLM does on other x86 CPUs: a key page ``[head_dim, page_size]``, then a value page by rows."""
+    pages, heads, size, width = cache.shape
+    head_dim = width // 2
+    page, token, part = slots[:, None] // size, slots[:, None] % size, torch.arange(head_dim)
+    flat = cache.view(pages, heads, -1)
+    for head in range(heads):
+        flat[page, head, part * size + token] = key[: len(slots), head]
+        flat[page, head, (size + token) * head_dim + part] = value[: len(slots), head]
