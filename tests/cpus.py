@@ -1,4 +1,4 @@
-"""What the CPU at hand can do, as vLLM asks it. Tests say by these what they need; the kinds are in docs/operators.md."""
+"""What the CPU at hand can do, as vLLM asks it: tests say by these what they need. Kinds of CPU: docs/operators.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who computes a causal step, the operator or vLLM's attention, on every kind of CPU: all of them are pretended here."""
+"""Who computes a causal step, the operator or vLLM's attention, on every kind of CPU; all of them are pretended."""
 
 from __future__ import annotations
 
