@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,13 @@ _process = os.environ.get("PYTEST_XDIST_WORKER")
 if _process and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(_process.removeprefix("gw")) % len(_cores)]})
+
+with contextlib.suppress(ImportError):  # tests/gpu does without
+    from hypothesis import settings
+
+    # The same examples in every run, and none that fails for being slow.
+    settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+    settings.load_profile("tests")
 
 # Before vLLM is imported: in-process engines can be inspected, and use both cores.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

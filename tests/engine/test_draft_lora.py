@@ -11,7 +11,7 @@ import pytest
 import torch
 from adapters import random_adapter, save_task_lora
 from cpus import needs_float32_int8
-from engines import accepted, engine, generate, random_prompts, runner, watch_blocks
+from engines import NEAR_TIE, accepted, engine, far_from_best, generate, random_prompts, runner, watch_blocks
 from models import random_model, save, small_config
 
 from vllm_nld.draft_lora import FOLDER
@@ -20,8 +20,6 @@ from vllm_nld.reference import generate as diffuse
 
 CONFIG = small_config(eos_token_id=None, block_size=8)
 PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=7)
-NEAR_TIE = 0.2
-"""Log probability that bfloat16 may lose between a step of one token and one of several."""
 
 
 @pytest.fixture
@@ -191,16 +189,6 @@ def quantized(folder: Path, target: Path) -> Path:
     (target / "config.json").write_text(json.dumps(settings))
     shutil.copytree(folder / FOLDER, target / FOLDER)
     return target
-
-
-def far_from_best(llm: Any, prompt: list[int], text: list[int]) -> float:
-    """How far, in AR's log probabilities, any token of the text is from the likeliest one at its place."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=1, prompt_logprobs=1, detokenize=False, extra_args={"nld": {"mode": "ar"}})
-    (output,) = llm.generate([{"prompt_token_ids": prompt + text}], params, use_tqdm=False)
-    places = list(zip(text, output.prompt_logprobs[len(prompt) :], strict=True))
-    return max(max(one.logprob for one in at.values()) - at[token].logprob for token, at in places)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=needs_float32_int8), "bfloat16"])

@@ -46,7 +46,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     cpp = next(one for one in ops.IMPLEMENTATIONS if one.name == "cpp")
     monkeypatch.setattr(ops, "implementation", lambda *_: cpp)
     monkeypatch.setattr(cpp_ops, "instruction_set", lambda force="": kind.instruction_set)
-    monkeypatch.setattr(type(current_platform), "get_cpu_architecture", lambda: CpuArchEnum.X86)
+    monkeypatch.setattr(type(current_platform), "get_cpu_architecture", lambda *_: CpuArchEnum.X86)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: kind.amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: kind.instruction_set.startswith("avx512"))
     backend.fast_causal.cache_clear()
