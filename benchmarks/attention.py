@@ -231,8 +231,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.causal and args.tiles:
         parser.error("--causal is compared with (b), which does not read --tiles")
-    import vllm._C  # noqa: F401  (registers peer (b))
+    from vllm.platforms import current_platform
 
+    current_platform.import_kernels()  # peer (b), of vLLM's build for this CPU
     reason = cpp_ops.unavailable(torch.device("cpu"))
     if reason:
         parser.error(f"the C++ operator is not available: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,23 @@ import pytest
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
+
+ALONE = ("server", "ray", "gpu")
+"""Tiers whose tests start processes of their own, or measure: they want the whole machine (``scripts/test.sh``)."""
+
+# Each process of pytest-xdist works on one core: threads that wait for each other do so by spinning, and engines on
+# the same cores are many times slower than one. Before torch is imported, which counts the cores then.
+_process = os.environ.get("PYTEST_XDIST_WORKER")
+if _process and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_process.removeprefix("gw")) % len(_cores)]})
+
+with contextlib.suppress(ImportError):  # tests/gpu does without
+    from hypothesis import settings
+
+    # The same examples in every run, and none that fails for being slow.
+    settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+    settings.load_profile("tests")
 
 # Before vLLM is imported: in-process engines can be inspected, and use both cores.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -22,3 +40,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         tier = item.path.relative_to(TESTS).parts[0]
         item.add_marker(getattr(pytest.mark, tier))
+        if tier in ALONE:
+            item.add_marker(pytest.mark.alone)

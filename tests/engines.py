@@ -63,6 +63,20 @@ def generate(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+NEAR_TIE = 0.2
+"""Log probability that bfloat16 may lose between a step of one token and one of several."""
+
+
+def far_from_best(llm: Any, prompt: list[int], text: list[int]) -> float:
+    """How far, in AR's log probabilities, any token of the text is from the likeliest one at its place."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1, detokenize=False, extra_args={"nld": {"mode": "ar"}})
+    (output,) = llm.generate([{"prompt_token_ids": prompt + text}], params, use_tqdm=False)
+    places = list(zip(text, output.prompt_logprobs[len(prompt) :], strict=True))
+    return max(max(one.logprob for one in at.values()) - at[token].logprob for token, at in places)
+
+
 def runner(llm: Any) -> Any:
     """The model runner of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner

@@ -14,7 +14,7 @@ from engines import engine, metric
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.learned_sampler import LearnedSampler
-from vllm_nld.reference import ar_generate, load_reference
+from vllm_nld.reference import ReferenceModel, ar_generate, load_reference
 from vllm_nld.reference import generate as reference_generate
 
 MODES = ["ar", "self_speculation", "diffusion", "auto"]
@@ -44,6 +44,11 @@ def llm() -> Iterator[Any]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def model() -> ReferenceModel:
+    return load_reference(checkpoint_path("tiny"))
+
+
 def complete(llm: Any, prompts: list[Any], mode: str, nld: dict[str, Any] | None = None, **params: Any) -> list[Any]:
     from vllm import SamplingParams
 
@@ -56,7 +61,6 @@ def ids_of(outputs: list[Any]) -> list[list[int]]:
     return [list(completion.token_ids) for output in outputs for completion in output.outputs]
 
 
-@pytest.mark.parametrize("mode", LOSSLESS)
 @pytest.mark.parametrize(
     "params",
     [
@@ -71,8 +75,10 @@ def ids_of(outputs: list[Any]) -> list[list[int]]:
     ],
     ids=lambda params: ",".join(params) or "plain",
 )
-def test_lossless_modes_give_ar_s_text(llm: Any, mode: str, params: dict[str, Any]) -> None:
-    assert ids_of(complete(llm, TEXTS, mode, **params)) == ids_of(complete(llm, TEXTS, "ar", **params))
+def test_lossless_modes_give_ar_s_text(llm: Any, params: dict[str, Any]) -> None:
+    expected = ids_of(complete(llm, TEXTS, "ar", **params))
+    for mode in LOSSLESS:
+        assert ids_of(complete(llm, TEXTS, mode, **params)) == expected, mode
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -148,9 +154,8 @@ def test_structured_output_is_always_valid(llm: Any, kind: str, temperature: flo
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_logprobs_are_the_causal_pass_s(llm: Any, mode: str) -> None:
+def test_logprobs_are_the_causal_pass_s(llm: Any, mode: str, model: ReferenceModel) -> None:
     """Also of diffusion's tokens: what the causal pass gives the token, everything before it known."""
-    model = load_reference(checkpoint_path("tiny"))
     (output,) = complete(llm, TEXTS[:1], mode, logprobs=2, max_tokens=30)
     prompt, tokens = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
     expected = model.causal(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -168,8 +173,7 @@ def test_the_cached_prefix_changes_nothing(llm: Any, mode: str) -> None:
     assert metric(llm, "vllm:prefix_cache_hits") > before
 
 
-def test_diffusion_equals_the_reference_on_real_weights(llm: Any) -> None:
-    model = load_reference(checkpoint_path("tiny"))
+def test_diffusion_equals_the_reference_on_real_weights(llm: Any, model: ReferenceModel) -> None:
     learned = LearnedSampler.load(checkpoint_path("tiny") / "learned_sampler")
     for nld in (
         {"threshold": 0.7},
@@ -205,24 +209,19 @@ def test_diffusion_temperature_is_its_own(llm: Any) -> None:
     assert seeded[0] == seeded[1]
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("budget", [0, 7, 16])
-def test_the_thinking_budget_forces_the_end(llm: Any, mode: str, budget: int) -> None:
-    """The end token comes exactly where the budget ends, and the text is the reference's."""
-    model = load_reference(checkpoint_path("tiny"))
+def test_the_thinking_budget_forces_the_end(llm: Any, budget: int, model: ReferenceModel) -> None:
+    """The end token comes exactly where the budget ends, and the text is the reference's, in every mode."""
     prompts = [[*output.prompt_token_ids, THINK] for output in complete(llm, TEXTS, "ar", max_tokens=1)]
-    outputs = complete(
-        llm, [{"prompt_token_ids": ids} for ids in prompts], mode, thinking_token_budget=budget, max_tokens=32
-    )
-    for ids, output in zip(prompts, outputs, strict=True):
-        tokens = list(output.outputs[0].token_ids)
-        settings = {"max_thinking_tokens": budget, "end_think_token_id": END_THINK}
-        if mode == "diffusion":
-            expected = reference_generate(model, ids, 32, threshold=0.9, **settings)
-        else:
-            expected = ar_generate(model, ids, 32, **settings)
-        assert tokens == expected.ids[len(ids) :]
-        assert tokens[budget] == END_THINK or END_THINK in tokens[:budget] or len(tokens) <= budget
+    settings = {"max_thinking_tokens": budget, "end_think_token_id": END_THINK}
+    causal = [ar_generate(model, ids, 32, **settings).ids[len(ids) :] for ids in prompts]
+    diffused = [reference_generate(model, ids, 32, threshold=0.9, **settings).ids[len(ids) :] for ids in prompts]
+    for mode in MODES:
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        texts = ids_of(complete(llm, inputs, mode, thinking_token_budget=budget, max_tokens=32))
+        assert texts == (diffused if mode == "diffusion" else causal), mode
+        for tokens in texts:
+            assert tokens[budget] == END_THINK or END_THINK in tokens[:budget] or len(tokens) <= budget
 
 
 def test_bad_requests_are_refused_and_the_engine_lives(llm: Any) -> None:

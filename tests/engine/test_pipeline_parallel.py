@@ -10,6 +10,7 @@ import pytest
 from engines import engine, generate, random_prompts
 from models import random_model, save, small_config
 
+pytestmark = pytest.mark.alone
 PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=3)
 
 

@@ -20,6 +20,7 @@ from engines import engine
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
+pytestmark = pytest.mark.alone
 TEXTS = [text for _, text in held_out_prompts(4, characters=150)]
 SETTINGS: dict[str, Any] = {"skip_tokenizer_init": False, "max_model_len": 1024, "max_num_seqs": 8}
 

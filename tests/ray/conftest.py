@@ -25,6 +25,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         # Ray's workers inherit the environment of the cluster.
         patch.setenv("PYTHONPATH", pythonpath)
         patch.setenv("OMP_NUM_THREADS", "1")  # several workers share few cores here; waiting threads would spin
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # or one that starts for 5 s is replaced
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         context = ray.init(
             num_cpus=8, num_gpus=2, include_dashboard=False, object_store_memory=1 << 27, log_to_driver=False

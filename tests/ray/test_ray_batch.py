@@ -16,10 +16,12 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import EXAMPLES, SMALL_REPLICA, address_of, alive, engine_processes, wait_for
+from processes import EXAMPLES, SMALL_REPLICA, STARTS, address_of, alive, engine_processes, wait_for
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+
+pytestmark = pytest.mark.timeout(900)
 
 ROWS, TOKENS = 64, 64
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 27, "enforce_eager": True}
@@ -69,7 +71,7 @@ def interrupted(batch: Batch) -> Iterator[list[dict[str, Any]]]:
     """Two replicas; one is killed, the other goes on, and then the driver is killed, too."""
     driver = batch.start(2)
     try:
-        wait_for(lambda: len(pids_of(batch.results())) == 2 or driver.poll() is not None, 90, "results")
+        wait_for(lambda: len(pids_of(batch.results())) == 2 or driver.poll() is not None, STARTS, "results", batch.log)
         assert driver.poll() is None, batch.log()[-3000:]
         victim, other = pids_of(batch.results())
         engines = engine_processes(victim), engine_processes(other)
@@ -98,7 +100,7 @@ def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
 ) -> None:
     driver = batch.start(1, "--hang-timeout", "4")
     try:
-        wait_for(lambda: len(batch.results()) > len(interrupted) or driver.poll() is not None, 60, "more results")
+        wait_for(lambda: len(batch.results()) > len(interrupted) or driver.poll() is not None, STARTS, "more results", batch.log)
         assert driver.poll() is None, batch.log()[-3000:]
         (replica,) = pids_of(batch.results()) - pids_of(interrupted)
         engine = engine_processes(replica)
@@ -106,7 +108,7 @@ def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
         took = wait_for(lambda: not psutil.pid_exists(replica), 20, "a replica ends whose engine hangs")
         assert took > 2
         wait_for(lambda: not alive(engine), 5, "and its engine with it")
-        output, _ = driver.communicate(timeout=90)
+        output, _ = driver.communicate(timeout=STARTS)  # its engine starts again
     finally:
         driver.kill()
     assert driver.returncode == 3, batch.log()[-3000:]  # one row was refused

@@ -18,12 +18,14 @@ import openai
 import psutil
 import pytest
 from openai import OpenAI
-from processes import EXAMPLES, SMALL_REPLICA, address_of, alive, engine_processes, replicas, wait_for
+from processes import EXAMPLES, SMALL_REPLICA, STARTS, address_of, alive, engine_processes, replicas, wait_for
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
 MODEL = str(checkpoint_path("tiny"))
+pytestmark = pytest.mark.timeout(900)
+
 ACTORS = "ray::ServeReplica:nld:NLDServer"
 LONGEST = 30.0
 """Seconds that no request may take, whatever dies."""
@@ -59,7 +61,7 @@ def service(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         ready = f"ready at http://127.0.0.1:{port}/v1"
-        wait_for(lambda: ready in path.read_text() or process.poll() is not None, 120, "ready")
+        wait_for(lambda: ready in path.read_text() or process.poll() is not None, STARTS, "ready", path.read_text)
         assert process.poll() is None, path.read_text()[-3000:]
         yield Service(process, f"http://127.0.0.1:{port}/v1", path)
     finally:
@@ -95,18 +97,24 @@ def test_an_unsuitable_mode_is_http_400(client: OpenAI) -> None:
 
 
 class Load:
-    """Streams that follow each other in several threads; of each its seconds and its error, or None."""
+    """Streams that follow each other in several threads; of each its seconds and its error, or None.
+
+    Only the first ``active`` threads ask.
+    """
 
     def __init__(self, client: OpenAI, threads: int, max_tokens: int) -> None:
-        self.client, self.max_tokens = client, max_tokens
+        self.client, self.max_tokens, self.active = client, max_tokens, threads
         self.outcomes: list[tuple[float, Exception | None]] = []
         self.ended = threading.Event()
-        self.threads = [threading.Thread(target=self.run, daemon=True) for _ in range(threads)]
+        self.threads = [threading.Thread(target=self.run, args=[number], daemon=True) for number in range(threads)]
         for thread in self.threads:
             thread.start()
 
-    def run(self) -> None:
+    def run(self, number: int) -> None:
         while not self.ended.is_set():
+            if number >= self.active:
+                time.sleep(0.1)
+                continue
             started, error = time.monotonic(), None
             try:
                 settings = {"model": MODEL, "prompt": "def", "max_tokens": self.max_tokens, "stream": True}
@@ -134,10 +142,11 @@ class Load:
 def test_load_adds_a_replica_and_killed_ones_are_replaced(client: OpenAI, service: Service) -> None:
     load = Load(client, threads=4, max_tokens=200)
     try:
-        wait_for(lambda: running() == 2, 90, "a second replica under load")
+        wait_for(lambda: len(replicas_that("STARTING", "RUNNING")) == 2, STARTS, "a second replica starts", states)
+        _wait_for_two(load, service)
         _finish(load, 8)
         assert not load.count(failed=True)
-        seconds = _kill_a_replica(load)
+        seconds = _kill_a_replica(load, service)
         print(f"another replica was ready {seconds:.0f} s after one was killed")
         _finish(load, 8)
         _kill_an_engine(load)
@@ -150,12 +159,34 @@ def test_load_adds_a_replica_and_killed_ones_are_replaced(client: OpenAI, servic
     assert client.completions.create(model=MODEL, prompt="x", max_tokens=4).choices[0].text
 
 
-def running() -> int:
-    """Return how many replicas serve; one that starts has processes, but does not."""
-    from ray import serve
+def states() -> list[tuple[str, int | None]]:
+    """Return the state of every replica, as Ray Serve calls it, and its process id; None until it serves."""
+    from ray.serve.context import _get_global_client
 
-    deployment = serve.status().applications["nld"].deployments["NLDServer"]
-    return deployment.replica_states.get("RUNNING", 0)
+    application = _get_global_client().get_serve_details()["applications"]["nld"]
+    found = application["deployments"]["NLDServer"]["replicas"]
+    return [(str(getattr(one["state"], "value", one["state"])), one["pid"]) for one in found]
+
+
+def replicas_that(*wanted: str) -> list[int | None]:
+    """Return the process ids of the replicas in one of some states."""
+    return [pid for state, pid in states() if state in wanted]
+
+
+def _wait_for_two(load: Load, service: Service, gone: int | None = None) -> None:
+    """Wait until two replicas serve, neither of them ``gone``, which Ray may not have missed yet.
+
+    Meanwhile one thread keeps asking. All of them would leave a start little of two cores, and take minutes from it;
+    Ray keeps the number of replicas it has decided on for 300 s (``--downscale-delay``).
+    """
+    load.active = 1
+    wait_for(
+        lambda: len(found := replicas_that("RUNNING")) == 2 and gone not in found,
+        STARTS,
+        "two replicas serve",
+        lambda: f"{states()}\n{service.log.read_text()[-3000:]}",
+    )
+    load.active = len(load.threads)
 
 
 def _finish(load: Load, count: int) -> None:
@@ -163,9 +194,9 @@ def _finish(load: Load, count: int) -> None:
     wait_for(lambda: load.count(failed=False) >= target, LONGEST, f"{count} requests are answered")
 
 
-def _kill_a_replica(load: Load) -> float:
+def _kill_a_replica(load: Load, service: Service) -> float:
     """Kill one of two while both have requests in flight; return the seconds until two serve again."""
-    victim, other = replicas(ACTORS)
+    victim, other = replicas_that("RUNNING")
     engine = engine_processes(victim)
     started = time.monotonic()
     os.kill(victim, signal.SIGKILL)
@@ -174,13 +205,12 @@ def _kill_a_replica(load: Load) -> float:
     _finish(load, 8)
     assert load.count(failed=True) < len(load.threads), "the requests of the other replica failed, too"
     assert psutil.pid_exists(other)
-    wait_for(lambda: running() == 2 and len(replicas(ACTORS)) == 2, 90, "two replicas again")
-    assert victim not in replicas(ACTORS)
+    _wait_for_two(load, service, gone=victim)
     return time.monotonic() - started
 
 
 def _kill_an_engine(load: Load) -> None:
-    victim, other = replicas(ACTORS)
+    victim, other = replicas_that("RUNNING")
     failed = load.count(failed=True)
     engine_processes(victim)[0].kill()
     wait_for(lambda: not psutil.pid_exists(victim), 10, "a replica ends with its engine")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+from cpus import vllm_writes_tiles, write_tiles
 from torch import Tensor
 
 from vllm_nld.errors import NLDError
@@ -16,6 +16,7 @@ from vllm_nld.pages import LAYOUTS, STRIDED, TILED, PageLayout, find_layout
 PAGES, SIZE, HEADS, DIM = 6, 4, 3, 8
 
 Put = Callable[[Tensor, int, int, int, Tensor, Tensor], None]
+Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def put_columns(cache: Tensor, page: int, offset: int, head: int, key: Tensor, value: Tensor) -> None:
@@ -129,28 +130,34 @@ def test_unknown_layout_is_refused(shape: tuple[int, ...], put: Put) -> None:
     assert LAYOUTS[0].name in str(caught.value)
 
 
-class AmxLayer:
-    """An attention layer of a CPU with AMX, whose cache vLLM's own operator writes: that part needs no AMX."""
+class TiledLayer:
+    """An attention layer of a CPU with AMX. Writing its cache takes none: ``write`` is vLLM's operator, or ours."""
 
-    def __init__(self, page_size: int, head_dim: int) -> None:
+    def __init__(self, page_size: int, head_dim: int, write: Write) -> None:
         self.kv_cache = torch.zeros(5, HEADS, page_size, 2 * head_dim, dtype=torch.bfloat16)
         self.dtype, self.num_kv_heads, self.head_size = torch.bfloat16, HEADS, head_dim
         self.impl = self
         self.attn_backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
+        self._write = write
 
     def do_kv_cache_update(self, layer: object, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        import vllm._C  # noqa: F401
-        from vllm import _custom_ops as vllm_ops
-
-        pages, heads, size, width = cache.shape
-        keys, values = cache.view(pages, heads, 2 * size, width // 2).chunk(2, dim=2)
-        vllm_ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, "amx")
+        self._write(key, value, cache, slots)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="vLLM writes tiles on x86 alone")
+def write_with_vllm(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+    from vllm import _custom_ops as vllm_ops
+
+    pages, heads, size, width = cache.shape
+    keys, values = cache.view(pages, heads, 2 * size, width // 2).chunk(2, dim=2)
+    vllm_ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, "amx")
+
+
+@pytest.mark.parametrize("write", [write_tiles, write_with_vllm])
 @pytest.mark.parametrize(("page_size", "head_dim"), [(32, 32), (128, 128), (96, 64)])
-def test_tiles_are_what_vllm_writes_for_amx(page_size: int, head_dim: int) -> None:
-    layer = AmxLayer(page_size, head_dim)
+def test_tiles_are_what_vllm_writes_for_amx(page_size: int, head_dim: int, write: Write) -> None:
+    if write is write_with_vllm and not vllm_writes_tiles():
+        pytest.skip("the build of vLLM for this CPU writes no tiles")
+    layer = TiledLayer(page_size, head_dim, write)
     assert find_layout(layer) is TILED
     assert TILED.page_size(layer) == page_size
     tokens = page_size + 7

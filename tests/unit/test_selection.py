@@ -24,7 +24,7 @@ RULES = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 10_000), st.lists(st.tuples(RULES, st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=5))
 def test_rows_follow_their_own_rules(seed: int, rows: list[tuple[CommitRule, int, int]]) -> None:
     generator = torch.Generator().manual_seed(seed)
