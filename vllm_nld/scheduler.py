@@ -51,7 +51,7 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
     def _share_budget(self) -> int:
         """Cut drafts to fair shares of the step's budget; return how long a block everybody might verify in the next.
 
-        The first waiting request counts as well, if there is a place for it: else it would wait for a running one's end.
+        The first waiting request counts as well, if there is a place for it: else it would wait until another ends.
         """
         running = [request for request in self.running if request.request_id not in self.parked]
         wanted = [request.num_tokens_with_spec - request.num_computed_tokens for request in running]

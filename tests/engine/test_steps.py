@@ -1,4 +1,4 @@
-"""What a step holds: chunks of seeded prompts, cached prompts beside grammars, and who gets which part of the budget."""
+"""What a step holds: chunks of seeded prompts, cached prompts beside grammars, and shares of the budget."""
 
 from __future__ import annotations
 
@@ -52,10 +52,8 @@ def crowded(folder: Path) -> Iterator[Any]:
 def add(llm: Any, name: str, prompt: list[int], budget: int, mode: str, **params: Any) -> None:
     from vllm import SamplingParams
 
-    settings = SamplingParams(
-        **({"temperature": 0, "max_tokens": budget, "detokenize": False, "extra_args": {"nld": {"mode": mode}}} | params)
-    )
-    llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, settings)
+    given = {"temperature": 0, "max_tokens": budget, "detokenize": False, "extra_args": {"nld": {"mode": mode}}}
+    llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(**given | params))
 
 
 def drain(llm: Any, limit: int = 2000) -> dict[str, list[int]]:
@@ -157,11 +155,11 @@ def test_full_blocks_leave_room_for_a_new_request(model: ReferenceModel, crowded
     for _ in range(6):
         crowded.llm_engine.step()
     add(crowded, "new", prompts[-1], 1, "ar")
-    for step in range(90):
-        if any(output.request_id == "new" and output.finished for output in crowded.llm_engine.step()):
-            break
-    assert step <= 90 // (64 // 9), "its share of every step is 7 tokens"
+    steps = 1
+    while not any(output.request_id == "new" and output.finished for output in crowded.llm_engine.step()):
+        steps += 1
     drain(crowded)
+    assert steps <= -(-90 // (64 // 9)), "its share of every step is 7 tokens"
 
 
 def test_a_budget_below_a_block_admits_a_cached_prompt(model: ReferenceModel, folder: Path) -> None:
