@@ -8,6 +8,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_nld import compat
+from vllm_nld.padding import schedule_unpadded
 from vllm_nld.parking import SchedulerNote, WorkerNote
 
 
@@ -45,7 +46,7 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
             if request.request_id in self.parked:
                 compat.skip_in_next_step(self, request)
         share = self._share_budget()
-        output = compat.schedule_unpadded(self, lambda: super(NLDScheduler, self).schedule(*args, **kwargs))
+        output = schedule_unpadded(self, lambda: super(NLDScheduler, self).schedule(*args, **kwargs))
         return compat.with_note(output, SchedulerNote(self._others_wait(output.num_scheduled_tokens), share))
 
     def _share_budget(self) -> int:

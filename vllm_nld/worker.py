@@ -7,8 +7,9 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_nld.compat import attach_proposer, grammar_without_padding, with_note, without_padding
+from vllm_nld.compat import attach_proposer, with_note
 from vllm_nld.metrics import Publisher, snapshot_path, worker_samples
+from vllm_nld.padding import grammar_without_padding, without_padding
 
 
 class _IntroducesProposer:
