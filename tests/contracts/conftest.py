@@ -1,0 +1,33 @@
+"""Which vLLM the contracts are checked against.
+
+By default the installed one. Set ``VLLM_SOURCES`` to check others, without installing them: package folders, separated
+by colons, as ``pip download --no-deps vllm==0.33.0`` and ``unzip`` leave them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from vllm_source import VllmSource
+
+
+def _folders() -> list[Path]:
+    given = os.environ.get("VLLM_SOURCES")
+    if given:
+        return [Path(folder) for folder in given.split(":")]
+    found = importlib.util.find_spec("vllm")
+    assert found is not None and found.submodule_search_locations is not None, "vLLM is not installed"
+    return [Path(found.submodule_search_locations[0])]
+
+
+@pytest.fixture(scope="session", params=_folders(), ids=lambda folder: folder.parent.name)
+def vllm(request: pytest.FixtureRequest) -> VllmSource:
+    """The source of one vLLM version."""
+    return VllmSource(request.param)
