@@ -69,7 +69,8 @@ def grammar_without_padding(grammar_output: Any, scheduler_output: Any) -> Any:
     padded = _padded(scheduler_output)
     if grammar_output is None or not any(name in padded for name in grammar_output.structured_output_request_ids):
         return grammar_output
-    kept, first = [], 0
+    kept: list[int] = []
+    first = 0
     for name in grammar_output.structured_output_request_ids:
         rows = 1 + len(scheduler_output.scheduled_spec_decode_tokens.get(name, ()))
         kept += range(first, first + (1 if name in padded else rows))

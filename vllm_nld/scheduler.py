@@ -58,7 +58,7 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
         wanted = [request.num_tokens_with_spec - request.num_computed_tokens for request in running]
         if self._has_place():
             wanted.append(self.waiting.peek_request().num_tokens)
-        budget = self.max_num_scheduled_tokens
+        budget = int(self.max_num_scheduled_tokens)
         large = len(wanted) - len(running)
         # The last share may be a waiting request's, which takes what is left.
         for request, tokens, share in zip(running, wanted, fair_shares(wanted, budget), strict=False):
