@@ -18,7 +18,7 @@ class Tally:
     Attributes:
         forwards: by kind: prefill, ar, draft, verify, denoise, commit.
         tokens: generated tokens by mode.
-        blocks: blocks by mode.
+        blocks: blocks by mode: verified ones of self-speculation, denoised ones of diffusion.
         accepted: accepted drafts by mode.
     """
 
@@ -33,7 +33,7 @@ class Tally:
         return self.tokens[mode] / forwards if forwards else None
 
     def acceptance_length(self) -> float | None:
-        """Return 1 + accepted / drafts of self-speculation, as vLLM defines it, or None before the first draft."""
+        """Return 1 + accepted / verified blocks of self-speculation, as vLLM defines it, or None before the first."""
         blocks = self.blocks["self_speculation"]
         return 1 + self.accepted["self_speculation"] / blocks if blocks else None
 
@@ -73,15 +73,25 @@ class Ledger:
         self.total = Tally()
 
     def causal(self, tally: Tally, kind: str, mode: str, tokens: int, accepted: int) -> None:
-        """Book a request's share of a causal pass."""
+        """Book a request's share of a causal pass.
+
+        Here a block of self-speculation counts, when it is verified: its request may end, or be preempted, before.
+        """
         for book in (tally, self.total):
             book.forwards[kind] += 1
             book.tokens[mode] += tokens
+            if kind == "verify":
+                book.blocks[mode] += 1
             if accepted:
                 book.accepted[mode] += accepted
 
-    def block(self, tally: Tally, kind: str, mode: str, passes: int) -> None:
-        """Book a block that was drafted (or denoised) in ``passes`` forwards."""
+    def drafted(self, tally: Tally, passes: int) -> None:
+        """Book the forwards that drafting a block of self-speculation took."""
         for book in (tally, self.total):
-            book.forwards[kind] += passes
-            book.blocks[mode] += 1
+            book.forwards["draft"] += passes
+
+    def denoised(self, tally: Tally, passes: int) -> None:
+        """Book a diffusion block that was denoised in ``passes`` forwards."""
+        for book in (tally, self.total):
+            book.forwards["denoise"] += passes
+            book.blocks["diffusion"] += 1

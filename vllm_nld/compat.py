@@ -1,4 +1,7 @@
-"""Every place where this extension leans on vLLM internals that are not extension points, in one module.
+"""Where this extension leans on vLLM internals that are not extension points.
+
+Steps without padding are made in :mod:`vllm_nld.padding`, faults of vLLM on CPUs repaired in
+:mod:`vllm_nld.cpu_repairs`.
 
 Checked against vLLM 0.32.0 (CI) and 0.26.0 (once, by hand); 0.33 was read. Each function fails loudly when vLLM has
 changed shape.
@@ -23,7 +26,7 @@ WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_nld.cpu_worker.NLDCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vllm_nld.gpu_worker.NLDGPUWorker",
 }
-SCHEDULER = "vllm_nld.scheduler.ParkingScheduler"
+SCHEDULER = "vllm_nld.scheduler.NLDScheduler"
 
 
 def installed_vllm() -> tuple[str, str] | None:
@@ -209,22 +212,31 @@ def _is_empty(function: Callable[..., Any]) -> bool:
 
 
 def use_scheduler_subclass(scheduler_config: Any) -> None:
-    """Choose the scheduler subclass that leaves parked requests out, unless the user chose a scheduler."""
-    if scheduler_config.scheduler_cls is None and parking_obstacle() is None:
+    """Choose the scheduler subclass whose steps suit ragged blocks, unless the user chose a scheduler."""
+    if scheduler_config.scheduler_cls is None:
         scheduler_config.scheduler_cls = SCHEDULER
 
 
-def parks_requests(scheduler_config: Any) -> bool:
-    """Whether the engine's scheduler leaves parked requests out of causal passes."""
+def schedules_blocks(scheduler_config: Any) -> bool:
+    """Whether the engine's scheduler is this extension's, or a subclass."""
     chosen = scheduler_config.scheduler_cls
     if chosen is None:
         return False
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from vllm_nld.scheduler import ParkingScheduler
+    from vllm_nld.scheduler import NLDScheduler
 
     chosen = resolve_obj_by_qualname(chosen) if isinstance(chosen, str) else chosen
-    return isinstance(chosen, type) and issubclass(chosen, ParkingScheduler)
+    return isinstance(chosen, type) and issubclass(chosen, NLDScheduler)
+
+
+def parks_requests(vllm_config: Any) -> bool:
+    """Whether the engine's scheduler leaves parked requests out of causal passes.
+
+    Not with LoRAs: vLLM counts those of the requests in a step; a parked one would come back on top of ``max_loras``.
+    """
+    plain = vllm_config.lora_config is None and parking_obstacle() is None
+    return plain and schedules_blocks(vllm_config.scheduler_config)
 
 
 def parking_obstacle() -> str | None:
@@ -276,27 +288,6 @@ def with_note(carrier: Any, note: Any) -> Any:
 def note_on(carrier: Any) -> Any:
     """Return the note that :func:`with_note` put on an object, or None."""
     return getattr(carrier, "nld_note", None)
-
-
-def without_padding(scheduler_output: Any) -> Any:
-    """Return a ``SchedulerOutput`` whose requests run their own tokens alone.
-
-    vLLM pads a request that comes with one token to compute, behind a cached prompt or a preemption, by drafts of -1
-    (``Scheduler.schedule``), so that steps have one size for CUDA graphs; steps of this extension are ragged. Padding
-    would have the request sampled by rejecting, with other random numbers than without, and whether there is any
-    depends on the batch; 0.32's CPU kernels even take -1 for an index. The scheduler's own copy is left alone: it takes
-    the padding back as rejected drafts.
-    """
-    drafted = scheduler_output.scheduled_spec_decode_tokens
-    padded = {request_id: len(ids) for request_id, ids in drafted.items() if -1 in ids}
-    if not padded:
-        return scheduler_output
-    own = copy.copy(scheduler_output)
-    own.scheduled_spec_decode_tokens = {name: ids for name, ids in drafted.items() if name not in padded}
-    scheduled = scheduler_output.num_scheduled_tokens
-    own.num_scheduled_tokens = {name: count - padded.get(name, 0) for name, count in scheduled.items()}
-    own.total_num_scheduled_tokens -= sum(padded.values())
-    return own
 
 
 def draft_token_ids(drafts: dict[str, list[int]]) -> Any:
@@ -386,30 +377,3 @@ def sampler_output(token_ids: Any) -> Any:
     from vllm.v1.outputs import SamplerOutput
 
     return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=None)
-
-
-def repair_cpu_temperature() -> None:
-    """Make sampled requests keep their temperature while speculation is on, on the CPU.
-
-    vLLM's CPU stand-in for the Triton ``expand`` kernel (``vllm/utils/cpu_triton_utils.py: _expand_kernel_impl``)
-    fills an int64 copy of its output, so a float temperature, top-p or int32 top-k stays uninitialised memory and
-    sampled rows answer almost greedily. Seen in 0.32.0. The PyTorch replacement is right on every version. Idempotent.
-
-    Raises:
-        NLDError: ``expand_batch_to_tokens`` has another signature than the one replaced.
-    """
-    import torch
-    from vllm.v1.sample import rejection_sampler
-
-    names = ["x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"]
-    if list(inspect.signature(rejection_sampler.expand_batch_to_tokens).parameters) != names:
-        raise NLDError(f"vllm.v1.sample.rejection_sampler.expand_batch_to_tokens changed; supported vLLM: {SUPPORTED}")
-
-    def expand_batch_to_tokens(
-        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
-    ) -> torch.Tensor:
-        counts = torch.diff(cu_num_tokens.long(), prepend=cu_num_tokens.new_zeros(1).long())
-        expanded = x.repeat_interleave(counts, output_size=num_tokens)
-        return torch.where(expanded == replace_from, replace_to, expanded).to(x.dtype)
-
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

@@ -58,9 +58,8 @@ class NLDEngineConfig:
             check_speculation_can_be_right(vllm_config)
             _check_speculation(vllm_config)
             compat.use_worker_subclass(vllm_config.parallel_config)
-            if vllm_config.lora_config is None:
-                # vLLM counts the LoRAs of the requests in a step; a parked one would come back on top of max_loras.
-                compat.use_scheduler_subclass(vllm_config.scheduler_config)
+            compat.use_scheduler_subclass(vllm_config.scheduler_config)
+            _check_budget(vllm_config)
             adapter_of(vllm_config)
         _check_weights(vllm_config)
 
@@ -133,6 +132,18 @@ def _check_speculation(vllm_config: Any) -> None:
         raise NLDError(
             f"speculative_config.num_speculative_tokens={drafts}, but a block of this checkpoint holds 1 seed and "
             f"{block_length - 1} drafts; allowed: 1 to {limit} (leave it out for {limit})"
+        )
+
+
+def _check_budget(vllm_config: Any) -> None:
+    """Refuse a budget in which another scheduler than this extension's would never admit a cached prompt."""
+    scheduler = vllm_config.scheduler_config
+    block = 1 + vllm_config.speculative_config.num_speculative_tokens
+    if scheduler.max_num_batched_tokens < block and not compat.schedules_blocks(scheduler):
+        raise NLDError(
+            f"max_num_batched_tokens={scheduler.max_num_batched_tokens} with "
+            f"scheduler_cls={scheduler.scheduler_cls!r}: vLLM pads a request with one token to compute to a block of "
+            f"{block} tokens, which would never fit; use at least {block}, or leave scheduler_cls out"
         )
 
 

@@ -39,7 +39,7 @@ METRICS: dict[str, Metric] = {
         "Forwards per request: one that serves n counts n. Kinds: prefill, ar, draft, verify, denoise, commit.",
     ),
     "vllm:nld_tokens": Metric("counter", ("mode",), "Generated tokens, by the mode of the step that decided them."),
-    "vllm:nld_blocks": Metric("counter", ("mode",), "Blocks drafted or denoised."),
+    "vllm:nld_blocks": Metric("counter", ("mode",), "Blocks verified (self-speculation) or denoised (diffusion)."),
     "vllm:nld_accepted_tokens": Metric("counter", ("mode",), "Accepted drafts; in diffusion, all that are committed."),
     "vllm:nld_denoising_passes": Metric("counter", (), "Denoising forwards of diffusion blocks, per block."),
     "vllm:nld_decisions": Metric(
@@ -51,7 +51,7 @@ METRICS: dict[str, Metric] = {
         "gauge", ("mode",), "Tokens per decode forward since start-up (draft, verify, denoise and commit all count)."
     ),
     "vllm:nld_acceptance_length": Metric(
-        "gauge", (), "1 + accepted / drafted blocks of self-speculation since start-up."
+        "gauge", (), "1 + accepted / verified blocks of self-speculation since start-up."
     ),
 }
 

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from vllm_nld import compat
+from vllm_nld import compat, cpu_repairs
 from vllm_nld.attention.backend import block_attention_backend
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.draft_adapter import DraftAdapter, leave_adapter_out_of_graphs
@@ -114,6 +114,8 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=NLDDecoderLayer)
+        if vllm_config.device_config.device_type == "cpu":
+            cpu_repairs.repair_seeded_prefills()
         self.mask_token_id: int = vllm_config.model_config.hf_config.mask_token_id
         self.draft_lora = adapter_of(vllm_config)
         if self.draft_lora is not None:

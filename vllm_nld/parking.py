@@ -36,9 +36,12 @@ class SchedulerNote:
 
     Attributes:
         others_wait: whether requests that this step leaves out, other than parked ones, may be in the next.
+        share: tokens of the longest block for which the next step's budget is likely to have room in every request;
+            None: any.
     """
 
     others_wait: bool = False
+    share: int | None = None
 
 
 class Parked:

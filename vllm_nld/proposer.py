@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_nld import compat
+from vllm_nld import compat, cpu_repairs
 from vllm_nld.accounting import Ledger
 from vllm_nld.adaptive import choose
 from vllm_nld.agreement import first_rank_decides
@@ -71,12 +71,12 @@ class SelfSpeculation:
         self._drafted: dict[str, list[int]] = {}
         self._left_at: float | None = None
         self._draft_seconds = 0.0
-        self.parks = compat.parks_requests(vllm_config.scheduler_config)
+        self.parks = compat.parks_requests(vllm_config)
         self.parked = Parked()
-        self._others_wait = False
+        self._others_wait, self._share = False, self.block_length
         self._finished_away: dict[str, list[int]] = {}
         if vllm_config.device_config.device_type == "cpu":
-            compat.repair_cpu_temperature()
+            cpu_repairs.repair_cpu_temperature()
 
     def load_model(self, target_model: Any) -> None:
         """Take the loaded target: its weights are the draft's weights."""
@@ -146,7 +146,8 @@ class SelfSpeculation:
         self._scheduled = scheduler_output.num_scheduled_tokens
         self._drafted = scheduler_output.scheduled_spec_decode_tokens
         note = compat.note_on(scheduler_output)
-        self._others_wait = isinstance(note, SchedulerNote) and note.others_wait
+        known = note if isinstance(note, SchedulerNote) else SchedulerNote()
+        self._others_wait, self._share = known.others_wait, known.share or self.block_length
         for request_id in scheduler_output.finished_req_ids:
             self._unpark(request_id)
             state = self._known_requests().finish(request_id)
@@ -172,7 +173,7 @@ class SelfSpeculation:
     def _abandon(self, state: RequestState) -> None:
         """Book the forwards of a block that is never going to be done."""
         if state.interrupted is not None:
-            self.ledger.block(state.tally, "denoise", "diffusion", state.interrupted.passes)
+            self.ledger.denoised(state.tally, state.interrupted.passes)
             state.interrupted = None
 
     def denoise_parked(self) -> None:
@@ -313,7 +314,7 @@ class SelfSpeculation:
     def _longest(self, row: int, state: RequestState, tokens: StepTokens) -> int:
         room = self.max_model_len - int(tokens.decided[row])
         longest = state.options.block_length or self.block_length
-        return state.longest_draft_block(min(longest, room, 1 + self._most_drafts))
+        return state.longest_draft_block(min(longest, room, self._share, 1 + self._most_drafts))
 
     def _draft_block(self, row: int, state: RequestState, tokens: StepTokens, length: int) -> Block:
         return state.draft_block(*tokens.seed(row), length, self.mask_token_id, self.vocab_size)
@@ -357,8 +358,8 @@ class SelfSpeculation:
         self._run(list(blocks.values()), others)
         seconds = self._draft_seconds = time.perf_counter() - started
         for row, block in blocks.items():
-            kind, mode = ("denoise", "diffusion") if states[row].is_diffusion else ("draft", "self_speculation")
-            self.ledger.block(states[row].tally, kind, mode, block.passes)
+            book = self.ledger.denoised if states[row].is_diffusion else self.ledger.drafted
+            book(states[row].tally, block.passes)
             lookup = states[row].lookup
             if lookup is not None and block.passes and block.choice is None:
                 splice(block, lookup, tokens.history(row))
@@ -397,7 +398,7 @@ class SelfSpeculation:
         """Return the tokens to commit of the parked requests whose block is done, and let those requests go on."""
         done: dict[str, list[int]] = {}
         for state, block in self.parked.take_done(self.mask_token_id):
-            self.ledger.block(state.tally, "denoise", "diffusion", block.passes)
+            self.ledger.denoised(state.tally, block.passes)
             done[state.request_id] = self._commits(state, block)
         return done
 

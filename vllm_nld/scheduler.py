@@ -1,17 +1,35 @@
-"""vLLM's scheduler, which leaves requests out of a causal pass while their diffusion block is being denoised."""
+"""vLLM's scheduler, whose steps suit blocks: parked requests are left out, nothing is padded, and all get a share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_nld import compat
+from vllm_nld.padding import schedule_unpadded
 from vllm_nld.parking import SchedulerNote, WorkerNote
 
 
-class ParkingScheduler(Scheduler):  # type: ignore[misc]
-    """Skips parked requests; to vLLM they keep running, so they hold their cache pages and may be preempted.
+def fair_shares(wanted: Sequence[int], budget: int) -> list[int]:
+    """Return what each one gets of a budget: what it wants, but nobody more than one who does not get all it wants."""
+    shares = [0] * len(wanted)
+    by_size = sorted(range(len(wanted)), key=wanted.__getitem__)
+    for position, index in enumerate(by_size):
+        shares[index] = min(wanted[index], budget // (len(wanted) - position))
+        budget -= shares[index]
+    return shares
+
+
+class NLDScheduler(Scheduler):  # type: ignore[misc]
+    """vLLM's scheduler with other steps; what it plans is what worker, grammar and sampler see.
+
+    Parked requests are skipped; to vLLM they keep running, so they hold their cache pages and may be preempted.
+
+    vLLM gives the budget of a step away in the order of arrival, so full blocks of the first requests would leave the
+    others out for as long as those run. Here drafts are cut before, to fair shares. How many drafts are verified must
+    not depend on what was drawn: it depends on their numbers, as those do on prefixes, and on the other requests.
 
     Attributes:
         parked: ids of the requests that the worker has parked, after its last step.
@@ -20,17 +38,43 @@ class ParkingScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.parked: frozenset[str] = frozenset()
+        self._drafters: set[str] = set()
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedule a step, as vLLM does, without the parked requests. It may be empty: then the worker denoises."""
         for request in self.running:
             if request.request_id in self.parked:
                 compat.skip_in_next_step(self, request)
-        output = super().schedule(*args, **kwargs)
-        return compat.with_note(output, SchedulerNote(self._others_wait(output.num_scheduled_tokens)))
+        share = self._share_budget()
+        output = schedule_unpadded(self, lambda: super(NLDScheduler, self).schedule(*args, **kwargs))
+        return compat.with_note(output, SchedulerNote(self._others_wait(output.num_scheduled_tokens), share))
+
+    def _share_budget(self) -> int:
+        """Cut drafts to fair shares of the step's budget; return how long a block everybody might verify in the next.
+
+        The first waiting request counts as well, if there is a place for it: else it would wait until another ends.
+        """
+        running = [request for request in self.running if request.request_id not in self.parked]
+        wanted = [request.num_tokens_with_spec - request.num_computed_tokens for request in running]
+        if self._has_place():
+            wanted.append(self.waiting.peek_request().num_tokens)
+        budget = int(self.max_num_scheduled_tokens)
+        large = len(wanted) - len(running)
+        # The last share may be a waiting request's, which takes what is left.
+        for request, tokens, share in zip(running, wanted, fair_shares(wanted, budget), strict=False):
+            if request.spec_token_ids:
+                self._drafters.add(request.request_id)
+            large += tokens > 1 or request.request_id in self._drafters
+            decided = request.num_tokens - request.num_computed_tokens
+            request.spec_token_ids = request.spec_token_ids[: max(0, share - decided)]
+        self._drafters &= self.requests.keys()
+        return max(1, (budget - (len(wanted) - large)) // max(1, large))
+
+    def _has_place(self) -> bool:
+        return bool(self.waiting) and len(self.running) < self.max_num_running_reqs
 
     def _others_wait(self, scheduled: dict[str, int]) -> bool:
-        if self.waiting and len(self.running) < self.max_num_running_reqs:
+        if self._has_place():
             return True
         left_out = (request.request_id for request in self.running if request.request_id not in scheduled)
         return any(request_id not in self.parked for request_id in left_out)

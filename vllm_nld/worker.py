@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_nld.compat import attach_proposer, with_note, without_padding
+from vllm_nld.compat import attach_proposer, with_note
 from vllm_nld.metrics import Publisher, snapshot_path, worker_samples
+from vllm_nld.padding import grammar_without_padding, without_padding
 from vllm_nld.warm_up import compilations_allowed, warm_up
 
 
@@ -20,6 +21,8 @@ class IntroducesProposer:
     rank: int
     _target_forwards = 0
     _publisher: Publisher | None = None
+    _planned: Any = None
+    """The last step as the scheduler made it, perhaps padded."""
 
     def init_device(self) -> None:
         """Initialise the device and the runner, as vLLM does, then attach the proposer."""
@@ -50,6 +53,7 @@ class IntroducesProposer:
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a causal step, as vLLM does, count it, and publish the counts. A step without tokens denoises."""
+        self._planned = scheduler_output
         scheduler_output = without_padding(scheduler_output)
         busy = scheduler_output.total_num_scheduled_tokens > 0
         self._target_forwards += busy
@@ -64,9 +68,10 @@ class IntroducesProposer:
             drafter.denoise_parked()
         return self._noted(output)
 
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+    def sample_tokens(self, grammar_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Decide the step's tokens and draft, as vLLM does, and tell the scheduler of blocks that are not done."""
-        return self._noted(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+        grammar_output = grammar_without_padding(grammar_output, self._planned)
+        return self._noted(super().sample_tokens(grammar_output, *args, **kwargs))  # type: ignore[misc]
 
     def _noted(self, output: Any) -> Any:
         """Let a step's result carry what the scheduler must know; None is the first half of a step, not a result."""
@@ -77,7 +82,7 @@ class IntroducesProposer:
         """Return counts since start-up, for ``LLM.collective_rpc("nld_counters")``.
 
         ``target_forwards`` are causal steps (prefill chunks, verifies, plain steps), ``draft_forwards`` draft passes,
-        ``cycles`` blocks handed out, one per request and step.
+        ``cycles`` verified blocks, one per request and step.
         """
         drafter = self.model_runner.drafter
         return {

@@ -99,6 +99,30 @@ class TestSchedulerAndStep:
         assert "self.current_step < request.next_decode_eligible_step" in text
         assert text.index("self.current_step += 1") < text.index("request.next_decode_eligible_step")
 
+    def test_a_scheduler_without_drafts_pads_no_request(self, vllm: VllmSource) -> None:
+        """``padding.schedule_unpadded``; nothing else in planning a step looks at the number of drafts."""
+        text = vllm.text(SCHEDULER, "Scheduler.schedule")
+        assert "self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None" in text
+        assert "num_spec_tokens_to_schedule = self.num_spec_tokens" in text
+        assert "[-1] * self.num_spec_tokens" in text
+
+    def test_drafts_wait_in_a_list_of_their_request(self, vllm: VllmSource) -> None:
+        text = vllm.text(SCHEDULER, "Scheduler.schedule")
+        assert "token_budget = self.max_num_scheduled_tokens" in text
+        assert "request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens" in text
+
+    def test_a_bitmask_has_a_row_for_every_draft_and_one_more(self, vllm: VllmSource) -> None:
+        assert {"structured_output_request_ids", "grammar_bitmask"} <= vllm.fields(STEP, "GrammarOutput")
+        text = vllm.text("v1/structured_output/utils.py", "apply_grammar_bitmask")
+        assert "cumulative_index += 1 + num_spec_tokens" in text
+
+    def test_a_dropped_sample_s_random_numbers_are_taken_back(self, vllm: VllmSource) -> None:
+        """``cpu_repairs.repair_seeded_prefills``; once there is no ``set_offset``, that can go."""
+        text = vllm.text(RUNNER, "GPUModelRunner._bookkeeping_sync")
+        assert "set_offset" in text
+        assert "self.discard_request_mask.np[:num_reqs]" in text
+        assert "self.input_batch.generators.get(" in text
+
     def test_a_step_says_what_is_read_from_it(self, vllm: VllmSource) -> None:
         wanted = {
             "num_scheduled_tokens",

@@ -183,8 +183,9 @@ def test_a_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: Ref
     assert any(0 < count < 15 for count in cut[:-4])
 
 
-def test_a_prompt_that_is_cached_but_for_its_last_token(folder: Path, model: ReferenceModel) -> None:
-    """vLLM pads such a request with drafts of -1 where others decode already; they must not be accepted."""
+@pytest.mark.parametrize("pads", [False, True])
+def test_a_prompt_that_is_cached_but_for_its_last_token(folder: Path, model: ReferenceModel, pads: bool) -> None:
+    """vLLM's scheduler pads such a request with drafts of -1 where others decode already; this extension's does not."""
     from vllm import SamplingParams
 
     prompt, other = random_prompts([65, 20], 24, seed=5)
@@ -194,7 +195,8 @@ def test_a_prompt_that_is_cached_but_for_its_last_token(folder: Path, model: Ref
             temperature=0, max_tokens=budget, detokenize=False, extra_args={"nld": {"mode": mode, **nld}}
         )
 
-    with engine(folder, spec=True, enable_prefix_caching=True, block_size=32, max_num_seqs=4) as llm:
+    settings = {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"} if pads else {}
+    with engine(folder, spec=True, enable_prefix_caching=True, block_size=32, max_num_seqs=4, **settings) as llm:
         padded: list[bool] = []
         steps = llm.llm_engine
         scheduler = steps.engine_core.engine_core.scheduler
@@ -214,4 +216,5 @@ def test_a_prompt_that_is_cached_but_for_its_last_token(folder: Path, model: Ref
             while steps.has_unfinished_requests():
                 texts.update({output.request_id: list(output.outputs[0].token_ids) for output in steps.step()})
             assert texts[turn] == reference_generate(model, prompt, 40, threshold=0.3).ids[len(prompt) :]
-        assert any(padded)
+        assert any(padded) == pads
+        assert metric(llm, "vllm:prefix_cache_hits") == 64

@@ -126,6 +126,7 @@ def test_a_cached_prompt_s_padding_changes_no_distribution(tmp_path: Path) -> No
     (prompt,) = random_prompts([33], 8, seed=1)
     expected = model.causal(torch.tensor([prompt]))[0, -1].double().softmax(-1)
     settings: dict[str, Any] = {"enable_prefix_caching": True, "block_size": 32, "max_num_seqs": 8}
+    settings["scheduler_cls"] = "vllm.v1.core.sched.scheduler.Scheduler"  # this extension's does not pad
     with engine(save(model, tmp_path), spec=True, seed=11, **settings) as llm:
         params = SamplingParams(temperature=1.0, max_tokens=6, detokenize=False)
         outputs = llm.generate([{"prompt_token_ids": prompt}] * 1000, params, use_tqdm=False)

@@ -226,9 +226,10 @@ def test_vllm_is_told_of_no_stat_logger() -> None:
 def test_worker_samples_follow_the_table() -> None:
     ledger, request = Ledger(), Tally()
     ledger.causal(request, "prefill", "self_speculation", 1, 0)
-    ledger.block(request, "draft", "self_speculation", 1)
+    ledger.drafted(request, 1)
     ledger.causal(request, "verify", "self_speculation", 4, 3)
-    ledger.block(Tally(), "denoise", "diffusion", 5)
+    ledger.drafted(request, 1)  # a block that the request's end leaves unverified
+    ledger.denoised(Tally(), 5)
     ledger.causal(Tally(), "commit", "diffusion", 16, 15)
     auto = SimpleNamespace(decisions={("ar", 1): 3, ("self_speculation", 8): 2})
     proposer = SimpleNamespace(ledger=ledger, auto=auto, draft_pass=SimpleNamespace(forwards=6))
@@ -236,7 +237,7 @@ def test_worker_samples_follow_the_table() -> None:
     assert found["vllm:nld_request_forwards", "denoise"] == 5
     assert found["vllm:nld_tokens", "diffusion"] == 16
     assert found["vllm:nld_decisions", "self_speculation", "8"] == 2
-    assert found["vllm:nld_tokens_per_forward", "self_speculation"] == 5 / 2
+    assert found["vllm:nld_tokens_per_forward", "self_speculation"] == 5 / 3
     assert found["vllm:nld_tokens_per_forward", "diffusion"] == pytest.approx(16 / 6)
     assert found[("vllm:nld_acceptance_length",)] == 4.0
     assert {name for name, *_ in found} == set(METRICS), "every metric has a value here"

@@ -14,6 +14,7 @@ from vllm_nld.parking import FORWARDS_PER_LOOK, Parked, SchedulerNote, WorkerNot
 
 MASK = 99
 OPEN, DONE = [1, MASK], [1, 2]
+VLLM_S = "vllm.v1.core.sched.scheduler.Scheduler"
 
 
 def parked(*blocks: list[int]) -> Parked:
@@ -71,12 +72,16 @@ def test_an_object_that_takes_no_note_is_refused() -> None:
 
 def test_this_vllm_can_park() -> None:
     assert compat.parking_obstacle() is None
-    config = SimpleNamespace(scheduler_cls=None)
-    compat.use_scheduler_subclass(config)
-    assert config.scheduler_cls == compat.SCHEDULER
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls=None), lora_config=None)
+    assert not compat.parks_requests(config)
+    compat.use_scheduler_subclass(config.scheduler_config)
+    assert config.scheduler_config.scheduler_cls == compat.SCHEDULER
     assert compat.parks_requests(config)
-    assert not compat.parks_requests(SimpleNamespace(scheduler_cls=None))
-    config.scheduler_cls = "vllm.v1.core.sched.scheduler.Scheduler"
-    compat.use_scheduler_subclass(config)
-    assert config.scheduler_cls == "vllm.v1.core.sched.scheduler.Scheduler", "the user's choice"
+    config.lora_config = object()
+    assert not compat.parks_requests(config), "vLLM counts the LoRAs of a step"
+    assert compat.schedules_blocks(config.scheduler_config)
+    config.scheduler_config.scheduler_cls = VLLM_S
+    config.lora_config = None
+    compat.use_scheduler_subclass(config.scheduler_config)
+    assert config.scheduler_config.scheduler_cls == VLLM_S, "the user's choice"
     assert not compat.parks_requests(config)

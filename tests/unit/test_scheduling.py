@@ -1,0 +1,82 @@
+"""Shares of a step's budget, and steps that another scheduler padded."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_nld import compat
+from vllm_nld.engine_config import _check_budget
+from vllm_nld.errors import NLDError
+from vllm_nld.padding import grammar_without_padding, schedule_unpadded, without_padding
+from vllm_nld.scheduler import fair_shares
+
+VLLM_S = "vllm.v1.core.sched.scheduler.Scheduler"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "budget", "shares"),
+    [
+        ([16] * 8, 64, [8] * 8),
+        ([16, 1, 16, 1], 64, [16, 1, 16, 1]),
+        ([16, 1, 16, 1], 20, [9, 1, 9, 1]),
+        ([1, 3, 500], 30, [1, 3, 26]),
+        ([16, 16, 16], 20, [6, 7, 7]),
+        ([], 20, []),
+    ],
+)
+def test_what_all_cannot_have_is_shared(wanted: list[int], budget: int, shares: list[int]) -> None:
+    assert fair_shares(wanted, budget) == shares
+
+
+def step(**drafted: list[int]) -> Any:
+    scheduled = {name: 1 + len(ids) for name, ids in drafted.items()} | {"plain": 1}
+    return SimpleNamespace(
+        scheduled_spec_decode_tokens=dict(drafted),
+        num_scheduled_tokens=scheduled,
+        total_num_scheduled_tokens=sum(scheduled.values()),
+    )
+
+
+def test_a_padded_step_loses_its_padding_and_the_grammars_rows_of_it() -> None:
+    """The order of a bitmask is its own; requests without drafts have one row."""
+    planned = step(a=[7, 8], b=[-1, -1, -1], c=[9])
+    own = without_padding(planned)
+    assert own.scheduled_spec_decode_tokens == {"a": [7, 8], "c": [9]}
+    assert own.num_scheduled_tokens == {"a": 3, "b": 1, "c": 2, "plain": 1}
+    assert own.total_num_scheduled_tokens == 7
+    assert planned.total_num_scheduled_tokens == 10, "the scheduler takes its padding back by itself"
+    rows = np.arange(10, dtype=np.int32)[:, None]
+    sent = SimpleNamespace(structured_output_request_ids=["plain", "b", "c", "a"], grammar_bitmask=rows)
+    assert grammar_without_padding(sent, planned).grammar_bitmask[:, 0].tolist() == [0, 1, 5, 6, 7, 8, 9]
+    assert len(sent.grammar_bitmask) == 10
+
+
+def test_a_step_without_padding_is_left_as_it_is() -> None:
+    planned = step(a=[7, 8])
+    sent = SimpleNamespace(structured_output_request_ids=["a"], grammar_bitmask=np.zeros((3, 1), np.int32))
+    assert without_padding(planned) is planned
+    assert grammar_without_padding(sent, planned) is sent
+    assert grammar_without_padding(None, step(a=[-1])) is None
+
+
+def config(budget: int, scheduler: str | None) -> Any:
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=budget, scheduler_cls=scheduler),
+        speculative_config=SimpleNamespace(num_speculative_tokens=15),
+    )
+
+
+def test_a_budget_below_a_block_needs_this_scheduler() -> None:
+    _check_budget(config(15, compat.SCHEDULER))
+    _check_budget(config(16, VLLM_S))
+    with pytest.raises(NLDError, match=r"max_num_batched_tokens=15 with scheduler_cls='vllm.*a block of 16 tokens"):
+        _check_budget(config(15, VLLM_S))
+
+
+def test_a_scheduler_that_pads_by_other_means_is_refused() -> None:
+    with pytest.raises(NLDError, match="num_spec_tokens"):
+        schedule_unpadded(SimpleNamespace(), lambda: None)
