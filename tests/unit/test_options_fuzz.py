@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from vllm_nld.acceptance import Acceptance, Prior
 from vllm_nld.block import Block
 from vllm_nld.draft_pass import DraftPass
 from vllm_nld.errors import NLDError
 from vllm_nld.learned_sampler import LearnedSampler, LearnedSamplerConfig
 from vllm_nld.options import NLDOptions
 from vllm_nld.request_options import MODES_OF_KEY, EngineTraits, request_options
-from vllm_nld.requests import RequestState
+from vllm_nld.requests import Requests
 from vllm_nld.vocab_head import Best
 
 VOCAB, MASK, LONGEST = 20, 5, 16
+EXAMPLES = int(os.environ.get("NLD_FUZZ_EXAMPLES", "150"))
+"""More by hand: NLD_FUZZ_EXAMPLES=5000 takes some minutes."""
 INTEGERS = [-(2**63), -1, 0, 1, 2, 3, 15, 16, 17, 1000, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**400]
 FLOATS = [math.inf, -math.inf, math.nan, 1e308, -1e308, 3.5e38, 1e-40, 5e-324, -0.0, 0.0, 1e-6, 0.01, 0.3, 1.0, 2.0]
 OTHERS = [None, True, False, "", "auto", "1", "\ud800", [], {}, [1], {"a": 1}]
@@ -76,6 +80,7 @@ class RandomModelPass(DraftPass):
 
 @pytest.fixture(scope="module")
 def sampler() -> LearnedSampler:
+    logging.getLogger("vllm.sampling_params").setLevel(logging.ERROR)  # it warns of every low temperature
     torch.manual_seed(0)
     config = LearnedSamplerConfig(vocab_size=VOCAB, d_model=16, layers=1, heads=2, feed_forward=16)
     return LearnedSampler(config).eval()
@@ -102,7 +107,7 @@ def options_of(draw: Any, engine: EngineTraits, params: Any) -> NLDOptions:
         raise
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_what_is_admitted_can_be_acted_on(sampler: LearnedSampler, data: Any) -> None:
     mask = data.draw(st.sampled_from([MASK, 0]))
@@ -111,11 +116,17 @@ def test_what_is_admitted_can_be_acted_on(sampler: LearnedSampler, data: Any) ->
     except (VLLMValidationError, ValueError):  # min_tokens above max_tokens
         assume(False)
     params.stop_token_ids = [token for token in params.stop_token_ids if token != mask]
-    options = options_of(data.draw, EngineTraits(NLDOptions(), LONGEST, Path("learned_sampler")), params)
+    engine = EngineTraits(NLDOptions(), LONGEST, Path("learned_sampler"))
+    options = options_of(data.draw, engine, params)
     cached = SimpleNamespace(
         sampling_params=params, prompt_token_ids=[1, 2, 3, 2], output_token_ids=[8, 9], num_prompt_tokens=4
     )
-    state = RequestState("request", cached, options, Acceptance(Prior()))
+    runner = SimpleNamespace(
+        requests={"request": cached},
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(mask_token_id=mask)),
+        sampler=SimpleNamespace(topk_topp_sampler=TopKTopPSampler()),
+    )
+    state = Requests(runner, engine, None).state("request")
     block: Block | None
     if state.is_diffusion:
         block = state.diffusion_block(9, 5, 50, LONGEST, mask, VOCAB)
