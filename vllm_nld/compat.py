@@ -215,6 +215,16 @@ def parking_obstacle() -> str | None:
     return None
 
 
+def why_not_parked(vllm_config: Any) -> str:
+    """Return, for an engine that does not park requests, what to change if it should."""
+    if vllm_config.lora_config is not None:
+        return "--enable-lora (a parked request's LoRA would come back on top of max_loras)"
+    obstacle = parking_obstacle()
+    if obstacle is not None:
+        return f"this vLLM's {obstacle}"
+    return f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls!r} is neither {SCHEDULER} nor a subclass"
+
+
 def skip_in_next_step(scheduler: Any, request: Any) -> None:
     """Leave a running request out of the step that is about to be scheduled.
 

@@ -156,10 +156,10 @@ def serve(log: Path) -> tuple[subprocess.Popen[bytes], str]:
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}']
     command += ["--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
-    command += ["--reasoning-parser", "nemotron_v3"]
+    command += ["--reasoning-parser", "nemotron_v3", "--enforce-eager"]  # nothing here is about speed
     server = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
     base_url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
+    for _ in range(600):
         try:
             urllib.request.urlopen(f"{base_url}/health", timeout=2)
             return server, base_url
