@@ -93,11 +93,12 @@ def max_draft_tokens() -> int:
     return int(MAX_SPEC_LEN)
 
 
-def default_num_speculative_tokens(proposer_paths: tuple[str, ...]) -> None:
-    """Let ``num_speculative_tokens`` default to the checkpoint's block length - 1 for this extension's proposer.
+def check_and_fill_speculative_config(proposer_paths: tuple[str, ...], check: Callable[[Any], None]) -> None:
+    """Call ``check(speculative_config)`` where this extension's proposer is asked for, and fill in a default.
 
-    vLLM takes such a default only from a draft model's ``n_predict``; a custom proposer has none. So
-    ``SpeculativeConfig.__post_init__`` is wrapped. Idempotent.
+    ``num_speculative_tokens`` defaults to the checkpoint's block length - 1: vLLM takes such a default only from a draft
+    model's ``n_predict``; a custom proposer has none. And only before vLLM fills a config in does it show what the user
+    set. So ``SpeculativeConfig.__post_init__`` is wrapped. Idempotent.
     """
     from vllm.config import SpeculativeConfig
 
@@ -107,6 +108,8 @@ def default_num_speculative_tokens(proposer_paths: tuple[str, ...]) -> None:
 
     @functools.wraps(original)
     def fill_then_check(self: Any, *args: Any) -> None:
+        if self.model in proposer_paths:
+            check(self)
         if self.model in proposer_paths and self.num_speculative_tokens is None:
             if not hasattr(self, "target_model_config"):
                 raise NLDError("this vLLM's SpeculativeConfig has no target_model_config; pass num_speculative_tokens")
@@ -256,6 +259,16 @@ def parking_obstacle() -> str | None:
     if "preempted_req_ids" not in {field.name for field in dataclasses.fields(SchedulerOutput)}:
         return "SchedulerOutput has no preempted_req_ids"
     return None
+
+
+def why_not_parked(vllm_config: Any) -> str:
+    """Return, for an engine that does not park requests, what to change if it should."""
+    if vllm_config.lora_config is not None:
+        return "--enable-lora (a parked request's LoRA would come back on top of max_loras)"
+    obstacle = parking_obstacle()
+    if obstacle is not None:
+        return f"this vLLM's {obstacle}"
+    return f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls!r} is neither {SCHEDULER} nor a subclass"
 
 
 def skip_in_next_step(scheduler: Any, request: Any) -> None:

@@ -38,6 +38,9 @@ class DraftAdapter(nn.Module):
         super().__init__()
         self.register_buffer("down", torch.zeros(inputs, rank), persistent=False)
         self.register_buffer("up", torch.zeros(rank, outputs), persistent=False)
+        for matrix in (self.down, self.up):
+            # vLLM's reload expects so many elements from the checkpoint, and calls it a failure when they do not come.
+            matrix.weight_loader_numel = 0  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor, output: Tensor) -> None:
         """Add the adapter's part for ``hidden`` ``[tokens, inputs]`` to ``output`` ``[tokens, outputs]`` in a draft."""

@@ -9,7 +9,7 @@ from vllm_nld import ARCHITECTURE, compat
 from vllm_nld.checkpoint_check import check_tensors
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.draft_lora import adapter_of
-from vllm_nld.errors import NLDError
+from vllm_nld.errors import NLDError, shown
 from vllm_nld.options import NLDOptions, is_ours
 from vllm_nld.refusals import check_speculation_can_be_right
 from vllm_nld.request_options import PROPOSER_PATHS
@@ -95,7 +95,7 @@ def _check_positions(model_config: Any) -> None:
 def _check_layers(config: NemotronLabsDiffusionConfig) -> None:
     for key, allowed in (("hidden_act", "silu"), ("sliding_window", None)):
         if getattr(config, key) != allowed:
-            raise NLDError(f"config.json: {key}={getattr(config, key)!r} is not supported; allowed: {allowed!r}")
+            raise NLDError(f"config.json: {key}={shown(getattr(config, key))} is not supported; allowed: {allowed!r}")
 
 
 def _check_stages(vllm_config: Any) -> None:
@@ -119,13 +119,7 @@ def _check_speculation(vllm_config: Any) -> None:
             "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 with self-speculation: vLLM's older Ray executor goes past the worker, "
             "which then cannot park requests; set it to 1"
         )
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    allowed = CACHE_DTYPES + (FLOAT8_CACHE_DTYPES if vllm_config.device_config.device_type == "cpu" else ())
-    if cache_dtype not in allowed:
-        raise NLDError(
-            f"kv_cache_dtype={cache_dtype!r} with self-speculation: the draft pass cannot read such a cache; "
-            f"allowed: {', '.join(allowed)}"
-        )
+    _check_cache(vllm_config)
     block_length = vllm_config.model_config.hf_config.block_size
     drafts, limit = speculative.num_speculative_tokens, min(block_length - 1, compat.max_draft_tokens())
     if not 1 <= drafts <= limit:
@@ -135,6 +129,7 @@ def _check_speculation(vllm_config: Any) -> None:
         )
 
 
+<<<<<<< HEAD
 def _check_budget(vllm_config: Any) -> None:
     """Refuse a budget in which another scheduler than this extension's would never admit a cached prompt."""
     scheduler = vllm_config.scheduler_config
@@ -147,11 +142,50 @@ def _check_budget(vllm_config: Any) -> None:
         )
 
 
+=======
+def _check_cache(vllm_config: Any) -> None:
+    """Refuse a KV cache that the draft pass cannot read, whether the user asks for it or the checkpoint."""
+    chosen, asked = vllm_config.cache_config.cache_dtype, cache_scheme(vllm_config.model_config.hf_config)
+    # vLLM itself finds a compressed-tensors checkpoint's scheme when it makes the layers, and then takes fp8.
+    cache_dtype = "fp8" if chosen == "auto" and isinstance(asked, dict) else chosen
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    allowed = CACHE_DTYPES + (FLOAT8_CACHE_DTYPES if on_cpu else ())
+    if cache_dtype not in allowed:
+        source = f" (the checkpoint's quantization config asks for {shown(asked)})" if asked else ""
+        raise NLDError(
+            f"kv_cache_dtype={cache_dtype!r} with self-speculation{source}: the draft pass cannot read such a cache; "
+            f"allowed: {', '.join(allowed)}" + (", for instance --kv-cache-dtype bfloat16" if asked else "")
+        )
+    if isinstance(asked, dict) and asked.get("strategy") == "attn_head" and cache_dtype in FLOAT8_CACHE_DTYPES:
+        raise NLDError(
+            "quantization_config.kv_cache_scheme.strategy='attn_head' in config.json with self-speculation: the draft "
+            "pass knows one scale for all heads; allowed: 'tensor', or --kv-cache-dtype bfloat16"
+        )
+
+
+def cache_scheme(hf_config: Any) -> Any:
+    """Return what a checkpoint's quantization config says of the KV cache: a dict, a name, or None."""
+    quantization = getattr(hf_config, "quantization_config", None) or getattr(hf_config, "compression_config", None)
+    if not isinstance(quantization, dict):
+        return None
+    nested = quantization.get("quantization")  # ModelOpt's, in hf_quant_config.json
+    for part in (quantization, nested if isinstance(nested, dict) else {}):
+        asked = part.get("kv_cache_scheme") or part.get("kv_cache_quant_algo")
+        if asked:
+            return asked
+    return None
+
+
+>>>>>>> admission
 def _check_weights(vllm_config: Any) -> None:
-    """Compare a local checkpoint's tensor headers with its config; other sources are checked while they load."""
-    folder = Path(vllm_config.model_config.model)
-    if folder.is_dir() and vllm_config.quant_config is None and vllm_config.load_config.load_format == "auto":
-        check_tensors(folder, vllm_config.model_config.hf_config)
+    """Compare a local checkpoint's tensor headers with its config; other sources are checked while they load.
+
+    vLLM makes ``vllm_config.quant_config`` after this hook; the model config knows the method already.
+    """
+    model_config = vllm_config.model_config
+    folder = Path(model_config.model)
+    if folder.is_dir() and vllm_config.load_config.load_format == "auto":
+        check_tensors(folder, model_config.hf_config, quantized=model_config.quantization is not None)
 
 
 def install(upstream_serves: bool) -> None:

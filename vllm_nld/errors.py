@@ -1,13 +1,72 @@
-"""The one exception type of this package, and how a command-line user gets to see it."""
+"""The one exception type of this package, how it shows what the user gave, and how a command-line user gets to see it."""
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from types import TracebackType
 
+LONGEST_VALUE = 200
+"""Characters of a value that a message shows."""
+LONGEST_MESSAGE = 2000
+
 
 class NLDError(ValueError):
-    """Something the user can mend: a wrong option, an unsuitable checkpoint, an unsupported combination."""
+    """Something the user can mend: a wrong option, an unsuitable checkpoint, an unsupported combination.
+
+    The message is one line of printable text, at most ``LONGEST_MESSAGE`` characters long: it may end in a log or in
+    an HTTP response, and what it quotes may have come from anybody.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_cut(_printable(message), LONGEST_MESSAGE))
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: its ``repr``, cut in the middle where it is long.
+
+    Whatever the value is: nested deeper than ``repr`` can follow, an integer of more digits than Python prints, an
+    object whose ``repr`` fails.
+    """
+    return _cut(_printable(_SHORT.repr(value)), LONGEST_VALUE)
+
+
+def shown_key(key: object) -> str:
+    """Return a key as a message shows it: like :func:`shown`, without the quotes of a string."""
+    return shown(key)[1:-1] if isinstance(key, str) else shown(key)
+
+
+class _Short(reprlib.Repr):
+    """``repr`` that looks at the beginning and the end of long values alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxstring = self.maxother = self.maxlong = LONGEST_VALUE
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 20
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 4 * LONGEST_VALUE:
+            return f"<integer of {x.bit_length()} bits>"
+        return repr(x)
+
+
+_SHORT = _Short()
+
+
+def _printable(text: str) -> str:
+    """Escape what would break the line, or what no encoding can write (half a surrogate pair)."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _cut(text: str, longest: int) -> str:
+    """Take the middle out of a text that is too long."""
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 3]}...{text[-end:]}"
 
 
 def show_plainly() -> None:

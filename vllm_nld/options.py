@@ -13,18 +13,24 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_nld.errors import NLDError
+from vllm_nld.errors import NLDError, shown, shown_key
 
 NAMESPACE = "nld"
 
 Mode = Literal["auto", "ar", "diffusion", "self_speculation"]
 Sampler = Literal["confidence_threshold", "top_k", "left_to_right", "entropy_budget", "learned"]
 
+MANY = 1 << 16
+"""Bound of what is counted in tokens or forwards of a block: more than any block has, and no tensor overflows."""
+HOTTEST = 2.0
+"""Highest temperature: vLLM's own bound."""
+_SHOWN = 3
+
 
 class NLDOptions(BaseModel):
-    """Options under ``nld``. Unknown keys and wrong types are refused."""
+    """Options under ``nld``. Unknown keys and wrong types are refused, and so is every number without bounds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     mode: Mode = Field(
         default="auto",
@@ -34,6 +40,7 @@ class NLDOptions(BaseModel):
     block_length: int | None = Field(
         default=None,
         ge=2,
+        le=MANY,
         description="Tokens of a block, seed included; at most 1 + num_speculative_tokens, which is the default.",
     )
     draft_threshold: float = Field(
@@ -79,23 +86,27 @@ class NLDOptions(BaseModel):
     tokens_per_step: int | None = Field(
         default=None,
         ge=1,
+        le=MANY,
         description="Diffusion, samplers top_k and left_to_right: positions committed by a denoising forward. By "
         "default an even share of the block over max_denoising_steps, or 1.",
     )
     entropy_budget: float = Field(
         default=0.3,
         ge=0.0,
+        le=1e6,
         description="Diffusion, sampler entropy_budget: commit positions in order of entropy while the sum of their "
         "entropies without the largest stays within this many nats.",
     )
     max_denoising_steps: int | None = Field(
         default=None,
         ge=1,
+        le=MANY,
         description="Diffusion: denoising forwards per block; the last one commits all that is left.",
     )
     temperature: float | None = Field(
         default=None,
         ge=0.0,
+        le=HOTTEST,
         description="Diffusion: temperature of the denoising passes; by default the request's own temperature.",
     )
     seed_first: bool = Field(
@@ -121,29 +132,34 @@ class NLDOptions(BaseModel):
     def parse(cls, raw: object, where: str = f'additional_config["{NAMESPACE}"]') -> NLDOptions:
         """Validate ``raw``, which came from ``where``; see :meth:`from_vllm_config`."""
         if not isinstance(raw, dict):
-            raise NLDError(f"{where}={raw!r}, but an object such as {{}} is needed")
+            raise NLDError(f"{where}={shown(raw)}, but an object such as {{}} is needed")
+        problems = [
+            f"{where}.{shown_key(key)}={shown(value)} is unknown; allowed keys: {', '.join(cls.model_fields)}"
+            for key, value in raw.items()
+            if key not in cls.model_fields
+        ]
         try:
-            return cls.model_validate(raw)
+            options = cls.model_validate({key: raw[key] for key in cls.model_fields if key in raw})
         except ValidationError as error:
-            raise NLDError("; ".join(_explain(item, where) for item in error.errors())) from None
+            problems = [_explain(item, where) for item in error.errors()] + problems
+        if problems:
+            more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+            raise NLDError("; ".join(problems[:_SHOWN]) + more)
+        return options
 
 
-def is_ours(key: str) -> bool:
+def is_ours(key: object) -> bool:
     """Whether a key, of a dictionary that others use, too, is ``nld`` or a near miss of it."""
-    return re.match(rf"{NAMESPACE}([._-]|$)", key, re.IGNORECASE) is not None
+    return isinstance(key, str) and re.match(rf"{NAMESPACE}([._-]|$)", key, re.IGNORECASE) is not None
 
 
-def refuse_misplaced(keys: Iterable[str], where: str, example: str) -> None:
+def refuse_misplaced(keys: Iterable[object], where: str, example: str) -> None:
     """Raise NLDError if one of ``keys``, which nobody reads, is meant for this extension."""
     for key in keys:
         if is_ours(key):
-            raise NLDError(f'{where}["{key}"] is unknown; this extension reads {example} there')
+            raise NLDError(f'{where}["{shown_key(key)}"] is unknown; this extension reads {example} there')
 
 
 def _explain(item: Any, where: str) -> str:
     """One pydantic complaint as: option, value, what is allowed."""
-    key = ".".join(str(part) for part in item["loc"])
-    name = f"{where}.{key}"
-    if item["type"] == "extra_forbidden":
-        return f"{name}={item['input']!r} is unknown; allowed keys: {', '.join(NLDOptions.model_fields)}"
-    return f"{name}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{where}.{item['loc'][0]}={shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"

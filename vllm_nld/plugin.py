@@ -24,6 +24,7 @@ def register() -> None:
     from vllm_nld import engine_config, errors
     from vllm_nld.config import NemotronLabsDiffusionConfig
     from vllm_nld.request_options import PROPOSER_PATHS
+    from vllm_nld.speculative_keys import check_speculative_keys
 
     errors.show_plainly()
     own = ModelRegistry.get_supported_archs()
@@ -35,7 +36,7 @@ def register() -> None:
             AutoConfig.register(MODEL_TYPE, NemotronLabsDiffusionConfig, exist_ok=True)
             ModelRegistry.register_model(ARCHITECTURE, model)
         engine_config.install(upstream_serves)
-    compat.default_num_speculative_tokens(PROPOSER_PATHS)
+    compat.check_and_fill_speculative_config(PROPOSER_PATHS, check_speculative_keys)
     compat.check_requests_at_admission(admit)
 
 

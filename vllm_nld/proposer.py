@@ -96,6 +96,11 @@ class SelfSpeculation:
             self.options.mode,
             "draft adapter" if self.draft_pass.has_adapter else "no draft adapter",
         )
+        if not self.parks:
+            logger.info(
+                "Parking is off, so causal passes wait while diffusion blocks are denoised: %s",
+                compat.why_not_parked(self.vllm_config),
+            )
 
     def measure_costs(self, seconds: float = 2.0) -> None:
         """Time forwards of growing size for auto mode, for about ``seconds`` at most (called by the worker)."""

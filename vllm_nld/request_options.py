@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nld import MODEL_TYPE
-from vllm_nld.errors import NLDError
+from vllm_nld.errors import NLDError, shown, shown_key
 from vllm_nld.options import NAMESPACE, NLDOptions, refuse_misplaced
 
 PROPOSER_PATHS = ("vllm_nld.SelfSpeculation", "vllm_nld.proposer.SelfSpeculation")
@@ -101,13 +101,10 @@ def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
     Raises:
         NLDError: the message names the key, the value, and what is allowed.
     """
-    raw = _own_keys(params.extra_args or {})
     where = f'extra_args["{NAMESPACE}"]'
-    if isinstance(raw, dict):
-        NLDOptions.parse(raw, where)  # complain about the request's own keys first, in their own name
-        raw = engine.defaults.model_dump(exclude_unset=True) | raw
-    options = NLDOptions.parse(raw, where)
-    own = _own_keys(params.extra_args or {})
+    own = _own_keys(params.extra_args, where)
+    NLDOptions.parse(own, where)  # complain about the request's own keys first, in their own name
+    options = NLDOptions.parse(engine.defaults.model_dump(exclude_unset=True) | own, where)
     _check_engine(options, engine, own, where)
     _check_relevance(options, own, where)
     if options.mode == "diffusion":
@@ -115,27 +112,56 @@ def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
     return options
 
 
-def _own_keys(extra_args: dict[str, Any]) -> Any:
+def _own_keys(extra_args: Any, where: str) -> dict[Any, Any]:
     """Collect the request's keys from the forms it may use.
 
     A dict, a JSON string of one, or flat ``nld.KEY`` entries: the OpenAI server lets ``vllm_xargs`` hold strings,
     numbers and lists only.
     """
+    if extra_args is None:
+        return {}
+    if not isinstance(extra_args, dict):
+        raise NLDError(f"extra_args={shown(extra_args)}, but an object such as {{}} is needed")
     nested = extra_args.get(NAMESPACE, {})
     if isinstance(nested, str):
-        try:
-            nested = json.loads(nested)
-        except json.JSONDecodeError:
-            raise NLDError(
-                f'extra_args["{NAMESPACE}"]={nested!r} is not JSON; allowed: an object such as {{"mode": "diffusion"}}'
-            ) from None
-    flat = {key.removeprefix(f"{NAMESPACE}."): value for key, value in extra_args.items() if key.startswith("nld.")}
-    others = [key for key in extra_args if key != NAMESPACE and not key.startswith("nld.")]
-    refuse_misplaced(others, "extra_args", f'"{NAMESPACE}.mode", or an object "{NAMESPACE}",')
+        nested = _from_json(nested, where)
+    if not isinstance(nested, dict):
+        raise NLDError(f"{where}={shown(nested)}, but an object such as {{}} is needed")
+    refuse_misplaced(
+        (key for key in extra_args if key != NAMESPACE and not _is_flat(key)),
+        "extra_args",
+        f'"{NAMESPACE}.mode", or an object "{NAMESPACE}",',
+    )
+    flat = {key.removeprefix(f"{NAMESPACE}."): value for key, value in extra_args.items() if _is_flat(key)}
+    for key in flat.keys() & nested.keys():
+        raise NLDError(f'{where}.{shown_key(key)} is given twice, the other time as "{NAMESPACE}.KEY"; allowed: once')
     for key in flat.keys() & BOOLEANS:
-        if flat[key] in (0, 1):  # vllm_xargs has no booleans: they arrive as numbers
-            flat[key] = bool(flat[key])
-    return nested | flat if isinstance(nested, dict) else nested
+        if isinstance(flat[key], int | float) and flat[key] in (0, 1):
+            flat[key] = bool(flat[key])  # vllm_xargs has no booleans: they arrive as numbers
+    return nested | flat
+
+
+def _is_flat(key: object) -> bool:
+    return isinstance(key, str) and key.startswith(f"{NAMESPACE}.")
+
+
+def _from_json(text: str, where: str) -> Any:
+    """Parse a request's JSON; Python's parser also fails on deep nesting and on integers of thousands of digits."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except NLDError as error:
+        raise NLDError(f"{where}={shown(text)}: {error}") from None
+    except (ValueError, RecursionError):
+        raise NLDError(
+            f'{where}={shown(text)} is not JSON; allowed: an object such as {{"mode": "diffusion"}}'
+        ) from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise NLDError("a key is given twice; allowed: once")
+    return found
 
 
 def _check_engine(options: NLDOptions, engine: EngineTraits, own: dict[str, Any], where: str) -> None:
@@ -157,19 +183,19 @@ def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> No
     for key in own:
         if key in ENGINE_KEYS:
             raise NLDError(
-                f"{where}.{key}={own[key]!r} is not a request's to choose; allowed in "
+                f"{where}.{key}={shown(own[key])} is not a request's to choose; allowed in "
                 f'--additional-config \'{{"{NAMESPACE}": {{"{key}": ...}}}}\' of the server'
             )
         modes = MODES_OF_KEY.get(key)
         if modes is not None and options.mode not in modes:
             raise NLDError(
-                f"{where}.{key}={own[key]!r} has no effect in mode {options.mode!r}; allowed with mode: "
+                f"{where}.{key}={shown(own[key])} has no effect in mode {options.mode!r}; allowed with mode: "
                 f"{', '.join(modes)}"
             )
         samplers = SAMPLERS_OF_KEY.get(key)
         if samplers is not None and options.sampler not in samplers:
             raise NLDError(
-                f"{where}.{key}={own[key]!r} has no effect with sampler {options.sampler!r}; allowed with sampler: "
+                f"{where}.{key}={shown(own[key])} has no effect with sampler {options.sampler!r}; allowed with sampler: "
                 f"{', '.join(samplers)}"
             )
 
@@ -183,7 +209,7 @@ def _check_diffusion(options: NLDOptions, params: Any, engine: EngineTraits, whe
         )
     if params.bad_words:
         raise NLDError(
-            f"bad_words={params.bad_words!r} with mode 'diffusion': positions are decided out of order, so a word's "
+            f"bad_words={shown(params.bad_words)} with mode 'diffusion': positions are decided out of order, so a word's "
             "start may not be known when its end is decided; allowed with mode: auto, ar, self_speculation"
         )
     if options.seed_first:
@@ -192,6 +218,6 @@ def _check_diffusion(options: NLDOptions, params: Any, engine: EngineTraits, whe
         value = getattr(params, name, None)
         if value is not None:
             raise NLDError(
-                f"{name}={value!r} with {where}.seed_first=False: a block's first token is decided outside vLLM's "
+                f"{name}={shown(value)} with {where}.seed_first=False: a block's first token is decided outside vLLM's "
                 "sampler, which holds the log-probabilities and the grammar; allowed with seed_first=True"
             )

@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+COLDEST = 1e-2
+"""Lowest temperature but 0: vLLM's own. Below, logits divided by it may overflow."""
+STRONGEST = 1e6
+"""A repetition penalty may divide or multiply by no more, so that logits stay finite."""
+
 
 @dataclass
 class TokenChoice:
@@ -39,6 +44,13 @@ class TokenChoice:
     history: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
     penalties: tuple[float, float, float] | None = None
     _generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature > 0:
+            self.temperature = max(self.temperature, COLDEST)
+        if self.penalties is not None:
+            presence, frequency, repetition = self.penalties
+            self.penalties = presence, frequency, min(max(repetition, 1 / STRONGEST), STRONGEST)
 
     def choose(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
         """Return token ids, int64 ``[positions]``.

@@ -47,6 +47,10 @@ SPEC = {"model": "vllm_nld.SelfSpeculation"}
         ({"additional_config": {"nld": 3}}, ["nld", "3", "object"]),
         ({"speculative_config": SPEC | {"num_speculative_tokens": 8}}, ["num_speculative_tokens=8", "1 to 7"]),
         ({"speculative_config": SPEC | {"num_speculative_tokens": 500}}, ["num_speculative_tokens=500", "1 to 7"]),
+        ({"speculative_config": SPEC | {"max_model_len": 128}}, ["speculative_config.max_model_len=128", "no effect"]),
+        ({"speculative_config": SPEC | {"prompt_lookup_max": 4}}, ["prompt_lookup_max=4", "nld", "prompt_lookup"]),
+        ({"speculative_config": SPEC | {"quantization": "fp8"}}, ["quantization='fp8'", "no effect"]),
+        ({"speculative_config": SPEC | {"method": "ngram"}}, ["speculative_config.method='ngram'"]),
         (
             {"speculative_config": SPEC, "pipeline_parallel_size": 2},
             ["pipeline_parallel_size=2", "tensor_parallel_size"],

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
-from vllm_nld.errors import NLDError, find, show_plainly
+from vllm_nld.errors import LONGEST_MESSAGE, LONGEST_VALUE, NLDError, find, show_plainly, shown, shown_key
 
 MISTAKE = NLDError("block too long")
 
@@ -72,3 +72,35 @@ def test_hook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     hook(KeyError, other, None)
     assert passed_on == [other]
     assert capsys.readouterr() == ("", "")
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise KeyError("no")
+
+
+def test_short_values_are_shown_as_they_are() -> None:
+    for value in (1, 0.5, "it's", None, True, ["a", {"b": 2}], {"mode": "ar"}, b"x", float("nan"), -(2**63)):
+        assert shown(value) == repr(value)
+    assert shown_key("mode") == "mode"
+    assert shown_key(3) == "3"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, [["x" * 1000] * 1000] * 1000, 10**10**6, Unprintable(), "\ud800\n\x00", {"\ud800": "\n"}, b"\0" * 10**6],
+    ids=["string", "lists", "integer", "repr fails", "surrogate", "dict", "bytes"],
+)
+def test_all_others_are_cut_and_escaped(value: object) -> None:
+    for text in (shown(value), shown_key(value)):
+        assert len(text) <= LONGEST_VALUE
+        assert text.isprintable()
+
+
+def test_a_message_is_one_line_of_bounded_length() -> None:
+    message = str(NLDError("begin " + "\ud800\n" * 10**5 + " end"))
+    assert len(message) <= LONGEST_MESSAGE
+    assert message.isprintable()
+    assert message.startswith("begin ")
+    assert message.endswith(" end")
+    assert str(NLDError("plain \u00e9")) == "plain \u00e9"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
+from annotated_types import Ge, Le
 
 from vllm_nld.engine_config import _asks_for_this_extension
 from vllm_nld.errors import NLDError
@@ -71,3 +74,56 @@ def test_misplaced_keys_count_as_asking_for_the_extension(key: str) -> None:
     config = SimpleNamespace(additional_config={key: {}}, speculative_config=None)
     assert _asks_for_this_extension(config)
     assert not _asks_for_this_extension(SimpleNamespace(additional_config={"nldx": {}}, speculative_config=None))
+
+
+NUMBERS = [key for key, field in NLDOptions.model_fields.items() if {int, float} & {field.annotation, *get_args(field.annotation)}]
+
+
+def test_every_number_has_bounds() -> None:
+    assert len(NUMBERS) == 8
+    for key in NUMBERS:
+        kinds = {type(bound) for bound in NLDOptions.model_fields[key].metadata}
+        assert {Ge, Le} <= kinds, key
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", [2**63 - 1, 2**63, 10**400, pytest.param(10**5000, id="5001 digits"), 1e308, math.inf, -math.inf, math.nan, -1])
+def test_no_number_is_too_large_for_the_code_behind_it(key: str, value: float) -> None:
+    with pytest.raises(NLDError, match=rf'^additional_config\["nld"\]\.{key}=.*: input should be') as caught:
+        NLDOptions.parse({key: value})
+    assert len(str(caught.value)) < 300
+
+
+HUGE = "x" * 1_000_000
+DEEP: list[object] = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        HUGE,
+        DEEP,
+        {"mode": HUGE},
+        {"mode": DEEP},
+        {"threshold": DEEP},
+        {HUGE: HUGE},
+        {f"key{number}": number for number in range(100_000)},
+        {"mode": b"\xff" * 1_000_000},
+        {10**5000: 10**5000},
+        {("a",): 1, None: 2, b"mode": 3},
+        {"mode": "\ud800"},
+        {"\ud800\n": "\ud800\n"},
+        {"mode": {"a": HUGE}},
+    ],
+    ids=range(13),
+)
+def test_a_refusal_is_one_short_line_whatever_was_sent(raw: object) -> None:
+    with pytest.raises(NLDError) as caught:
+        NLDOptions.parse(raw)
+    message = str(caught.value)
+    assert len(message) <= 2000
+    assert message.isprintable()
+    message.encode()  # a response is UTF-8
+    assert message.startswith('additional_config["nld"]')

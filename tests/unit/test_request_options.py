@@ -64,6 +64,15 @@ def test_the_engines_defaults_hold_where_the_request_is_silent() -> None:
         ({"mode": "diffusion", "temperature": -1.0}, [".temperature=-1.0"]),
         ([1], ["=[1]", "object"]),
         ("mode=ar", ["'mode=ar'", "JSON"]),
+        ('{"a": ' * 100_000, ["is not JSON", "allowed"]),
+        ('{"mode": ' + "[" * 100_000 + "]" * 100_000 + "}", ["is not JSON"]),
+        ('{"tokens_per_step": ' + "9" * 5000 + "}", ["is not JSON"]),
+        ('{"mode": "diffusion", "threshold": 1' + "0" * 400 + "}", [".threshold=", "valid number"]),
+        ('{"mode": "diffusion", "threshold": NaN}', [".threshold=nan", "finite number"]),
+        ('{"mode": "diffusion", "threshold": -Infinity}', [".threshold=-inf", "finite number"]),
+        ('{"mode": "ar", "mode": "diffusion"}', ["a key is given twice"]),
+        ("x" * 1_000_000, ["is not JSON", "allowed"]),
+        ('{"mode": "diffusion", "temperature": 1e308}', [".temperature=1e+308", "less than or equal to 2"]),
         ("[1]", ["object"]),
     ],
 )
@@ -72,7 +81,8 @@ def test_bad(nld: Any, words: list[str]) -> None:
         read({"nld": nld})
     message = str(caught.value)
     assert message.startswith('extra_args["nld"]')
-    assert "\n" not in message
+    assert message.isprintable()
+    assert len(message) < 1000
     for word in words:
         assert word in message
 
@@ -134,3 +144,27 @@ def test_a_near_miss_of_a_key_is_refused(key: str) -> None:
 
 def test_keys_of_others_are_nobodys_business() -> None:
     assert read({"nldx": 1, "mode": "diffusion", "other.nld.mode": 2}) == NLDOptions()
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    with pytest.raises(NLDError, match=r'\.mode is given twice'):
+        read({"nld": {"mode": "ar"}, "nld.mode": "diffusion"})
+
+
+@pytest.mark.parametrize("extra_args", [[1], "nld", 3, [["nld", {}]]])
+def test_extra_args_that_are_no_object_are_refused(extra_args: Any) -> None:
+    with pytest.raises(NLDError, match=r"^extra_args=.*object"):
+        read(extra_args)
+
+
+def test_keys_that_are_no_strings_are_nobodys_business() -> None:
+    assert read({1: 2, None: 3, b"nld": 4, ("nld",): 5}) == NLDOptions()
+
+
+def test_a_refused_key_is_shown_short() -> None:
+    for extra_args in ({"nld_" + "x" * 1_000_000: 1}, {"nld." + "x" * 1_000_000: 1}, {"nld.\ud800\n": "\ud800"}):
+        with pytest.raises(NLDError) as caught:
+            read(extra_args)
+        message = str(caught.value)
+        assert len(message) < 1000
+        assert message.isprintable()

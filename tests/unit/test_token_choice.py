@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from vllm_nld.token_choice import DraftChoice
@@ -10,8 +13,8 @@ VOCAB, LENGTH = 7, 5
 POSITIONS = [1, 2, 3, 4]
 
 
-def choice(seed: int, **settings: float) -> DraftChoice:
-    return DraftChoice(VOCAB, LENGTH, temperature=settings.pop("temperature", 0.8), seed=seed, **settings)  # type: ignore[arg-type]
+def choice(seed: int, **settings: Any) -> DraftChoice:
+    return DraftChoice(VOCAB, LENGTH, temperature=settings.pop("temperature", 0.8), seed=seed, **settings)
 
 
 def logits(seed: int = 0) -> torch.Tensor:
@@ -68,3 +71,25 @@ def test_confidence_says_nothing_of_the_draw() -> None:
         peaks.append(own.peak)
     assert len(draws) > 1
     assert all(torch.equal(peaks[0], peak) for peak in peaks)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6])
+def test_the_lowest_temperatures_draw_the_most_probable_token(temperature: float) -> None:
+    own = choice(0, temperature=temperature)
+    assert own.choose(logits(), POSITIONS, []).tolist() == logits().argmax(-1).tolist()
+    assert own.probs is not None
+    torch.testing.assert_close(own.probs.sum(-1), torch.ones(len(POSITIONS)))
+
+
+@pytest.mark.parametrize("repetition", [5e-324, 1e-300, 1e-40, 1e40, 1e308])
+def test_extreme_repetition_penalties_leave_a_distribution(repetition: float) -> None:
+    own = choice(0, penalties=(0.0, 0.0, repetition), history=([1, 3], [4]))
+    values = logits()
+    values[:, 3], values[:, 4] = 0.0, 1.0 if repetition < 1 else -1.0
+    own.choose(values, POSITIONS, [3])
+    assert own.probs is not None
+    torch.testing.assert_close(own.probs.sum(-1), torch.ones(len(POSITIONS)))
+    if repetition < 1:
+        assert (own.probs[:, [1, 4]].sum(-1) > 0.999).all()
+    else:
+        assert (own.probs[:, 4] == 0).all()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import typer
 
 from vllm_nld.checkpoints import checkpoint_path
-from vllm_nld.errors import NLDError
+from vllm_nld.cli.limits import MODEL_LENGTH
+from vllm_nld.errors import find
+
+P = ParamSpec("P")
 
 app = typer.Typer(
     name="vllm-nld", help="Nemotron-Labs-Diffusion in vLLM.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -19,28 +24,39 @@ app.add_typer(bench, name="bench")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
-def _fail(error: NLDError) -> typer.Exit:
-    typer.echo(f"vllm-nld: error: {error}", err=True)
-    return typer.Exit(1)
+def _plainly(command: Callable[P, None]) -> Callable[P, None]:
+    """End a command in one line where an NLDError is at the root of what goes wrong, however vLLM has wrapped it."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except Exception as error:
+            found = find(error)
+            if found is None:
+                raise
+            typer.echo(f"vllm-nld: error: {found}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
 
 
 @app.command()
+@_plainly
 def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to complete.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
+    prompts: Annotated[int, typer.Option(min=1, max=1000, help="Held-out prompts to complete.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=2, max=MODEL_LENGTH, help="Tokens to generate per prompt.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32 compares token for token; bfloat16 has near-ties.")] = "float32",
     json: Json = False,
 ) -> None:
     """Complete held-out code with the embedded checkpoint in AR and in self-speculation, and compare."""
     from vllm_nld.cli.demo import run
 
-    try:
-        run(checkpoint_path("tiny"), prompts, max_tokens, dtype, json)
-    except NLDError as error:
-        raise _fail(error) from None
+    run(checkpoint_path("tiny"), prompts, max_tokens, dtype, json)
 
 
 @app.command()
+@_plainly
 def doctor(json: Json = False) -> None:
     """Show versions, devices and the attention in use, and say what is missing. Exit code 1 if something is."""
     from vllm_nld.cli.doctor import run
@@ -50,38 +66,35 @@ def doctor(json: Json = False) -> None:
 
 
 @app.command()
+@_plainly
 def path(name: Annotated[str, typer.Argument(help="Embedded checkpoint, such as tiny.")]) -> None:
     """Print the folder of an embedded checkpoint, for ``vllm serve "$(vllm-nld path tiny)"``."""
-    try:
-        typer.echo(checkpoint_path(name))
-    except NLDError as error:
-        raise _fail(error) from None
+    typer.echo(checkpoint_path(name))
 
 
 @bench.command()
+@_plainly
 def cycle(
     model: Annotated[list[str] | None, typer.Option(help="tiny or 3b (dummy weights); may be repeated.")] = None,
-    block: Annotated[list[int] | None, typer.Option(min=2, help="Block lengths; may be repeated.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the cached prefix.")] = 128,
-    steps: Annotated[int, typer.Option(min=3, help="Timed steps per measurement.")] = 20,
+    block: Annotated[list[int] | None, typer.Option(min=2, max=32, help="Block lengths; may be repeated.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=MODEL_LENGTH, help="Length of the cached prefix.")] = 128,
+    steps: Annotated[int, typer.Option(min=3, max=1000, help="Timed steps per measurement.")] = 20,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="So many layers of 3b: enough for what is outside the forwards.")
+        int | None, typer.Option(min=1, max=1000, help="So many layers of 3b: enough for what is outside the forwards.")
     ] = None,
     json: Json = False,
 ) -> None:
     """Cost of one draft + verify cycle in AR steps, against what this machine's GEMM and memory reach."""
     from vllm_nld.cli.bench_cycle import run
 
-    try:
-        run(model or ["tiny", "3b"], block or [], prompt_tokens, steps, json, layers)
-    except NLDError as error:
-        raise _fail(error) from None
+    run(model or ["tiny", "3b"], block or [], prompt_tokens, steps, json, layers)
 
 
 @bench.command()
+@_plainly
 def modes(
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to complete.")] = 12,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
+    prompts: Annotated[int, typer.Option(min=1, max=1000, help="Held-out prompts to complete.")] = 12,
+    max_tokens: Annotated[int, typer.Option(min=2, max=MODEL_LENGTH, help="Tokens to generate per prompt.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32 compares token for token; bfloat16 has near-ties.")] = "float32",
     sol: Annotated[bool, typer.Option(help="Add the speed of light (minutes).")] = True,
     json: Json = False,
@@ -89,52 +102,46 @@ def modes(
     """TPF, acceptance, agreement with AR and speed of every mode on held-out text."""
     from vllm_nld.cli.bench_modes import run
 
-    try:
-        run(prompts, max_tokens, dtype, sol, json)
-    except NLDError as error:
-        raise _fail(error) from None
+    run(prompts, max_tokens, dtype, sol, json)
 
 
 @bench.command()
+@_plainly
 def auto(
-    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests in flight; may be repeated.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, max=256, help="Requests in flight; may be repeated.")] = None,
     workload: Annotated[list[str] | None, typer.Option(help="code, random or mix; may be repeated.")] = None,
-    turns: Annotated[int, typer.Option(min=2, help="Turns of half a second per engine.")] = 40,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate per request.")] = 96,
+    turns: Annotated[int, typer.Option(min=2, max=10_000, help="Turns of half a second per engine.")] = 40,
+    max_tokens: Annotated[int, typer.Option(min=8, max=MODEL_LENGTH, help="Tokens to generate per request.")] = 96,
     dtype: Annotated[str, typer.Option(help="Of the embedded checkpoint.")] = "bfloat16",
     json: Json = False,
 ) -> None:
     """Auto mode against plain AR and always-on self-speculation, over concurrency."""
     from vllm_nld.cli.bench_auto import run
 
-    try:
-        run(concurrency or [1, 2, 4, 8, 16, 32], workload or ["code", "mix"], turns, max_tokens, dtype, json)
-    except NLDError as error:
-        raise _fail(error) from None
+    run(concurrency or [1, 2, 4, 8, 16, 32], workload or ["code", "mix"], turns, max_tokens, dtype, json)
 
 
 @bench.command()
+@_plainly
 def adapter(
     model: Annotated[list[str] | None, typer.Option(help="3b or 8b (dummy weights); may be repeated.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the shape has, to fit memory.")] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Forwards with and without it.")] = 20,
+    layers: Annotated[int | None, typer.Option(min=1, max=1000, help="Fewer layers than the shape has, to fit memory.")] = None,
+    repeats: Annotated[int, typer.Option(min=3, max=10_000, help="Forwards with and without it.")] = 20,
     json: Json = False,
 ) -> None:
     """What the draft adapter adds to a draft pass, and to a causal step."""
     from vllm_nld.cli.bench_adapter import run
 
-    try:
-        run(model or ["3b"], layers, repeats, json)
-    except NLDError as error:
-        raise _fail(error) from None
+    run(model or ["3b"], layers, repeats, json)
 
 
 @bench.command()
+@_plainly
 def drafting(
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to complete.")] = 12,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate per prompt.")] = 96,
-    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests in flight; may be repeated.")] = None,
-    turns: Annotated[int, typer.Option(min=2, help="Turns of half a second per engine.")] = 20,
+    prompts: Annotated[int, typer.Option(min=1, max=1000, help="Held-out prompts to complete.")] = 12,
+    max_tokens: Annotated[int, typer.Option(min=8, max=MODEL_LENGTH, help="Tokens to generate per prompt.")] = 96,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, max=256, help="Requests in flight; may be repeated.")] = None,
+    turns: Annotated[int, typer.Option(min=2, max=10_000, help="Turns of half a second per engine.")] = 20,
     json: Json = False,
 ) -> None:
     """The draft adapter, fixed and chosen block lengths, and drawn drafts, on held-out text."""
@@ -144,13 +151,14 @@ def drafting(
 
 
 @app.command()
+@_plainly
 def sol(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
     prompts: Annotated[Path | None, typer.Option(help="One prompt per line, or .jsonl with a key prompt.")] = None,
-    held_out: Annotated[int, typer.Option(min=1, help="Without --prompts: held-out prompts to take.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
-    block_length: Annotated[list[int] | None, typer.Option(min=2, help="May be repeated.")] = None,
-    budget: Annotated[int, typer.Option(min=1, help="Forwards the analysis may take per prompt.")] = 5000,
+    held_out: Annotated[int, typer.Option(min=1, max=1000, help="Without --prompts: held-out prompts to take.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=2, max=MODEL_LENGTH, help="Tokens to generate per prompt.")] = 128,
+    block_length: Annotated[list[int] | None, typer.Option(min=2, max=128, help="May be repeated.")] = None,
+    budget: Annotated[int, typer.Option(min=1, max=10**9, help="Forwards the analysis may take per prompt.")] = 5000,
     device: Annotated[str, typer.Option(help="PyTorch device of the dense model.")] = "cpu",
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart here (needs matplotlib).")] = None,
     json: Json = False,
@@ -158,40 +166,38 @@ def sol(
     """Tokens per forward that a perfect sampler would reach, beside those of the real modes."""
     from vllm_nld.cli.sol import run
 
-    try:
-        run(model, prompts, held_out, max_tokens, block_length or [8, 16, 32], budget, device, json, plot)
-    except NLDError as error:
-        raise _fail(error) from None
+    run(model, prompts, held_out, max_tokens, block_length or [8, 16, 32], budget, device, json, plot)
 
 
 @app.command()
+@_plainly
 def train_draft_lora(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
     data: Annotated[Path, typer.Option(help="Text, or .jsonl with a key text, chat template applied.")],
     held_out: Annotated[Path | None, typer.Option(help="Text for the curve; else a twentieth of --data.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; by default MODEL/linear_spec_lora.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
-    minutes: Annotated[float | None, typer.Option(help="Save and stop after so long; --resume goes on.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 128,
+    minutes: Annotated[float | None, typer.Option(min=0, max=10**6, help="Save and stop after so long; --resume goes on.")] = None,
+    rank: Annotated[int, typer.Option(min=1, max=4_096, help="Rank of the adapter.")] = 128,
     alpha: Annotated[float | None, typer.Option(help="Scale times rank; by default 4 times the rank.")] = None,
-    block_length: Annotated[int | None, typer.Option(help="By default the checkpoint's.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 1000,
+    block_length: Annotated[int | None, typer.Option(min=2, max=128, help="By default the checkpoint's.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps of training.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Highest rate; it falls linearly to 0.")] = 1e-3,
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
-    micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward, if memory is short.")] = None,
-    blocks: Annotated[int, typer.Option(help="Drafted blocks per sequence.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, max=100_000, help="Sequences per step.")] = 16,
+    micro_batch: Annotated[int | None, typer.Option(min=1, max=100_000, help="Sequences per forward, if memory is short.")] = None,
+    blocks: Annotated[int, typer.Option(min=1, max=100_000, help="Drafted blocks per sequence.")] = 16,
     own_text: Annotated[bool, typer.Option(help="Train on the model's own greedy continuations of the text.")] = True,
-    rows: Annotated[int, typer.Option(help="Sequences to train on.")] = 2048,
-    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the data per sequence, as context.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens per sequence behind those: own text, or the data's.")] = 128,
-    held_out_rows: Annotated[int, typer.Option(help="Sequences that the curve is measured on.")] = 48,
+    rows: Annotated[int, typer.Option(min=1, max=10_000_000, help="Sequences to train on.")] = 2048,
+    prefix_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens of the data per sequence, as context.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens per sequence behind those: own text, or the data's.")] = 128,
+    held_out_rows: Annotated[int, typer.Option(min=1, max=1_000_000, help="Sequences that the curve is measured on.")] = 48,
     kl_weight: Annotated[float, typer.Option(help="Of matching verify's distribution.")] = 1.0,
     ce_weight: Annotated[float, typer.Option(help="Of the cross-entropy against verify's token.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of the distributions that are matched.")] = 3.0,
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 50,
-    measure_every: Annotated[int, typer.Option(min=1, help="Steps between the curve's points.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything random.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps between saves.")] = 50,
+    measure_every: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps between the curve's points.")] = 100,
     device: Annotated[str, typer.Option(help="PyTorch device.")] = "cpu",
 ) -> None:
     """Train a draft adapter: low-rank changes of o_proj, for draft passes only. What is generated stays the same."""
@@ -201,20 +207,18 @@ def train_draft_lora(
 
     apart = {"model", "data", "held_out", "output", "resume", "minutes", "save_every", "measure_every", "device"}
     options = {name: value for name, value in given.items() if name not in apart}
-    try:
-        run(model, data, held_out, output, resume, Schedule(save_every, measure_every, minutes), device, options)
-    except NLDError as error:
-        raise _fail(error) from None
+    run(model, data, held_out, output, resume, Schedule(save_every, measure_every, minutes), device, options)
 
 
 @app.command()
+@_plainly
 def plan(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, Hugging Face id, or 3b, 8b, 14b, tiny.")],
     gpu: Annotated[str, typer.Option(help="h100, b200, ... or here: this machine, measured now.")] = "h100",
     tp: Annotated[str, typer.Option(help="GPUs that share each layer, such as 1,2,4,8.")] = "1",
     concurrency: Annotated[str, typer.Option(help="Requests at once, such as 1,8,64.")] = "1,8,64",
     block_length: Annotated[str | None, typer.Option(help="Such as 8,16,32. Default: the checkpoint's.")] = None,
-    context: Annotated[int, typer.Option(min=1, help="Cached tokens per request.")] = 2048,
+    context: Annotated[int, typer.Option(min=1, max=10**9, help="Cached tokens per request.")] = 2048,
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16, float32, fp8.")] = "bfloat16",
     kv_dtype: Annotated[str | None, typer.Option(help="Of keys and values. Default: as the activations.")] = None,
     acceptance: Annotated[
@@ -236,7 +240,4 @@ def plan(
     options = Options(
         model, gpu, tp, concurrency, block_length, context, dtype, kv_dtype, acceptance, diffusion_tpf
     )  # fmt: skip
-    try:
-        run(options, published, measured, json, plot)
-    except NLDError as error:
-        raise _fail(error) from None
+    run(options, published, measured, json, plot)

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
+from vllm_nld.cli.limits import one_of
 from vllm_nld.config import NemotronLabsDiffusionConfig
-from vllm_nld.errors import NLDError
 
 MODELS = ("3b", "8b")
 RANK, SCALE = 128, 4.0
@@ -35,8 +35,7 @@ def run(models: list[str], layers: int | None, repeats: int, as_json: bool) -> N
         NLDError: a model name is unknown.
     """
     for name in models:
-        if name not in MODELS:
-            raise NLDError(f"--model {name}: allowed are {', '.join(MODELS)}")
+        one_of("--model", name, MODELS)
     prepare_environment()
     with stdout_to_stderr():
         rows = [_measure(name, layers, repeats) for name in models]

@@ -24,7 +24,7 @@ from rich.table import Table
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli.engine import PROPOSER, engine_with, prepare_environment, stdout_to_stderr
-from vllm_nld.errors import NLDError
+from vllm_nld.cli.limits import DTYPES, MODEL_LENGTH, check_completions, one_of
 
 ENGINES = {"ar": "ar", "self_speculation": "self_speculation", "auto": "auto", "control": "ar"}
 WORKLOADS = ("code", "random", "mix")
@@ -97,11 +97,12 @@ def run(concurrency: list[int], workloads: list[str], turns: int, max_tokens: in
     """Measure every workload and concurrency; print a table or one JSON object.
 
     Raises:
-        NLDError: a workload is unknown.
+        NLDError: a workload is unknown, or another option out of range.
     """
     for name in workloads:
-        if name not in WORKLOADS:
-            raise NLDError(f"--workload {name}: allowed are {', '.join(WORKLOADS)}")
+        one_of("--workload", name, WORKLOADS)
+    one_of("--dtype", dtype, DTYPES)
+    check_jobs(max_tokens, max(concurrency))
     prepare_environment()
     with stdout_to_stderr():
         report = {
@@ -117,13 +118,19 @@ def run(concurrency: list[int], workloads: list[str], turns: int, max_tokens: in
         _show(report)
 
 
+def check_jobs(max_tokens: int, clients: int) -> None:
+    """Refuse requests that the model has no room for; they ask for up to half as much again."""
+    texts = [text for _, text in held_out_prompts(max(8, 2 * clients))]
+    check_completions("1.5 times --max-tokens:", max_tokens * 3 // 2, texts)
+
+
 def serving_settings(dtype: str, requests: int) -> dict[str, Any]:
     """Return the arguments of an engine that is kept busy: the embedded checkpoint, up to ``requests`` at once."""
     return {
         "model": str(checkpoint_path("tiny")),
         "dtype": dtype,
         "max_num_seqs": requests,
-        "max_model_len": 2048,
+        "max_model_len": MODEL_LENGTH,
         "enable_prefix_caching": False,
         "speculative_config": {"model": PROPOSER},
     }

@@ -17,8 +17,8 @@ from rich.table import Table
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
+from vllm_nld.cli.limits import MODEL_LENGTH, one_of, within
 from vllm_nld.cli.stopwatch import PARTS, Stopwatch, Watch
-from vllm_nld.errors import NLDError
 
 MODELS = ("tiny", "3b")
 COLUMNS = (
@@ -26,6 +26,7 @@ COLUMNS = (
     "outside_forwards_ms", "outside_forwards_share",
 )  # fmt: skip
 DEFAULT_BLOCKS = {"tiny": [16], "3b": [32, 16]}
+LONGEST_BLOCK = {"tiny": 16, "3b": 32}
 
 
 def run(
@@ -36,11 +37,11 @@ def run(
     With ``layers``, the dummy model has only so many: its ratios mean nothing then, what is outside its forwards does.
 
     Raises:
-        NLDError: a model name is unknown.
+        NLDError: a model name is unknown, a block too long for it, or prompt and steps for its positions.
     """
     for name in models:
-        if name not in MODELS:
-            raise NLDError(f"--model {name}: allowed are {', '.join(MODELS)}")
+        one_of("--model", name, MODELS)
+        check_room(name, blocks or DEFAULT_BLOCKS[name], prompt_tokens, steps)
     prepare_environment()
     with stdout_to_stderr():
         report = {
@@ -54,6 +55,23 @@ def run(
         print(json.dumps(report))
     else:
         _show(report)
+
+
+def check_room(name: str, blocks: list[int], prompt_tokens: int, steps: int) -> None:
+    """Refuse what does not fit a model's block length or its positions."""
+    for block in blocks:
+        within("--block", block, 2, LONGEST_BLOCK[name], f"the block length of {name}")
+    block = max(blocks)
+    most = (MODEL_LENGTH - 1 - generated(0, block - 1)) // (1 + block)
+    within("--steps", steps, 3, most, f"{MODEL_LENGTH} positions, at block {block}")
+    needed = generated(steps, block - 1)
+    why = f"{MODEL_LENGTH} positions less {needed} for --steps {steps} at block {block}"
+    within("--prompt-tokens", prompt_tokens, 1, MODEL_LENGTH - needed, why)
+
+
+def generated(steps: int, drafts: int | None) -> int:
+    """Return for how many tokens to ask, so that no block is cut short by ``max_tokens`` while it is timed."""
+    return steps * (2 + (drafts or 0)) + 64
 
 
 def machine_limits() -> dict[str, float]:
@@ -117,7 +135,7 @@ def _summary(ar: float, cycle: float, parts: dict[str, float]) -> dict[str, Any]
 def _model(name: str, scratch: Path, layers: int | None) -> tuple[str, dict[str, Any]]:
     """Return the folder and the LLM settings of a benchmark model."""
     if name == "tiny":
-        return str(checkpoint_path("tiny")), {"dtype": "bfloat16", "max_model_len": 2048}
+        return str(checkpoint_path("tiny")), {"dtype": "bfloat16", "max_model_len": MODEL_LENGTH}
     dummy_config(name, layers).save_pretrained(scratch)
     return str(scratch), dict(DUMMY_SETTINGS)
 
@@ -156,8 +174,7 @@ def time_decoding(
     """
     from vllm import SamplingParams
 
-    budget = steps * (2 + drafts) + 64
-    defaults = {"temperature": 0, "max_tokens": budget, "ignore_eos": True, "detokenize": False}
+    defaults = {"temperature": 0, "max_tokens": generated(steps, drafts), "ignore_eos": True, "detokenize": False}
     params = SamplingParams(**(defaults | sampling))
     core, names = llm.llm_engine, [f"bench-{number}" for number in range(requests)]
     for number, name in enumerate(names):

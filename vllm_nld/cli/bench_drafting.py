@@ -21,8 +21,9 @@ from rich.table import Table
 from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
-from vllm_nld.cli.bench_auto import Client, bootstrap_ratio, make_jobs, serving_settings, speed, take_turns
+from vllm_nld.cli.bench_auto import Client, bootstrap_ratio, check_jobs, make_jobs, serving_settings, speed, take_turns
 from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
+from vllm_nld.cli.limits import check_completions
 
 LENGTHS: tuple[int, ...] = (4, 8, 16)
 """The embedded checkpoint was trained for blocks of 16; longer ones are refused."""
@@ -38,9 +39,15 @@ def ways(lookup: bool = True) -> dict[str, dict[str, Any]]:
 
 
 def run(prompts: int, max_tokens: int, concurrency: list[int], turns: int, as_json: bool) -> None:
-    """Measure all three; print tables or one JSON object."""
-    prepare_environment()
+    """Measure all three; print tables or one JSON object.
+
+    Raises:
+        NLDError: an option is out of range.
+    """
     texts = [text for _, text in held_out_prompts(prompts)]
+    check_completions("--max-tokens", max_tokens, texts)
+    check_jobs(max_tokens, max(concurrency))
+    prepare_environment()
     with stdout_to_stderr():
         report = {
             "model": "tiny",

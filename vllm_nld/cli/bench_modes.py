@@ -16,6 +16,7 @@ from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli import bench_parking
 from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
+from vllm_nld.cli.limits import DTYPES, check_completions, one_of
 
 CONVENTION = "tokens per decode forward (draft, verify, denoise and commit all count); the prefill is left out"
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -38,14 +39,21 @@ def settings() -> list[tuple[str, dict[str, Any]]]:
 
 
 def run(prompts: int, max_tokens: int, dtype: str, sol: bool, as_json: bool) -> None:
-    """Measure every mode; print a table or one JSON object."""
-    prepare_environment()
+    """Measure every mode; print a table or one JSON object.
+
+    Raises:
+        NLDError: an option is out of range.
+    """
+    one_of("--dtype", dtype, DTYPES)
     texts = [text for _, text in held_out_prompts(prompts)]
+    requests = len(bench_parking.THRESHOLDS) + bench_parking.AR_REQUESTS
+    batch = [text for _, text in held_out_prompts(max(8, requests))]
+    check_completions("--max-tokens", max_tokens, texts + batch)
+    prepare_environment()
     with stdout_to_stderr():
         rows = _measure(texts, max_tokens, dtype)
-        compaction = _compaction([text for _, text in held_out_prompts(8)], max_tokens, dtype)
-        requests = len(bench_parking.THRESHOLDS) + bench_parking.AR_REQUESTS
-        parking = bench_parking.measure([text for _, text in held_out_prompts(requests)], max_tokens, dtype)
+        compaction = _compaction(batch[:8], max_tokens, dtype)
+        parking = bench_parking.measure(batch[:requests], max_tokens, dtype)
         report = {
             "model": "tiny",
             "dtype": dtype,

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
+from vllm_nld.cli.limits import DTYPES, check_completions, one_of
 
 TPF_CONVENTION = "tokens per forward, every forward counted: prefill, draft and verify"
 
@@ -46,10 +47,16 @@ class ModeResult:
 
 
 def run(folder: Path, count: int, max_tokens: int, dtype: str, as_json: bool) -> None:
-    """Run both modes and print the comparison."""
-    prepare_environment()
+    """Run both modes and print the comparison.
+
+    Raises:
+        NLDError: an option is out of range.
+    """
+    one_of("--dtype", dtype, DTYPES)
     prompts = held_out_prompts(count)
     texts = [text for _, text in prompts]
+    check_completions("--max-tokens", max_tokens, texts)
+    prepare_environment()
     with stdout_to_stderr():
         _say("AR: loading the embedded checkpoint in vLLM (about 20 s, mostly imports) ...")
         ar = _complete(folder, texts, max_tokens, dtype, self_speculation=False)

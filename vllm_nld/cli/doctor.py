@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
 from vllm_nld import __version__, compat
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
-from vllm_nld.errors import NLDError
+from vllm_nld.errors import NLDError, shown_key
 
 PACKAGES = ("torch", "transformers", "triton", "xformers", "ray", "openai")
 REQUIRED = ("torch", "transformers")
+PLUGIN = "vllm_nld"
+"""Name of the entry point by which vLLM finds this extension."""
 
 
 def run(as_json: bool) -> bool:
@@ -28,7 +32,8 @@ def run(as_json: bool) -> bool:
         for key in ("versions", "devices"):
             for name, value in report[key].items():
                 print(f"{name:14} {value}")
-        print(f"{'attention':14} {report['attention']}")
+        for name in ("attention", "parking"):
+            print(f"{name:14} {report[name]}")
         print(f"{'checkpoint':14} {report['checkpoint']}")
         for problem in report["missing"]:
             print(f"missing: {problem}")
@@ -37,7 +42,7 @@ def run(as_json: bool) -> bool:
 
 
 def examine() -> dict[str, Any]:
-    """Return versions, devices, attention, embedded checkpoint, and what is missing."""
+    """Return versions, devices, attention, parking, embedded checkpoint, and what is missing."""
     vllm = compat.installed_vllm()
     versions: dict[str, str | None] = {"vllm-nld": __version__, "python": platform.python_version()}
     versions["vllm"] = " ".join(vllm) if vllm else None
@@ -51,14 +56,13 @@ def examine() -> dict[str, Any]:
     except NLDError as error:
         checkpoint = "none"
         missing.append(str(error))
-    problem = _torchvision_problem()
-    if problem:
-        missing.append(problem)
+    missing += [problem for problem in (_torchvision_problem(), plugin_problem(os.environ)) if problem]
     usable = not missing
     return {
         "versions": versions,
         "devices": _devices() if versions["torch"] else {},
         "attention": _attention() if usable else "unknown until the above is mended",
+        "parking": parking() if usable else "unknown until the above is mended",
         "checkpoint": checkpoint,
         "missing": missing,
     }
@@ -80,6 +84,25 @@ def _torchvision_problem() -> str | None:
     except (ImportError, RuntimeError, OSError) as error:
         return f"torchvision does not match this torch ({error}): pip uninstall torchvision torchaudio torchcodec"
     return None
+
+
+def plugin_problem(environment: Mapping[str, str]) -> str | None:
+    """Say why vLLM does not load this extension, if it does not; what it then advises is a newer Transformers."""
+    if PLUGIN not in {plugin.name for plugin in entry_points(group="vllm.general_plugins")}:
+        return f"vLLM's plugin {PLUGIN}: vllm-nld is not installed here as a package: pip install it"
+    allowed = environment.get("VLLM_PLUGINS")
+    if allowed is None or PLUGIN in allowed.split(","):
+        return None
+    wanted = ",".join([name for name in allowed.split(",") if name.strip()] + [PLUGIN])
+    return f"VLLM_PLUGINS={shown_key(allowed)} keeps vLLM from loading {PLUGIN}: unset it, or set it to {shown_key(wanted)}"
+
+
+def parking() -> str:
+    """Say whether servers on this vLLM park requests while their diffusion blocks are denoised."""
+    obstacle = compat.parking_obstacle()
+    if obstacle is not None:
+        return f"off: this vLLM's {obstacle}"
+    return "on (off in servers with --enable-lora, or with another scheduler by --scheduler-cls)"
 
 
 def _devices() -> dict[str, str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_nld import ARCHITECTURE
+from vllm_nld.cli.limits import MODEL_LENGTH
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.released import RELEASED
 
-DUMMY_SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": 2048}
+DUMMY_SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": MODEL_LENGTH}
 """Arguments of ``LLM`` for such a model."""
 
 

@@ -12,13 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
+from vllm_nld.cli.limits import check_writable, within
 from vllm_nld.cli.plot import file_pyplot
-from vllm_nld.errors import NLDError
+from vllm_nld.errors import NLDError, shown_key
 from vllm_nld.hardware import HERE, Gpu, find_gpu
 from vllm_nld.planning import AR, Mode, Setup, acceptance_at, crossover, estimate, memory, passes
 from vllm_nld.released import PUBLISHED, PlannedModel, Published, find_model
 
 PLOT_STYLES = ("-", "--", ":", "-.")
+MANY = 1_000_000
+"""GPUs, requests or tokens that a list may name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,8 @@ def run(options: Options, published: bool, measured: Path | None, as_json: bool,
     Raises:
         NLDError: an option's value does not exist; it is named.
     """
+    if plot is not None:
+        check_writable("--plot", plot)
     model = find_model(options.model)
     if options.gpu == HERE:
         prepare_environment()
@@ -67,14 +72,14 @@ def numbers(option: str, text: str, least: int) -> list[int]:
     """Return the numbers of a comma-separated list, sorted, each once.
 
     Raises:
-        NLDError: one is no number, or too small.
+        NLDError: one is no number, too small or too large.
     """
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise NLDError(f"{option} {text}: allowed are whole numbers separated by commas, such as 1,8,64") from None
-    if found[0] < least:
-        raise NLDError(f"{option} {text}: {found[0]} is less than {least}")
+        raise NLDError(f"{option} {shown_key(text)}: allowed are whole numbers separated by commas, such as 1,8,64") from None
+    within(option, found[0], least, MANY, "each")
+    within(option, found[-1], least, MANY, "each")
     return found
 
 

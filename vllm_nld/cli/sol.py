@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.cli.limits import check_device, check_writable
 from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError
 
@@ -38,6 +39,9 @@ def run(
     folder = checkpoint_path(model) if model == "tiny" else Path(model)
     if not (folder / "config.json").is_file():
         raise NLDError(f"MODEL={model}: no config.json there; allowed: a checkpoint's folder, or tiny")
+    check_device(device)
+    if plot is not None:
+        check_writable("--plot", plot)
     texts = read_prompts(prompts) if prompts else [text for _, text in held_out_prompts(held_out)]
     report = {
         "model": model,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.cli.limits import check_device, within
 from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError
 from vllm_nld.training import Settings, Trainer
@@ -37,6 +38,9 @@ def run(
     from tokenizers import Tokenizer
 
     settings = Settings.of(**options)
+    check_device(device)
+    if schedule.minutes is not None:
+        within("--minutes", schedule.minutes, 0, 10**6, "a number")
     folder = checkpoint_path(model) if model == "tiny" else Path(model)
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():

@@ -12,7 +12,7 @@ from vllm_nld.errors import NLDError
 class Settings(BaseModel):
     """Everything that decides what a run computes; a resumed run must have the same."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rank: int = Field(default=128, ge=1)
     alpha: float | None = Field(default=None, gt=0, description="None: 4 times the rank, as released")

@@ -1,0 +1,199 @@
+"""Random requests over HTTP, most of them unsuitable: every answer must be a 2xx or a 4xx, and the server must live.
+
+By hand, against a server of its own (about five minutes for 2000 requests on two cores)::
+
+    python tests/server/fuzz_requests.py --requests 2000 --seed 1
+
+or against a running one, with ``--base-url http://127.0.0.1:8000``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.request_options import MODES_OF_KEY
+
+INTEGERS = [-(2**63), -1, 0, 1, 2, 3, 8, 16, 17, 1000, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30]
+FLOATS = [float("inf"), float("-inf"), float("nan"), 1e308, -1e308, 3.5e38, 1e-40, 5e-324, -0.0, 0.0, 0.3, 1.0, 2.0]
+JUNK = ["", "auto", "1", "\ud800", "x" * 100_000, [], [1, "a"], [[1]], {}, {"a": 1}, None, True, False]
+RAW = [  # what json.dumps would not write
+    '{"a": ' * 50_000,
+    '{"mode": ' + "[" * 50_000 + "]" * 50_000 + "}",
+    '{"tokens_per_step": ' + "9" * 5000 + "}",
+    '{"mode": "diffusion", "threshold": 1' + "0" * 400 + "}",
+    '{"mode": "ar", "mode": "diffusion"}',
+    '{"mode": "diffusion", "threshold": NaN}',
+    "y" * 1_000_000,
+    "null",
+    "[]",
+]
+MODES = ["auto", "ar", "self_speculation", "diffusion", "diffusion"]
+SAMPLERS = ["confidence_threshold", "top_k", "left_to_right", "entropy_budget", "learned"]
+VLLMS: dict[str, list[Any]] = {
+    "temperature": [0, 0.7, 1, 2, *FLOATS],
+    "top_p": [0.5, 1, *FLOATS],
+    "top_k": [-1, 5, *INTEGERS],
+    "min_p": FLOATS,
+    "seed": INTEGERS,
+    "presence_penalty": [-2, 1, *FLOATS],
+    "frequency_penalty": [-2, 1, *FLOATS],
+    "repetition_penalty": [0.5, 1.5, 1e-300, *FLOATS],
+    "min_tokens": [5, *INTEGERS],
+    "logprobs": [0, 3, *INTEGERS],
+    "stop_token_ids": [[1], [10**9], [-1], [2**63]],
+    "allowed_token_ids": [[7], [7, 8, 9], [10**9], [-1], []],
+    "logit_bias": [{"5": 100}, {"5": 1e308}, {"99999999": 1}, {"-1": 1}],
+    "bad_words": [["a"], [""]],
+    "stop": [["e"], "x", ""],
+    "ignore_eos": [True],
+    "n": [1, 2, 3, 0, 2**31],
+    "thinking_token_budget": [0, 5, -1, *INTEGERS],
+    "structured_outputs": [{"choice": ["yes", "no"]}, {"regex": "[ab]{1,9}"}, {"regex": "("}],
+}
+
+
+def numeric(rng: random.Random) -> Any:
+    """An option's value: suitable, extreme or junk."""
+    kind = rng.random()
+    if kind < 0.4:
+        return rng.choice([rng.random(), rng.randint(1, 16)])
+    if kind < 0.9:
+        return rng.choice(INTEGERS + FLOATS)
+    return rng.choice(JUNK)
+
+
+def xargs(rng: random.Random) -> Any:
+    """The extension's own options, in one of their spellings."""
+    if rng.random() < 0.03:
+        return {"nld": rng.choice(RAW)}
+    if rng.random() < 0.03:
+        return {rng.choice(["nld_mode", "NLD", "nld." + "k" * 100_000, "session_id", "\ud800"]): rng.choice(JUNK + INTEGERS)}
+    mode = rng.choice(MODES)
+    fitting = [key for key, modes in MODES_OF_KEY.items() if mode in modes] or list(MODES_OF_KEY)
+    nld: dict[str, Any] = {"mode": mode}
+    for key in rng.sample(fitting, min(len(fitting), rng.choice([0, 1, 1, 2, 3]))):
+        nld[key] = rng.choice(SAMPLERS) if key == "sampler" else numeric(rng)
+    if nld.get("sampler", "confidence_threshold") in ("top_k", "left_to_right"):
+        nld.pop("threshold", None)
+    return {f"nld.{key}": value for key, value in nld.items()} if rng.random() < 0.6 else {"nld": json.dumps(nld)}
+
+
+def request(rng: random.Random, model: str) -> tuple[str, bytes]:
+    """Return a path and a body."""
+    body: dict[str, Any] = {"model": model, "max_tokens": rng.choice([1, 5, 20, 20, 40]), "vllm_xargs": xargs(rng)}
+    for key in rng.sample(sorted(VLLMS), rng.choice([0, 0, 1, 1, 2, 4])):
+        body[key] = rng.choice(VLLMS[key])
+    if rng.random() < 0.2:
+        body["stream"] = True
+    if rng.random() < 0.3:
+        body["messages"] = [{"role": "user", "content": "Write read."}]
+        return "/v1/chat/completions", json.dumps(body).encode()
+    body["prompt"] = "def read(self, size=-1):" * rng.choice([1, 1, 9])
+    text = json.dumps(body)
+    if rng.random() < 0.02:  # a body that json.dumps would not write either
+        text = rng.choice([text[:-1], '{"vllm_xargs":' + "[" * 50_000, text[:-1] + ', "seed": ' + "9" * 5000 + "}"])
+    return "/v1/completions", text.encode()
+
+
+def send(base_url: str, path: str, body: bytes) -> tuple[int, str]:
+    """Return the status, and the answer's text; status 0 where none came."""
+    headers = {"Content-Type": "application/json"}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(base_url + path, body, headers), timeout=120
+        ) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError as error:
+        return 0, repr(error)
+
+
+def fuzz(base_url: str, count: int, seed: int, at_once: int = 16) -> tuple[Counter[int], list[str]]:
+    """Send ``count`` requests and return how often each status came, and a line for every one that is a fault."""
+    rng = random.Random(seed)
+    with urllib.request.urlopen(f"{base_url}/v1/models", timeout=10) as answer:
+        model = json.load(answer)["data"][0]["id"]
+    requests = [request(rng, model) for _ in range(count)]
+    statuses, faults = Counter[int](), list[str]()
+    with ThreadPoolExecutor(at_once) as pool:
+        answers = pool.map(lambda item: send(base_url, *item), requests)
+        for (path, body), (status, text) in zip(requests, answers, strict=True):
+            statuses[status] += 1
+            streamed_error = status == 200 and '"error"' in text and '"code": 4' not in text and '"code":4' not in text
+            if status == 0 or status >= 500 or streamed_error:
+                faults.append(f"{status} {path} {body[:300]!r} -> {text[:300]!r}")
+            elif status >= 400 and "nld" in text and len(text) > 5000:
+                faults.append(f"{status}, {len(text)} characters: {text[:200]!r}")
+    return statuses, faults
+
+
+def is_alive(base_url: str) -> bool:
+    """Whether the server still answers a plain request."""
+    with urllib.request.urlopen(f"{base_url}/v1/models", timeout=10) as answer:
+        model = json.load(answer)["data"][0]["id"]
+    return send(base_url, "/v1/completions", json.dumps({"model": model, "prompt": "x", "max_tokens": 4}).encode())[0] == 200
+
+
+def serve(log: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """Start ``vllm serve`` on the embedded checkpoint and wait until it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}']
+    command += ["--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
+    command += ["--reasoning-parser", "nemotron_v3", "--enforce-eager"]  # nothing here is about speed
+    server = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    base_url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{base_url}/health", timeout=2)
+            return server, base_url
+        except OSError:
+            if server.poll() is not None:
+                break
+            time.sleep(1)
+    server.terminate()
+    raise SystemExit(f"the server does not start, see {log}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--base-url", help="of a running server; else one is started")
+    parser.add_argument("--log", type=Path, default=Path("fuzz_server.log"), help="of the server that is started")
+    options = parser.parse_args()
+    server, base_url = (None, options.base_url) if options.base_url else serve(options.log)
+    try:
+        statuses, faults = fuzz(base_url, options.requests, options.seed, options.at_once)
+        alive = is_alive(base_url)
+    finally:
+        if server is not None:
+            server.terminate()
+            server.wait(60)
+    for fault in faults:
+        print(fault)
+    by_status = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))
+    print(f"{options.requests} requests, seed {options.seed}; answers by status: {by_status}; server alive: {alive}")
+    if faults or not alive:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What ``vllm-nld doctor`` says of the plugin and of parking."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_nld import compat
+doctor = importlib.import_module("vllm_nld.cli.doctor")  # the package has a function of that name
+
+
+@pytest.mark.parametrize("allowed", [None, "vllm_nld", "other,vllm_nld"])
+def test_an_environment_that_lets_the_plugin_in(allowed: str | None) -> None:
+    assert doctor.plugin_problem({} if allowed is None else {"VLLM_PLUGINS": allowed}) is None
+
+
+@pytest.mark.parametrize(
+    ("allowed", "advice"),
+    [("", "vllm_nld"), ("other", "other,vllm_nld"), ("vllm_nld_x, vllm_nld", "vllm_nld_x, vllm_nld,vllm_nld")],
+)
+def test_one_that_keeps_it_out_is_named(allowed: str, advice: str) -> None:
+    problem = doctor.plugin_problem({"VLLM_PLUGINS": allowed})
+    assert problem is not None
+    assert problem.startswith(f"VLLM_PLUGINS={allowed} keeps vLLM from loading vllm_nld")
+    assert problem.endswith(f"set it to {advice}")
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [])
+    assert "not installed" in (doctor.plugin_problem({}) or "")
+
+
+def test_doctor_says_whether_this_vllm_parks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.parking().startswith("on (off in servers with --enable-lora")
+    monkeypatch.setattr(compat, "parking_obstacle", lambda: "SchedulerOutput has no preempted_req_ids")
+    assert doctor.parking() == "off: this vLLM's SchedulerOutput has no preempted_req_ids"
+
+
+def test_the_whole_report_names_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    report = doctor.examine()
+    assert any("VLLM_PLUGINS=other" in problem for problem in report["missing"])
+    assert "parking" in report
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    assert not doctor.run(as_json=False)
+    shown = capsys.readouterr().out
+    assert "\nparking        " in shown
+    assert "missing: VLLM_PLUGINS=other keeps" in shown
+
+
+def config(**parts: Any) -> Any:
+    scheduler = SimpleNamespace(scheduler_cls=parts.get("scheduler", compat.SCHEDULER))
+    return SimpleNamespace(lora_config=parts.get("lora"), scheduler_config=scheduler)
+
+
+def test_an_engine_says_why_it_does_not_park(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.why_not_parked(config(lora=object())).startswith("--enable-lora")
+    assert "--scheduler-cls 'my.Scheduler'" in compat.why_not_parked(config(scheduler="my.Scheduler"))
+    monkeypatch.setattr(compat, "parking_obstacle", lambda: "SchedulerOutput has no preempted_req_ids")
+    assert "no preempted_req_ids" in compat.why_not_parked(config())

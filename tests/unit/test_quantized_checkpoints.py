@@ -1,0 +1,101 @@
+"""Packed weights pass the check of tensor headers, and a float8 cache is refused where it cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import pytest
+from quantized import FORMATS, quantize
+from safetensors.torch import load_file, save_file
+
+from vllm_nld.checkpoint_check import check_tensors
+from vllm_nld.engine_config import _check_cache, _check_weights
+from vllm_nld.errors import NLDError
+
+CONFIG = models.small_config()
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+COMPRESSED = {"quant_method": "compressed-tensors", "kv_cache_scheme": SCHEME}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save(models.random_model(CONFIG), tmp_path_factory.mktemp("model"))
+
+
+def as_the_hook_finds_it(folder: Path, quantization: str | None) -> Any:
+    """vLLM's config at the time of the hook: the model config knows the method, ``quant_config`` is not made yet."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(model=str(folder), hf_config=CONFIG, quantization=quantization),
+        load_config=SimpleNamespace(load_format="auto"),
+        quant_config=None,
+    )
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_packed_weights_are_not_missing(folder: Path, tmp_path: Path, kind: str) -> None:
+    packed = quantize(folder, tmp_path / kind, kind)
+    _check_weights(as_the_hook_finds_it(packed, kind))
+    with pytest.raises(NLDError, match=r"is missing|has shape"):
+        _check_weights(as_the_hook_finds_it(packed, None))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_is_missing_all_the_same_is_named(folder: Path, tmp_path: Path, kind: str) -> None:
+    packed = quantize(folder, tmp_path / kind, kind)
+    tensors = load_file(packed / "model.safetensors")
+    gone = [name for name in tensors if name.startswith("encoder.layers.1.mlp.up_proj.")]
+    for name in gone:
+        del tensors[name]
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(NLDError, match=r"encoder\.layers\.1\.mlp\.up_proj\.weight is missing, packed or plain$"):
+        check_tensors(packed, CONFIG, quantized=True)
+    tensors[gone[0]] = tensors["encoder.norm.weight"].clone()
+    tensors["encoder.norm.weight"] = tensors["encoder.norm.weight"][:3].contiguous()
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(NLDError, match=r"encoder\.norm\.weight has shape \[3\]"):
+        check_tensors(packed, CONFIG, quantized=True)
+
+
+def config(device: str, cache_dtype: str, quantization: dict[str, Any] | None) -> Any:
+    hf_config = SimpleNamespace() if quantization is None else SimpleNamespace(quantization_config=quantization)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        device_config=SimpleNamespace(device_type=device),
+    )
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "quantization"),
+    [
+        ("auto", COMPRESSED),
+        ("fp8", {"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": "FP8"}}),
+        ("fp8", {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}),
+    ],
+    ids=["compressed-tensors", "modelopt nested", "modelopt"],
+)
+def test_a_float8_cache_that_the_checkpoint_asks_for(cache_dtype: str, quantization: dict[str, Any]) -> None:
+    with pytest.raises(NLDError) as caught:
+        _check_cache(config("cuda", cache_dtype, quantization))
+    for word in ("kv_cache_dtype='fp8'", "the checkpoint's quantization config asks for", "--kv-cache-dtype bfloat16"):
+        assert word in str(caught.value)
+    _check_cache(config("cuda", "bfloat16", quantization))
+    _check_cache(config("cpu", cache_dtype, quantization))
+
+
+def test_a_float8_cache_that_the_user_asks_for() -> None:
+    with pytest.raises(NLDError) as caught:
+        _check_cache(config("cuda", "fp8", None))
+    assert "checkpoint" not in str(caught.value)
+    for good in (None, {"quant_method": "gptq"}, {"kv_cache_scheme": None}):
+        _check_cache(config("cuda", "auto", good))
+
+
+def test_a_scale_per_head_is_refused_by_name() -> None:
+    per_head = COMPRESSED | {"kv_cache_scheme": SCHEME | {"strategy": "attn_head"}}
+    with pytest.raises(NLDError, match=r"kv_cache_scheme\.strategy='attn_head'.*'tensor'"):
+        _check_cache(config("cpu", "auto", per_head))
+    _check_cache(config("cpu", "bfloat16", per_head))
