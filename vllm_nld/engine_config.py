@@ -129,7 +129,6 @@ def _check_speculation(vllm_config: Any) -> None:
         )
 
 
-<<<<<<< HEAD
 def _check_budget(vllm_config: Any) -> None:
     """Refuse a budget in which another scheduler than this extension's would never admit a cached prompt."""
     scheduler = vllm_config.scheduler_config
@@ -142,7 +141,6 @@ def _check_budget(vllm_config: Any) -> None:
         )
 
 
-=======
 def _check_cache(vllm_config: Any) -> None:
     """Refuse a KV cache that the draft pass cannot read, whether the user asks for it or the checkpoint."""
     chosen, asked = vllm_config.cache_config.cache_dtype, cache_scheme(vllm_config.model_config.hf_config)
@@ -176,7 +174,6 @@ def cache_scheme(hf_config: Any) -> Any:
     return None
 
 
->>>>>>> admission
 def _check_weights(vllm_config: Any) -> None:
     """Compare a local checkpoint's tensor headers with its config; other sources are checked while they load.
 
