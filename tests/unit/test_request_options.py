@@ -147,7 +147,7 @@ def test_keys_of_others_are_nobodys_business() -> None:
 
 
 def test_a_key_given_twice_is_refused() -> None:
-    with pytest.raises(NLDError, match=r'\.mode is given twice'):
+    with pytest.raises(NLDError, match=r"\.mode is given twice"):
         read({"nld": {"mode": "ar"}, "nld.mode": "diffusion"})
 
 
