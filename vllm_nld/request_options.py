@@ -195,8 +195,8 @@ def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> No
         samplers = SAMPLERS_OF_KEY.get(key)
         if samplers is not None and options.sampler not in samplers:
             raise NLDError(
-                f"{where}.{key}={shown(own[key])} has no effect with sampler {options.sampler!r}; allowed with sampler: "
-                f"{', '.join(samplers)}"
+                f"{where}.{key}={shown(own[key])} has no effect with sampler {options.sampler!r}; allowed with "
+                f"sampler: {', '.join(samplers)}"
             )
 
 
@@ -209,8 +209,8 @@ def _check_diffusion(options: NLDOptions, params: Any, engine: EngineTraits, whe
         )
     if params.bad_words:
         raise NLDError(
-            f"bad_words={shown(params.bad_words)} with mode 'diffusion': positions are decided out of order, so a word's "
-            "start may not be known when its end is decided; allowed with mode: auto, ar, self_speculation"
+            f"bad_words={shown(params.bad_words)} with mode 'diffusion': positions are decided out of order, so a "
+            "word's start may not be known when its end is decided; allowed with mode: auto, ar, self_speculation"
         )
     if options.seed_first:
         return

@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 import torch
 from implementations import INTERPRETING
-from torch import Tensor
 from triton_compiler import Compilation, pretended_gpu
 
 from vllm_nld.attention import triton_ops
