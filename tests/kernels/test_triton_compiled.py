@@ -52,7 +52,11 @@ def names(compiled: list[Compilation]) -> list[str]:
 
 SERVED: dict[str, tuple[Callable[..., None], list[tuple[int, ...]], list[str]]] = {
     "a block of one tile": (attend, [(1, 4, 0, 1), (2, 4, 17, 2), (16, 3, 100, 16), (33, 4, 500, 32)], []),
-    "split prefixes": (attend, [(1, 16, 600, 38), (1, 15, 4096, 256), (4, 16, 5000, 313), (2, 9, 8000, 500)], ["merge"]),
+    "split prefixes": (
+        attend,
+        [(1, 16, 600, 38), (1, 15, 4096, 256), (4, 16, 5000, 313), (2, 9, 8000, 500)],
+        ["merge"],
+    ),
     "mask words": (attend, [(1, 32, 0, 1, 1), (3, 17, 9, 1, 2), (16, 30, 100, 7, 16)], []),
     "several tiles": (attend, [(1, 32, 0, 1), (1, 60, 0, 1), (2, 64, 10, 1), (16, 300, 0, 1)], []),
 }  # fmt: skip
