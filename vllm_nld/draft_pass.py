@@ -252,7 +252,9 @@ class DraftPass:
 
         starts = ints([0, *accumulate(lengths)])
         kinds = ints([BIDIRECTIONAL] * len(blocks))
-        return DraftMetadata(pages, ints(prefixes), starts, kinds, max(lengths), longest, self._adapted(blocks))
+        return DraftMetadata(
+            pages, ints(prefixes), starts, kinds, max(lengths), longest, self._adapted(blocks), sum(lengths)
+        )
 
     def _adapted(self, blocks: Sequence[Block]) -> Tensor | slice | None:
         """Return which tokens of a forward the draft adapter applies to."""

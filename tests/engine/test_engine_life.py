@@ -20,6 +20,7 @@ from engines import (
 )
 from models import random_model, save, small_config
 
+from vllm_nld import memory
 from vllm_nld.memory import profiling_drafts
 from vllm_nld.reference import ReferenceModel, ar_generate
 
@@ -38,7 +39,8 @@ def solo(model: ReferenceModel, prompts: list[list[int]], budget: int, **setting
     return [ar_generate(model, ids, budget, **settings).ids[len(ids) :] for ids in prompts]
 
 
-def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path) -> None:
+def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same engine: what its profiling run does, and how drafts share the memory that probabilities may take."""
     with engine(folder, spec=True) as llm:
         draft_pass = runner(llm).drafter.draft_pass
         original, passes = draft_pass.run, []
@@ -56,6 +58,25 @@ def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path) -> None:
         assert all(passes)
         draft_pass.run = original
         check_profiling(runner(llm))
+        monkeypatch.setattr(memory, "DRAWN_BYTES", 6 * 4 * 24)
+        assert max(drafts_per_step(llm, temperature=1.0)) <= 6
+        assert max(drafts_per_step(llm, temperature=0.0)) == 21
+
+
+def drafts_per_step(llm: Any, temperature: float) -> list[int]:
+    """How many drafts the steps of three requests have."""
+    draft_pass = runner(llm).drafter.draft_pass
+    original, drafts = draft_pass.run, []
+
+    def count(blocks: Any, leave: Any) -> None:
+        drafts.append(sum(block.length - 1 for block in blocks))
+        original(blocks, leave)
+
+    draft_pass.run = count
+    generate(llm, random_prompts([3, 70, 140], 24), temperature=temperature, max_tokens=30, ignore_eos=True)
+    draft_pass.run = original
+    assert any(drafts)
+    return drafts
 
 
 def check_profiling(of: Any) -> None:

@@ -34,6 +34,7 @@ class DraftMetadata:
         max_length: tokens of the longest block.
         max_prefix: tokens of the longest prefix.
         adapted: the tokens that the draft adapter applies to: all, or int64 indices; None: none.
+        tokens: of all rows; those behind are padding. None: there is no padding.
     """
 
     block_table: Tensor
@@ -43,6 +44,7 @@ class DraftMetadata:
     max_length: int
     max_prefix: int
     adapted: Tensor | slice | None = None
+    tokens: int | None = None
 
 
 class BlockTable:
@@ -228,4 +230,6 @@ def block_forward(
         blocks.max_prefix,
         output.view(len(output), -1, head_dim),
     )
+    if blocks.tokens is not None and blocks.tokens < len(output):
+        output[blocks.tokens :] = 0  # a quantization with one scale for all tokens would look at what was there before
     return output
