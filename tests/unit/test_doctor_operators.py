@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_nld import ops
-from vllm_nld.cli import doctor
+from vllm_nld.cli.doctor import _operators
 
 
 def test_an_operator_that_something_else_computes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,7 +13,7 @@ def test_an_operator_that_something_else_computes_is_named(monkeypatch: pytest.M
     monkeypatch.setattr(
         ops, "implementation", lambda operator, _: by_name["xformers" if operator == "block_attention" else "torch"]
     )
-    assert "xformers (accept_prefix, move_kv, best_tokens: torch)" in doctor._operators()
+    assert "xformers (accept_prefix, move_kv, best_tokens: torch)" in _operators()
 
 
 @pytest.mark.parametrize("name", ["cpp", "torch"])
@@ -22,7 +22,7 @@ def test_what_computes_all_is_named_once(monkeypatch: pytest.MonkeyPatch, name: 
     if by_name[name].unavailable(ops.torch.device("cpu")):
         pytest.skip(f"no {name} here")
     monkeypatch.setattr(ops, "implementation", lambda operator, _: by_name[name])
-    assert "best_tokens" not in doctor._operators()
+    assert "best_tokens" not in _operators()
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton", "torch"])
