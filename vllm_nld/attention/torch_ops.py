@@ -167,13 +167,15 @@ def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, T
         log-sum-exp float32 ``[rows]``, or nothing, ``[0]``. The latter two are float64 for float64 logits.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    tokens = logits.argmax(-1)
-    largest = logits.gather(1, tokens[:, None]).squeeze(1).to(wide)
-    normaliser = largest.new_empty(len(logits) if with_normaliser else 0)
-    rows = max(1, _LOGITS_AT_A_TIME // logits.shape[1])
-    for first in range(0, len(normaliser), rows):
-        some = slice(first, first + rows)
-        # The sum is taken over the distances to the largest logit, which is known: of infinities it is all.
-        distances = logits[some] - largest[some, None]
-        normaliser[some] = largest[some] + distances.exp_().sum(-1).log_()
-    return tokens, largest, torch.where(largest.isfinite(), normaliser, largest) if with_normaliser else normaliser
+    rows = logits.shape[0]
+    tokens = logits.new_empty(rows, dtype=torch.int64)
+    largest = logits.new_empty(rows, dtype=wide)
+    normaliser = logits.new_empty(rows if with_normaliser else 0, dtype=wide)
+    step = max(1, _LOGITS_AT_A_TIME // logits.shape[1])
+    for some in (slice(first, first + step) for first in range(0, rows, step)):
+        chunk = logits[some].to(wide)
+        torch.argmax(chunk, -1, out=tokens[some])
+        torch.gather(chunk, 1, tokens[some, None], out=largest[some, None])
+        if with_normaliser:
+            torch.logsumexp(chunk, -1, out=normaliser[some])
+    return tokens, largest, normaliser

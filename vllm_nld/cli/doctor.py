@@ -8,12 +8,17 @@ import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_nld import __version__, compat
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
 from vllm_nld.errors import NLDError, shown_key
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_nld.ops import Implementation
 
 PACKAGES = ("torch", "transformers", "triton", "xformers", "ray", "openai")
 REQUIRED = ("torch", "transformers")
@@ -139,10 +144,23 @@ def _operators() -> str:
     if chosen.name == "cpp":
         from vllm_nld.attention.cpp_ops import instruction_set
 
-        return f"C++ ({instruction_set()} for bfloat16)"
+        return f"C++ ({instruction_set()} for bfloat16){_elsewhere(chosen, device)}"
     missing = [
         f"no {other.name}: {reason}"
         for other in ops.IMPLEMENTATIONS[: ops.IMPLEMENTATIONS.index(chosen)]
         if device.type in other.devices and (reason := other.unavailable(device))
     ]
-    return "; ".join([chosen.name, *missing])
+    return "; ".join([chosen.name + _elsewhere(chosen, device), *missing])
+
+
+def _elsewhere(chosen: Implementation, device: torch.device) -> str:
+    """Name the operators that something else than the draft pass's implementation computes, if there are any."""
+    from vllm_nld import ops
+
+    others: dict[str, list[str]] = {}
+    for operator in ops.OPERATORS:
+        name = ops.implementation(operator, device.type).name
+        if name != chosen.name:
+            others.setdefault(name, []).append(operator)
+    named = "; ".join(f"{', '.join(operators)}: {name}" for name, operators in others.items())
+    return f" ({named})" if named else ""
