@@ -11,7 +11,7 @@ from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.draft_lora import adapter_of
 from vllm_nld.errors import NLDError, shown
 from vllm_nld.options import NLDOptions, is_ours
-from vllm_nld.request_options import PROPOSER_PATHS
+from vllm_nld.request_options import PROPOSER_PATHS, EngineTraits, check_defaults
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
@@ -60,6 +60,7 @@ class NLDEngineConfig:
                 # vLLM counts the LoRAs of the requests in a step; a parked one would come back on top of max_loras.
                 compat.use_scheduler_subclass(vllm_config.scheduler_config)
             adapter_of(vllm_config)
+        check_defaults(EngineTraits.of(vllm_config))
         _check_weights(vllm_config)
 
 

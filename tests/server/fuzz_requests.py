@@ -80,7 +80,9 @@ def xargs(rng: random.Random) -> Any:
     if rng.random() < 0.03:
         return {"nld": rng.choice(RAW)}
     if rng.random() < 0.03:
-        return {rng.choice(["nld_mode", "NLD", "nld." + "k" * 100_000, "session_id", "\ud800"]): rng.choice(JUNK + INTEGERS)}
+        return {
+            rng.choice(["nld_mode", "NLD", "nld." + "k" * 100_000, "session_id", "\ud800"]): rng.choice(JUNK + INTEGERS)
+        }
     mode = rng.choice(MODES)
     fitting = [key for key, modes in MODES_OF_KEY.items() if mode in modes] or list(MODES_OF_KEY)
     nld: dict[str, Any] = {"mode": mode}
@@ -112,9 +114,7 @@ def send(base_url: str, path: str, body: bytes) -> tuple[int, str]:
     """Return the status, and the answer's text; status 0 where none came."""
     headers = {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(base_url + path, body, headers), timeout=120
-        ) as answer:
+        with urllib.request.urlopen(urllib.request.Request(base_url + path, body, headers), timeout=120) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -145,7 +145,10 @@ def is_alive(base_url: str) -> bool:
     """Whether the server still answers a plain request."""
     with urllib.request.urlopen(f"{base_url}/v1/models", timeout=10) as answer:
         model = json.load(answer)["data"][0]["id"]
-    return send(base_url, "/v1/completions", json.dumps({"model": model, "prompt": "x", "max_tokens": 4}).encode())[0] == 200
+    return (
+        send(base_url, "/v1/completions", json.dumps({"model": model, "prompt": "x", "max_tokens": 4}).encode())[0]
+        == 200
+    )
 
 
 def serve(log: Path) -> tuple[subprocess.Popen[bytes], str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_nld import compat
+
 doctor = importlib.import_module("vllm_nld.cli.doctor")  # the package has a function of that name
 
 

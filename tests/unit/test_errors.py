@@ -88,7 +88,15 @@ def test_short_values_are_shown_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["x" * 10**6, [["x" * 1000] * 1000] * 1000, 10**10**6, Unprintable(), "\ud800\n\x00", {"\ud800": "\n"}, b"\0" * 10**6],
+    [
+        "x" * 10**6,
+        [["x" * 1000] * 1000] * 1000,
+        10**10**6,
+        Unprintable(),
+        "\ud800\n\x00",
+        {"\ud800": "\n"},
+        b"\0" * 10**6,
+    ],
     ids=["string", "lists", "integer", "repr fails", "surrogate", "dict", "bytes"],
 )
 def test_all_others_are_cut_and_escaped(value: object) -> None:

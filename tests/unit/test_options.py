@@ -76,7 +76,11 @@ def test_misplaced_keys_count_as_asking_for_the_extension(key: str) -> None:
     assert not _asks_for_this_extension(SimpleNamespace(additional_config={"nldx": {}}, speculative_config=None))
 
 
-NUMBERS = [key for key, field in NLDOptions.model_fields.items() if {int, float} & {field.annotation, *get_args(field.annotation)}]
+NUMBERS = [
+    key
+    for key, field in NLDOptions.model_fields.items()
+    if {int, float} & {field.annotation, *get_args(field.annotation)}
+]
 
 
 def test_every_number_has_bounds() -> None:
@@ -87,7 +91,10 @@ def test_every_number_has_bounds() -> None:
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-@pytest.mark.parametrize("value", [2**63 - 1, 2**63, 10**400, pytest.param(10**5000, id="5001 digits"), 1e308, math.inf, -math.inf, math.nan, -1])
+@pytest.mark.parametrize(
+    "value",
+    [2**63 - 1, 2**63, 10**400, pytest.param(10**5000, id="5001 digits"), 1e308, math.inf, -math.inf, math.nan, -1],
+)
 def test_no_number_is_too_large_for_the_code_behind_it(key: str, value: float) -> None:
     with pytest.raises(NLDError, match=rf'^additional_config\["nld"\]\.{key}=.*: input should be') as caught:
         NLDOptions.parse({key: value})

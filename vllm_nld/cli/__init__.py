@@ -108,7 +108,9 @@ def modes(
 @bench.command()
 @_plainly
 def auto(
-    concurrency: Annotated[list[int] | None, typer.Option(min=1, max=256, help="Requests in flight; may be repeated.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, max=256, help="Requests in flight; may be repeated.")
+    ] = None,
     workload: Annotated[list[str] | None, typer.Option(help="code, random or mix; may be repeated.")] = None,
     turns: Annotated[int, typer.Option(min=2, max=10_000, help="Turns of half a second per engine.")] = 40,
     max_tokens: Annotated[int, typer.Option(min=8, max=MODEL_LENGTH, help="Tokens to generate per request.")] = 96,
@@ -125,7 +127,9 @@ def auto(
 @_plainly
 def adapter(
     model: Annotated[list[str] | None, typer.Option(help="3b or 8b (dummy weights); may be repeated.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, max=1000, help="Fewer layers than the shape has, to fit memory.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Fewer layers than the shape has, to fit memory.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=3, max=10_000, help="Forwards with and without it.")] = 20,
     json: Json = False,
 ) -> None:
@@ -140,7 +144,9 @@ def adapter(
 def drafting(
     prompts: Annotated[int, typer.Option(min=1, max=1000, help="Held-out prompts to complete.")] = 12,
     max_tokens: Annotated[int, typer.Option(min=8, max=MODEL_LENGTH, help="Tokens to generate per prompt.")] = 96,
-    concurrency: Annotated[list[int] | None, typer.Option(min=1, max=256, help="Requests in flight; may be repeated.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, max=256, help="Requests in flight; may be repeated.")
+    ] = None,
     turns: Annotated[int, typer.Option(min=2, max=10_000, help="Turns of half a second per engine.")] = 20,
     json: Json = False,
 ) -> None:
@@ -177,20 +183,30 @@ def train_draft_lora(
     held_out: Annotated[Path | None, typer.Option(help="Text for the curve; else a twentieth of --data.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; by default MODEL/linear_spec_lora.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
-    minutes: Annotated[float | None, typer.Option(min=0, max=10**6, help="Save and stop after so long; --resume goes on.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, max=10**6, help="Save and stop after so long; --resume goes on.")
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, max=4_096, help="Rank of the adapter.")] = 128,
     alpha: Annotated[float | None, typer.Option(help="Scale times rank; by default 4 times the rank.")] = None,
     block_length: Annotated[int | None, typer.Option(min=2, max=128, help="By default the checkpoint's.")] = None,
     steps: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps of training.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Highest rate; it falls linearly to 0.")] = 1e-3,
     batch: Annotated[int, typer.Option(min=1, max=100_000, help="Sequences per step.")] = 16,
-    micro_batch: Annotated[int | None, typer.Option(min=1, max=100_000, help="Sequences per forward, if memory is short.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Sequences per forward, if memory is short.")
+    ] = None,
     blocks: Annotated[int, typer.Option(min=1, max=100_000, help="Drafted blocks per sequence.")] = 16,
     own_text: Annotated[bool, typer.Option(help="Train on the model's own greedy continuations of the text.")] = True,
     rows: Annotated[int, typer.Option(min=1, max=10_000_000, help="Sequences to train on.")] = 2048,
-    prefix_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens of the data per sequence, as context.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens per sequence behind those: own text, or the data's.")] = 128,
-    held_out_rows: Annotated[int, typer.Option(min=1, max=1_000_000, help="Sequences that the curve is measured on.")] = 48,
+    prefix_tokens: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Tokens of the data per sequence, as context.")
+    ] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Tokens per sequence behind those: own text, or the data's.")
+    ] = 128,
+    held_out_rows: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Sequences that the curve is measured on.")
+    ] = 48,
     kl_weight: Annotated[float, typer.Option(help="Of matching verify's distribution.")] = 1.0,
     ce_weight: Annotated[float, typer.Option(help="Of the cross-entropy against verify's token.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of the distributions that are matched.")] = 3.0,

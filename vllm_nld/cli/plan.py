@@ -77,7 +77,9 @@ def numbers(option: str, text: str, least: int) -> list[int]:
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise NLDError(f"{option} {shown_key(text)}: allowed are whole numbers separated by commas, such as 1,8,64") from None
+        raise NLDError(
+            f"{option} {shown_key(text)}: allowed are whole numbers separated by commas, such as 1,8,64"
+        ) from None
     within(option, found[0], least, MANY, "each")
     within(option, found[-1], least, MANY, "each")
     return found
