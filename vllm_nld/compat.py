@@ -99,7 +99,6 @@ def check_and_fill_speculative_config(proposer_paths: tuple[str, ...], check: Ca
     ``num_speculative_tokens`` defaults to the checkpoint's block length - 1: vLLM takes such a default only from a
     draft model's ``n_predict``; a custom proposer has none. And only before vLLM fills a config in does it show what
     the user set. So ``SpeculativeConfig.__post_init__`` is wrapped. Idempotent.
-
     """
     from vllm.config import SpeculativeConfig
 

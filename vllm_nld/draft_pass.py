@@ -315,7 +315,7 @@ class DraftPass:
                 if isinstance(block.choice, DraftChoice):
                     drawn.append((rows, block.choice))
             start += len(positions)
-        # Where a request's constraints leave no token, any may be chosen; with the mask no block would ever be done.
+        # Where a request's constraints leave no token, any may be chosen; but with the mask no block would ever end.
         tokens = torch.where(tokens == self.mask_token_id, logits.argmax(-1), tokens)
         confidence = probability_of(tokens, logits)
         for rows, choice in drawn:

@@ -12,7 +12,7 @@ from vllm_nld.draft_lora import adapter_of
 from vllm_nld.errors import NLDError, shown
 from vllm_nld.options import NLDOptions, is_ours
 from vllm_nld.refusals import check_speculation_can_be_right
-from vllm_nld.request_options import PROPOSER_PATHS
+from vllm_nld.request_options import PROPOSER_PATHS, EngineTraits, check_defaults
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
@@ -61,6 +61,7 @@ class NLDEngineConfig:
             compat.use_scheduler_subclass(vllm_config.scheduler_config)
             _check_budget(vllm_config)
             adapter_of(vllm_config)
+        check_defaults(EngineTraits.of(vllm_config))
         _check_weights(vllm_config)
 
 

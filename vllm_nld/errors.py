@@ -1,4 +1,4 @@
-"""The one exception type of this package, how it shows what the user gave, and how a command-line user sees it."""
+"""The one exception type of this package: how it quotes what the user gave, and how a command-line user sees it."""
 
 from __future__ import annotations
 

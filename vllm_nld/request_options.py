@@ -91,6 +91,17 @@ def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
     return traits
 
 
+def check_defaults(engine: EngineTraits) -> None:
+    """Refuse defaults of an engine that would have all of its requests refused.
+
+    Raises:
+        NLDError: the message names the key, the value, and what is allowed.
+    """
+    where = f'additional_config["{NAMESPACE}"]'
+    _check_engine(engine.defaults, engine, {}, where)
+    _check_sampler(engine.defaults, engine, where)
+
+
 def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
     """Return the options of a request: its own keys over the engine's defaults.
 
@@ -178,6 +189,14 @@ def _check_engine(options: NLDOptions, engine: EngineTraits, own: dict[str, Any]
         )
 
 
+def _check_sampler(options: NLDOptions, engine: EngineTraits, where: str) -> None:
+    if options.sampler == "learned" and engine.learned_sampler is None:
+        raise NLDError(
+            f"{where}.sampler='learned', but this checkpoint has no folder learned_sampler; allowed: "
+            "confidence_threshold, top_k, left_to_right, entropy_budget"
+        )
+
+
 def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> None:
     """Refuse a key that would have no effect: its author expects one."""
     for key in own:
@@ -195,18 +214,14 @@ def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> No
         samplers = SAMPLERS_OF_KEY.get(key)
         if samplers is not None and options.sampler not in samplers:
             raise NLDError(
-                f"{where}.{key}={shown(own[key])} has no effect with sampler {options.sampler!r}; allowed with "
-                f"sampler: {', '.join(samplers)}"
+                f"{where}.{key}={shown(own[key])} has no effect with sampler {options.sampler!r}; "
+                f"allowed with sampler: {', '.join(samplers)}"
             )
 
 
 def _check_diffusion(options: NLDOptions, params: Any, engine: EngineTraits, where: str) -> None:
     """Refuse what a diffusion request cannot hold."""
-    if options.sampler == "learned" and engine.learned_sampler is None:
-        raise NLDError(
-            f"{where}.sampler='learned', but this checkpoint has no folder learned_sampler; allowed: "
-            "confidence_threshold, top_k, left_to_right, entropy_budget"
-        )
+    _check_sampler(options, engine, where)
     if params.bad_words:
         raise NLDError(
             f"bad_words={shown(params.bad_words)} with mode 'diffusion': positions are decided out of order, so a "

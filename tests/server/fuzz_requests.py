@@ -10,8 +10,11 @@ or against a running one, with ``--base-url http://127.0.0.1:8000``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -23,12 +26,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vllm_nld.checkpoints import checkpoint_path
-from vllm_nld.request_options import MODES_OF_KEY
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import extremes
+from extremes import FLOATS, INTEGERS, JUNK
 
-INTEGERS = [-(2**63), -1, 0, 1, 2, 3, 8, 16, 17, 1000, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30]
-FLOATS = [float("inf"), float("-inf"), float("nan"), 1e308, -1e308, 3.5e38, 1e-40, 5e-324, -0.0, 0.0, 0.3, 1.0, 2.0]
-JUNK = ["", "auto", "1", "\ud800", "x" * 100_000, [], [1, "a"], [[1]], {}, {"a": 1}, None, True, False]
+from vllm_nld.checkpoints import checkpoint_path
+
 RAW = [  # what json.dumps would not write
     '{"a": ' * 50_000,
     '{"mode": ' + "[" * 50_000 + "]" * 50_000 + "}",
@@ -40,8 +43,6 @@ RAW = [  # what json.dumps would not write
     "null",
     "[]",
 ]
-MODES = ["auto", "ar", "self_speculation", "diffusion", "diffusion"]
-SAMPLERS = ["confidence_threshold", "top_k", "left_to_right", "entropy_budget", "learned"]
 VLLMS: dict[str, list[Any]] = {
     "temperature": [0, 0.7, 1, 2, *FLOATS],
     "top_p": [0.5, 1, *FLOATS],
@@ -65,16 +66,6 @@ VLLMS: dict[str, list[Any]] = {
 }
 
 
-def numeric(rng: random.Random) -> Any:
-    """An option's value: suitable, extreme or junk."""
-    kind = rng.random()
-    if kind < 0.4:
-        return rng.choice([rng.random(), rng.randint(1, 16)])
-    if kind < 0.9:
-        return rng.choice(INTEGERS + FLOATS)
-    return rng.choice(JUNK)
-
-
 def xargs(rng: random.Random) -> Any:
     """The extension's own options, in one of their spellings."""
     if rng.random() < 0.03:
@@ -83,13 +74,7 @@ def xargs(rng: random.Random) -> Any:
         return {
             rng.choice(["nld_mode", "NLD", "nld." + "k" * 100_000, "session_id", "\ud800"]): rng.choice(JUNK + INTEGERS)
         }
-    mode = rng.choice(MODES)
-    fitting = [key for key, modes in MODES_OF_KEY.items() if mode in modes] or list(MODES_OF_KEY)
-    nld: dict[str, Any] = {"mode": mode}
-    for key in rng.sample(fitting, min(len(fitting), rng.choice([0, 1, 1, 2, 3]))):
-        nld[key] = rng.choice(SAMPLERS) if key == "sampler" else numeric(rng)
-    if nld.get("sampler", "confidence_threshold") in ("top_k", "left_to_right"):
-        nld.pop("threshold", None)
+    nld = extremes.options(rng)
     return {f"nld.{key}": value for key, value in nld.items()} if rng.random() < 0.6 else {"nld": json.dumps(nld)}
 
 
@@ -160,7 +145,8 @@ def serve(log: Path) -> tuple[subprocess.Popen[bytes], str]:
     command += ["--host", "127.0.0.1", "--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}']
     command += ["--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
     command += ["--reasoning-parser", "nemotron_v3", "--enforce-eager"]  # nothing here is about speed
-    server = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    # A session of its own, so that the engine's processes can be ended with it.
+    server = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
     base_url = f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:
@@ -170,8 +156,18 @@ def serve(log: Path) -> tuple[subprocess.Popen[bytes], str]:
             if server.poll() is not None:
                 break
             time.sleep(1)
-    server.terminate()
+    stop(server)
     raise SystemExit(f"the server does not start, see {log}")
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End a server and its engine's processes."""
+    server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def main() -> None:
@@ -188,8 +184,7 @@ def main() -> None:
         alive = is_alive(base_url)
     finally:
         if server is not None:
-            server.terminate()
-            server.wait(60)
+            stop(server)
     for fault in faults:
         print(fault)
     by_status = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))

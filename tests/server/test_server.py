@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz_requests import fuzz, is_alive
 from openai import OpenAI
 
 from vllm_nld.checkpoints import checkpoint_path
@@ -274,6 +275,14 @@ def test_an_unsuitable_mode_is_http_400(client: OpenAI, model: str, xargs: dict[
         for word in words:
             assert word in str(caught.value)
     assert client.completions.create(model=model, prompt="x", max_tokens=4).choices[0].text
+
+
+def test_no_request_ends_the_server(base_url: str) -> None:
+    """A few of the requests that ``fuzz_requests.py`` sends by the thousand when run by hand."""
+    statuses, faults = fuzz(base_url, 80, seed=3)
+    assert not faults
+    assert {200, 400} <= set(statuses) <= {200, 400, 404, 422}
+    assert is_alive(base_url)
 
 
 def test_json_schemas_are_kept_in_every_mode(client: OpenAI, model: str) -> None:

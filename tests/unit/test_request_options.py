@@ -10,7 +10,7 @@ import pytest
 
 from vllm_nld.errors import NLDError
 from vllm_nld.options import NLDOptions
-from vllm_nld.request_options import ENGINE_KEYS, MODES_OF_KEY, EngineTraits, request_options
+from vllm_nld.request_options import ENGINE_KEYS, MODES_OF_KEY, EngineTraits, check_defaults, request_options
 
 
 def read(extra_args: Any, traits: EngineTraits | None = None, **params: Any) -> NLDOptions:
@@ -168,3 +168,12 @@ def test_a_refused_key_is_shown_short() -> None:
         message = str(caught.value)
         assert len(message) < 1000
         assert message.isprintable()
+
+
+def test_defaults_that_would_refuse_every_request_are_refused_at_start_up() -> None:
+    check_defaults(EngineTraits(NLDOptions(block_length=16, sampler="learned"), 16, Path("learned")))
+    check_defaults(EngineTraits(NLDOptions(block_length=64), None))
+    with pytest.raises(NLDError, match=r'^additional_config\["nld"\]\.block_length=17: allowed are 2 to 16'):
+        check_defaults(EngineTraits(NLDOptions(block_length=17), 16))
+    with pytest.raises(NLDError, match=r'^additional_config\["nld"\]\.sampler=.*no folder learned_sampler'):
+        check_defaults(EngineTraits(NLDOptions(sampler="learned"), 16))

@@ -99,10 +99,8 @@ def plugin_problem(environment: Mapping[str, str]) -> str | None:
     if allowed is None or PLUGIN in allowed.split(","):
         return None
     wanted = ",".join([name for name in allowed.split(",") if name.strip()] + [PLUGIN])
-    return (
-        f"VLLM_PLUGINS={shown_key(allowed)} keeps vLLM from loading {PLUGIN}: unset it, or set it to "
-        f"{shown_key(wanted)}"
-    )
+    found = f"VLLM_PLUGINS={shown_key(allowed)} keeps vLLM from loading {PLUGIN}"
+    return f"{found}: unset it, or set it to {shown_key(wanted)}"
 
 
 def parking() -> str:
