@@ -38,5 +38,7 @@ def run(check: Check) -> None:
         check.figure(name, found)
     for operator in ops.OPERATORS:
         check.figure("operator", ops.implementation(operator, check.device).name, of=operator)
+    costs = runner(llm).drafter.auto.costs
     for tokens in check.sizes.forward_tokens:
-        check.figure("auto mode's price", runner(llm).drafter.auto.costs.seconds(tokens) * 1e3, "ms", tokens=tokens)
+        for of, curve in {"draft": costs.draft, "verify": costs.verify}.items():
+            check.figure("auto mode's price", curve.seconds(tokens) * 1e3, "ms", of=of, tokens=tokens)
