@@ -100,7 +100,12 @@ def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
 ) -> None:
     driver = batch.start(1, "--hang-timeout", "4")
     try:
-        wait_for(lambda: len(batch.results()) > len(interrupted) or driver.poll() is not None, STARTS, "more results", batch.log)
+        wait_for(
+            lambda: len(batch.results()) > len(interrupted) or driver.poll() is not None,
+            STARTS,
+            "more results",
+            batch.log,
+        )
         assert driver.poll() is None, batch.log()[-3000:]
         (replica,) = pids_of(batch.results()) - pids_of(interrupted)
         engine = engine_processes(replica)
