@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vllm_nld.attention import cpp_ops
-from vllm_nld.pages import STRIDED, TILED, PageLayout
+from vllm_nld.ops import cpp_ops
+from vllm_nld.ops.pages import STRIDED, TILED, PageLayout
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 128
 GPU_PAGE = 16  # vLLM's default there

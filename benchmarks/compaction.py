@@ -15,7 +15,7 @@ from attention import COLUMNS, DIM, KV_HEADS, PAGE, medians
 from rich.console import Console
 from rich.table import Table
 
-from vllm_nld.attention import cpp_ops, torch_ops
+from vllm_nld.ops import cpp_ops, torch_ops
 
 
 def acceptance(rows: int, length: int, seconds: float) -> dict[str, Any]:

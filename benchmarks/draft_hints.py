@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from vllm_nld import prompt_lookup
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.draft_lora import FOLDER
 from vllm_nld.checkpoints.held_out import held_out_prompts
-from vllm_nld.draft_lora import FOLDER
+from vllm_nld.draft_pass import prompt_lookup
 from vllm_nld.reference import DraftAdapter, KVCache, ReferenceModel, ar_generate, load_reference
 from vllm_nld.reference.generate import ids_tensor
 

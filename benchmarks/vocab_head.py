@@ -86,8 +86,8 @@ def measure(rank: int, store: str, arguments: argparse.Namespace, results: Any) 
     )
     from vllm.platforms import current_platform
 
-    from vllm_nld.agreement import first_rank_decides
-    from vllm_nld.vocab_head import best_of, combine, shard_summary
+    from vllm_nld.auto.agreement import first_rank_decides
+    from vllm_nld.model.best_tokens import best_of, combine, shard_summary
 
     torch.set_num_threads(1)
     current_platform.import_kernels()

@@ -30,8 +30,8 @@ import pyarrow as pa
 import ray
 from batch_output import BatchError, Output, Row, read_rows
 
-from vllm_nld.accounting import DECODE_KINDS, Tally
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.serving.ledger import DECODE_KINDS, Tally
 
 ATTEMPTS = 3
 """How often a batch is begun; if replicas died each time, its rows come again one by one, in a round of their own."""
@@ -54,7 +54,7 @@ class Replica:
     def __init__(
         self, engine: dict[str, Any], sampling: dict[str, Any], cores: int, hang_timeout: float, attempts: Any
     ) -> None:
-        from vllm_nld import replica
+        from vllm_nld.serving import replica
 
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         self.guard = replica.Guard()
@@ -85,7 +85,7 @@ class Replica:
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the results of a batch, one row each; what the replica did so far goes along as column ``so_far``."""
         if self.watch is None:
-            from vllm_nld.replica import end_with
+            from vllm_nld.serving.replica import end_with
 
             self.watch = asyncio.get_running_loop().create_task(end_with(self.engine, self.hang_timeout))
             self.started = time.monotonic()

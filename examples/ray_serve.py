@@ -50,7 +50,7 @@ class NLDServer:
             cores: CPU cores per worker that this replica claims; 0 leaves the choice to vLLM.
             hang_timeout: seconds after which an engine that does not answer is given up.
         """
-        from vllm_nld import replica
+        from vllm_nld.serving import replica
 
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         self.guard = replica.Guard()
@@ -84,7 +84,7 @@ class NLDServer:
 
     async def check_health(self) -> None:
         """Raise if the engine is dead or silent; Ray Serve then replaces the replica."""
-        from vllm_nld.replica import check_engine
+        from vllm_nld.serving.replica import check_engine
 
         await check_engine(self.engine, self.hang_timeout)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_nld.checkpoints.draft_lora import CONFIG_FILE, WEIGHTS_FILE
 from vllm_nld.config import NemotronLabsDiffusionConfig
-from vllm_nld.draft_lora import CONFIG_FILE, WEIGHTS_FILE
 from vllm_nld.reference import DraftAdapter
 
 

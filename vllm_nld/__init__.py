@@ -5,17 +5,11 @@ Importing this package is free: nothing of torch, transformers or vLLM is import
 
 __version__ = "0.1.0"
 
-ARCHITECTURE = "NemotronLabsDiffusionModel"
-"""Name under ``architectures`` in a released checkpoint's ``config.json``."""
-
-MODEL_TYPE = "nemotron_labs_diffusion"
-"""Value of ``model_type`` in a released checkpoint's ``config.json``."""
-
 
 def __getattr__(name: str) -> object:
     """Resolve ``vllm_nld.SelfSpeculation`` on demand, so that importing the package stays free."""
     if name == "SelfSpeculation":
-        from vllm_nld.proposer import SelfSpeculation
+        from vllm_nld.proposer.self_speculation import SelfSpeculation
 
         return SelfSpeculation
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

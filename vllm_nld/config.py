@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from vllm_nld import MODEL_TYPE
+from vllm_nld.names import MODEL_TYPE
 
 _REQUIRED_YARN_KEYS = ("factor", "original_max_position_embeddings")
 _POSITIVE_SIZES = (

@@ -2,7 +2,7 @@
 
 An engine's defaults come from ``--additional-config '{"nld": {...}}'``. A request overrides them by
 ``SamplingParams(extra_args={"nld": {...}})``, or ``vllm_xargs`` of the OpenAI server
-(:mod:`vllm_nld.request_options`).
+(:mod:`vllm_nld.serving.admission`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_nld.errors import NLDError, shown, shown_key
-
-NAMESPACE = "nld"
+from vllm_nld.names import NAMESPACE
 
 Mode = Literal["auto", "ar", "diffusion", "self_speculation"]
 Sampler = Literal["confidence_threshold", "top_k", "left_to_right", "entropy_budget", "learned"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_nld import ARCHITECTURE, MODEL_TYPE, compat
+from vllm_nld.names import ARCHITECTURE, MODEL_TYPE
+from vllm_nld.vllm_glue import registration, versions
 
 
 def register() -> None:
@@ -14,30 +15,31 @@ def register() -> None:
     """
     import logging
 
-    reason = compat.unsupported_reason()
+    reason = versions.unsupported_reason()
     if reason is not None:
         logging.getLogger("vllm.nld").error(reason)
         return
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    from vllm_nld import engine_config, errors
+    from vllm_nld import errors
     from vllm_nld.config import NemotronLabsDiffusionConfig
-    from vllm_nld.request_options import PROPOSER_PATHS
-    from vllm_nld.speculative_keys import check_speculative_keys
+    from vllm_nld.model import engine_config
+    from vllm_nld.model.speculative_keys import check_speculative_keys
+    from vllm_nld.names import OWN_ARCHITECTURE, PROPOSER_PATHS
 
     errors.show_plainly()
     own = ModelRegistry.get_supported_archs()
-    upstream_serves = ARCHITECTURE in own and engine_config.OWN_ARCHITECTURE not in own
+    upstream_serves = ARCHITECTURE in own and OWN_ARCHITECTURE not in own
     model = "vllm_nld.model:NLDForCausalLM"
-    if engine_config.OWN_ARCHITECTURE not in own:
-        ModelRegistry.register_model(engine_config.OWN_ARCHITECTURE, model)
+    if OWN_ARCHITECTURE not in own:
+        ModelRegistry.register_model(OWN_ARCHITECTURE, model)
         if not upstream_serves:
             AutoConfig.register(MODEL_TYPE, NemotronLabsDiffusionConfig, exist_ok=True)
             ModelRegistry.register_model(ARCHITECTURE, model)
         engine_config.install(upstream_serves)
-    compat.check_and_fill_speculative_config(PROPOSER_PATHS, check_speculative_keys)
-    compat.check_requests_at_admission(admit)
+    registration.check_and_fill_speculative_config(PROPOSER_PATHS, check_speculative_keys)
+    registration.check_requests_at_admission(admit)
 
 
 def admit(vllm_config: Any, params: Any) -> None:
@@ -46,10 +48,10 @@ def admit(vllm_config: Any, params: Any) -> None:
     Raises:
         NLDError: the request is unsuitable.
     """
-    from vllm_nld.request_options import check_admission
+    from vllm_nld.serving.admission import check_admission
 
     traits = check_admission(vllm_config, params)
     if traits is not None and traits.block_length is not None:
-        from vllm_nld.collector import serve_metrics
+        from vllm_nld.serving.collector import serve_metrics
 
         serve_metrics(vllm_config)

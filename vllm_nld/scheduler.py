@@ -7,9 +7,9 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_nld import compat
-from vllm_nld.padding import schedule_unpadded
-from vllm_nld.parking import SchedulerNote, WorkerNote
+from vllm_nld.proposer.parking import SchedulerNote, WorkerNote
+from vllm_nld.vllm_glue import scheduling, steps
+from vllm_nld.vllm_glue.padding import schedule_unpadded
 
 
 def fair_shares(wanted: Sequence[int], budget: int) -> list[int]:
@@ -33,7 +33,10 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
 
     Attributes:
         parked: ids of the requests that the worker has parked, after its last step.
+        schedules_blocks: tells the proposer, which never imports this class.
     """
+
+    schedules_blocks = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,10 +47,10 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
         """Schedule a step, as vLLM does, without the parked requests. It may be empty: then the worker denoises."""
         for request in self.running:
             if request.request_id in self.parked:
-                compat.skip_in_next_step(self, request)
+                scheduling.skip_in_next_step(self, request)
         share = self._share_budget()
         output = schedule_unpadded(self, lambda: super(NLDScheduler, self).schedule(*args, **kwargs))
-        return compat.with_note(output, SchedulerNote(self._others_wait(output.num_scheduled_tokens), share))
+        return steps.with_note(output, SchedulerNote(self._others_wait(output.num_scheduled_tokens), share))
 
     def _share_budget(self) -> int:
         """Cut drafts to fair shares of the step's budget; return how long a block everybody might verify in the next.
@@ -85,9 +88,9 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
         vLLM asks for drafts only after a step that had tokens, so those of a block that became done otherwise are here.
         """
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        note = compat.note_on(model_runner_output)
+        note = steps.note_on(model_runner_output)
         if isinstance(note, WorkerNote):
             self.parked = note.parked
             if note.finished:
-                self.update_draft_token_ids(compat.draft_token_ids(note.finished))
+                self.update_draft_token_ids(steps.draft_token_ids(note.finished))
         return outputs

@@ -18,9 +18,9 @@ import corpus
 import torch
 from tokenizers import Tokenizer
 
+from vllm_nld.checkpoints.draft_lora import CONFIG_FILE, FOLDER, WEIGHTS_FILE
 from vllm_nld.checkpoints.held_out import HELD_OUT_MODULES
 from vllm_nld.cli.train_draft_lora import train
-from vllm_nld.draft_lora import CONFIG_FILE, FOLDER, WEIGHTS_FILE
 from vllm_nld.training import Settings
 from vllm_nld.training.text import Stream, encode
 from vllm_nld.training.trainer import Schedule

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_nld.learned_sampler import Forecast, LearnedSampler, LearnedSamplerConfig
+from vllm_nld.draft_pass.learned_sampler import Forecast, LearnedSampler, LearnedSamplerConfig
 from vllm_nld.reference import ReferenceModel, load_reference
 
 BATCH = 256

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_nld.checkpoints.held_out import HELD_OUT_MODULES
-from vllm_nld.learned_sampler import LearnedSampler
+from vllm_nld.draft_pass.learned_sampler import LearnedSampler
 from vllm_nld.reference import ReferenceModel
 
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)

@@ -21,7 +21,7 @@ from sampler_states import TRIALS, UNTRIED, Denoiser, States, Visitor, choose, c
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vllm_nld.learned_sampler import WRONG_COST, LearnedSampler, statistics
+from vllm_nld.draft_pass.learned_sampler import WRONG_COST, LearnedSampler, statistics
 from vllm_nld.reference import ReferenceModel
 
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

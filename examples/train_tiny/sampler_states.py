@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_nld.learned_sampler import LearnedSampler, statistics
+from vllm_nld.draft_pass.learned_sampler import LearnedSampler, statistics
 from vllm_nld.reference import KVCache, ReferenceModel
 
 TRIALS = 4

@@ -164,7 +164,7 @@ class TestSampling:
         assert "PLACEHOLDER_TOKEN_ID: tl.constexpr = -1" in vllm.text(REJECTION)
 
     def test_nothing_new_can_change_a_greedy_request_s_logits(self, vllm: VllmSource) -> None:
-        """``compat.decides_by_argmax`` must know every field; a new one may ask for more than an argmax."""
+        """``sampling.decides_by_argmax`` must know every field; a new one may ask for more than an argmax."""
         known = {
             "temperature",
             "all_greedy",

@@ -116,7 +116,7 @@ def test_the_default_number_of_drafts_comes_from_the_block_length(folder: Path) 
     args = EngineArgs(model=str(folder), skip_tokenizer_init=True, max_model_len=256, speculative_config=dict(SPEC))
     config = args.create_engine_config()
     assert config.speculative_config.num_speculative_tokens == 7
-    assert config.parallel_config.worker_cls == "vllm_nld.cpu_worker.NLDCPUWorker"
+    assert config.parallel_config.worker_cls == "vllm_nld.worker.NLDCPUWorker"
 
 
 def test_a_user_of_vllm_serve_sees_one_line_and_a_failing_exit_code(folder: Path) -> None:

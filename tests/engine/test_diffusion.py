@@ -11,10 +11,10 @@ import pytest
 from engines import engine, generate, metric, random_prompts, runner, watch_blocks
 from models import random_model, save, small_config
 
-from vllm_nld.accounting import Tally
 from vllm_nld.errors import NLDError, find
 from vllm_nld.reference import ReferenceModel, ar_generate
 from vllm_nld.reference import generate as reference_generate
+from vllm_nld.serving.ledger import Tally
 
 LENGTHS = [1, 40, 90, 170, 3, 64, 17, 130]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from engines import accepted, engine, metric
 
-from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import ar_generate, linear_spec_generate, load_reference
+from vllm_nld.serving.ledger import Tally
 
 
 def test_greedy_text_equals_the_reference_and_acceptance_is_worth_it() -> None:

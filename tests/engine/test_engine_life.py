@@ -20,8 +20,8 @@ from engines import (
 )
 from models import random_model, save, small_config
 
-from vllm_nld import memory
-from vllm_nld.memory import profiling_drafts
+from vllm_nld.draft_pass import memory
+from vllm_nld.draft_pass.memory import profiling_drafts
 from vllm_nld.reference import ReferenceModel, ar_generate
 
 

@@ -10,8 +10,8 @@ import pytest
 from engines import accepted, counters, engine, generate, metric, random_prompts, runner, shun_ar, watch_blocks
 from models import random_model, save, small_config, yarn
 
-from vllm_nld.accounting import Tally
 from vllm_nld.reference import ar_generate, linear_spec_generate
+from vllm_nld.serving.ledger import Tally
 
 # (heads, kv heads, head size): every GQA ratio and head size that matters, head_dim unlike hidden / heads included.
 HEADS = [(4, 2, 32), (5, 5, 32), (8, 1, 64), (6, 2, 64), (4, 4, 128), (8, 2, 128), (3, 1, 32), (2, 2, 64)]

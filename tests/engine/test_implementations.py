@@ -15,7 +15,7 @@ from models import random_model, save, small_config
 from vllm_nld import ops
 from vllm_nld.attention import backend
 from vllm_nld.errors import NLDError
-from vllm_nld.pages import STRIDED, TILED
+from vllm_nld.ops.pages import STRIDED, TILED
 from vllm_nld.reference import ReferenceModel, ar_generate
 from vllm_nld.reference import generate as reference_generate
 

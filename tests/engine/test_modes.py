@@ -13,7 +13,7 @@ from engines import engine, metric
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
-from vllm_nld.learned_sampler import LearnedSampler
+from vllm_nld.draft_pass.learned_sampler import LearnedSampler
 from vllm_nld.reference import ReferenceModel, ar_generate, load_reference
 from vllm_nld.reference import generate as reference_generate
 

@@ -12,9 +12,9 @@ from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-from vllm_nld import compat
 from vllm_nld.attention.backend import _with_draft_passes
 from vllm_nld.errors import NLDError, find
+from vllm_nld.vllm_glue import workers
 
 SPEC = {"model": "vllm_nld.SelfSpeculation"}
 
@@ -82,14 +82,14 @@ def test_refused(folder: Path, settings: dict[str, Any], words: list[str]) -> No
 
 @pytest.mark.parametrize("connector", ["OffloadingConnector", "SimpleCPUOffloadConnector", "DecodeBenchConnector"])
 def test_connectors_that_do_nothing_in_a_layer_are_allowed(connector: str) -> None:
-    assert not compat.transfers_layer_by_layer(KVTransferConfig(kv_connector=connector, kv_role="kv_both"))
+    assert not workers.transfers_layer_by_layer(KVTransferConfig(kv_connector=connector, kv_role="kv_both"))
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_connector_may_say_itself_whether_it_works_layer_by_layer(layerwise: bool) -> None:
     settings = {"use_layerwise": layerwise}
     config = KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both", kv_connector_extra_config=settings)
-    assert compat.transfers_layer_by_layer(config) == layerwise
+    assert workers.transfers_layer_by_layer(config) == layerwise
 
 
 class WaitingConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -102,7 +102,7 @@ class WaitingConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
 def test_a_connector_of_ones_own_is_looked_at() -> None:
     config = KVTransferConfig(kv_connector="WaitingConnector", kv_connector_module_path=__name__, kv_role="kv_both")
-    assert compat.transfers_layer_by_layer(config)
+    assert workers.transfers_layer_by_layer(config)
 
 
 def test_attention_takes_no_fused_operation() -> None:

@@ -11,9 +11,9 @@ import pytest
 from engines import engine, generate, metric, random_prompts
 from models import random_model, save, small_config
 
-from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.reference import ReferenceModel, ar_generate
+from vllm_nld.serving.ledger import Tally
 
 BLOCK = 16
 VLLM_S = "vllm.v1.core.sched.scheduler.Scheduler"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernels import cases, cuda_cases
 
-from vllm_nld.attention import cuda_ops
+from vllm_nld.ops import cuda_ops
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -15,8 +15,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_nld.attention import torch_ops
-from vllm_nld.pages import LAYOUTS, STRIDED, TILED
+from vllm_nld.ops import torch_ops
+from vllm_nld.ops.pages import LAYOUTS, STRIDED, TILED
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NOWHERE = 1 << 30
@@ -27,7 +27,7 @@ K_SCALE, V_SCALE = 0.5, 1.75
 
 
 def cache_shapes(pages: int, kv_heads: int, page_size: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
-    """Shape of the cache under each of ``vllm_nld.pages.LAYOUTS``, in the same order."""
+    """Shape of the cache under each of ``vllm_nld.ops.pages.LAYOUTS``, in the same order."""
     fused = (pages, kv_heads, page_size, 2 * head_dim)
     by_token = (page_size, kv_heads, head_dim)
     return (
@@ -61,7 +61,7 @@ class AttentionSpec:
         heads: query heads per KV head, KV heads.
         head_dim: size of one head.
         page_size: tokens per page.
-        layout: index into ``vllm_nld.pages.LAYOUTS``.
+        layout: index into ``vllm_nld.ops.pages.LAYOUTS``.
         cache: dtype of the cache; None for the query's.
         shared: rows use the first row's whole pages for as much of their prefix as these cover.
         padding: fresh tokens behind the last row.

@@ -55,17 +55,17 @@ class Implementation:
 
 
 IMPLEMENTATIONS = (
-    Implementation("torch", "vllm_nld.attention.torch_ops", examples=20, repeats=3, tiles=True),
-    Implementation("cpp", "vllm_nld.attention.cpp_ops", devices=("cpu",), tiles=True),
+    Implementation("torch", "vllm_nld.ops.torch_ops", examples=20, repeats=3, tiles=True),
+    Implementation("cpp", "vllm_nld.ops.cpp_ops", devices=("cpu",), tiles=True),
     Implementation(
         "triton",
-        "vllm_nld.attention.triton_ops",
+        "vllm_nld.ops.triton_ops",
         examples=20,
         longest_prefix=200,
         repeats=3,
         interpreted=True,
     ),
-    Implementation("xformers", "vllm_nld.attention.xformers_ops", ("block_attention",), HALF, devices=("cuda",)),
+    Implementation("xformers", "vllm_nld.ops.xformers_ops", ("block_attention",), HALF, devices=("cuda",)),
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from test_operators import run_examples
 
 from vllm_nld import ops
-from vllm_nld.attention import cpp_ops
+from vllm_nld.ops import cpp_ops
 
 CPU = torch.device("cpu")
 REASON = cpp_ops.unavailable(CPU)

@@ -22,8 +22,8 @@ import pytest
 import torch
 from test_operators import run_examples
 
-from vllm_nld.attention import cuda_ops
 from vllm_nld.errors import NLDError
+from vllm_nld.ops import cuda_ops
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vllm_nld.attention import torch_ops
+from vllm_nld.ops import torch_ops
 
 
 def visible(arguments: dict[str, Any], row: int, token: int, length: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from implementations import DEVICES, INTERPRETING
 
-from vllm_nld.attention import triton_ops
+from vllm_nld.ops import triton_ops
 
 NATIVE_OR_INTERPRETED = DEVICES if INTERPRETING else DEVICES[1:]
 

@@ -10,7 +10,7 @@ import torch
 from implementations import INTERPRETING
 from triton_compiler import Compilation, pretended_gpu
 
-from vllm_nld.attention import triton_ops
+from vllm_nld.ops import triton_ops
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="this process interprets")

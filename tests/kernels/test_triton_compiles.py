@@ -14,7 +14,7 @@ import pytest
 import torch
 from implementations import INTERPRETING
 
-from vllm_nld.attention import triton_ops
+from vllm_nld.ops import triton_ops
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETING, reason="nothing is compiled for the interpreter"),
@@ -74,7 +74,7 @@ class _Kernels:
         self.compiled: list[Any] = []
 
     def __getattr__(self, name: str) -> _Kernel:
-        from vllm_nld.attention import triton_kernels
+        from vllm_nld.ops import triton_kernels
 
         return _Kernel(getattr(triton_kernels, name), self.compiled)
 

@@ -12,13 +12,15 @@ from implementations import INTERPRETING
 from torch import Tensor
 from triton_compiler import Compilation, pretended_gpu
 
-from vllm_nld import ops, worker
-from vllm_nld.attention import triton_ops
+from vllm_nld import ops
 from vllm_nld.attention.backend import DraftMetadata, block_forward
-from vllm_nld.greedy_verify import verify_greedily
-from vllm_nld.pages import LAYOUTS, typed_cache
-from vllm_nld.vocab_head import best_tokens
-from vllm_nld.warm_up import compilations_allowed, lengths, warm_up
+from vllm_nld.attention.layout import typed_cache
+from vllm_nld.draft_pass.warm_up import compilations_allowed, lengths, warm_up
+from vllm_nld.model.best_tokens import best_tokens
+from vllm_nld.ops import triton_ops
+from vllm_nld.ops.pages import LAYOUTS
+from vllm_nld.vllm_glue.greedy_verify import verify_greedily
+from vllm_nld.worker import hooks as worker
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="this process interprets")

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from implementations import HALF, INTERPRETING
 from torch import Tensor
 
-from vllm_nld.attention import xformers_ops
 from vllm_nld.errors import NLDError
+from vllm_nld.ops import xformers_ops
 
 pytest.importorskip("xformers")
 

@@ -62,7 +62,7 @@ def pretended_gpu(capability: int = 90, compiling: bool = False) -> Iterator[lis
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from vllm_nld.attention import triton_ops
+    from vllm_nld.ops import triton_ops
 
     compiled: list[Compilation] = []
     run, compile_kernel = JITFunction.run, JITFunction._do_compile

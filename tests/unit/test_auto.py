@@ -7,11 +7,12 @@ import random
 
 import pytest
 
-from vllm_nld.acceptance import TRIES, Acceptance, Calibration, Prior
-from vllm_nld.auto import AR_SAMPLES, PROBE_SHARE, STEPS_PER_CHOICE, AutoMode
-from vllm_nld.candidates import NOTHING, Candidate, Choice
-from vllm_nld.correction import REMEMBERED_DRAFTS, Correction
-from vllm_nld.costs import KNOWN, RECENT, CostCurve, round_size
+from vllm_nld.auto.acceptance import TRIES, Acceptance, Calibration, Prior
+from vllm_nld.auto.candidates import NOTHING, Candidate, Choice
+from vllm_nld.auto.correction import REMEMBERED_DRAFTS, Correction
+from vllm_nld.auto.costs import KNOWN, RECENT, CostCurve
+from vllm_nld.auto.mode import AR_SAMPLES, PROBE_SHARE, STEPS_PER_CHOICE, AutoMode
+from vllm_nld.ops.sizes import round_size
 
 
 def made(clock: list[float] | None = None, slope: float = 0.01, cap: int = 512) -> AutoMode:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_nld.acceptance import Acceptance, Prior
-from vllm_nld.block import Block
-from vllm_nld.draft_pass import DraftPass
+from vllm_nld.auto.acceptance import Acceptance, Prior
+from vllm_nld.draft_pass.block import Block
+from vllm_nld.draft_pass.forward import DraftPass
 from vllm_nld.options import NLDOptions
-from vllm_nld.requests import RequestState
-from vllm_nld.thinking import ThinkingBudget
+from vllm_nld.proposer.requests import RequestState
+from vllm_nld.proposer.thinking import ThinkingBudget
 
 MASK = 99
 

@@ -15,8 +15,9 @@ from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.attention.backends import cpu_attn  # before any pretending: it loads vLLM's build for the CPU at hand
 
 from vllm_nld import ops
-from vllm_nld.attention import backend, cpp_ops
-from vllm_nld.pages import STRIDED, TILED
+from vllm_nld.attention import backend
+from vllm_nld.ops import cpp_ops
+from vllm_nld.ops.pages import STRIDED, TILED
 
 HEAD_DIM, PAGE_SIZE = 64, 128
 

@@ -8,7 +8,7 @@ import models
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vllm_nld.checkpoint_check import check_tensors, expected_tensors
+from vllm_nld.checkpoints.headers import check_tensors, expected_tensors
 from vllm_nld.errors import NLDError
 from vllm_nld.reference import load_reference
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_nld.checkpoint_check import expected_tensors
+from vllm_nld.checkpoints.headers import expected_tensors
 from vllm_nld.config import NemotronLabsDiffusionConfig, released_rope_parameters
 
 SHAPE_3B = {"num_hidden_layers": 26, "hidden_size": 3072, "intermediate_size": 9216}

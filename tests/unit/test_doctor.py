@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_nld import compat
+from vllm_nld.vllm_glue import scheduling
 
 doctor = importlib.import_module("vllm_nld.cli.doctor")  # the package has a function of that name
 
@@ -36,7 +36,7 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_doctor_says_whether_this_vllm_parks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.parking().startswith("on (off in servers with --enable-lora")
-    monkeypatch.setattr(compat, "parking_obstacle", lambda: "SchedulerOutput has no preempted_req_ids")
+    monkeypatch.setattr(scheduling, "parking_obstacle", lambda: "SchedulerOutput has no preempted_req_ids")
     assert doctor.parking() == "off: this vLLM's SchedulerOutput has no preempted_req_ids"
 
 
@@ -53,12 +53,12 @@ def test_the_whole_report_names_both(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def config(**parts: Any) -> Any:
-    scheduler = SimpleNamespace(scheduler_cls=parts.get("scheduler", compat.SCHEDULER))
+    scheduler = SimpleNamespace(scheduler_cls=parts.get("scheduler", scheduling.SCHEDULER))
     return SimpleNamespace(lora_config=parts.get("lora"), scheduler_config=scheduler)
 
 
 def test_an_engine_says_why_it_does_not_park(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compat.why_not_parked(config(lora=object())).startswith("--enable-lora")
-    assert "--scheduler-cls 'my.Scheduler'" in compat.why_not_parked(config(scheduler="my.Scheduler"))
-    monkeypatch.setattr(compat, "parking_obstacle", lambda: "SchedulerOutput has no preempted_req_ids")
-    assert "no preempted_req_ids" in compat.why_not_parked(config())
+    assert scheduling.why_not_parked(config(lora=object())).startswith("--enable-lora")
+    assert "--scheduler-cls 'my.Scheduler'" in scheduling.why_not_parked(config(scheduler="my.Scheduler"))
+    monkeypatch.setattr(scheduling, "parking_obstacle", lambda: "SchedulerOutput has no preempted_req_ids")
+    assert "no preempted_req_ids" in scheduling.why_not_parked(config())

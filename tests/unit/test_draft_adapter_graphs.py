@@ -12,10 +12,10 @@ from vllm.compilation.backends import split_graph
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.model_executor.layers.attention import attention as vllms_attention
 
-from vllm_nld import draft_adapter
 from vllm_nld.attention.backend import DraftMetadata
-from vllm_nld.draft_adapter import DraftAdapter, leave_adapter_out_of_graphs
 from vllm_nld.errors import NLDError
+from vllm_nld.model import draft_adapter
+from vllm_nld.model.draft_adapter import DraftAdapter, leave_adapter_out_of_graphs
 
 assert vllms_attention, "defines the operators that vLLM splits at"
 

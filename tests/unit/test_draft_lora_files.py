@@ -11,8 +11,8 @@ import torch
 from adapters import change_settings, change_tensors, random_adapter
 from models import small_config
 
-from vllm_nld import draft_lora
-from vllm_nld.draft_lora import FOLDER, DraftLoRA, adapter_of, tensor_names
+from vllm_nld.checkpoints import draft_lora
+from vllm_nld.checkpoints.draft_lora import FOLDER, DraftLoRA, adapter_of, tensor_names
 from vllm_nld.errors import NLDError
 
 CONFIG = small_config()

@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from vllm_nld import compat
+from vllm_nld.vllm_glue import workers
 
 PATCHED = (
     "torch.Event",
@@ -64,7 +64,7 @@ def worker(cpu: bool) -> str:
     platform = SimpleNamespace(is_cpu=lambda: cpu, is_cuda_alike=lambda: not cpu)
     config = SimpleNamespace(worker_cls="auto")
     with patch("vllm.platforms.current_platform", platform):
-        compat.use_worker_subclass(config)
+        workers.use_worker_subclass(config)
     return str(config.worker_cls)
 
 

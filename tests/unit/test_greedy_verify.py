@@ -28,7 +28,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_nld.errors import NLDError
-from vllm_nld.verify import accept_diffusion, guide_verification
+from vllm_nld.vllm_glue.rejection_sampler import accept_diffusion, guide_verification
 
 CPU = torch.device("cpu")
 VOCAB = 40

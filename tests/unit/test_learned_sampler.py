@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.draft_pass.learned_sampler import WRONG_COST, Forecast, LearnedSampler, LearnedSamplerConfig, statistics
 from vllm_nld.errors import NLDError
-from vllm_nld.learned_sampler import WRONG_COST, Forecast, LearnedSampler, LearnedSamplerConfig, statistics
 from vllm_nld.reference import KVCache, ReferenceModel, load_reference
 
 FOLDER = checkpoint_path("tiny") / "learned_sampler"

@@ -13,14 +13,15 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_nld import draft_pass, memory
-from vllm_nld.block import Block, CommitRule
-from vllm_nld.costs import round_size
-from vllm_nld.draft_pass import DraftPass
-from vllm_nld.gpu_worker import NLDGPUWorker
-from vllm_nld.memory import ProfiledDraft, drafts_allowed, drafts_per_request, profiling_drafts, rows_in
-from vllm_nld.token_choice import DraftChoice, TokenChoice
-from vllm_nld.worker import IntroducesProposer
+from vllm_nld.draft_pass import forward as draft_pass
+from vllm_nld.draft_pass import memory
+from vllm_nld.draft_pass.block import Block, CommitRule
+from vllm_nld.draft_pass.forward import DraftPass
+from vllm_nld.draft_pass.memory import ProfiledDraft, drafts_allowed, drafts_per_request, profiling_drafts, rows_in
+from vllm_nld.draft_pass.token_choice import DraftChoice, TokenChoice
+from vllm_nld.ops.sizes import round_size
+from vllm_nld.worker.gpu import NLDGPUWorker
+from vllm_nld.worker.hooks import IntroducesProposer
 
 VOCAB, MASK, TOKENS = 24, 5, 64
 

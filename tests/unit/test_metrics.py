@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from vllm_nld import MODEL_TYPE, plugin
-from vllm_nld.accounting import DECODE_KINDS, Ledger, Tally
-from vllm_nld.metrics import (
+from vllm_nld import plugin
+from vllm_nld.names import MODEL_TYPE
+from vllm_nld.serving.ledger import DECODE_KINDS, Ledger, Tally
+from vllm_nld.serving.metrics import (
     METRICS,
     Publisher,
     Sample,
@@ -34,7 +35,7 @@ SAMPLES = [Sample("vllm:nld_tokens", {"mode": "ar"}, 7), Sample("vllm:nld_accept
 
 
 def scrape(prefix: Path) -> str:
-    from vllm_nld.collector import SnapshotCollector
+    from vllm_nld.serving.collector import SnapshotCollector
 
     registry = CollectorRegistry()
     registry.register(SnapshotCollector("m", prefix))
@@ -114,7 +115,7 @@ def speculating(model: str = "vllm_nld.SelfSpeculation") -> Any:
 def collectors() -> list[Any]:
     from prometheus_client.registry import REGISTRY
 
-    from vllm_nld.collector import SnapshotCollector
+    from vllm_nld.serving.collector import SnapshotCollector
 
     return [c for c in REGISTRY._collector_to_names if isinstance(c, SnapshotCollector)]
 
@@ -124,7 +125,7 @@ def warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
     """What the API process warns of, in an environment of its own; what was registered is taken back."""
     from prometheus_client.registry import REGISTRY
 
-    from vllm_nld import collector
+    from vllm_nld.serving import collector
 
     shown: list[str] = []
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -171,7 +172,7 @@ def test_the_first_request_registers_the_collector(
 
 
 def test_a_worker_that_is_out_of_reach_is_warned_of_once(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_nld import collector
+    from vllm_nld.serving import collector
 
     now = time.monotonic()
     monkeypatch.setattr(collector, "time", SimpleNamespace(monotonic=lambda: now))

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 from annotated_types import Ge, Le
 
-from vllm_nld.engine_config import _asks_for_this_extension
 from vllm_nld.errors import NLDError
+from vllm_nld.model.engine_config import _asks_for_this_extension
 from vllm_nld.options import NLDOptions
 
 

@@ -19,14 +19,14 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from vllm_nld.block import Block
-from vllm_nld.draft_pass import DraftPass
+from vllm_nld.draft_pass.block import Block
+from vllm_nld.draft_pass.forward import DraftPass
+from vllm_nld.draft_pass.learned_sampler import LearnedSampler, LearnedSamplerConfig
 from vllm_nld.errors import NLDError
-from vllm_nld.learned_sampler import LearnedSampler, LearnedSamplerConfig
+from vllm_nld.model.best_tokens import Best
 from vllm_nld.options import NLDOptions
-from vllm_nld.request_options import MODES_OF_KEY, EngineTraits, request_options
-from vllm_nld.requests import Requests
-from vllm_nld.vocab_head import Best
+from vllm_nld.proposer.requests import Requests
+from vllm_nld.serving.admission import MODES_OF_KEY, EngineTraits, request_options
 
 VOCAB, MASK, LONGEST = 20, 5, 16
 EXAMPLES = int(os.environ.get("NLD_FUZZ_EXAMPLES", "150"))

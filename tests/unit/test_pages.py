@@ -10,8 +10,9 @@ import torch
 from cpus import vllm_writes_tiles, write_tiles
 from torch import Tensor
 
+from vllm_nld.attention.layout import find_layout
 from vllm_nld.errors import NLDError
-from vllm_nld.pages import LAYOUTS, STRIDED, TILED, PageLayout, find_layout
+from vllm_nld.ops.pages import LAYOUTS, STRIDED, TILED, PageLayout
 
 PAGES, SIZE, HEADS, DIM = 6, 4, 3, 8
 

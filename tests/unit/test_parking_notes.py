@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from vllm_nld import compat
-from vllm_nld.block import Block
-from vllm_nld.parking import FORWARDS_PER_LOOK, Parked, SchedulerNote, WorkerNote, may_leave
+from vllm_nld.draft_pass.block import Block
+from vllm_nld.errors import NLDError
+from vllm_nld.proposer.parking import FORWARDS_PER_LOOK, Parked, SchedulerNote, WorkerNote, may_leave
+from vllm_nld.vllm_glue import scheduling, steps
 
 MASK = 99
 OPEN, DONE = [1, MASK], [1, 2]
@@ -57,31 +58,31 @@ def test_notes_travel_on_vllm_s_objects() -> None:
     from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
     note = WorkerNote(frozenset({"a"}), {"b": [1, 2]})
-    noted = pickle.loads(pickle.dumps(compat.with_note(EMPTY_MODEL_RUNNER_OUTPUT, note)))
-    assert compat.note_on(noted) == note
-    assert compat.note_on(EMPTY_MODEL_RUNNER_OUTPUT) is None
+    noted = pickle.loads(pickle.dumps(steps.with_note(EMPTY_MODEL_RUNNER_OUTPUT, note)))
+    assert steps.note_on(noted) == note
+    assert steps.note_on(EMPTY_MODEL_RUNNER_OUTPUT) is None
 
 
 def test_an_object_that_takes_no_note_is_refused() -> None:
     class Closed:
         __slots__ = ()
 
-    with pytest.raises(compat.NLDError, match="Closed takes no attributes"):
-        compat.with_note(Closed(), SchedulerNote())
+    with pytest.raises(NLDError, match="Closed takes no attributes"):
+        steps.with_note(Closed(), SchedulerNote())
 
 
 def test_this_vllm_can_park() -> None:
-    assert compat.parking_obstacle() is None
+    assert scheduling.parking_obstacle() is None
     config = SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls=None), lora_config=None)
-    assert not compat.parks_requests(config)
-    compat.use_scheduler_subclass(config.scheduler_config)
-    assert config.scheduler_config.scheduler_cls == compat.SCHEDULER
-    assert compat.parks_requests(config)
+    assert not scheduling.parks_requests(config)
+    scheduling.use_scheduler_subclass(config.scheduler_config)
+    assert config.scheduler_config.scheduler_cls == scheduling.SCHEDULER
+    assert scheduling.parks_requests(config)
     config.lora_config = object()
-    assert not compat.parks_requests(config), "vLLM counts the LoRAs of a step"
-    assert compat.schedules_blocks(config.scheduler_config)
+    assert not scheduling.parks_requests(config), "vLLM counts the LoRAs of a step"
+    assert scheduling.schedules_blocks(config.scheduler_config)
     config.scheduler_config.scheduler_cls = VLLM_S
     config.lora_config = None
-    compat.use_scheduler_subclass(config.scheduler_config)
+    scheduling.use_scheduler_subclass(config.scheduler_config)
     assert config.scheduler_config.scheduler_cls == VLLM_S, "the user's choice"
-    assert not compat.parks_requests(config)
+    assert not scheduling.parks_requests(config)

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vllm_nld import calibration, hardware
-from vllm_nld.checkpoint_check import expected_tensors
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.headers import expected_tensors
 from vllm_nld.cli import app
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.errors import NLDError
-from vllm_nld.hardware import GPUS, Gpu
-from vllm_nld.planning import (
+from vllm_nld.planning import this_machine
+from vllm_nld.planning.cost_model import (
     AR,
     PAGE,
     Mode,
@@ -32,7 +31,8 @@ from vllm_nld.planning import (
     memory,
     passes,
 )
-from vllm_nld.released import PUBLISHED, RELEASED, find_model
+from vllm_nld.planning.gpus import GPUS, Gpu
+from vllm_nld.planning.models import PUBLISHED, RELEASED, find_model
 
 EIGHT = RELEASED["8b"].shape
 H100 = GPUS["h100"]
@@ -337,9 +337,9 @@ def test_a_folder(tmp_path: Path) -> None:
 
 
 def test_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "SHAPE", (256, 128))
-    monkeypatch.setattr(calibration, "BUDGET", 0.01)
-    found = hardware.find_gpu("here", "bfloat16")
+    monkeypatch.setattr(this_machine, "SHAPE", (256, 128))
+    monkeypatch.setattr(this_machine, "BUDGET", 0.01)
+    found = this_machine.find_gpu("here", "bfloat16")
     assert found.bandwidth > 1e6 and found.flops["bfloat16"] > 1e6 and 0 < found.kernel_seconds < 1e-2
     assert found.memory > 1e9
     with pytest.raises(NLDError, match=r"--tp 2: no link between GPUs is known for --gpu here"):
@@ -347,7 +347,7 @@ def test_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_beside_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(calibration, "calibrate", lambda dtype: dataclasses.replace(PLAIN, memory=1e11))
+    monkeypatch.setattr(this_machine, "calibrate", lambda dtype: dataclasses.replace(PLAIN, memory=1e11))
     parts = {"verify forward": 800.0, "sampling": 4.0}
     row = {"model": "3b", "block": 32, "ar_step_ms": 163.0, "draft_ms": 340.0, "cycle_ms": 690.0, "parts_ms": parts}
     file = tmp_path / "cycle.json"

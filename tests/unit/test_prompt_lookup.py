@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nld.acceptance import Calibration
-from vllm_nld.block import Block
-from vllm_nld.prompt_lookup import LONGEST_MATCH, LOOKED_UP, Found, Lookup, splice
+from vllm_nld.auto.acceptance import Calibration
+from vllm_nld.draft_pass.block import Block
+from vllm_nld.draft_pass.prompt_lookup import LONGEST_MATCH, LOOKED_UP, Found, Lookup, splice
 
 MASK = 99
 

@@ -11,9 +11,9 @@ import pytest
 from quantized import FORMATS, quantize
 from safetensors.torch import load_file, save_file
 
-from vllm_nld.checkpoint_check import check_tensors
-from vllm_nld.engine_config import _check_cache, _check_weights
+from vllm_nld.checkpoints.headers import check_tensors
 from vllm_nld.errors import NLDError
+from vllm_nld.model.engine_config import _check_cache, _check_weights
 
 CONFIG = models.small_config()
 SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}

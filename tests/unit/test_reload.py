@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_nld.draft_adapter import DraftAdapter
+from vllm_nld.model.draft_adapter import DraftAdapter
 
 
 def test_a_reload_keeps_the_adapter_and_reports_no_failure(caplog: pytest.LogCaptureFixture) -> None:

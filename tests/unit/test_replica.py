@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from vllm_nld.errors import NLDError
-from vllm_nld.replica import claim_cores
+from vllm_nld.serving.replica import claim_cores
 
 CLAIM = """
 import os, sys
 from vllm_nld.errors import NLDError
-from vllm_nld.replica import claim_cores
+from vllm_nld.serving.replica import claim_cores
 os.sched_getaffinity = lambda _: {0, 1, 2, 3}
 try:
     claimed = claim_cores(int(sys.argv[1]), int(sys.argv[2]), patience=0.1)
@@ -29,7 +29,7 @@ sys.stdin.read()
 GUARDED = """
 import subprocess, sys, time
 from types import SimpleNamespace
-from vllm_nld.replica import Guard
+from vllm_nld.serving.replica import Guard
 guard = Guard()
 guard.forget_metrics_of(SimpleNamespace(instance_id=sys.argv[1]))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -38,7 +38,7 @@ time.sleep(60)
 """
 WATCHED = """
 import asyncio, sys
-from vllm_nld.replica import end_with
+from vllm_nld.serving.replica import end_with
 class Engine:
     looks = 0
     async def check_health(self):

@@ -108,11 +108,11 @@ def test_vllms_rope_is_the_references_in_every_supported_version() -> None:
     """vLLM 0.26 ignores ``attention_factor`` and would scale queries and keys by 0.1 ln(factor) + 1."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from vllm_nld import compat
+    from vllm_nld.vllm_glue import layers
 
     config = models.small_config(head_dim=64, rope_parameters=models.yarn(factor=4.0, original=64))
     with set_current_vllm_config(VllmConfig()):
-        rope = compat.unscaled_rope(64, 256, config.rope_parameters)
+        rope = layers.unscaled_rope(64, 256, config.rope_parameters)
     angles = torch.arange(256)[:, None] * yarn_inverse_frequencies(64, config.rope_parameters)
     expected = torch.cat((angles.cos(), angles.sin()), dim=1).float()
     torch.testing.assert_close(rope.cos_sin_cache.float(), expected, atol=1e-4, rtol=0)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_nld import compat
-from vllm_nld.engine_config import _check_budget
 from vllm_nld.errors import NLDError
-from vllm_nld.padding import grammar_without_padding, schedule_unpadded, without_padding
+from vllm_nld.model.engine_config import _check_budget
 from vllm_nld.scheduler import fair_shares
+from vllm_nld.vllm_glue import scheduling
+from vllm_nld.vllm_glue.padding import grammar_without_padding, schedule_unpadded, without_padding
 
 VLLM_S = "vllm.v1.core.sched.scheduler.Scheduler"
 
@@ -71,7 +71,7 @@ def config(budget: int, scheduler: str | None) -> Any:
 
 
 def test_a_budget_below_a_block_needs_this_scheduler() -> None:
-    _check_budget(config(15, compat.SCHEDULER))
+    _check_budget(config(15, scheduling.SCHEDULER))
     _check_budget(config(16, VLLM_S))
     with pytest.raises(NLDError, match=r"max_num_batched_tokens=15 with scheduler_cls='vllm.*a block of 16 tokens"):
         _check_budget(config(15, VLLM_S))

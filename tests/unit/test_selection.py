@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_nld.block import Block, CommitRule
+from vllm_nld.draft_pass.block import Block, CommitRule
+from vllm_nld.draft_pass.selection import select
 from vllm_nld.reference.diffusion import Policy, _chosen
-from vllm_nld.selection import select
 
 MASK, VOCAB = 5, 12
 RULES = st.builds(

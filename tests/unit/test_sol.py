@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vllm_nld.cli import app
 from vllm_nld.reference import KVCache, ReferenceModel
-from vllm_nld.sol import SpeedOfLight, _Simulator, analyse
+from vllm_nld.reference.speed_of_light import SpeedOfLight, _Simulator, analyse
 
 MASK = 5
 

@@ -9,7 +9,7 @@ import pytest
 from vllm.config import SpeculativeConfig
 
 from vllm_nld.errors import NLDError
-from vllm_nld.speculative_keys import (
+from vllm_nld.model.speculative_keys import (
     _INSTEAD,
     CHECKED_ELSEWHERE,
     FILLED_BY_VLLM,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_nld.token_choice import DraftChoice
+from vllm_nld.draft_pass.token_choice import DraftChoice
 
 VOCAB, LENGTH = 7, 5
 POSITIONS = [1, 2, 3, 4]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_nld.block import Block, CommitRule
-from vllm_nld.token_choice import TokenChoice
-from vllm_nld.vocab_head import best_of, combine, needs_logits, shard_summary
+from vllm_nld.draft_pass.block import Block, CommitRule
+from vllm_nld.draft_pass.selection import needs_logits
+from vllm_nld.draft_pass.token_choice import TokenChoice
+from vllm_nld.model.best_tokens import best_of, combine, shard_summary
 
 
 def split(logits: Tensor, columns: int, shards: int) -> Tensor:

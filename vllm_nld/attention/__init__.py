@@ -1,1 +1,1 @@
-"""Attention of draft passes: vLLM's backend taught to recognise them, and the operators that compute them."""
+"""How an attention layer reads the KV cache in a draft pass."""

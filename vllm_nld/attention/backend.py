@@ -17,9 +17,10 @@ from vllm.config import CacheConfig
 from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_nld import ops
-from vllm_nld.attention.torch_ops import CAUSAL
+from vllm_nld.attention.layout import find_layout, scales, typed_cache
 from vllm_nld.errors import NLDError
-from vllm_nld.pages import PageLayout, find_layout, scales, typed_cache
+from vllm_nld.ops.pages import PageLayout
+from vllm_nld.ops.torch_ops import CAUSAL
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def fast_causal(device_type: str, dtype: torch.dtype) -> bool:
         return False
     if ops.implementation("block_attention", device_type).name != "cpp":
         return False
-    from vllm_nld.attention.cpp_ops import instruction_set
+    from vllm_nld.ops.cpp_ops import instruction_set
 
     return instruction_set() in ("avx512bf16", "avx512")
 

@@ -59,7 +59,7 @@ def _measure(name: str, layers: int | None, repeats: int) -> dict[str, Any]:
 
 
 def _dummy_model(config: NemotronLabsDiffusionConfig, folder: Path) -> Path:
-    from vllm_nld.draft_lora import FOLDER
+    from vllm_nld.checkpoints.draft_lora import FOLDER
     from vllm_nld.reference import DraftAdapter
 
     config.save_pretrained(folder)
@@ -71,7 +71,7 @@ def _dummy_model(config: NemotronLabsDiffusionConfig, folder: Path) -> Path:
 
 def _draft(runner: Any) -> Callable[[bool], None]:
     """Return a function that runs one draft forward, with the adapter or without."""
-    from vllm_nld.block import Block
+    from vllm_nld.draft_pass.block import Block
 
     draft_pass = runner.drafter.draft_pass
 

@@ -18,12 +18,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli.bench_auto import Client, bootstrap_ratio, check_jobs, make_jobs, serving_settings, speed, take_turns
 from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import check_completions
+from vllm_nld.serving.ledger import Tally
 
 LENGTHS: tuple[int, ...] = (4, 8, 16)
 """The embedded checkpoint was trained for blocks of 16; longer ones are refused."""

@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_nld.accounting import Tally
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli import bench_parking
 from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import DTYPES, check_completions, one_of
+from vllm_nld.serving.ledger import Tally
 
 CONVENTION = "tokens per decode forward (draft, verify, denoise and commit all count); the prefill is left out"
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING, Any
 
-from vllm_nld import __version__, compat
+from vllm_nld import __version__
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
 from vllm_nld.errors import NLDError, shown_key
+from vllm_nld.vllm_glue import scheduling
+from vllm_nld.vllm_glue.versions import installed_vllm, unsupported_reason
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +50,12 @@ def run(as_json: bool) -> bool:
 
 def examine() -> dict[str, Any]:
     """Return versions, devices, attention, parking, embedded checkpoint, and what is missing."""
-    vllm = compat.installed_vllm()
+    vllm = installed_vllm()
     versions: dict[str, str | None] = {"vllm-nld": __version__, "python": platform.python_version()}
     versions["vllm"] = " ".join(vllm) if vllm else None
     versions |= {name: _version(name) for name in PACKAGES}
     missing = [f"{name}: pip install {name}" for name in REQUIRED if versions[name] is None]
-    reason = compat.unsupported_reason()
+    reason = unsupported_reason()
     if reason:
         missing.append(reason)
     try:
@@ -105,7 +107,7 @@ def plugin_problem(environment: Mapping[str, str]) -> str | None:
 
 def parking() -> str:
     """Say whether servers on this vLLM park requests while their diffusion blocks are denoised."""
-    obstacle = compat.parking_obstacle()
+    obstacle = scheduling.parking_obstacle()
     if obstacle is not None:
         return f"off: this vLLM's {obstacle}"
     return "on (off in servers with --enable-lora, or with another scheduler by --scheduler-cls)"
@@ -140,7 +142,7 @@ def _operators() -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = ops.implementation("block_attention", device.type)
     if chosen.name == "cpp":
-        from vllm_nld.attention.cpp_ops import instruction_set
+        from vllm_nld.ops.cpp_ops import instruction_set
 
         return f"C++ ({instruction_set()} for bfloat16){_elsewhere(chosen, device)}"
     missing = [

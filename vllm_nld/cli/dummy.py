@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_nld import ARCHITECTURE
 from vllm_nld.cli.limits import MODEL_LENGTH
 from vllm_nld.config import NemotronLabsDiffusionConfig
-from vllm_nld.released import RELEASED
+from vllm_nld.names import ARCHITECTURE
+from vllm_nld.planning.models import RELEASED
 
 DUMMY_SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "load_format": "dummy", "max_model_len": MODEL_LENGTH}
 """Arguments of ``LLM`` for such a model."""

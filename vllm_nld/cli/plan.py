@@ -15,9 +15,10 @@ from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import check_writable, within
 from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError, shown_key
-from vllm_nld.hardware import HERE, Gpu, find_gpu
-from vllm_nld.planning import AR, Mode, Setup, acceptance_at, crossover, estimate, memory, passes
-from vllm_nld.released import PUBLISHED, PlannedModel, Published, find_model
+from vllm_nld.planning.cost_model import AR, Mode, Setup, acceptance_at, crossover, estimate, memory, passes
+from vllm_nld.planning.gpus import HERE, Gpu
+from vllm_nld.planning.models import PUBLISHED, PlannedModel, Published, find_model
+from vllm_nld.planning.this_machine import find_gpu
 
 PLOT_STYLES = ("-", "--", ":", "-.")
 MANY = 1_000_000

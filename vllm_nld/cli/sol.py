@@ -97,7 +97,7 @@ def speed_of_light(
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Return one row per block length."""
-    from vllm_nld.sol import SpeedOfLight, analyse
+    from vllm_nld.reference.speed_of_light import SpeedOfLight, analyse
 
     model, tokenizer = _load(folder, device)
     rows = []

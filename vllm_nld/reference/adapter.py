@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from vllm_nld.checkpoints.draft_lora import CONFIG_FILE, WEIGHTS_FILE, tensor_names
 from vllm_nld.config import NemotronLabsDiffusionConfig
-from vllm_nld.draft_lora import CONFIG_FILE, WEIGHTS_FILE, tensor_names
 
 
 @dataclass

@@ -12,7 +12,7 @@ from vllm_nld.reference.generate import Generation, ThinkingBudget, eos_ids, fir
 from vllm_nld.reference.model import KVCache, ReferenceModel
 
 if TYPE_CHECKING:
-    from vllm_nld.learned_sampler import LearnedSampler
+    from vllm_nld.draft_pass.learned_sampler import LearnedSampler
 
 
 @dataclass(frozen=True)

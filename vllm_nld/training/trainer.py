@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from vllm_nld.draft_lora import WEIGHTS_FILE
+from vllm_nld.checkpoints.draft_lora import WEIGHTS_FILE
 from vllm_nld.errors import NLDError
 from vllm_nld.reference import DraftAdapter, ReferenceModel, load_reference
 from vllm_nld.reference.generate import eos_ids

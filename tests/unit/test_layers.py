@@ -1,0 +1,99 @@
+"""Imports go down: the rooms of the package have levels, and a module imports from lower ones only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import vllm_nld
+
+PACKAGE = Path(vllm_nld.__path__[0])
+
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("names", "errors"),
+    ("policies",),
+    ("config", "options", "ops"),
+    ("checkpoints", "serving", "vllm_glue", "attention"),
+    ("planning", "model"),
+    ("draft_pass",),
+    ("auto", "reference"),
+    ("proposer", "training"),
+    ("worker", "scheduler"),
+    ("cli", "plugin"),
+)
+"""Rooms, and modules of the top level, from the lowest level up."""
+
+LAZY_EXPORTS = {("model", "network"), ("proposer", "self_speculation")}
+"""What a room's ``__init__`` or the package's resolves on demand, for paths that users and vLLM hold."""
+
+
+def modules() -> dict[str, ast.Module]:
+    """Return every module of the package, by its dotted name."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in ("vllm_nld", *parts) if part != "__init__")] = ast.parse(file.read_text())
+    return found
+
+
+def imported(tree: ast.Module, known: dict[str, ast.Module]) -> set[str]:
+    """Return the package's modules that a module imports, in functions, too, but not for type checkers only."""
+    found: set[str] = set()
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & known.keys()) or {node.module}
+    return {name for name in found if name in known}
+
+
+def room(module: str) -> str:
+    """Return the room of a module; the package itself is the room ''."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_room_has_a_level() -> None:
+    rooms = {room(module) for module in modules()} - {""}
+    assert rooms == {name for level in LEVELS for name in level}
+
+
+def test_imports_go_down() -> None:
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    known = modules()
+    wrong = [
+        f"{module} imports {other}"
+        for module, tree in known.items()
+        for other in imported(tree, known)
+        if room(module) and room(other) and room(module) != room(other)
+        if level[room(module)] <= level[room(other)]
+    ]
+    assert not wrong
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Within a room, too; what is exported on demand is left out."""
+    known = modules()
+    edges = {module: imported(tree, known) - {module} for module, tree in known.items() if "." in module}
+    for name, inner in LAZY_EXPORTS:
+        edges[f"vllm_nld.{name}"] -= {f"vllm_nld.{name}.{inner}"}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module in done:
+            return
+        for other in sorted(edges.get(module, ())):
+            visit(other, (*path, module))
+        done.add(module)
+
+    for module in edges:
+        visit(module, ())

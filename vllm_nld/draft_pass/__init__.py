@@ -1,0 +1,1 @@
+"""Filling a block: bidirectional forwards, which positions each commits, and which tokens."""

@@ -1,0 +1,77 @@
+"""The most probable token of a row and its probability, without gathering a vocabulary's logits.
+
+With tensor parallelism every rank holds the head's rows of a share of the vocabulary. Gathering the logits moves
+``vocab`` numbers per row; a greedy draft needs the largest one, whose it is, and the normaliser. So every shard
+says three numbers per row, and every rank combines them in the same way.
+
+A draft adapter changes the hidden states that come in here; nothing in this module knows of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.distributed import tensor_model_parallel_all_gather
+
+from vllm_nld import ops
+
+
+class Best(NamedTuple):
+    """The most probable tokens of some rows.
+
+    Attributes:
+        tokens: int64 ``[rows]``; of equally probable ones the lowest id, as ``argmax`` over all logits has it.
+        probability: float32 ``[rows]``.
+    """
+
+    tokens: Tensor
+    probability: Tensor
+
+
+def best_tokens(model: Any, hidden: Tensor) -> Best:
+    """Return the best tokens of hidden states ``[rows, hidden]``; the mask token never is one.
+
+    Args:
+        model: an :class:`vllm_nld.model.network.NLDForCausalLM`; all ranks must call this with the same hidden states.
+        hidden: the last layer's output.
+    """
+    logits, first_id = model.shard_logits(hidden)
+    if first_id is None:
+        return best_of(logits)
+    return combine(tensor_model_parallel_all_gather(shard_summary(logits, first_id)[None], dim=0))
+
+
+def best_of(logits: Tensor) -> Best:
+    """Return the best tokens of whole logits ``[rows, vocab]``: float32, bfloat16 or float16, inner stride 1."""
+    tokens, largest, normaliser = ops.function("best_tokens", logits.device.type)(logits)
+    return Best(tokens, (largest - normaliser).exp())
+
+
+def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
+    """Return the probability of one token per row, float32 ``[rows]``, for float32 ``[rows, vocab]``."""
+    return (logits.gather(1, tokens[:, None]).squeeze(1) - torch.logsumexp(logits, -1)).exp()
+
+
+def shard_summary(logits: Tensor, first_id: int) -> Tensor:
+    """Return a shard's largest logit, its token id and the log of the shard's normaliser, float32 ``[rows, 3]``.
+
+    Args:
+        logits: the shard's columns, ``[rows, columns]``, as for :func:`best_of`. There may be none: vLLM pads
+            vocabularies, and a small one lies in the first shards alone.
+        first_id: token id of the first column. Ids below 2^24 are exact in float32.
+    """
+    if logits.shape[1] == 0:
+        return torch.tensor([-torch.inf, 0.0, -torch.inf], device=logits.device).expand(len(logits), 3).contiguous()
+    tokens, largest, normaliser = ops.function("best_tokens", logits.device.type)(logits)
+    return torch.stack((largest, (tokens + first_id).float(), normaliser), 1)
+
+
+def combine(summaries: Tensor) -> Best:
+    """Combine float32 ``[shards, rows, 3]``, shards in ascending order of their token ids."""
+    largest, ids, normalisers = summaries.unbind(-1)
+    shard = largest.argmax(0, keepdim=True)  # the first of equal ones, which has the lowest ids
+    tokens = ids.gather(0, shard).squeeze(0).long()
+    probability = (largest.gather(0, shard).squeeze(0) - torch.logsumexp(normalisers, 0)).exp()
+    return Best(tokens, probability)

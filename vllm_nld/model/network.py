@@ -1,0 +1,154 @@
+"""The NLD network on vLLM's own layers: quantization, tensor parallelism and torch.compile come from them.
+
+Only two things differ from vLLM's Mistral: the attention layer's backend knows draft passes
+(:mod:`vllm_nld.attention`), and the mask token is never a possible answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import CacheConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from vllm_nld.attention.backend import block_attention_backend
+from vllm_nld.checkpoints.draft_lora import adapter_of
+from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.model.draft_adapter import DraftAdapter, leave_adapter_out_of_graphs
+from vllm_nld.vllm_glue import cpu_repairs, layers
+
+
+class NLDAttention(nn.Module):
+    """Grouped-query attention with YaRN and the llama-4 query scale.
+
+    The signature is what ``vllm.model_executor.models.llama.LlamaDecoderLayer`` passes.
+    """
+
+    def __init__(
+        self,
+        config: NemotronLabsDiffusionConfig,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        max_position_embeddings: int,
+        quant_config: QuantizationConfig | None = None,
+        bias: bool = False,
+        bias_o_proj: bool = False,
+        cache_config: CacheConfig | None = None,
+        prefix: str = "",
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.scaling_config = config.llama_4_scaling
+        shards = get_tensor_model_parallel_world_size()
+        heads, kv_heads = num_heads // shards, max(1, num_kv_heads // shards)
+        self.q_size, self.kv_size = heads * config.head_dim, kv_heads * config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size, config.head_dim, num_heads, num_kv_heads, bias, quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )  # fmt: skip
+        self.o_proj = RowParallelLinear(
+            num_heads * config.head_dim, hidden_size, bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
+        self.draft_adapter: DraftAdapter | None = None
+        self.sums_itself = False
+        self.rotary_emb = layers.unscaled_rope(config.head_dim, max_position_embeddings, config.rope_parameters)
+        self.attn = Attention(
+            heads,
+            config.head_dim,
+            config.head_dim**-0.5,
+            num_kv_heads=kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+            attn_backend=block_attention_backend(config.head_dim, cache_config),
+        )
+
+    def add_draft_adapter(self, rank: int) -> None:
+        """Make room for an adapter; with tensor parallelism the sum over ranks is taken behind it, once for both."""
+        self.draft_adapter = DraftAdapter(rank, self.q_size, self.o_proj.output_size)
+        self.sums_itself = self.o_proj.tp_size > 1
+        self.o_proj.reduce_results = not self.sums_itself
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """Map ``positions`` int64 ``[tokens]`` and ``hidden_states`` ``[tokens, hidden]`` to ``[tokens, hidden]``."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        query, key = self.rotary_emb(positions, query, key)
+        if self.scaling_config is not None:
+            turns = torch.floor(positions / self.scaling_config["original_max_position_embeddings"])
+            scale = 1 + self.scaling_config["beta"] * torch.log1p(turns)
+            query = (query * scale.unsqueeze(-1)).to(query.dtype)
+        attended = self.attn(query, key, value)
+        projected: Tensor = self.o_proj(attended)[0]
+        if self.draft_adapter is not None:
+            self.draft_adapter(attended, projected)
+        return tensor_model_parallel_all_reduce(projected) if self.sums_itself else projected
+
+
+class NLDDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
+    """vLLM's Llama layer around :class:`NLDAttention`."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, prefix: str = "", config: NemotronLabsDiffusionConfig | None = None
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, config=config, attn_layer_type=NLDAttention)
+
+
+class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    """NLD as vLLM's causal language model; the same object serves draft passes (:mod:`vllm_nld.draft_pass`).
+
+    Attributes:
+        draft_lora: the adapter that drafts run with, on disk; the draft pass loads it.
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"encoder.": "model.", "diffusion_head.": "lm_head."})
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=NLDDecoderLayer)
+        if vllm_config.device_config.device_type == "cpu":
+            cpu_repairs.repair_seeded_prefills()
+        self.mask_token_id: int = vllm_config.model_config.hf_config.mask_token_id
+        self.draft_lora = adapter_of(vllm_config)
+        if self.draft_lora is not None:
+            for layer in self.model.layers:
+                layer.self_attn.add_draft_adapter(self.draft_lora.rank)
+            leave_adapter_out_of_graphs(vllm_config.compilation_config)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return logits ``[tokens, vocab]`` with the mask token at minus infinity, or None off the gathering rank."""
+        logits: Tensor | None = super().compute_logits(hidden_states)
+        if logits is not None:
+            logits[:, self.mask_token_id] = -torch.inf
+        return logits
+
+    def shard_logits(self, hidden_states: Tensor) -> tuple[Tensor, int | None]:
+        """Return this tensor-parallel rank's logits ``[tokens, columns]``, and the token id of their first column.
+
+        The mask token is at minus infinity. Padding is cut off: a small vocabulary may lie in the first shard alone.
+        Where all ranks have all logits, these are whole, and None is returned. See :mod:`vllm_nld.model.best_tokens`.
+        """
+        logits = layers.ungathered_logits(self, hidden_states) if self.lm_head.tp_size > 1 else None
+        if logits is None:
+            whole = self.compute_logits(hidden_states)
+            assert whole is not None, "vLLM gathers logits on every rank"
+            return whole, None
+        shard = self.lm_head.shard_indices
+        first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        logits = logits[:, : end - first]
+        if first <= self.mask_token_id < end:
+            logits[:, self.mask_token_id - first] = -torch.inf
+        return logits, first
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load tensors by their released names; returns the names of the parameters that were filled."""
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        return loaded

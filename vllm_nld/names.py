@@ -1,0 +1,19 @@
+"""Every name under which this extension is known: to vLLM, in files, in options. A leaf: it imports nothing."""
+
+ARCHITECTURE = "NemotronLabsDiffusionModel"
+"""Name under ``architectures`` in a released checkpoint's ``config.json``."""
+
+OWN_ARCHITECTURE = "VllmNLDForCausalLM"
+"""Name this extension's model is always registered under, whatever vLLM itself calls ``ARCHITECTURE``."""
+
+MODEL_TYPE = "nemotron_labs_diffusion"
+"""Value of ``model_type`` in a released checkpoint's ``config.json``."""
+
+NAMESPACE = "nld"
+"""Key of our options in ``--additional-config``, and in a request's ``extra_args``."""
+
+PROPOSER_PATHS = ("vllm_nld.SelfSpeculation", "vllm_nld.proposer.SelfSpeculation")
+"""What ``--speculative-config`` may give as ``model``."""
+
+SCHEDULER = "vllm_nld.scheduler.ParkingScheduler"
+"""Path of our scheduler, for vLLM's ``scheduler_cls``."""

@@ -1,0 +1,1 @@
+"""Memory and speed of the released models, on paper."""

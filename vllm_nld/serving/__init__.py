@@ -1,0 +1,1 @@
+"""What operators of a server see: counts, metrics, and replicas on Ray."""

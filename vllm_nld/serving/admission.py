@@ -1,0 +1,237 @@
+"""What one request asks of this extension, checked when the request is admitted.
+
+The same function serves the API process, where an unsuitable request becomes an HTTP 400, and the worker, where the
+options are acted on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_nld.errors import NLDError, shown, shown_key
+from vllm_nld.names import MODEL_TYPE, NAMESPACE, PROPOSER_PATHS
+from vllm_nld.options import NLDOptions, refuse_misplaced
+
+LEARNED_SAMPLER_FOLDER = "learned_sampler"
+
+MODES_OF_KEY: dict[str, tuple[str, ...]] = {
+    "block_length": ("auto", "self_speculation", "diffusion"),
+    "draft_threshold": ("auto", "self_speculation"),
+    "draft_adapter": ("auto", "self_speculation"),
+    "prompt_lookup": ("auto", "self_speculation"),
+    "sampled_drafts": ("auto", "self_speculation"),
+    "sampler": ("diffusion",),
+    "threshold": ("diffusion",),
+    "tokens_per_step": ("diffusion",),
+    "entropy_budget": ("diffusion",),
+    "max_denoising_steps": ("diffusion",),
+    "temperature": ("diffusion",),
+    "seed_first": ("diffusion",),
+}
+ENGINE_KEYS = ("draft_lora",)
+"""What a request cannot choose: it is settled when the engine loads."""
+BOOLEANS = {key for key, field in NLDOptions.model_fields.items() if field.annotation is bool}
+SAMPLERS_OF_KEY: dict[str, tuple[str, ...]] = {
+    "threshold": ("confidence_threshold", "learned"),
+    "tokens_per_step": ("top_k", "left_to_right"),
+    "entropy_budget": ("entropy_budget",),
+}
+
+
+@dataclass(frozen=True)
+class EngineTraits:
+    """What an engine offers to requests.
+
+    Attributes:
+        defaults: its own options.
+        block_length: tokens of the longest block, seed included; None without ``--speculative-config``.
+        learned_sampler: the folder of the checkpoint's learned sampler, if it brings one.
+    """
+
+    defaults: NLDOptions
+    block_length: int | None
+    learned_sampler: Path | None = None
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> EngineTraits:
+        """Read them from vLLM's config.
+
+        Raises:
+            NLDError: the engine's own options are unsuitable.
+        """
+        speculative = vllm_config.speculative_config
+        own = speculative is not None and speculative.model in PROPOSER_PATHS
+        folder = Path(vllm_config.model_config.model) / LEARNED_SAMPLER_FOLDER
+        return cls(
+            NLDOptions.from_vllm_config(vllm_config),
+            1 + speculative.num_speculative_tokens if own else None,
+            folder if folder.is_dir() else None,
+        )
+
+
+def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
+    """Refuse an unsuitable request of an NLD model before the engine sees it; other models' requests pass.
+
+    Returns:
+        What the engine offers; None for other models.
+
+    Raises:
+        NLDError: see :func:`request_options`.
+    """
+    if vllm_config.model_config.hf_config.model_type != MODEL_TYPE or not hasattr(params, "extra_args"):
+        return None
+    if not hasattr(vllm_config, "nld_traits"):
+        vllm_config.nld_traits = EngineTraits.of(vllm_config)
+    traits: EngineTraits = vllm_config.nld_traits
+    request_options(params, traits)
+    return traits
+
+
+def check_defaults(engine: EngineTraits) -> None:
+    """Refuse defaults of an engine that would have all of its requests refused.
+
+    Raises:
+        NLDError: the message names the key, the value, and what is allowed.
+    """
+    where = f'additional_config["{NAMESPACE}"]'
+    _check_engine(engine.defaults, engine, {}, where)
+    _check_sampler(engine.defaults, engine, where)
+
+
+def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
+    """Return the options of a request: its own keys over the engine's defaults.
+
+    Args:
+        params: vLLM's ``SamplingParams``.
+        engine: what the engine offers.
+
+    Raises:
+        NLDError: the message names the key, the value, and what is allowed.
+    """
+    where = f'extra_args["{NAMESPACE}"]'
+    own = _own_keys(params.extra_args, where)
+    NLDOptions.parse(own, where)  # complain about the request's own keys first, in their own name
+    options = NLDOptions.parse(engine.defaults.model_dump(exclude_unset=True) | own, where)
+    _check_engine(options, engine, own, where)
+    _check_relevance(options, own, where)
+    if options.mode == "diffusion":
+        _check_diffusion(options, params, engine, where)
+    return options
+
+
+def _own_keys(extra_args: Any, where: str) -> dict[Any, Any]:
+    """Collect the request's keys from the forms it may use.
+
+    A dict, a JSON string of one, or flat ``nld.KEY`` entries: the OpenAI server lets ``vllm_xargs`` hold strings,
+    numbers and lists only.
+    """
+    if extra_args is None:
+        return {}
+    if not isinstance(extra_args, dict):
+        raise NLDError(f"extra_args={shown(extra_args)}, but an object such as {{}} is needed")
+    nested = extra_args.get(NAMESPACE, {})
+    if isinstance(nested, str):
+        nested = _from_json(nested, where)
+    if not isinstance(nested, dict):
+        raise NLDError(f"{where}={shown(nested)}, but an object such as {{}} is needed")
+    refuse_misplaced(
+        (key for key in extra_args if key != NAMESPACE and not _is_flat(key)),
+        "extra_args",
+        f'"{NAMESPACE}.mode", or an object "{NAMESPACE}",',
+    )
+    flat = {key.removeprefix(f"{NAMESPACE}."): value for key, value in extra_args.items() if _is_flat(key)}
+    for key in flat.keys() & nested.keys():
+        raise NLDError(f'{where}.{shown_key(key)} is given twice, the other time as "{NAMESPACE}.KEY"; allowed: once')
+    for key in flat.keys() & BOOLEANS:
+        if isinstance(flat[key], int | float) and flat[key] in (0, 1):
+            flat[key] = bool(flat[key])  # vllm_xargs has no booleans: they arrive as numbers
+    return nested | flat
+
+
+def _is_flat(key: object) -> bool:
+    return isinstance(key, str) and key.startswith(f"{NAMESPACE}.")
+
+
+def _from_json(text: str, where: str) -> Any:
+    """Parse a request's JSON; Python's parser also fails on deep nesting and on integers of thousands of digits."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except NLDError as error:
+        raise NLDError(f"{where}={shown(text)}: {error}") from None
+    except (ValueError, RecursionError):
+        raise NLDError(
+            f'{where}={shown(text)} is not JSON; allowed: an object such as {{"mode": "diffusion"}}'
+        ) from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise NLDError("a key is given twice; allowed: once")
+    return found
+
+
+def _check_engine(options: NLDOptions, engine: EngineTraits, own: dict[str, Any], where: str) -> None:
+    if engine.block_length is None:
+        if options.mode in ("diffusion", "self_speculation") and "mode" in own:
+            raise NLDError(
+                f"{where}.mode={options.mode!r} needs a server started with --speculative-config "
+                '\'{"model": "vllm_nld.SelfSpeculation"}\'; this one allows: auto, ar'
+            )
+    elif options.block_length is not None and options.block_length > engine.block_length:
+        raise NLDError(
+            f"{where}.block_length={options.block_length}: allowed are 2 to {engine.block_length} "
+            "(1 + num_speculative_tokens of this server)"
+        )
+
+
+def _check_sampler(options: NLDOptions, engine: EngineTraits, where: str) -> None:
+    if options.sampler == "learned" and engine.learned_sampler is None:
+        raise NLDError(
+            f"{where}.sampler='learned', but this checkpoint has no folder learned_sampler; allowed: "
+            "confidence_threshold, top_k, left_to_right, entropy_budget"
+        )
+
+
+def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> None:
+    """Refuse a key that would have no effect: its author expects one."""
+    for key in own:
+        if key in ENGINE_KEYS:
+            raise NLDError(
+                f"{where}.{key}={shown(own[key])} is not a request's to choose; allowed in "
+                f'--additional-config \'{{"{NAMESPACE}": {{"{key}": ...}}}}\' of the server'
+            )
+        modes = MODES_OF_KEY.get(key)
+        if modes is not None and options.mode not in modes:
+            raise NLDError(
+                f"{where}.{key}={shown(own[key])} has no effect in mode {options.mode!r}; allowed with mode: "
+                f"{', '.join(modes)}"
+            )
+        samplers = SAMPLERS_OF_KEY.get(key)
+        if samplers is not None and options.sampler not in samplers:
+            raise NLDError(
+                f"{where}.{key}={shown(own[key])} has no effect with sampler {options.sampler!r}; "
+                f"allowed with sampler: {', '.join(samplers)}"
+            )
+
+
+def _check_diffusion(options: NLDOptions, params: Any, engine: EngineTraits, where: str) -> None:
+    """Refuse what a diffusion request cannot hold."""
+    _check_sampler(options, engine, where)
+    if params.bad_words:
+        raise NLDError(
+            f"bad_words={shown(params.bad_words)} with mode 'diffusion': positions are decided out of order, so a "
+            "word's start may not be known when its end is decided; allowed with mode: auto, ar, self_speculation"
+        )
+    if options.seed_first:
+        return
+    for name in ("logprobs", "structured_outputs"):
+        value = getattr(params, name, None)
+        if value is not None:
+            raise NLDError(
+                f"{name}={shown(value)} with {where}.seed_first=False: a block's first token is decided outside vLLM's "
+                "sampler, which holds the log-probabilities and the grammar; allowed with seed_first=True"
+            )

@@ -1,0 +1,54 @@
+"""What is needed of vLLM's first model runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_nld.errors import NLDError
+from vllm_nld.vllm_glue.versions import SUPPORTED
+
+
+def set_active_loras(runner: Any, by_logit: list[int], by_token: list[int], requests: set[Any]) -> None:
+    """Have the next forward use LoRAs.
+
+    Args:
+        runner: vLLM's model runner, with LoRAs enabled.
+        by_logit: LoRA id of every row of logits; 0 for none.
+        by_token: LoRA id of every token.
+        requests: the ``LoRARequest`` of every id.
+
+    Raises:
+        NLDError: the runner has no ``_set_active_loras``.
+    """
+    if not hasattr(runner, "_set_active_loras"):
+        raise NLDError(f"this vLLM's model runner has no '_set_active_loras'; vllm-nld supports vLLM {SUPPORTED}")
+    runner._set_active_loras(tuple(by_logit), tuple(by_token), requests)
+
+
+def attach_proposer(runner: Any, drafts: int) -> None:
+    """Introduce the runner's proposer to the runner, and have it asked for drafts near the length limit too.
+
+    Without the second part vLLM replaces all drafts of a batch by zeros as soon as one request comes within
+    ``drafts`` tokens of ``max_model_len``; this proposer shortens such blocks itself.
+
+    Raises:
+        NLDError: the runner lacks what this relies on.
+    """
+    from vllm_nld.vllm_glue.rejection_sampler import accept_diffusion, guide_verification
+
+    for name in (
+        "drafter",
+        "rejection_sampler",
+        "requests",
+        "input_batch",
+        "effective_drafter_max_model_len",
+        "max_model_len",
+    ):
+        if not hasattr(runner, name):
+            raise NLDError(f"this vLLM's model runner has no {name!r}; vllm-nld supports vLLM {SUPPORTED}")
+    runner.effective_drafter_max_model_len = runner.max_model_len + drafts
+    runner.drafter.attach(runner)
+    if not hasattr(runner.rejection_sampler, "apply_logits_processors"):
+        raise NLDError(f"this vLLM's rejection sampler changed; vllm-nld supports vLLM {SUPPORTED}")
+    accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion)
+    guide_verification(runner.rejection_sampler, runner.drafter.draft_probs, runner.drafter.is_diffusion)

@@ -1,0 +1,41 @@
+"""What is known of vLLM's samplers, and repairs of them on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def decides_by_argmax(rejection_sampler: Any, sampling_metadata: Any) -> bool:
+    """Whether vLLM's rejection sampler would take the largest of each row of logits as they are, and return no more.
+
+    All that could change a logit must be known, and off: a field that this vLLM lacks counts as on.
+    """
+    on: Any = object()
+    plain = {"all_greedy": True, "no_penalties": True, "max_num_logprobs": None, "allowed_token_ids_mask": None}
+    if any(getattr(sampling_metadata, name, on) is not value for name, value in plain.items()):
+        return False
+    if any(getattr(sampling_metadata, name, on) for name in ("bad_words_token_ids", "logprob_token_ids")):
+        return False
+    if getattr(rejection_sampler, "synthetic_mode", on):
+        return False
+    thinking = getattr(sampling_metadata, "thinking_budget_state_holder", on)
+    if thinking is on or (thinking is not None and thinking.has_tracked_requests()):
+        return False
+    # The others (min_p) never change an argmax, and greedy rows do not run them.
+    processors = getattr(getattr(sampling_metadata, "logitsprocs", on), "non_argmax_invariant", [on])
+    return all(map(_is_idle, processors))
+
+
+def _is_idle(processor: Any) -> bool:
+    """Whether a logits processor has no request to change logits of; one that is not vLLM's own may always have."""
+    from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
+
+    requests = {MinTokensLogitsProcessor: "min_toks", LogitBiasLogitsProcessor: "biases"}.get(type(processor))
+    return requests is not None and not getattr(processor, requests, True)
+
+
+def sampler_output(token_ids: Any) -> Any:
+    """Return vLLM's ``SamplerOutput`` of tokens, int32 ``[requests, most tokens]``, without log-probabilities."""
+    from vllm.v1.outputs import SamplerOutput
+
+    return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=None)

