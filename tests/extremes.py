@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from vllm_nld.serving.admission import MODES_OF_KEY
+from vllm_nld.options import MODES_OF_KEY
 
 INTEGERS = [-(2**63), -1, 0, 1, 2, 3, 8, 15, 16, 17, 1000, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30]
 FLOATS = [float("inf"), float("-inf"), float("nan"), 1e308, -1e308, 3.5e38, 1e-40, 5e-324, -0.0, 0.0, 0.3, 1.0, 2.0]

@@ -8,16 +8,16 @@ An engine's defaults come from ``--additional-config '{"nld": {...}}'``. A reque
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from vllm_nld.errors import NLDError, shown, shown_key
 from vllm_nld.names import NAMESPACE
+from vllm_nld.policies import OPTIONS, POLICIES
 
 Mode = Literal["auto", "ar", "diffusion", "self_speculation"]
-Sampler = Literal["confidence_threshold", "top_k", "left_to_right", "entropy_budget", "learned"]
 
 MANY = 1 << 16
 """Bound of what is counted in tokens or forwards of a block: more than any block has, and no tensor overflows."""
@@ -26,92 +26,108 @@ HOTTEST = 2.0
 _SHOWN = 3
 
 
-class NLDOptions(BaseModel):
-    """Options under ``nld``. Unknown keys and wrong types are refused, and so is every number without bounds."""
+SPECULATIVE: tuple[Mode, ...] = ("auto", "self_speculation")
+DIFFUSION: tuple[Mode, ...] = ("diffusion",)
+_CONFIG = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+def _option(default: Any, description: str, *, modes: Sequence[Mode], **bounds: Any) -> Any:
+    """Declare an option that has an effect in some modes only."""
+    return Field(default=default, description=description, json_schema_extra={"modes": list(modes)}, **bounds)
+
+
+if TYPE_CHECKING:
+    Sampler = str
+    PolicyOptions = BaseModel
+else:
+    Sampler = Literal[tuple(POLICIES)]
+    PolicyOptions = create_model(
+        "PolicyOptions",
+        __config__=_CONFIG,
+        **{
+            own.name: (own.type, _option(own.default, own.description, modes=DIFFUSION, **own.bounds))
+            for own in OPTIONS.values()
+        },
+    )
+
+
+class NLDOptions(PolicyOptions):
+    """Options under ``nld``. Unknown keys and wrong types are refused, and so is every number without bounds.
+
+    Each selection policy (:mod:`vllm_nld.policies`) adds its own.
+    """
+
+    model_config = _CONFIG
 
     mode: Mode = Field(
         default="auto",
         description="How a request decodes. auto picks AR or self-speculation per step by cost and acceptance; "
         "diffusion is never picked, since its text is not AR's.",
     )
-    block_length: int | None = Field(
+    block_length: int | None = _option(
         default=None,
         ge=2,
         le=MANY,
         description="Tokens of a block, seed included; at most 1 + num_speculative_tokens, which is the default.",
+        modes=(*SPECULATIVE, *DIFFUSION),
     )
-    draft_threshold: float = Field(
+    draft_threshold: float = _option(
         default=0.0,
         ge=0.0,
         le=1.0,
         description="Self-speculation. 0 fills a block by one draft forward. Above 0, each draft forward commits only "
         "the positions at least this probable (and always the best one), and drafting repeats until the block is full.",
+        modes=SPECULATIVE,
     )
     draft_lora: str = Field(
         default="auto",
         description="Engine only. The adapter that is active while self-speculation drafts: 'auto' takes the "
         "checkpoint's own (its folder linear_spec_lora) if it brings one, 'off' none; else the path of a PEFT folder.",
     )
-    draft_adapter: bool = Field(
+    draft_adapter: bool = _option(
         default=True,
         description="Self-speculation. Draft with the engine's adapter, if it has one.",
+        modes=SPECULATIVE,
     )
-    prompt_lookup: int = Field(
+    prompt_lookup: int = _option(
         default=3,
         ge=0,
         le=16,
         description="Self-speculation. Behind the first unsure draft, draft what followed the last so many tokens at "
         "their latest earlier occurrence in prompt and text (drawn drafts are left alone); in auto mode, "
         "do so also instead of drafting. 0 does not.",
+        modes=SPECULATIVE,
     )
-    sampled_drafts: bool = Field(
+    sampled_drafts: bool = _option(
         default=True,
         description="Self-speculation of requests with a temperature. True draws the drafts from the draft's own "
         "distribution, which the rejection sampler is told; False drafts the most probable tokens.",
+        modes=SPECULATIVE,
     )
-    sampler: Sampler = Field(
-        default="confidence_threshold",
+    sampler: Sampler = _option(
+        default=next(iter(POLICIES)),
         description="Diffusion. Which masked positions a denoising forward commits.",
+        modes=DIFFUSION,
     )
-    threshold: float = Field(
-        default=0.9,
-        ge=0.0,
-        le=1.0,
-        description="Diffusion, samplers confidence_threshold and learned: commit the positions of at least this "
-        "confidence, or this predicted probability to be right (and always the one of highest confidence).",
-    )
-    tokens_per_step: int | None = Field(
-        default=None,
-        ge=1,
-        le=MANY,
-        description="Diffusion, samplers top_k and left_to_right: positions committed by a denoising forward. By "
-        "default an even share of the block over max_denoising_steps, or 1.",
-    )
-    entropy_budget: float = Field(
-        default=0.3,
-        ge=0.0,
-        le=1e6,
-        description="Diffusion, sampler entropy_budget: commit positions in order of entropy while the sum of their "
-        "entropies without the largest stays within this many nats.",
-    )
-    max_denoising_steps: int | None = Field(
+    max_denoising_steps: int | None = _option(
         default=None,
         ge=1,
         le=MANY,
         description="Diffusion: denoising forwards per block; the last one commits all that is left.",
+        modes=DIFFUSION,
     )
-    temperature: float | None = Field(
+    temperature: float | None = _option(
         default=None,
         ge=0.0,
         le=HOTTEST,
         description="Diffusion: temperature of the denoising passes; by default the request's own temperature.",
+        modes=DIFFUSION,
     )
-    seed_first: bool = Field(
+    seed_first: bool = _option(
         default=True,
         description="Diffusion: the causal pass decides a block's first token. False masks that position, too, as "
         "servers do that have no causal seed.",
+        modes=DIFFUSION,
     )
 
     @classmethod
@@ -128,12 +144,17 @@ class NLDOptions(BaseModel):
         return cls.parse(additional.get(NAMESPACE, {}))
 
     @classmethod
+    def keys(cls) -> list[str]:
+        """Return the names of all options, those of selection policies last."""
+        return [*(name for name in cls.model_fields if name not in OPTIONS), *OPTIONS]
+
+    @classmethod
     def parse(cls, raw: object, where: str = f'additional_config["{NAMESPACE}"]') -> NLDOptions:
         """Validate ``raw``, which came from ``where``; see :meth:`from_vllm_config`."""
         if not isinstance(raw, dict):
             raise NLDError(f"{where}={shown(raw)}, but an object such as {{}} is needed")
         problems = [
-            f"{where}.{shown_key(key)}={shown(value)} is unknown; allowed keys: {', '.join(cls.model_fields)}"
+            f"{where}.{shown_key(key)}={shown(value)} is unknown; allowed keys: {', '.join(cls.keys())}"
             for key, value in raw.items()
             if key not in cls.model_fields
         ]
@@ -145,6 +166,17 @@ class NLDOptions(BaseModel):
             more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
             raise NLDError("; ".join(problems[:_SHOWN]) + more)
         return options
+
+
+def _modes(field: Any) -> tuple[str, ...] | None:
+    extra = field.json_schema_extra
+    return tuple(extra["modes"]) if isinstance(extra, dict) else None
+
+
+MODES_OF_KEY: dict[str, tuple[str, ...]] = {
+    name: modes for name, field in NLDOptions.model_fields.items() if (modes := _modes(field)) is not None
+}
+"""In which modes an option has an effect, for those that a request may choose besides ``mode``."""
 
 
 def is_ours(key: object) -> bool:

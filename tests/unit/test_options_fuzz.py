@@ -24,9 +24,9 @@ from vllm_nld.draft_pass.forward import DraftPass
 from vllm_nld.draft_pass.learned_sampler import LearnedSampler, LearnedSamplerConfig
 from vllm_nld.errors import NLDError
 from vllm_nld.model.best_tokens import Best
-from vllm_nld.options import NLDOptions
+from vllm_nld.options import MODES_OF_KEY, NLDOptions
 from vllm_nld.proposer.requests import Requests
-from vllm_nld.serving.admission import MODES_OF_KEY, EngineTraits, request_options
+from vllm_nld.serving.admission import EngineTraits, request_options
 
 VOCAB, MASK, LONGEST = 20, 5, 16
 EXAMPLES = int(os.environ.get("NLD_FUZZ_EXAMPLES", "150"))
@@ -64,17 +64,20 @@ class RandomModelPass(DraftPass):
 
     def __init__(self, learned_sampler: LearnedSampler, mask_token_id: int) -> None:
         self.learned_sampler, self.mask_token_id = learned_sampler, mask_token_id
-        self.compact, self.max_tokens = True, 1 << 10
+        self.compact, self.max_tokens, self.vocab_size = True, 1 << 10, VOCAB
 
-    def forward(self, blocks: Any) -> Tensor:
+    def _hidden(self, blocks: Any) -> Tensor:
+        return torch.empty(0)
+
+    def _logits(self, hidden: Tensor, group: Any, blocks: Any) -> Tensor:
         masked = sum(block.tokens.count(self.mask_token_id) for block in blocks)
         logits = torch.randn(masked, VOCAB) * 8
         logits[:, 7] = 0.0
         logits[:, self.mask_token_id] = -torch.inf
         return logits
 
-    def best(self, blocks: Any) -> Best:
-        probability, tokens = self.forward(blocks).softmax(-1).max(-1)
+    def _best(self, hidden: Tensor, group: Any, blocks: Any) -> Best:
+        probability, tokens = self._logits(hidden, group, blocks).softmax(-1).max(-1)
         return Best(tokens, probability)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from vllm_nld.errors import NLDError
-from vllm_nld.options import NLDOptions
-from vllm_nld.serving.admission import ENGINE_KEYS, MODES_OF_KEY, EngineTraits, check_defaults, request_options
+from vllm_nld.options import MODES_OF_KEY, NLDOptions
+from vllm_nld.serving.admission import ENGINE_KEYS, EngineTraits, check_defaults, request_options
 
 
 def read(extra_args: Any, traits: EngineTraits | None = None, **params: Any) -> NLDOptions:

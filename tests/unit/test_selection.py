@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,21 +12,29 @@ from hypothesis import strategies as st
 
 from vllm_nld.draft_pass.block import Block, CommitRule
 from vllm_nld.draft_pass.selection import select
+from vllm_nld.policies import OPTIONS, POLICIES, Rows
 from vllm_nld.reference.diffusion import Policy, _chosen
 
 MASK, VOCAB = 5, 12
-RULES = st.builds(
-    CommitRule,
-    sampler=st.sampled_from(["confidence_threshold", "top_k", "left_to_right", "entropy_budget"]),
-    threshold=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
-    tokens_per_step=st.sampled_from([None, 1, 3, 20]),
-    entropy_budget=st.sampled_from([0.0, 0.5, 2.0, 50.0]),
-    max_steps=st.sampled_from([None, 1, 2, 5]),
-)
+VALUES = {
+    "threshold": [0.0, 0.2, 0.5, 0.9, 1.0],
+    "tokens_per_step": [None, 1, 3, 20],
+    "entropy_budget": [0.0, 0.5, 2.0, 50.0],
+}
+
+
+@st.composite
+def rules(draw: Any) -> CommitRule:
+    """Any policy that judges by what a row of logits holds, with any values."""
+    name = draw(st.sampled_from([name for name, policy in POLICIES.items() if "learned" not in policy.needs]))
+    values = {option.name: draw(st.sampled_from(VALUES[option.name])) for option in POLICIES[name].options}
+    return CommitRule(name, values, draw(st.sampled_from([None, 1, 2, 5])))
 
 
 @settings(max_examples=200)
-@given(st.integers(0, 10_000), st.lists(st.tuples(RULES, st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=5))
+@given(
+    st.integers(0, 10_000), st.lists(st.tuples(rules(), st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=5)
+)
 def test_rows_follow_their_own_rules(seed: int, rows: list[tuple[CommitRule, int, int]]) -> None:
     generator = torch.Generator().manual_seed(seed)
     longest = max(length for _, length, _ in rows)
@@ -43,7 +52,7 @@ def test_rows_follow_their_own_rules(seed: int, rows: list[tuple[CommitRule, int
         masked[row, :length] = open_
         score[row, :length] = logits.softmax(-1).amax(-1)
         entropy[row, :length] = torch.special.entr(logits.softmax(-1)).sum(-1)
-        policy = Policy(rule.sampler, rule.threshold, rule.tokens_per_step, rule.entropy_budget, rule.max_steps)
+        policy = Policy(rule.policy, **rule.values, max_steps=rule.max_steps)
         expected.append(sorted(_chosen(block, MASK, logits, tokens, policy, passes)))
     committed = select(blocks, masked, score, entropy)
     assert [row.nonzero().flatten().tolist() for row in committed] == expected
@@ -64,11 +73,31 @@ def test_rows_follow_their_own_rules(seed: int, rows: list[tuple[CommitRule, int
     ],
 )
 def test_quota(rule: dict[str, Any], masked: int, passes: int, quota: int) -> None:
-    assert CommitRule(**rule).quota(masked, passes) == quota
+    rows = torch.ones(1, masked, dtype=torch.bool)
+    given = {"tokens_per_step": rule.get("tokens_per_step")}
+    own = Rows(rows, rows.float(), None, None, [given], [passes], [rule.get("max_steps")])
+    assert own.quotas().tolist() == [[quota]]
+
+
+def test_the_reference_has_a_twin_of_every_policy() -> None:
+    """Written independently, on purpose: add one to ``reference/diffusion.py`` with every new policy."""
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+    for name, policy in POLICIES.items():
+        values = {option.name: option.default for option in policy.options}
+        if "learned" in policy.needs:
+            continue  # needs a network; see tests/unit/test_learned_sampler.py
+        assert _chosen([MASK] * 3, MASK, logits, logits.argmax(-1), Policy(name, **values), 0)
+    with pytest.raises(ValueError, match="no such policy here"):
+        _chosen([MASK] * 3, MASK, logits, logits.argmax(-1), Policy("another"), 0)
+
+
+def test_every_policy_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs/modes.md").read_text()
+    assert not [name for name in [*POLICIES, *OPTIONS] if f"`{name}`" not in page]
 
 
 def test_ties_go_left() -> None:
-    block = Block(0, [MASK] * 4, CommitRule(sampler="top_k", tokens_per_step=2))
+    block = Block(0, [MASK] * 4, CommitRule("top_k", {"tokens_per_step": 2}))
     masked = torch.tensor([[False, True, True, True]])
     assert select([block], masked, torch.full((1, 4), 0.5)).tolist() == [[False, True, True, False]]
 

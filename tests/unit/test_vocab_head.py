@@ -50,7 +50,7 @@ def test_who_needs_all_logits() -> None:
         return Block(0, [1, 2], **settings)  # type: ignore[arg-type]
 
     assert not needs_logits(block())
-    assert not needs_logits(block(rule=CommitRule("top_k")))
+    assert not needs_logits(block(rule=CommitRule("top_k", {"tokens_per_step": None})))
     assert needs_logits(block(choice=TokenChoice(vocab_size=8, length=2)))
-    assert needs_logits(block(rule=CommitRule("learned")))
-    assert needs_logits(block(rule=CommitRule("entropy_budget")))
+    assert needs_logits(block(rule=CommitRule("learned", {"threshold": 0.9})))
+    assert needs_logits(block(rule=CommitRule("entropy_budget", {"entropy_budget": 0.3})))

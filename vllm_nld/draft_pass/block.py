@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from vllm_nld.draft_pass.token_choice import TokenChoice
-from vllm_nld.options import NLDOptions, Sampler
+from vllm_nld.options import NLDOptions
+from vllm_nld.policies import POLICIES
 
 
 @dataclass(frozen=True)
 class CommitRule:
-    """Which masked positions a forward commits (:mod:`vllm_nld.draft_pass.selection`); every rule commits at least one.
+    """Which masked positions a forward commits; every rule commits at least one.
 
     Attributes:
-        sampler: the selection policy.
-        threshold: samplers ``confidence_threshold`` and ``learned``; 0 commits everything at once.
-        tokens_per_step: samplers ``top_k`` and ``left_to_right``; None spreads the block over ``max_steps``, or
-            commits 1 if that is None, too.
-        entropy_budget: sampler ``entropy_budget``, in nats.
+        policy: the selection policy's name in :data:`vllm_nld.policies.POLICIES`.
+        values: of the policy's options.
         max_steps: forwards per block; the last one commits all that is left. None: no limit.
     """
 
-    sampler: Sampler = "confidence_threshold"
-    threshold: float = 0.0
-    tokens_per_step: int | None = None
-    entropy_budget: float = 0.0
+    policy: str
+    values: Mapping[str, Any]
     max_steps: int | None = None
 
     @classmethod
     def for_drafts(cls, options: NLDOptions) -> CommitRule:
         """Return self-speculation's rule."""
-        return cls(threshold=options.draft_threshold)
+        return cls("confidence_threshold", {"threshold": options.draft_threshold})
 
     @classmethod
     def for_diffusion(cls, options: NLDOptions) -> CommitRule:
         """Return block diffusion's rule."""
-        return cls(
-            options.sampler,
-            options.threshold,
-            options.tokens_per_step,
-            options.entropy_budget,
-            options.max_denoising_steps,
-        )
+        own = POLICIES[options.sampler].options
+        values = {option.name: getattr(options, option.name) for option in own}
+        return cls(options.sampler, values, options.max_denoising_steps)
 
-    def quota(self, masked: int, passes: int) -> int:
-        """Return how many positions to commit in forward ``passes`` (from 0) with ``masked`` left, for fixed counts."""
-        if self.tokens_per_step is not None:
-            return self.tokens_per_step
-        if self.max_steps is None:
-            return 1
-        return -(-masked // max(1, self.max_steps - passes))
+
+AT_ONCE = CommitRule("confidence_threshold", {"threshold": 0.0})
+"""Commits everything in one forward."""
 
 
 @dataclass
@@ -75,7 +64,7 @@ class Block:
 
     prefix: int
     tokens: list[int]
-    rule: CommitRule = CommitRule()
+    rule: CommitRule = AT_ONCE
     choice: TokenChoice | None = None
     stop_ids: frozenset[int] = frozenset()
     passes: int = 0

@@ -21,7 +21,7 @@ from vllm.forward_context import set_forward_context
 from vllm_nld.attention.backend import BlockTable, DraftMetadata, block_table, page_layout
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.memory import CHUNK_BYTES, DRAWN_BYTES, ProfiledDraft, rows_in
-from vllm_nld.draft_pass.selection import needs_logits, select
+from vllm_nld.draft_pass.selection import needed, needs_logits, select
 from vllm_nld.draft_pass.token_choice import DraftChoice
 from vllm_nld.model.best_tokens import Best, best_tokens, probability_of
 from vllm_nld.model.draft_adapter import load_adapter
@@ -287,7 +287,7 @@ class DraftPass:
         dense = torch.zeros(masked.shape)
         dense[masked] = confidence.cpu()
         entropy = None
-        if logits is not None and any(block.rule.sampler == "entropy_budget" for block in blocks):
+        if logits is not None and "entropy" in needed(blocks):
             entropy = torch.zeros(masked.shape)
             entropy[masked] = torch.special.entr(logits.softmax(-1)).sum(-1).cpu()
         chosen = torch.full(masked.shape, self.mask_token_id)
@@ -324,7 +324,7 @@ class DraftPass:
 
     def _scores(self, blocks: Sequence[Block], logits: Tensor | None, masked: Tensor) -> Tensor | None:
         """Return the learned sampler's scores, float ``[rows, length]``, if a row asks for them."""
-        rows = [row for row, block in enumerate(blocks) if block.rule.sampler == "learned"]
+        rows = [row for row, block in enumerate(blocks) if "learned" in needed([block])]
         if logits is None or not rows:
             return None
         assert self.learned_sampler is not None, "admission refuses the sampler where there is none"

@@ -134,6 +134,8 @@ def _chosen(block: list[int], mask_id: int, logits: Tensor, tokens: Tensor, poli
         run = sorted(masked, key=lambda row: entropy[row])
         spent = [sum(entropy[row] for row in run[:count]) for count in range(len(run))]
         return [row for row, before in zip(run, spent, strict=True) if row == run[0] or before <= policy.entropy_budget]
+    if policy.sampler not in ("top_k", "left_to_right"):
+        raise ValueError(f"{policy.sampler!r} is no such policy here")
     share = policy.tokens_per_step
     if share is None:
         share = 1 if policy.max_steps is None else -(-len(masked) // (policy.max_steps - forwards))

@@ -13,32 +13,14 @@ from typing import Any
 
 from vllm_nld.errors import NLDError, shown, shown_key
 from vllm_nld.names import MODEL_TYPE, NAMESPACE, PROPOSER_PATHS
-from vllm_nld.options import NLDOptions, refuse_misplaced
+from vllm_nld.options import MODES_OF_KEY, NLDOptions, refuse_misplaced
+from vllm_nld.policies import policies_with
 
 LEARNED_SAMPLER_FOLDER = "learned_sampler"
 
-MODES_OF_KEY: dict[str, tuple[str, ...]] = {
-    "block_length": ("auto", "self_speculation", "diffusion"),
-    "draft_threshold": ("auto", "self_speculation"),
-    "draft_adapter": ("auto", "self_speculation"),
-    "prompt_lookup": ("auto", "self_speculation"),
-    "sampled_drafts": ("auto", "self_speculation"),
-    "sampler": ("diffusion",),
-    "threshold": ("diffusion",),
-    "tokens_per_step": ("diffusion",),
-    "entropy_budget": ("diffusion",),
-    "max_denoising_steps": ("diffusion",),
-    "temperature": ("diffusion",),
-    "seed_first": ("diffusion",),
-}
 ENGINE_KEYS = ("draft_lora",)
 """What a request cannot choose: it is settled when the engine loads."""
 BOOLEANS = {key for key, field in NLDOptions.model_fields.items() if field.annotation is bool}
-SAMPLERS_OF_KEY: dict[str, tuple[str, ...]] = {
-    "threshold": ("confidence_threshold", "learned"),
-    "tokens_per_step": ("top_k", "left_to_right"),
-    "entropy_budget": ("entropy_budget",),
-}
 
 
 @dataclass(frozen=True)
@@ -210,8 +192,8 @@ def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> No
                 f"{where}.{key}={shown(own[key])} has no effect in mode {options.mode!r}; allowed with mode: "
                 f"{', '.join(modes)}"
             )
-        samplers = SAMPLERS_OF_KEY.get(key)
-        if samplers is not None and options.sampler not in samplers:
+        samplers = policies_with(key)
+        if samplers and options.sampler not in samplers:
             raise NLDError(
                 f"{where}.{key}={shown(own[key])} has no effect with sampler {options.sampler!r}; "
                 f"allowed with sampler: {', '.join(samplers)}"

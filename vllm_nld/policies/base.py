@@ -1,0 +1,105 @@
+"""What a selection policy is, and what its methods are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Need = Literal["entropy", "learned"]
+"""What a policy judges besides confidence: a position's entropy, or the learned sampler's score."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a policy, under ``nld``.
+
+    Attributes:
+        name: the key.
+        type: its type, for pydantic.
+        default: its default.
+        bounds: pydantic's ``ge`` and ``le``.
+        description: what it does; shown in the documentation.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    bounds: Mapping[str, float]
+    description: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a forward that share a policy.
+
+    Attributes:
+        masked: bool ``[rows, length]``, the undecided positions.
+        confidence: float32 ``[rows, length]``, the chosen token's probability.
+        entropy: float32 ``[rows, length]``, nats, if the policy needs it.
+        learned: float32 ``[rows, length]``, the learned sampler's scores, if the policy needs them: 1 where a commit
+            should change nothing.
+        values: each row's values of the policy's options.
+        passes: forwards that each row's block has taken before this one.
+        max_steps: forwards that each row's block may take; None: no limit.
+    """
+
+    masked: Tensor
+    confidence: Tensor
+    entropy: Tensor | None
+    learned: Tensor | None
+    values: Sequence[Mapping[str, Any]]
+    passes: Sequence[int]
+    max_steps: Sequence[int | None]
+
+    def column(self, option: str) -> Tensor:
+        """Return each row's value of an option, float32 ``[rows, 1]``."""
+        return torch.tensor([float(own[option]) for own in self.values])[:, None]
+
+    def quotas(self) -> Tensor:
+        """Return how many positions a fixed count commits, int64 ``[rows, 1]``.
+
+        ``tokens_per_step``; if that is None, an even share of the positions over the forwards that are left, or 1.
+        """
+        quotas = []
+        for own, masked, passes, steps in zip(self.values, self.masked, self.passes, self.max_steps, strict=True):
+            if own["tokens_per_step"] is not None:
+                quotas.append(own["tokens_per_step"])
+            else:
+                quotas.append(1 if steps is None else -(-int(masked.sum()) // max(1, steps - passes)))
+        return torch.tensor(quotas)[:, None]
+
+
+class Policy(Protocol):
+    """One policy. It commits at least one masked position of every row, or a block would never be done."""
+
+    @property
+    def name(self) -> str:
+        """What ``nld.sampler`` calls it."""
+
+    @property
+    def options(self) -> Sequence[Option]:
+        """The options that it reads: declared to users, checked at admission, handed to :meth:`select`."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the draft pass must compute for it. Anything here costs the whole distribution of every position."""
+
+    def select(self, rows: Rows) -> Tensor:
+        """Return the positions to commit, bool ``[rows, length]``, a subset of ``rows.masked``.
+
+        Called after every forward, except in a block's last allowed one, which commits all that is left.
+        """
+
+
+def ranks(masked: Tensor, score: Tensor) -> Tensor:
+    """Return each masked position's rank by descending score, int64 ``[rows, length]``; the others come last.
+
+    Ties go to the left position.
+    """
+    order = score.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(score.shape[1]).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
