@@ -67,6 +67,8 @@ def arguments(folder: Path, **settings: Any) -> EngineArgs:
             },
             ["kv_connector='MultiConnector'", "layer by layer"],
         ),
+        ({"enable_dbo": True}, ["enable_dbo=True", "allowed: False"]),
+        ({"ubatch_size": 2}, ["ubatch_size=2", "allowed: 0 or 1"]),
         ({"runner": "pooling"}, ["runner='pooling'", "'generate'", "speculative"]),
     ],
 )

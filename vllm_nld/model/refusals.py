@@ -19,6 +19,7 @@ def check_speculation_can_be_right(vllm_config: Any) -> None:
     """
     _check_runner(vllm_config.model_config)
     _check_context_parallel(vllm_config.parallel_config)
+    _check_micro_batches(vllm_config.parallel_config)
     _check_verification(vllm_config.speculative_config)
     _check_connector(vllm_config.kv_transfer_config)
 
@@ -38,6 +39,16 @@ def _check_context_parallel(parallel_config: Any) -> None:
             raise NLDError(
                 f"{name}={size} with self-speculation: a draft reads a request's whole prefix, of which a rank then "
                 f"holds a part; use {name}=1 (tensor_parallel_size is supported)"
+            )
+
+
+def _check_micro_batches(parallel_config: Any) -> None:
+    for name, off, allowed in (("enable_dbo", 0, "False"), ("ubatch_size", 1, "0 or 1")):
+        value = getattr(parallel_config, name, off)
+        if value > off:
+            raise NLDError(
+                f"{name}={value} with self-speculation: a draft reads the block table of a whole step, of which vLLM "
+                f"then makes one per micro-batch; allowed: {allowed}"
             )
 
 
