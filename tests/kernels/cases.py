@@ -535,9 +535,7 @@ BEST_SPECS = {
     "one row": BestSpec(1, 1000, torch.bfloat16),
     "one column": BestSpec(3, 1, torch.float16),
     "no whole vector": BestSpec(5, 131, torch.float32, padding=3),
-    "ties in several segments": BestSpec(
-        3, 3 * SEGMENT, torch.bfloat16, ties=(SEGMENT + 70, SEGMENT + 5, 2 * SEGMENT)
-    ),
+    "ties in several segments": BestSpec(3, 3 * SEGMENT, torch.bfloat16, ties=(SEGMENT + 70, SEGMENT + 5, 2 * SEGMENT)),
     "all equal": BestSpec(2, 2 * SEGMENT + 1, torch.float16, scale=0.0),
     "ascending": BestSpec(2, 2 * SEGMENT, torch.float32, ascending=True),
     "NaN behind a larger one": BestSpec(3, 2 * SEGMENT, torch.float32, nans=(90, 70, SEGMENT)),
@@ -556,6 +554,7 @@ BEST_SPECS = {
     "NaN in short segments": BestSpec(3, 2 * GPU_SEGMENT, torch.bfloat16, nans=(GPU_SEGMENT + 1030, GPU_SEGMENT + 7)),
     "far from zero": BestSpec(2, 131072, torch.float32, scale=0.5, offset=5000.0),
 }
+
 
 @st.composite
 def best_specs(draw: st.DrawFn, longest: int = 2 * SEGMENT) -> BestSpec:
