@@ -99,8 +99,7 @@ NLD_DEVICE BestPart search_segment(const BestParams& params, const T* row, int s
     const int first = segment * kBestSegment + thread_index() * kChunk;
     LogitChunk chunks[kChunks];
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i)
-        chunks[i] = load_logits<T>(row, first + i * kStep, params.vocab, params.aligned);
+    for (int i = 0; i < kChunks; ++i) chunks[i] = load_logits<T>(row, first + i * kStep, params.vocab, params.aligned);
     BestPart best = {minus_infinity(), first, 0.0f};
 #pragma unroll
     for (int i = 0; i < kBestSegment / kBestThreads; ++i) {
@@ -139,8 +138,7 @@ best_row(const NLD_GRID_CONSTANT BestParams params) {
     const int row = block_x();
     const BestPart* parts = params.parts + static_cast<int64_t>(row) * params.segments;
     BestPart best = {minus_infinity(), 0x7fffffff, 0.0f};
-    for (int segment = thread_index(); segment < params.segments; segment += 32)
-        best = combined(best, parts[segment]);
+    for (int segment = thread_index(); segment < params.segments; segment += 32) best = combined(best, parts[segment]);
     best = combined_over_warp(best);
     if (thread_index() != 0) return;
     params.tokens[row] = best.token;

@@ -86,9 +86,9 @@ int nld_best_tokens(const NldBestTokens* call, cudaStream_t stream) {
     const int64_t row_bytes = call->row_stride * (call->type == NLD_FLOAT32 ? 4 : 2);
     const bool aligned = (static_cast<int64_t>(reinterpret_cast<uintptr_t>(call->logits)) | row_bytes) % 16 == 0;
     const int segments = nld::ceil_div(call->vocab, nld::kBestSegment);
-    const nld::BestParams params = {call->logits,      call->row_stride, static_cast<nld::BestPart*>(call->workspace),
-                                    call->tokens,      call->largest,    call->normalisers,
-                                    call->vocab,       segments,         aligned};
+    const nld::BestParams params = {call->logits, call->row_stride, static_cast<nld::BestPart*>(call->workspace),
+                                    call->tokens, call->largest,    call->normalisers,
+                                    call->vocab,  segments,         aligned};
     const int shared_bytes = nld::kBestWarps * static_cast<int>(sizeof(nld::BestPart));
     const int launched =
         nld::launch(segment_kernel, call->rows, segments, 1, nld::kBestThreads, shared_bytes, stream, params);

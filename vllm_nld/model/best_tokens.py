@@ -63,7 +63,9 @@ def shard_summary(logits: Tensor, first_id: int) -> Tensor:
         first_id: token id of the first column. Ids below 2^24 are exact in float32.
     """
     if logits.shape[1] == 0:
-        return torch.tensor([-torch.inf, 0.0, -torch.inf], device=logits.device).expand(len(logits), 3).contiguous()
+        summary = logits.new_full((len(logits), 3), -torch.inf, dtype=torch.float32)
+        summary[:, 1] = 0.0  # an id; filling, unlike a tensor made on the host, waits for no device
+        return summary
     tokens, largest, normaliser = ops.function("best_tokens", logits.device.type)(logits)
     return torch.stack((largest, (tokens + first_id).float(), normaliser), 1)
 

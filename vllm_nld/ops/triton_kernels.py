@@ -17,8 +17,8 @@ def _kernel(*changing: str) -> Callable[[Callable[..., Any]], Any]:
     Triton compiles in whether an integer is 1, and whether it or an address divides by 16. That helps for what is the
     same in all of a model's calls; sizes of a batch would have it compile while requests wait.
     """
-    decorator: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=changing)
-    return decorator
+    compiled: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=changing)
+    return compiled
 
 
 @triton.jit
@@ -281,7 +281,7 @@ def _best_of(logit, token, total, SUM: tl.constexpr):
 def best_kernel(
     logits, part_largest, part_token, part_total, row_stride, vocab, BLOCK: tl.constexpr, SUM: tl.constexpr
 ):  # fmt: skip
-    """Find the best token of a segment, BLOCK logits, of a row. Grid: (rows, segments). Parts: [rows, segments]."""
+    """Find the best token of one segment, BLOCK logits, of one row. Grid: (rows, segments), as are the parts."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     token = segment * BLOCK + tl.arange(0, BLOCK)
