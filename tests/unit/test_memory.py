@@ -222,7 +222,7 @@ def test_a_worker_drafts_before_vllm_s_warm_up_ends() -> None:
 
 def test_memory_limits_drafts_only_where_probabilities_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     by_argmax = True
-    monkeypatch.setattr(memory.compat, "decides_by_argmax", lambda *_: by_argmax)
+    monkeypatch.setattr(memory.sampling, "decides_by_argmax", lambda *_: by_argmax)
     runner = SimpleNamespace(rejection_sampler=None, input_batch=SimpleNamespace(sampling_metadata=None))
     assert drafts_allowed(runner, 4000, 131072) >= 31
     by_argmax = False

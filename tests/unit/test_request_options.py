@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 
+from vllm_nld.names import MODEL_TYPE
 from vllm_nld.errors import NLDError
 from vllm_nld.options import MODES_OF_KEY, NLDOptions
-from vllm_nld.serving.admission import ENGINE_KEYS, EngineTraits, check_defaults, request_options
+from vllm_nld.serving.admission import (
+    ENGINE_KEYS,
+    EngineTraits,
+    check_admission,
+    check_defaults,
+    request_options,
+)
 
 
 def read(extra_args: Any, traits: EngineTraits | None = None, **params: Any) -> NLDOptions:
@@ -177,3 +184,15 @@ def test_defaults_that_would_refuse_every_request_are_refused_at_start_up() -> N
         check_defaults(EngineTraits(NLDOptions(block_length=17), 16))
     with pytest.raises(NLDError, match=r'^additional_config\["nld"\]\.sampler=.*no folder learned_sampler'):
         check_defaults(EngineTraits(NLDOptions(sampler="learned"), 16))
+
+
+def test_an_integer_that_cannot_be_sent_to_the_engine_is_refused() -> None:
+    from vllm import SamplingParams
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=MODEL_TYPE)),
+        nld_traits=EngineTraits(NLDOptions(), 16),
+    )
+    assert check_admission(config, SamplingParams(thinking_token_budget=2**63)) is not None
+    with pytest.raises(NLDError, match=r"^thinking_token_budget=18446744073709551616: allowed are integers of 64 bits"):
+        check_admission(config, SamplingParams(thinking_token_budget=2**64))

@@ -61,15 +61,24 @@ def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
         What the engine offers; None for other models.
 
     Raises:
-        NLDError: see :func:`request_options`.
+        NLDError: see :func:`request_options`; or an integer of vLLM's own is too large.
     """
     if vllm_config.model_config.hf_config.model_type != MODEL_TYPE or not hasattr(params, "extra_args"):
         return None
     if not hasattr(vllm_config, "nld_traits"):
         vllm_config.nld_traits = EngineTraits.of(vllm_config)
     traits: EngineTraits = vllm_config.nld_traits
+    _check_integers(params)
     request_options(params, traits)
     return traits
+
+
+def _check_integers(params: Any) -> None:
+    """Refuse integers that vLLM cannot send to the engine: it checks most, and answers HTTP 500 for the others."""
+    for name in getattr(params, "__struct_fields__", ()):
+        value = getattr(params, name)
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise NLDError(f"{name}={shown(value)}: allowed are integers of 64 bits")
 
 
 def check_defaults(engine: EngineTraits) -> None:
