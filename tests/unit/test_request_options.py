@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm_nld.names import MODEL_TYPE
 from vllm_nld.errors import NLDError
+from vllm_nld.names import MODEL_TYPE
 from vllm_nld.options import MODES_OF_KEY, NLDOptions
 from vllm_nld.serving.admission import (
     ENGINE_KEYS,
