@@ -95,14 +95,20 @@ def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
 
 def shun_ar(llm: Any, drafts: Callable[[int], int] = lambda count: count) -> None:
     """Have auto mode verify ``drafts(n)`` of every n looked-up drafts, and draft if there is none, at any price."""
+    from vllm_nld.auto.search import Search
 
-    def lookups(found: Any, *_: Any) -> tuple[dict[int, int], float, float]:
-        taken = {row: drafts(len(chances)) for row, chances in found.items()}
-        taken = {row: count for row, count in taken.items() if count}
-        return taken, 0.0, float("inf") if taken else 0.0
+    class Eager(Search):
+        def lookups(self, found: Any, requests: int, tokens: int) -> tuple[dict[int, int], float, float]:
+            taken = {row: drafts(len(chances)) for row, chances in found.items()}
+            taken = {row: count for row, count in taken.items() if count}
+            return taken, 0.0, float("inf") if taken else 0.0
+
+        def floor(self, requests: int, tokens: int) -> float:
+            return 0.0
 
     auto = runner(llm).drafter.auto
-    auto._lookups, auto._probe, auto._plain_rate = lookups, lambda *_: None, lambda *_: 0.0
+    auto.search = Eager(auto.search.prices, auto.search.lengths)
+    auto.probing.due = lambda *_: None
 
 
 def watch_blocks(llm: Any, seen: Callable[[Any], None]) -> None:

@@ -8,10 +8,11 @@ import random
 import pytest
 
 from vllm_nld.auto.acceptance import TRIES, Acceptance, Calibration, Prior
-from vllm_nld.auto.candidates import NOTHING, Candidate, Choice
-from vllm_nld.auto.correction import REMEMBERED_DRAFTS, Correction
+from vllm_nld.auto.candidates import ALL_AR, Candidate, Choice
 from vllm_nld.auto.costs import KNOWN, RECENT, CostCurve
-from vllm_nld.auto.mode import AR_SAMPLES, PROBE_SHARE, STEPS_PER_CHOICE, AutoMode
+from vllm_nld.auto.expectations import REMEMBERED_DRAFTS, ExpectedVsActual
+from vllm_nld.auto.mode import STEPS_PER_CHOICE, AutoMode
+from vllm_nld.auto.probing import AR_SAMPLES, PROBE_SHARE
 from vllm_nld.ops.sizes import round_size
 
 
@@ -34,21 +35,21 @@ def candidates(*rates: float) -> list[Candidate]:
 
 
 def test_good_drafts_are_taken_and_bad_ones_are_not() -> None:
-    assert made().plan(candidates(0.95), 1, 1) == Choice({0: 16}, {})
-    assert made().plan(candidates(0.1), 1, 1) == NOTHING
-    assert made().plan([], 3, 3) == NOTHING
+    assert made().plan(candidates(0.95), 1, 1).choice == Choice({0: 16}, {})
+    assert made().plan(candidates(0.1), 1, 1).choice == ALL_AR
+    assert made().plan([], 3, 3).choice == ALL_AR
 
 
 def test_the_block_length_follows_acceptance() -> None:
     """Where tokens cost, a long block pays only if it is accepted."""
-    lengths = [made(slope=0.08).plan(candidates(rate), 1, 1).blocks.get(0, 1) for rate in (0.3, 0.8, 0.9, 0.98)]
+    lengths = [made(slope=0.08).plan(candidates(rate), 1, 1).choice.blocks.get(0, 1) for rate in (0.3, 0.8, 0.9, 0.98)]
     assert lengths == sorted(lengths)
     assert lengths[0] == 1
     assert 1 < lengths[1] < lengths[-1] == 16
 
 
 def test_only_the_promising_requests_draft() -> None:
-    chosen = made(slope=0.05).plan(candidates(0.05, 0.97, 0.1, 0.96), 4, 4)
+    chosen = made(slope=0.05).plan(candidates(0.05, 0.97, 0.1, 0.96), 4, 4).choice
     assert set(chosen.blocks) == {1, 3}
 
 
@@ -59,12 +60,12 @@ def test_a_busy_device_decodes_one_token_at_a_time() -> None:
         auto.costs.start(size, 0.01 * size)
         for _ in range(AR_SAMPLES):
             auto.costs.ar.observe(size, 0.01 * size)
-    assert auto.plan(candidates(*[0.8] * 32), 32, 32) == NOTHING
+    assert auto.plan(candidates(*[0.8] * 32), 32, 32).choice == ALL_AR
 
 
 def test_a_request_s_own_limit_is_kept() -> None:
     (candidate,) = candidates(0.95)
-    assert made().plan([Candidate(0, candidate.acceptance, 3)], 1, 1).blocks == {0: 3}
+    assert made().plan([Candidate(0, candidate.acceptance, 3)], 1, 1).choice.blocks == {0: 3}
 
 
 def test_ar_is_priced_before_anything_is_chosen() -> None:
@@ -72,8 +73,8 @@ def test_ar_is_priced_before_anything_is_chosen() -> None:
     for size in range(1, 64):
         auto.costs.start(size, 1.0)
     steps = 0
-    while not auto.plan(candidates(0.95), 1, 1).drafts:
-        auto.observe_step(1, 1, 0, 1.0)
+    while not (cycle := auto.plan(candidates(0.95), 1, 1)).choice.drafts:
+        cycle.finish(1, 1, 0, 1.0)
         steps += 1
         assert steps < 50
     assert steps == AR_SAMPLES
@@ -81,8 +82,12 @@ def test_ar_is_priced_before_anything_is_chosen() -> None:
 
 def test_ar_once_chosen_is_kept_for_some_steps() -> None:
     auto = made()
-    assert auto.plan(candidates(0.1, 0.1), 2, 2) == NOTHING
-    assert [auto.replan([0, 1], 2, 2, {}) for _ in range(STEPS_PER_CHOICE + 1)] == [NOTHING] * 8 + [None]
+    assert auto.plan(candidates(0.1, 0.1), 2, 2).choice == ALL_AR
+    for _ in range(STEPS_PER_CHOICE):
+        again = auto.replan([0, 1], 2, 2, {})
+        assert again is not None
+        assert again.choice == ALL_AR
+    assert auto.replan([0, 1], 2, 2, {}) is None
     auto.plan(candidates(0.1, 0.1), 2, 2)
     assert auto.replan([0, 1, 2], 3, 3, {}) is None, "the batch is another one"
     assert auto.decisions["ar", 1] == 2 + 2 * STEPS_PER_CHOICE + 2
@@ -92,21 +97,21 @@ def test_looked_up_drafts_are_verified_without_drafting() -> None:
     """At 1 s + 0.01 s a token, 15 drafts of which 10 are accepted are well worth 0.15 s; poor ones are not."""
     (good,), (poor,) = candidates(0.1), candidates(0.1)
     good.found, poor.found = [0.9] * 15, [0.02] * 15
-    assert made().plan([good], 1, 1) == Choice({}, {0: 15})
-    assert made().plan([poor], 1, 1) == NOTHING
+    assert made().plan([good], 1, 1).choice == Choice({}, {0: 15})
+    assert made().plan([poor], 1, 1).choice == ALL_AR
 
 
 def test_who_has_looked_up_drafts_does_not_draft() -> None:
     four = candidates(0.97, 0.97, 0.97, 0.97)
     four[0].found = [0.97] * 15
-    choice = made().plan(four, 4, 4)
+    choice = made().plan(four, 4, 4).choice
     assert choice == Choice({1: 16, 2: 16, 3: 16}, {0: 15})
 
 
 def test_looked_up_drafts_are_taken_by_their_chance_to_sizes_with_a_kernel() -> None:
     pair = candidates(0.1, 0.1)
     pair[0].found, pair[1].found = [0.9] * 15, [0.5] * 15
-    lookups = made(slope=0.08).plan(pair, 2, 2).lookups
+    lookups = made(slope=0.08).plan(pair, 2, 2).choice.lookups
     assert lookups[0] > lookups.get(1, 0)
     assert round_size(size := 2 + sum(lookups.values())) == size
 
@@ -115,9 +120,10 @@ def test_lookups_are_looked_at_in_every_step() -> None:
     """A choice of AR holds for some steps as far as drafting goes, but a lookup may find something at any token."""
     auto = made()
     auto.plan(candidates(0.1, 0.1), 2, 2)
-    assert auto.replan([0, 1], 2, 2, {1: [0.02] * 15}) == NOTHING
-    found = auto.replan([0, 1], 2, 2, {1: [0.95] * 14})
-    assert found == Choice({}, {1: 14})
+    poor, found = (auto.replan([0, 1], 2, 2, {1: chances}) for chances in ([0.02] * 15, [0.95] * 14))
+    assert poor is not None and found is not None
+    assert poor.choice == ALL_AR
+    assert found.choice == Choice({}, {1: 14})
     assert auto.decisions == {("ar", 1): 2 + 2 + 1, ("prompt_lookup", 15): 1}
 
 
@@ -127,14 +133,15 @@ def test_a_lookup_does_not_put_off_drafting() -> None:
         auto = made()
         (candidate,) = candidates(rate)
         candidate.found = [0.95] * 15
-        assert auto.plan([candidate], 1, 1) == Choice({}, {0: 15})
-        assert auto.settled_steps == settled
+        cycle = auto.plan([candidate], 1, 1)
+        assert cycle.choice == Choice({}, {0: 15})
+        assert cycle.steps == settled
 
 
 def test_a_better_draft_is_not_given_up_for_a_poor_lookup() -> None:
     (candidate,) = candidates(0.95)
     candidate.found = [0.5] + [0.7] * 14
-    assert made().plan([candidate], 1, 1) == Choice({0: 16}, {})
+    assert made().plan([candidate], 1, 1).choice == Choice({0: 16}, {})
 
 
 def test_idle_requests_are_probed_beside_others_lookups() -> None:
@@ -142,26 +149,27 @@ def test_idle_requests_are_probed_beside_others_lookups() -> None:
     for _ in range(2000):
         pair = candidates(0.05, 0.05)
         pair[0].found, pair[1].idle_steps = [0.95] * 15, 10_000
-        choice = auto.plan(pair, 2, 2)
+        cycle = auto.plan(pair, 2, 2)
+        choice = cycle.choice
         assert 0 in choice.lookups
         if choice.blocks:
             assert set(choice.blocks) == {1}
             probed += 1
-            auto.observe_draft(8, 1.4)
+            cycle.drafted(8, 1.4)
         size = 2 + sum(choice.lookups.values()) + sum(choice.blocks.values()) - len(choice.blocks)
-        auto.observe_step(2, size, 0, 1 + 0.05 * size)
+        cycle.finish(2, size, 0, 1 + 0.05 * size)
     assert 5 < probed < 100
 
 
 def test_rare_long_runs_are_no_shortfall() -> None:
     """Blocks with 15 accepted drafts make up for those with none: on average the expected 3 are accepted."""
-    correction = Correction()
+    actual = ExpectedVsActual()
     for number in range(2000):
-        correction.observe(15 if number % 5 == 0 else 0, 3.0, 1.0)
-    assert correction.gain == pytest.approx(1.0, abs=0.02)
+        actual.observe(15 if number % 5 == 0 else 0, 3.0, 1.0)
+    assert actual.gain == pytest.approx(1.0, abs=0.02)
     for _ in range(int(REMEMBERED_DRAFTS)):
-        correction.observe(1.5, 3.0, 1.0)
-    assert correction.gain == pytest.approx(0.5, abs=0.05)
+        actual.observe(1.5, 3.0, 1.0)
+    assert actual.gain == pytest.approx(0.5, abs=0.05)
 
 
 def test_probes_stay_within_their_budget() -> None:
@@ -170,14 +178,15 @@ def test_probes_stay_within_their_budget() -> None:
     for _ in range(20_000):
         (candidate,) = candidates(0.05)
         candidate.idle_steps = idle
-        chosen = auto.plan([candidate], 1, 1).drafts
+        cycle = auto.plan([candidate], 1, 1)
+        chosen = cycle.choice.drafts
         idle = 0 if chosen else idle + 1
         seconds = 1.01
         if chosen:
-            auto.observe_draft(8, 1.08)
+            cycle.drafted(8, 1.08)
             seconds = 1.08
             probing += 1.08 + 0.07
-        auto.observe_step(1, 8 if chosen else 1, 0, seconds)
+        cycle.finish(1, 8 if chosen else 1, 0, seconds)
         busy += seconds + (1.08 if chosen else 0.0)
     assert 0.3 * PROBE_SHARE < probing / busy < 1.5 * PROBE_SHARE
 
@@ -192,8 +201,9 @@ def test_nobody_is_probed_where_even_good_drafts_would_not_pay() -> None:
         idle = candidates(*[0.1] * 16)
         for candidate in idle:
             candidate.idle_steps = 10_000
-        assert auto.plan(idle, 16, 16) == NOTHING
-        auto.observe_step(16, 16, 0, 0.16)
+        cycle = auto.plan(idle, 16, 16)
+        assert cycle.choice == ALL_AR
+        cycle.finish(16, 16, 0, 0.16)
 
 
 def test_promises_that_are_not_kept_are_believed_less() -> None:
@@ -201,21 +211,22 @@ def test_promises_that_are_not_kept_are_believed_less() -> None:
     auto = made(slope=0.05)
     cycles = 0
     for _ in range(800):
-        chosen = auto.plan(candidates(0.95), 1, 1).drafts
+        cycle = auto.plan(candidates(0.95), 1, 1)
+        chosen = cycle.choice.drafts
         if chosen:
             cycles += 1
-            auto.observe_draft(16, 1.8)
-        auto.observe_step(1, 16 if chosen else 1, 0, 1.8 if chosen else 1.05)
+            cycle.drafted(16, 1.8)
+        cycle.finish(1, 16 if chosen else 1, 0, 1.8 if chosen else 1.05)
     assert 5 < cycles < 400
 
 
 def test_trim_keeps_what_pays() -> None:
     auto = made(slope=0.2)
-    assert auto.trim([[0.99] * 15], 1, 1.0) == [15]
-    (kept,) = auto.trim([[0.97, 0.97, 0.97] + [0.05] * 12], 1, 1.0)
+    assert auto.idle().trim([[0.99] * 15], 1, 1.0) == [15]
+    (kept,) = auto.idle().trim([[0.97, 0.97, 0.97] + [0.05] * 12], 1, 1.0)
     assert kept == 3
-    assert auto.trim([[0.99] * 7, [0.05] * 7], 2, 1.0)[1] == 0
-    assert sum(auto.trim([[0.01] * 15], 1, 1.0)) >= 1, "what is drafted is put to the test"
+    assert auto.idle().trim([[0.99] * 7, [0.05] * 7], 2, 1.0)[1] == 0
+    assert sum(auto.idle().trim([[0.01] * 15], 1, 1.0)) >= 1, "what is drafted is put to the test"
 
 
 def test_rounded_sizes_are_few() -> None:
@@ -262,13 +273,25 @@ def test_a_stopped_process_is_no_price() -> None:
     """The time between two steps in which nobody asked for one must not make AR, or drafting, look dear."""
     auto = made()
     for _ in range(2 * KNOWN):
-        auto.observe_step(4, 4, 0, 1.04)
-    plain, allowance = auto._plain_seconds(4, 4), auto._allowance
-    auto.plan(candidates(0.95, 0.95, 0.95, 0.95), 4, 4)
-    auto.observe_step(4, 4, 0, 500.0)
-    assert auto._corrections[4].plain == pytest.approx(1.0)
-    assert auto._corrections[4].seconds == 1.0
-    assert (auto._plain_seconds(4, 4), auto._allowance) == (plain, allowance)
+        auto.idle().finish(4, 4, 0, 1.04)
+    prices = auto.search.prices
+    plain, saved = prices.plain_seconds(4, 4), auto.probing.saved
+    auto.plan(candidates(0.95, 0.95, 0.95, 0.95), 4, 4).finish(4, 4, 0, 500.0)
+    assert prices.actual(4).plain == pytest.approx(1.0)
+    assert prices.actual(4).seconds == 1.0
+    assert (prices.plain_seconds(4, 4), auto.probing.saved) == (plain, saved)
+
+
+def test_a_cycle_that_served_others_teaches_nothing_about_gains() -> None:
+    auto = made()
+    for void in (True, False):
+        cycle = auto.plan(candidates(0.95), 1, 1)
+        assert cycle.choice.blocks
+        if void:
+            cycle.void()
+        cycle.drafted(16, 1.16)
+        cycle.finish(1, 16, 0, 1.16)
+        assert (auto.search.prices.actual(1).gain == 1.0) is void
 
 
 @pytest.mark.parametrize(("rates", "weight"), [((0.7,) * 20, 48.0), ((0.05, 0.95) * 10, 3.0)])

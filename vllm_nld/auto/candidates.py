@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from vllm_nld.auto.acceptance import Acceptance
 
-HOPE = 0.9
-"""Acceptance rate of a request that would be worth finding: where not even that pays, nobody is probed."""
+GOOD_RATE = 0.9
+"""Acceptance rate of a request that would be worth finding: where not even that pays, no request is probed."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Candidate:
 
 
 class Choice(NamedTuple):
-    """What the requests of a step do; who is in neither takes an AR step.
+    """What the requests of a step do; a request in neither takes an AR step.
 
     Attributes:
         blocks: tokens of the block to draft, seed included, by row.
@@ -54,21 +54,21 @@ class Choice(NamedTuple):
 
     @property
     def drafts(self) -> bool:
-        """Whether anybody has drafts."""
+        """Whether any request has drafts."""
         return bool(self.blocks or self.lookups)
 
 
-NOTHING = Choice({}, {})
+ALL_AR = Choice({}, {})
 
 
-def described(row: int, choice: Choice) -> tuple[str, int]:
+def label(row: int, choice: Choice) -> tuple[str, int]:
     """Return what a row does: the mode, and the tokens that its next causal pass runs."""
     if row in choice.blocks:
         return "self_speculation", choice.blocks[row]
     return ("prompt_lookup", 1 + choice.lookups[row]) if row in choice.lookups else ("ar", 1)
 
 
-def taken(
+def longest_blocks_above(
     candidates: Sequence[Candidate], offers: Sequence[list[tuple[float, int, float]]], least: float
 ) -> tuple[dict[int, int], float]:
     """Return the longest blocks whose last drafts have at least this chance to be accepted, and their gain in all."""
@@ -82,7 +82,7 @@ def taken(
     return blocks, gained
 
 
-def hoped(candidates: Sequence[Candidate]) -> list[Candidate]:
+def assume_good(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates as they would be if their drafts were good."""
-    good = Acceptance(candidates[0].acceptance.prior, accepted=1e6 * HOPE, tested=1e6)
+    good = Acceptance(candidates[0].acceptance.prior, accepted=1e6 * GOOD_RATE, tested=1e6)
     return [replace(candidate, acceptance=good, found=()) for candidate in candidates]

@@ -9,8 +9,7 @@ from itertools import accumulate
 from statistics import median_low
 
 RECENT = 15
-"""Measurements of one size whose median is its price: a page fault or a compiled kernel is no cost of ours."""
-
+"""Measurements of one size whose median is its price, so that one page fault or one compilation does not count."""
 
 KNOWN = 4
 """Measurements from which on they are believed, and the first guess is not."""
@@ -39,7 +38,9 @@ class CostCurve:
         return -(-size // step) * step
 
     def start(self, size: int, seconds: float) -> None:
-        """Set a first guess. It counts like one measurement, so that the first real one is doubted: it may compile."""
+        """Set a first guess. It counts as one sample, so that a first measurement that includes compilation does not
+        simply replace it.
+        """
         bucket = self.bucket(size)
         self._guesses[bucket] = seconds
         self._price(bucket, 0.0)
@@ -56,7 +57,8 @@ class CostCurve:
     def seconds(self, size: int) -> float:
         """Return the expected seconds; 0 if nothing was ever measured.
 
-        No more than a larger size was seen to take: a price that is too high would never be tried, hence never mended.
+        At most what a larger size was seen to take: an overestimate would keep this size from being used, and so would
+        never be corrected.
         """
         if not self._sizes or size <= 0:
             return 0.0

@@ -26,7 +26,12 @@ from vllm_nld.draft_pass.token_choice import DraftChoice
 from vllm_nld.errors import NLDError
 from vllm_nld.ops.sizes import round_size
 from vllm_nld.options import NLDOptions
+<<<<<<< ours
 from vllm_nld.proposer.auto_step import choose
+=======
+from vllm_nld.proposer.admission import EngineTraits
+from vllm_nld.proposer.auto_step import plan_step
+>>>>>>> theirs
 from vllm_nld.proposer.parking import Parked, SchedulerNote, WorkerNote, may_leave
 from vllm_nld.proposer.request_loras import TaskLoRAs
 from vllm_nld.proposer.requests import Requests, RequestState
@@ -62,6 +67,7 @@ class SelfSpeculation:
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.draft_pass: DraftPass | None = None
         self.auto = AutoMode(self.block_length, together=first_rank_decides)
+        self._cycle = self.auto.idle()
         self.ledger = Ledger()
         self._requests: Requests | None = None
         self._runner: Any = None
@@ -259,7 +265,7 @@ class SelfSpeculation:
             return
         tokens = sum(self._scheduled.get(state.request_id, 0) for state in states.values())
         accepted = sum(len(sampled[row]) - 1 for row, state in states.items() if state.is_adaptive and state.drafted)
-        self.auto.observe_step(len(states), tokens, accepted, now - self._left_at)
+        self._cycle.finish(len(states), tokens, accepted, now - self._left_at)
 
     def _settle(self, state: RequestState, sampled: list[int]) -> None:
         """Book the causal pass that has just decided ``sampled``."""
@@ -304,12 +310,11 @@ class SelfSpeculation:
                     blocks[row] = self._draft_block(row, state, tokens, longest)
         requests = len(states) - len(opened)
         planned = requests + sum(map(len, drafts)) + sum(block.length - 1 for block in blocks.values())
-        if adaptive:
-            lengths, found = choose(self.auto, adaptive, tokens, self._longest, requests, planned)
-            for row, length in lengths.items():
-                blocks[row] = self._draft_block(row, states[row], tokens, length)
-            for row, looked_up in found.items():
-                blocks[row] = looked_up.block(*tokens.seed(row))
+        self._cycle, found = plan_step(self.auto, adaptive, tokens, self._longest, requests, planned)
+        for row, length in self._cycle.choice.blocks.items():
+            blocks[row] = self._draft_block(row, states[row], tokens, length)
+        for row, looked_up in found.items():
+            blocks[row] = looked_up.block(*tokens.seed(row))
         empty = {row: block for row, block in blocks.items() if not block.is_done(self.mask_token_id)}
         self._draft_pass().locate(empty | opened)
         for row, block in opened.items():
@@ -370,10 +375,10 @@ class SelfSpeculation:
                 splice(block, lookup, tokens.history(row))
         drafted = [block for block in blocks.values() if block.passes]
         if mixed:
-            # The forward and the causal pass also serve blocks that auto mode did not reckon with.
-            self.auto.forget_cycle()
+            # The forward and the causal pass also serve blocks that auto mode did not plan for.
+            self._cycle.void()
         elif drafted and all(block.passes == 1 for block in drafted):
-            self.auto.observe_draft(sum(block.length for block in drafted), seconds)
+            self._cycle.drafted(sum(block.length for block in drafted), seconds)
         self._trim(blocks, states, given, seconds)
 
     def _trim(self, blocks: dict[int, Block], states: dict[int, RequestState], given: int, seconds: float) -> None:
@@ -383,7 +388,9 @@ class SelfSpeculation:
             return  # looked-up drafts alone were chosen by what they are worth
         given += sum(blocks[row].length - 1 for row in blocks if row not in adaptive)
         # vLLM takes the first rank's drafts; how many another one keeps does not matter.
-        keep = self.auto.trim([states[row].chances_of(blocks[row].confidence[1:]) for row in adaptive], given, seconds)
+        keep = self._cycle.trim(
+            [states[row].chances_of(blocks[row].confidence[1:]) for row in adaptive], given, seconds
+        )
         for row, drafts in zip(adaptive, keep, strict=True):
             del blocks[row].tokens[1 + drafts :]
 

@@ -1,25 +1,25 @@
-"""What auto mode's expectations turn out to be worth."""
+"""How far what auto mode expected came true."""
 
 from __future__ import annotations
 
 import math
 
 REMEMBERED_DRAFTS = 1000.0
-"""Expected drafts that the correction of gain remembers: what a block yields varies as much as it is, so that fewer
-would tell little."""
+"""Memory of the gain, in expected drafts. The yield of a block has a standard deviation about as large as its mean, so
+a shorter memory would be mostly noise."""
 TIME_WEIGHT = 0.03
-"""Weight of a step in the corrections of time."""
+"""Weight of a step in the ratios of time."""
 SLOWEST = 2.0
 """A step that took a larger multiple of its price was disturbed, and counts as this."""
 FORGET = 0.002
-"""Share of a correction that a choice of AR takes back."""
+"""How much of the way back to 1 a choice of AR takes a ratio."""
 
 
-class Correction:
+class ExpectedVsActual:
     """How far drafting fell short of what was expected, at a number of requests.
 
-    Ratios of sums, for a mean of ratios would be off: a few blocks in which nearly all drafts are accepted make up for
-    many poor ones, and cut to size they no longer do.
+    We divide sums rather than average ratios. Acceptance has a long tail, and clipping each ratio would hide the few
+    long runs that pay for the many short ones.
 
     Attributes:
         seconds: time of a cycle, as a multiple of the one expected.
@@ -36,17 +36,17 @@ class Correction:
         return self._accepted / self._expected
 
     def observe(self, accepted: float, expected: float, slowness: float) -> None:
-        """Take in what one cycle yielded, what it was expected to yield, and its time relative to the expected one."""
+        """Learn from one cycle: what it yielded, what was expected, and its time relative to the expected time."""
         keep = math.exp(-expected / REMEMBERED_DRAFTS)
         self._accepted = keep * self._accepted + accepted
         self._expected = keep * self._expected + expected
         self.seconds += TIME_WEIGHT * (min(slowness, SLOWEST) - self.seconds)
 
     def observe_plain(self, slowness: float) -> None:
-        """Take in what a step without drafts took, relative to what was expected."""
+        """Learn from a step without drafts: its time relative to the expected time."""
         self.plain += TIME_WEIGHT * (min(slowness, SLOWEST) - self.plain)
 
     def forget(self) -> None:
-        """Trust the expectations a little more again: nothing is learned while nobody drafts."""
+        """Move back toward 1: nothing is learned while no request drafts."""
         self._accepted += FORGET * (self._expected - self._accepted)
         self.seconds += FORGET * (1 - self.seconds)
