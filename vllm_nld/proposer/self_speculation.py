@@ -26,12 +26,7 @@ from vllm_nld.draft_pass.token_choice import DraftChoice
 from vllm_nld.errors import NLDError
 from vllm_nld.ops.sizes import round_size
 from vllm_nld.options import NLDOptions
-<<<<<<< ours
-from vllm_nld.proposer.auto_step import choose
-=======
-from vllm_nld.proposer.admission import EngineTraits
 from vllm_nld.proposer.auto_step import plan_step
->>>>>>> theirs
 from vllm_nld.proposer.parking import Parked, SchedulerNote, WorkerNote, may_leave
 from vllm_nld.proposer.request_loras import TaskLoRAs
 from vllm_nld.proposer.requests import Requests, RequestState
