@@ -80,3 +80,15 @@ def test_sizes_of_a_batch_make_no_new_kernel_of_the_others(compiled: list[Compil
     for rows in (1, 2, 16, 33):
         triton_ops.best_tokens(torch.zeros(rows, VOCAB, dtype=torch.bfloat16), with_normaliser=False)
     assert len(compiled) == 6, names(compiled)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile(capability: int) -> None:
+    """Down to a binary for A100, H100 and B200; logits are loaded 16 bytes at a time."""
+    with pretended_gpu(capability, compiling=True) as compiled:
+        triton_ops.best_tokens(torch.zeros(2, VOCAB, dtype=torch.bfloat16))
+        accept(2, 3)
+        if capability == 90:  # takes long; the others are the same code
+            attend(1, 4, 600, 38)
+    assert all(compilation.binary.asm["cubin"] for compilation in compiled)
+    assert "ld.global.v4.b32" in compiled[0].binary.asm["ptx"]
