@@ -12,6 +12,7 @@ from engines import engine, generate, metric, random_prompts
 from models import random_model, save, small_config
 
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import ReferenceModel, ar_generate
 from vllm_nld.serving.ledger import Tally
 
@@ -185,9 +186,11 @@ def test_grammars_hold_beside_a_cached_prompt(settings: dict[str, Any]) -> None:
 
     common = {"skip_tokenizer_init": False, "max_num_seqs": 8, "enable_prefix_caching": True, "block_size": 32}
     common["structured_outputs_config"] = StructuredOutputsConfig(backend="xgrammar")
-    (prompt,) = random_prompts([129], 200, seed=1)
-    inputs = [{"prompt_token_ids": prompt}] * 4
+    ((_, text),) = held_out_prompts(1, characters=900)
     with engine(checkpoint_path("tiny"), spec=True, **common | settings) as llm:
+        prompt = llm.llm_engine.get_tokenizer().encode(text)[:129]
+        assert len(prompt) == 129, "four pages and one token"
+        inputs = [{"prompt_token_ids": prompt}] * 4
         for mode in ("ar", "self_speculation", "auto", "diffusion"):
             params = SamplingParams(
                 temperature=0,
