@@ -1,8 +1,7 @@
-"""Moved to :mod:`vllm_nld.serving.replica`; this name works for one more release."""
+"""Moved to :mod:`vllm_nld.serving.replica`; the old name works for one more release."""
 
-from vllm_nld.serving.replica import *  # noqa: F403
+import sys
 
-if __name__ == "__main__":
-    from vllm_nld.serving.replica import main
+from vllm_nld.serving import replica
 
-    main()
+sys.modules[__name__] = replica

@@ -94,3 +94,7 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
             if note.finished:
                 self.update_draft_token_ids(steps.draft_token_ids(note.finished))
         return outputs
+
+
+ParkingScheduler = NLDScheduler
+"""The old name, which ``--scheduler-cls`` may hold for one more release."""

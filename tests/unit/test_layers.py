@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 from pathlib import Path
 
 import vllm_nld
 
 PACKAGE = Path(vllm_nld.__path__[0])
+
+OLD_NAMES = ("replica", "learned_sampler")
+"""Modules that moved, by their old names, for one more release."""
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("names", "errors"),
@@ -19,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("auto", "reference"),
     ("proposer", "training"),
     ("worker", "scheduler"),
-    ("cli", "plugin"),
+    ("cli", "plugin", *OLD_NAMES),
 )
 """Rooms, and modules of the top level, from the lowest level up."""
 
@@ -97,3 +101,22 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
     for module in edges:
         visit(module, ())
+
+
+def test_names_that_users_type_resolve() -> None:
+    """Where they were before the package had rooms, too."""
+    for name in (
+        "vllm_nld.SelfSpeculation",
+        "vllm_nld.proposer.SelfSpeculation",
+        "vllm_nld.model.NLDForCausalLM",
+        "vllm_nld.worker.NLDCPUWorker",
+        "vllm_nld.scheduler.NLDScheduler",
+        "vllm_nld.scheduler.ParkingScheduler",
+        "vllm_nld.serving.replica.check_engine",
+        "vllm_nld.draft_pass.learned_sampler.LearnedSampler",
+        "vllm_nld.checkpoints.checkpoint_path",
+        "vllm_nld.config.NemotronLabsDiffusionConfig",
+        "vllm_nld.reference.load_reference",
+        "vllm_nld.ops.function",
+    ):
+        assert pkgutil.resolve_name(name) is not None

@@ -20,6 +20,7 @@ from vllm_nld.draft_pass.forward import DraftPass
 from vllm_nld.draft_pass.memory import ProfiledDraft, drafts_allowed, drafts_per_request, profiling_drafts, rows_in
 from vllm_nld.draft_pass.token_choice import DraftChoice, TokenChoice
 from vllm_nld.ops.sizes import round_size
+from vllm_nld.worker import hooks
 from vllm_nld.worker.gpu import NLDGPUWorker
 from vllm_nld.worker.hooks import IntroducesProposer
 
@@ -109,7 +110,7 @@ def test_logits_come_in_chunks_of_blocks(
     model = Model()
     filler = make(model)
     filler.compact = compact
-    blocks = chosen_blocks([3, 4, 2, 8], CommitRule(sampler="left_to_right", tokens_per_step=2))
+    blocks = chosen_blocks([3, 4, 2, 8], CommitRule("left_to_right", {"tokens_per_step": 2}))
     blocks[1].stop_ids = frozenset({9})  # decided at once, with masks behind it
     filler.run(blocks)
     for block in blocks:
@@ -204,20 +205,23 @@ def test_a_gpu_worker_profiles_with_drafts(monkeypatch: pytest.MonkeyPatch) -> N
     assert worker.model_runner.profiled == 1
 
 
-def test_a_worker_drafts_before_vllm_s_warm_up_ends() -> None:
-    """It ends by watching for kernels that are compiled from then on."""
+def test_operators_are_warmed_up_before_vllm_s_warm_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends by watching for kernels that are compiled from then on. Forwards are timed when all is compiled."""
     order: list[str] = []
 
     class Warm:
         def compile_or_warm_up_model(self) -> str:
-            order.append("warm up")
+            order.append("vLLM")
             return "times"
 
     class Worker(IntroducesProposer, Warm):
-        model_runner = SimpleNamespace(drafter=SimpleNamespace(measure_costs=lambda: order.append("draft")))
+        model_runner = SimpleNamespace(
+            drafter=SimpleNamespace(draft_pass=None, block_length=4, measure_costs=lambda: order.append("costs"))
+        )
 
+    monkeypatch.setattr(hooks, "warm_up", lambda *_: order.append("operators"))
     assert Worker().compile_or_warm_up_model() == "times"
-    assert order == ["draft", "warm up"]
+    assert order == ["operators", "vLLM", "costs"]
 
 
 def test_memory_limits_drafts_only_where_probabilities_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
