@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vllm_nld import ops
-from vllm_nld.attention import torch_ops
 from vllm_nld.model.best_tokens import best_of, combine, shard_summary
+from vllm_nld.ops import torch_ops
 from vllm_nld.vllm_glue.greedy_verify import verify_greedily
 
 GPU = torch.device("meta")
