@@ -25,6 +25,7 @@ from vllm_nld.block import Block
 from vllm_nld.costs import round_size
 from vllm_nld.draft_pass import DraftPass
 from vllm_nld.errors import NLDError
+from vllm_nld.noise import Noise
 from vllm_nld.options import NLDOptions
 from vllm_nld.parking import Parked, SchedulerNote, WorkerNote, may_leave
 from vllm_nld.prompt_lookup import splice
@@ -128,6 +129,14 @@ class SelfSpeculation:
             for row, count in enumerate(metadata.num_draft_tokens)
         ]
         return pack_draft_probs(metadata, by_row, self.vocab_size) if any(p is not None for p in by_row) else None
+
+    def noise_at(self, row: int) -> tuple[Noise, int] | None:
+        """Return the noise of a row whose drafts its seed verifies, and its first draft's position; or None."""
+        return None if self.is_diffusion(row) else self._known_requests().noise_at(row)
+
+    def seed_draws(self) -> None:
+        """Seed vLLM's generators for the token that the step draws last in each row."""
+        self._known_requests().seed_draws(self._drafted)
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Take note of what the causal pass is about to run, and forget requests that are over (called by the worker).

@@ -18,6 +18,10 @@ from vllm_nld.thinking import ThinkingBudget
 MASK = 99
 
 
+def no_sampler(*_: Any) -> Any:
+    raise AssertionError("nothing is drawn here")
+
+
 def state(
     generated: list[int], thinking: ThinkingBudget | None = None, options: dict[str, Any] | None = None, **params: Any
 ) -> RequestState:
@@ -35,7 +39,7 @@ def state(
         num_computed_tokens=3 + len(generated) - 1,
         num_prompt_tokens=3,
     )
-    return RequestState("r", cached, NLDOptions.parse(options or {}), Acceptance(Prior()), thinking)
+    return RequestState("r", cached, NLDOptions.parse(options or {}), Acceptance(Prior()), no_sampler, thinking)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,7 @@ def test_a_cycle_ends_at_max_tokens_and_min_tokens(generated: int, params: dict[
 
 def test_a_cycle_ends_with_the_thinking_budget() -> None:
     budget = ThinkingBudget(limit=5, start_tokens=[3], end_tokens=[13])
-    assert state([7, 7], budget).longest_draft_block(8) == 4, "3 thinking tokens may follow, then the forced bonus"
+    assert state([7, 7], budget).longest_draft_block(8) == 3, "3 thinking tokens may follow, the forced one by itself"
     assert state([7] * 5, budget).longest_draft_block(8) == 1
     assert state([7, 13, 7], budget).longest_draft_block(8) == 8, "thinking is over"
     assert state([7, 7]).longest_draft_block(8) == 8

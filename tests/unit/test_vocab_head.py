@@ -50,6 +50,6 @@ def test_who_needs_all_logits() -> None:
 
     assert not needs_logits(block())
     assert not needs_logits(block(rule=CommitRule("top_k")))
-    assert needs_logits(block(choice=TokenChoice(vocab_size=8, length=2)))
+    assert needs_logits(block(choice=TokenChoice(vocab_size=8)))
     assert needs_logits(block(rule=CommitRule("learned")))
     assert needs_logits(block(rule=CommitRule("entropy_budget")))
