@@ -54,7 +54,8 @@ def _make_certain(logits: Tensor, places: Tensor, tokens: Tensor) -> None:
         places: int64 ``[places]``, rows.
         tokens: ``[places]``, what is certain there.
     """
-    logits[places] = torch.full_like(logits[places], -torch.inf).scatter_(1, tokens.long()[:, None], 0.0)
+    logits.index_fill_(0, places, -torch.inf)
+    logits[places, tokens.long()] = 0.0
 
 
 @dataclass
