@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine
+from engines import accepted, engine
 from torch import Tensor
 
 from vllm_nld.checkpoints import checkpoint_path
@@ -31,17 +31,23 @@ def expected_rows(kind: str, prompt: list[int], tokens: list[int]) -> Tensor:
 def test_logprobs_modes(kind: str) -> None:
     from vllm import SamplingParams
 
-    def run(llm: Any, mode: str) -> Any:
+    def run(llm: Any, mode: str, **sampling: Any) -> Any:
+        settings: dict[str, Any] = {"temperature": 0, "logprobs": 2, "repetition_penalty": PENALTY} | sampling
         extra = {"nld": {"mode": mode}}
-        params = SamplingParams(
-            temperature=0, max_tokens=TOKENS, logprobs=2, repetition_penalty=PENALTY, ignore_eos=True, extra_args=extra
-        )
+        params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, extra_args=extra, **settings)
         ((_, text),) = held_out_prompts(1, characters=150)
         (output,) = llm.generate([text], params, use_tqdm=False)
         return output
 
     with engine(checkpoint_path("tiny"), spec=True, skip_tokenizer_init=False, logprobs_mode=kind) as llm:
         outputs = {mode: run(llm, mode) for mode in ("ar", "self_speculation", "auto", "diffusion")}
+        before = accepted(llm)
+        seeded = [run(llm, mode, temperature=0.8, top_k=9, seed=1).outputs[0] for mode in ("ar", "self_speculation")]
+        assert accepted(llm) > before
+    assert seeded[0].token_ids == seeded[1].token_ids
+    for one, other in zip(seeded[0].logprobs, seeded[1].logprobs, strict=True):
+        assert one.keys() == other.keys()
+        assert all(abs(one[id_].logprob - other[id_].logprob) < 1e-3 for id_ in one)
     assert outputs["self_speculation"].outputs[0].token_ids == outputs["ar"].outputs[0].token_ids
     for mode, output in outputs.items():
         tokens = list(output.outputs[0].token_ids)

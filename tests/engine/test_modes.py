@@ -224,6 +224,26 @@ def test_the_thinking_budget_forces_the_end(llm: Any, budget: int, model: Refere
             assert tokens[budget] == END_THINK or END_THINK in tokens[:budget] or len(tokens) <= budget
 
 
+@pytest.mark.parametrize("mode", LOSSLESS)
+def test_thinking_that_ends_by_itself_just_before_its_budget(llm: Any, mode: str) -> None:
+    """Then no end is forced, though the drafts reached the budget's end. Seeds let this model say the end at all."""
+    from vllm import SamplingParams
+
+    (first,) = complete(llm, TEXTS[:1], "ar", max_tokens=1)
+    prompt = {"prompt_token_ids": [*first.prompt_token_ids, THINK]}
+
+    def texts(kind: str) -> list[list[int]]:
+        shared: dict[str, Any] = {"max_tokens": 16, "thinking_token_budget": 6, "ignore_eos": True, "temperature": 2.0}
+        shared |= {"allowed_token_ids": [END_THINK, *range(20, 28)], "extra_args": {"nld": {"mode": kind}}}
+        params = [SamplingParams(seed=seed, **shared) for seed in range(60)]
+        return ids_of(llm.generate([prompt] * 60, params, use_tqdm=False))
+
+    expected = texts("ar")
+    ends = [ids[:6].index(END_THINK) for ids in expected if END_THINK in ids[:6]]
+    assert len(ends) > 5, "hardly any thinking ended by itself: it would prove nothing"
+    assert texts(mode) == expected
+
+
 def test_bad_requests_are_refused_and_the_engine_lives(llm: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from engines import accepted, engine, generate, random_prompts, shun_ar
 from models import random_model, save, small_config
 
+from vllm_nld.proposer.requests import Requests
+from vllm_nld.proposer.thinking import ThinkingBudget
 from vllm_nld.reference import ReferenceModel, ar_generate
 
 REQUESTS, TOKENS = 1500, 3
@@ -62,6 +65,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "drawn drafts, trimmed": {"mode": "auto"},
     "looked-up drafts alone": {"mode": "auto", "prompt_lookup": 1},
 }
+SEEDED = {f"{way}, seeded": WAYS[way] for way in ("AR", "drawn drafts", "most probable drafts")}
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.7, 5)])
@@ -76,14 +80,18 @@ def test_every_way_of_drafting_has_the_distribution_of_ar(temperature: float, to
     p_values = {}
     with engine(save(model, tmp_path), spec=True, seed=11, max_num_seqs=64) as llm:
         shun_ar(llm)
-        for way, options in WAYS.items():
+        for way, options in (WAYS | SEEDED).items():
             shared: dict[str, Any] = {"max_tokens": TOKENS, "detokenize": False, "extra_args": {"nld": options}}
-            sampled = SamplingParams(temperature=temperature, top_k=top_k, **shared)
             greedy = SamplingParams(temperature=0.0, **shared)
-            params = [greedy if i % 50 == 7 else sampled for i in range(REQUESTS + REQUESTS // 49)]
+            params = [
+                greedy
+                if i % 50 == 7
+                else SamplingParams(temperature=temperature, top_k=top_k, seed=i if way in SEEDED else None, **shared)
+                for i in range(REQUESTS + REQUESTS // 49)
+            ]
             before = accepted(llm)
             outputs = llm.generate([{"prompt_token_ids": prompt}] * len(params), params, use_tqdm=False)
-            if way != "AR":
+            if options != WAYS["AR"]:
                 assert accepted(llm) - before > REQUESTS / 10, "hardly any draft was accepted: it would prove nothing"
             counts = torch.zeros(8, 8)
             for output, settings in zip(outputs, params, strict=True):
@@ -94,6 +102,31 @@ def test_every_way_of_drafting_has_the_distribution_of_ar(temperature: float, to
                     counts[ids[1], ids[2]] += 1
             p_values[way] = chi_square_p_value(counts, expected * counts.sum() / REQUESTS)
     assert all(p > 1e-3 for p in p_values.values()), p_values
+
+
+@pytest.mark.parametrize("multiple", [False, True])
+def test_a_thinking_budget_changes_no_distribution(
+    multiple: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts are cut where they open a thinking section. Its start is what this model says most, here."""
+    from vllm import SamplingParams
+
+    model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
+    (start,) = random_prompts([9], 8, seed=1)
+    prompt = ar_generate(model, start, 20).ids
+    expected = second_and_third_token_probabilities(model, prompt)
+    opens = divmod(int(expected.argmax()), 8) if multiple else (int(expected.sum(1).argmax()),)
+    budget = ThinkingBudget(1000, list(opens), [7])
+    monkeypatch.setattr(Requests, "_budget", lambda *_: copy.copy(budget))
+    with engine(save(model, tmp_path), spec=True, seed=11, max_num_seqs=64) as llm:
+        params = SamplingParams(temperature=1.0, max_tokens=TOKENS, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt}] * REQUESTS, params, use_tqdm=False)
+        assert accepted(llm) > REQUESTS / 10, "hardly any draft was accepted: it would prove nothing"
+    counts = torch.zeros(8, 8)
+    for output in outputs:
+        _, two, three = output.outputs[0].token_ids
+        counts[two, three] += 1
+    assert chi_square_p_value(counts, expected * REQUESTS) > 1e-3
 
 
 def test_the_chi_square_notices_a_wrong_distribution() -> None:

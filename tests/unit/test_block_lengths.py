@@ -7,15 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_nld.auto.acceptance import Acceptance, Prior
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.forward import DraftPass
+from vllm_nld.draft_pass.token_choice import DraftChoice
 from vllm_nld.options import NLDOptions
 from vllm_nld.proposer.requests import RequestState
 from vllm_nld.proposer.thinking import ThinkingBudget
 
 MASK = 99
+
+
+def no_sampler(*_: Any) -> Any:
+    raise AssertionError("nothing is drawn here")
 
 
 def state(
@@ -35,7 +41,7 @@ def state(
         num_computed_tokens=3 + len(generated) - 1,
         num_prompt_tokens=3,
     )
-    return RequestState("r", cached, NLDOptions.parse(options or {}), Acceptance(Prior()), thinking)
+    return RequestState("r", cached, NLDOptions.parse(options or {}), Acceptance(Prior()), no_sampler, thinking)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,7 @@ def test_a_cycle_ends_at_max_tokens_and_min_tokens(generated: int, params: dict[
 
 def test_a_cycle_ends_with_the_thinking_budget() -> None:
     budget = ThinkingBudget(limit=5, start_tokens=[3], end_tokens=[13])
-    assert state([7, 7], budget).longest_draft_block(8) == 4, "3 thinking tokens may follow, then the forced bonus"
+    assert state([7, 7], budget).longest_draft_block(8) == 3, "3 thinking tokens may follow, the forced one by itself"
     assert state([7] * 5, budget).longest_draft_block(8) == 1
     assert state([7, 13, 7], budget).longest_draft_block(8) == 8, "thinking is over"
     assert state([7, 7]).longest_draft_block(8) == 8
@@ -75,6 +81,30 @@ def test_a_cycle_ends_with_the_thinking_budget() -> None:
 def test_drafts_open_no_thinking_section(start: list[int], text: list[int], drafts: list[int], kept: list[int]) -> None:
     budget = ThinkingBudget(limit=5, start_tokens=start, end_tokens=[13])
     assert budget.before_start(np.array(text), drafts) == kept
+
+
+@pytest.mark.parametrize("start", [[3], [6, 3]])
+def test_cutting_drawn_drafts_before_a_start_changes_no_distribution(start: list[int]) -> None:
+    """The exact distribution of the next token, over all draws: of a cut draft's place the causal pass decides."""
+    vocab = 8
+    draft, target = torch.randn(2, vocab, generator=torch.Generator().manual_seed(4))
+    draft[3] = target[3] = 2.0  # what would open the section is likely
+    made = state([7, 6], ThinkingBudget(50, start, [13]), temperature=1.0)
+    block = made.draft_block(6, 4, 2, MASK, vocab)
+    assert isinstance(block.choice, DraftChoice)
+    block.choice.choose(draft[None], [1], [])
+    assert block.choice.probs is not None
+    q, p = block.choice.probs[0].double(), target.double().softmax(-1)
+    rest = (p - q).clamp_min(0)
+    found = torch.zeros(vocab, dtype=torch.float64)
+    for token in range(vocab):
+        if not made.thinking.before_start(np.array([7, 6]), [token]):  # type: ignore[union-attr]
+            found += q[token] * p
+        elif q[token] > 0:
+            accepted = min(1.0, float(p[token] / q[token]))
+            found[token] += q[token] * accepted
+            found += q[token] * (1 - accepted) * rest / rest.sum()
+    torch.testing.assert_close(found, p, atol=1e-6, rtol=0)
 
 
 def diffusion(made: RequestState, room: int = 100) -> Block | None:

@@ -1,20 +1,33 @@
-"""Drafts that are drawn: from the very distribution that the rejection sampler is told."""
+"""Drafts that are drawn: from the very distribution that the rejection sampler is told, or by the seed's own noise."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from torch import Tensor
 
-from vllm_nld.draft_pass.token_choice import DraftChoice
+from vllm_nld.draft_pass.token_choice import DraftChoice, SeededDraftChoice, TokenChoice
+from vllm_nld.ops.noise import Noise
 
-VOCAB, LENGTH = 7, 5
+VOCAB, LENGTH, PREFIX = 7, 5, 20
 POSITIONS = [1, 2, 3, 4]
+Kind = TypeVar("Kind", bound=TokenChoice)
+
+
+def exponential(logits: Tensor, generators: dict[int, torch.Generator], *_: Any) -> tuple[Tensor, None]:
+    """Stands for vLLM's sampler: Gumbel-max in its exponential form, with every row's own generator."""
+    noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=g) for g in generators.values()])
+    return (logits.softmax(-1) / noise).argmax(-1), None
+
+
+def of_seed(kind: type[Kind], seed: int, prefix: int = PREFIX, **settings: Any) -> Kind:
+    return kind(VOCAB, Noise(seed, exponential), prefix, **({"temperature": 0.8} | settings))
 
 
 def choice(seed: int, **settings: Any) -> DraftChoice:
-    return DraftChoice(VOCAB, LENGTH, temperature=settings.pop("temperature", 0.8), seed=seed, **settings)
+    return of_seed(DraftChoice, seed, **settings)
 
 
 def logits(seed: int = 0) -> torch.Tensor:
@@ -93,3 +106,53 @@ def test_extreme_repetition_penalties_leave_a_distribution(repetition: float) ->
         assert (own.probs[:, [1, 4]].sum(-1) > 0.999).all()
     else:
         assert (own.probs[:, 4] == 0).all()
+
+
+def test_a_barred_token_is_neither_drawn_nor_claimed() -> None:
+    """Not even where the request allows nothing else."""
+    for constraints in ({}, {"top_k": 1}, {"allowed": [4]}):
+        peaked = logits()
+        peaked[:, 4] = 50.0
+        for seed in range(10):
+            own = choice(seed, barred=4, **constraints)
+            assert 4 not in own.choose(peaked, POSITIONS, [])
+            assert own.probs is not None
+            assert own.probs[:, 4].sum() == 0
+            torch.testing.assert_close(own.probs.sum(-1), torch.ones(len(POSITIONS)))
+
+
+@pytest.mark.parametrize("kind", [TokenChoice, SeededDraftChoice])
+def test_noise_belongs_to_a_position(kind: type[TokenChoice]) -> None:
+    """Not to the block, nor to what else is drawn with it."""
+    rows = logits()
+    whole = of_seed(kind, 9).choose(rows, POSITIONS, [], 2)
+    one = of_seed(kind, 9, prefix=PREFIX + 2).choose(rows[2:3], [POSITIONS[2] - 2], [], 2)
+    assert one == whole[2]
+
+
+def test_a_seeded_draft_agrees_with_the_causal_pass() -> None:
+    """Where the two distributions are alike, it nearly always is what the causal pass draws; and it has its own."""
+    rows = logits()
+    near = rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5))
+    agreed, counts = 0, torch.zeros(VOCAB)
+    for seed in range(300):
+        draft = of_seed(SeededDraftChoice, seed).choose(near, POSITIONS, [], 3)
+        causal = Noise(seed, exponential).draw(rows / 0.8, [PREFIX + position for position in POSITIONS])
+        agreed += int((draft == causal).sum())
+        counts[draft[0]] += 1
+    assert agreed > 0.9 * 1200
+    expected = 300 * (near[0] / 0.8).softmax(-1)
+    statistic = ((counts - expected) ** 2 / expected)[expected > 0].sum()
+    assert statistic < 20.5, "0.1 % of fair draws exceed this with 5 degrees of freedom"
+
+
+def test_every_forward_draws_afresh() -> None:
+    equal = torch.zeros(len(POSITIONS), VOCAB)
+    drawn = {tuple(of_seed(TokenChoice, 3).choose(equal, POSITIONS, [], n).tolist()) for n in range(5)}
+    assert len(drawn) == 5
+
+
+def test_keys_of_seeds_and_positions_do_not_collide() -> None:
+    keys = [Noise(seed, exponential).key(p, f) for seed in range(-3, 30) for p in range(30) for f in range(3)]
+    assert len(set(keys)) == len(keys)
+    assert Noise(-(2**63), exponential).generator(0, torch.device("cpu")) is not None

@@ -51,6 +51,6 @@ def test_who_needs_all_logits() -> None:
 
     assert not needs_logits(block())
     assert not needs_logits(block(rule=CommitRule("top_k", {"tokens_per_step": None})))
-    assert needs_logits(block(choice=TokenChoice(vocab_size=8, length=2)))
+    assert needs_logits(block(choice=TokenChoice(vocab_size=8)))
     assert needs_logits(block(rule=CommitRule("learned", {"threshold": 0.9})))
     assert needs_logits(block(rule=CommitRule("entropy_budget", {"entropy_budget": 0.3})))

@@ -25,7 +25,7 @@ FORGET_LOOKUPS = 1e-4
 class Prior:
     """What to expect of a request before, and beside, its own evidence: the average, and how much it counts.
 
-    Greedy and sampled requests have one each: their drafts are accepted by different rules.
+    Greedy, sampled and seeded requests have one each: their drafts are accepted by different rules.
 
     The average counts for many drafts where requests are alike and for few where they differ. Which it is, is seen from
     how well each weight would have predicted the blocks so far.

@@ -311,7 +311,7 @@ class DraftPass:
             if block.choice is not None:
                 rows = slice(start, start + len(positions))
                 decided = [token for token in block.tokens if token != self.mask_token_id]
-                tokens[rows] = block.choice.choose(logits[rows], positions, decided)
+                tokens[rows] = block.choice.choose(logits[rows], positions, decided, block.passes + 1)
                 if isinstance(block.choice, DraftChoice):
                     drawn.append((rows, block.choice))
             start += len(positions)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vllm_nld.ops.noise import Noise
+
 COLDEST = 1e-2
 """Lowest temperature but 0: vLLM's own. Below, logits divided by it may overflow."""
 STRONGEST = 1e6
@@ -24,26 +26,27 @@ class TokenChoice:
         temperature: 0 takes the best token that the constraints leave.
         top_k: 0 or less: no limit.
         top_p: 1: no limit.
-        seed: of this block's random draws; the same seed gives the same block, whatever the batch.
+        noise: the request's random numbers; None where nothing is drawn.
+        prefix: the block's first position.
         vocab_size: tokens of a draw.
-        length: positions of a draw: the block's.
         allowed: token ids that may be chosen; None: all.
+        barred: a token that a draft must not be (:meth:`vllm_nld.proposer.thinking.ThinkingBudget.barred`), or None.
         forbidden_until: ``(tokens, position)``: the stop tokens may not be chosen before this position of the block.
         history: prompt and output token ids before the block, for penalties.
         penalties: ``(presence, frequency, repetition)``; None: none.
     """
 
     vocab_size: int
-    length: int
+    noise: Noise | None = None
+    prefix: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
     allowed: list[int] | None = None
+    barred: int | None = None
     forbidden_until: tuple[list[int], int] = ((), 0)  # type: ignore[assignment]
     history: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
     penalties: tuple[float, float, float] | None = None
-    _generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         if self.temperature > 0:
@@ -52,23 +55,27 @@ class TokenChoice:
             presence, frequency, repetition = self.penalties
             self.penalties = presence, frequency, min(max(repetition, 1 / STRONGEST), STRONGEST)
 
-    def choose(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
+    def choose(self, logits: Tensor, positions: list[int], committed: list[int], forward: int = 1) -> Tensor:
         """Return token ids, int64 ``[positions]``.
 
         Args:
             logits: raw, float32 ``[positions, vocab]``, of the masked positions.
             positions: their places in the block.
             committed: the block's tokens decided so far, for penalties.
+            forward: the block's how-manieth this is, from 1.
         """
         if self.temperature == 0:
             return self._constrain(logits.clone(), positions, committed).argmax(-1)
-        # Gumbel-max in its exponential form (as vLLM's random_sample): argmax of p / e is a sample of p.
-        return (self.distribution(logits, positions, committed) / self._draw(logits.device)[positions]).argmax(-1)
+        return self._draw(self._sampled_logits(logits, positions, committed), positions, forward)
 
-    def distribution(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
-        """Return what a token is drawn from at a temperature above 0, float32 ``[positions, vocab]``."""
+    def _draw(self, logits: Tensor, positions: list[int], forward: int) -> Tensor:
+        assert self.noise is not None, "a request with a temperature has noise"
+        return self.noise.draw(logits, [self.prefix + position for position in positions], forward)
+
+    def _sampled_logits(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
+        """Return logits of what a token is drawn from at a temperature above 0, float32 ``[positions, vocab]``."""
         logits = self._constrain(logits.clone(), positions, committed)
-        return self._filter(logits.div_(self.temperature)).softmax(-1)
+        return self._filter(logits.div_(self.temperature))
 
     def _constrain(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
         if self.penalties is not None:
@@ -77,6 +84,8 @@ class TokenChoice:
             ruled_out = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
             ruled_out[self.allowed] = False
             logits[:, ruled_out] = -torch.inf
+        if self.barred is not None:
+            logits[:, self.barred] = -torch.inf
         tokens, until = self.forbidden_until
         early = [index for index, position in enumerate(positions) if position < until]
         if early and tokens:
@@ -113,18 +122,6 @@ class TokenChoice:
         )
         return filtered
 
-    def _draw(self, device: torch.device) -> Tensor:
-        """Exponential noise ``[length, vocab]`` of one forward; drawn for the whole block, so that it depends on
-        nothing but the seed and the number of forwards before.
-        """
-        noise = torch.empty(self.length, self.vocab_size, device=device)
-        return noise.exponential_(generator=self._random(device))
-
-    def _random(self, device: torch.device) -> torch.Generator:
-        if self._generator is None:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
-        return self._generator
-
 
 @dataclass
 class DraftChoice(TokenChoice):
@@ -141,17 +138,21 @@ class DraftChoice(TokenChoice):
 
     probs: Tensor | None = None
 
-    def choose(self, logits: Tensor, positions: list[int], committed: list[int]) -> Tensor:
+    def choose(self, logits: Tensor, positions: list[int], committed: list[int], forward: int = 1) -> Tensor:
         """Return draws, int64 ``[positions]``, by inverting the distribution function: one random number each."""
-        self.probs = self.distribution(logits, positions, committed)
+        assert self.noise is not None, "a request with a temperature has noise"
+        self.probs = self._sampled_logits(logits, positions, committed).softmax(-1)
         nothing = self.probs[:, 0].isnan()
-        if nothing.any():  # the constraints leave no token; what is drawn may be anything, as long as it is told
-            self.probs[nothing] = logits[nothing].softmax(-1)
+        if nothing.any():  # the constraints leave no token; what is drawn may be any but a barred one, if it is told
+            unconstrained = logits[nothing]
+            if self.barred is not None:
+                unconstrained[:, self.barred] = -torch.inf
+            self.probs[nothing] = unconstrained.softmax(-1)
         # Summed in float64: in float32 the tail of 131072 tokens would be drawn too rarely or too often.
         sums = self.probs.cumsum(-1, dtype=torch.float64)
-        draws = torch.rand(
-            self.length, dtype=torch.float64, device=logits.device, generator=self._random(logits.device)
-        )
+        generator = self.noise.generator(self.prefix, logits.device, forward)
+        # Numbers for positions before the first, too, so that a position's does not depend on which are asked for.
+        draws = torch.rand(max(positions) + 1, dtype=torch.float64, device=logits.device, generator=generator)
         return torch.searchsorted(sums, draws[positions, None] * sums[:, -1:], right=True).squeeze(1)
 
     @property
@@ -159,3 +160,15 @@ class DraftChoice(TokenChoice):
         """The largest probability of every position, float32 ``[positions]``."""
         assert self.probs is not None, "drafts are drawn first"
         return self.probs.amax(-1)
+
+
+@dataclass
+class SeededDraftChoice(TokenChoice):
+    """Draws the drafts of a seeded request, by the noise with which the causal pass is going to draw those positions.
+
+    The causal pass draws its token whatever the draft is, and a draft is accepted if it is that token. So drafts cannot
+    change the text, and need not be told of; sharing the noise makes them likely to be right.
+    """
+
+    def _draw(self, logits: Tensor, positions: list[int], forward: int) -> Tensor:
+        return super()._draw(logits, positions, 0)

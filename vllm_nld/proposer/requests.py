@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 from vllm_nld.auto.acceptance import Acceptance, Prior
 from vllm_nld.draft_pass.block import Block, CommitRule
 from vllm_nld.draft_pass.prompt_lookup import Found, Lookup
-from vllm_nld.draft_pass.token_choice import DraftChoice, TokenChoice
+from vllm_nld.draft_pass.token_choice import DraftChoice, SeededDraftChoice, TokenChoice
+from vllm_nld.ops.noise import Noise, Sampler
 from vllm_nld.options import NLDOptions
 from vllm_nld.proposer.thinking import ThinkingBudget
 from vllm_nld.serving.admission import EngineTraits, request_options
@@ -31,6 +33,7 @@ class RequestState:
         cached: the model runner's own record of the request (token ids, sampling parameters).
         options: its options, the engine's defaults filled in.
         acceptance: what is known of its drafts' acceptance, for auto mode.
+        sampler: vLLM's, for what is drawn.
         thinking: its thinking budget, if it has one.
         idle_steps: steps since it last drafted in auto mode.
         confidence: of the drafts that were handed out last.
@@ -46,6 +49,7 @@ class RequestState:
     cached: Any
     options: NLDOptions
     acceptance: Acceptance
+    sampler: Sampler
     thinking: ThinkingBudget | None = None
     idle_steps: int = 0
     confidence: list[float] = field(default_factory=list)
@@ -79,14 +83,21 @@ class RequestState:
         return self.params.logprobs is None and self.params.structured_outputs is None
 
     @property
-    def is_reproducible(self) -> bool:
-        """Whether the request's random draws are promised to be the same in every batch."""
+    def is_seeded(self) -> bool:
+        """Whether the causal pass's random draws are promised to be the same in every batch."""
         return self.params.seed is not None and self.params.temperature > 0
 
     @property
     def is_adaptive(self) -> bool:
         """Whether the block length is chosen for every block, by measured time among other things."""
-        return self.options.mode == "auto" and not self.is_reproducible
+        return self.options.mode == "auto"
+
+    @cached_property
+    def noise(self) -> Noise:
+        """The request's random numbers, where this extension draws."""
+        # vLLM's internal request ids are random, and the same on every tensor-parallel rank.
+        seed = zlib.crc32(self.request_id.encode()) if self.params.seed is None else self.params.seed
+        return Noise(seed, self.sampler)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -144,15 +155,15 @@ class RequestState:
 
         A cycle that verifies n drafts generates at most n + 1 tokens. It does not reach past ``min_tokens``: behind
         accepted drafts vLLM 0.32 forbids the stop tokens in the bonus position by the number of tokens before the
-        cycle, where AR would allow them. Nor does it reach past the end of the thinking budget, so that the forced
-        token is always the bonus.
+        cycle, where AR would allow them. Nor does it reach the token that the thinking budget forces: vLLM 0.32 forces
+        it by the number of drafts, and would do so behind a draft that ends the thinking by itself.
         """
         generated = len(self.cached.output_token_ids)
         longest = self.remaining(longest)
         if generated < self.params.min_tokens:
             longest = min(longest, self.params.min_tokens - generated)
         left = self._thinking_left()
-        return longest if left is None else min(longest, left + 1)
+        return longest if left is None else min(longest, max(1, left))
 
     def _thinking_left(self) -> int | None:
         if self.thinking is None:
@@ -164,18 +175,20 @@ class RequestState:
         block = Block(prefix, [seed] + [mask_token_id] * (length - 1), CommitRule.for_drafts(self.options))
         block.adapted, block.task = self.options.draft_adapter, self.task
         if self.samples_drafts:
-            block.choice = self._choice(prefix, length, vocab_size, DraftChoice)
+            block.choice = self._choice(prefix, vocab_size, SeededDraftChoice if self.is_seeded else DraftChoice)
         return block
 
     @property
     def samples_drafts(self) -> bool:
         """Whether drafts are drawn, and not the most probable tokens.
 
-        Not over several forwards, whose distributions depend on drafts that come later in the text. Nor under a
-        grammar: the scheduler drops drafts that it forbids, which depends on what was drawn.
+        A seeded request's may be anything (:class:`SeededDraftChoice`). Others' must be verified by the distribution
+        that they were drawn from, and whether one is verified must not depend on what it is. So they are not drawn over
+        several forwards, whose distributions depend on drafts that come later in the text. Nor under a grammar: the
+        scheduler drops drafts that it forbids.
         """
         plain = self.options.draft_threshold == 0 and self.params.structured_outputs is None
-        return plain and self.options.sampled_drafts and self.params.temperature > 0
+        return (plain or self.is_seeded) and self.options.sampled_drafts and self.params.temperature > 0
 
     def diffusion_block(
         self, seed: int, prefix: int, room: int, longest: int, mask_token_id: int, vocab_size: int
@@ -196,7 +209,7 @@ class RequestState:
             return None
         tokens = [seed if self.options.seed_first else mask_token_id] + [mask_token_id] * (length - 1)
         self._force_end_of_thinking(tokens)
-        choice = self._choice(prefix, length, vocab_size)
+        choice = self._choice(prefix, vocab_size)
         return Block(prefix, tokens, CommitRule.for_diffusion(self.options), choice, self.stop_ids, task=self.task)
 
     def _force_end_of_thinking(self, tokens: list[int]) -> None:
@@ -213,9 +226,7 @@ class RequestState:
             if position < len(tokens):
                 tokens[position] = token
 
-    def _choice(
-        self, prefix: int, length: int, vocab_size: int, kind: type[TokenChoice] = TokenChoice
-    ) -> TokenChoice | None:
+    def _choice(self, prefix: int, vocab_size: int, kind: type[TokenChoice] = TokenChoice) -> TokenChoice | None:
         """Return how tokens are chosen, or None where it is simply the most probable one."""
         params, generated = self.params, len(self.cached.output_token_ids)
         temperature = params.temperature
@@ -227,17 +238,16 @@ class RequestState:
         plain = penalties == (0.0, 0.0, 1.0) and params.allowed_token_ids is None and too_early <= 0
         if temperature == 0 and plain:
             return None
-        # vLLM's internal request ids are random, and the same on every tensor-parallel rank.
-        seed = zlib.crc32(self.request_id.encode()) if params.seed is None else params.seed
         history = self.cached.output_token_ids[: generated - 1 + seeded]
         return kind(
             vocab_size=vocab_size,
-            length=length,
+            noise=self.noise,
+            prefix=prefix,
             temperature=temperature,
             top_k=params.top_k,
             top_p=params.top_p,
-            seed=(seed * 1_000_003 + prefix) % (1 << 63),
             allowed=params.allowed_token_ids,
+            barred=self.thinking.barred if self.thinking is not None and kind is DraftChoice else None,
             forbidden_until=(sorted(params.all_stop_token_ids), too_early),
             history=(list(self.cached.prompt_token_ids or []), list(history)),
             penalties=None if penalties == (0.0, 0.0, 1.0) else penalties,
@@ -258,7 +268,7 @@ class Requests:
         self._traits = traits
         self._thinking = thinking
         self._states: dict[str, RequestState] = {}
-        self._greedy, self._sampled = Prior(), Prior()
+        self._greedy, self._sampled, self._seeded = Prior(), Prior(), Prior()
 
     @property
     def rows(self) -> int:
@@ -279,12 +289,41 @@ class Requests:
                 request_id,
                 cached,
                 options,
-                Acceptance(self._sampled if cached.sampling_params.temperature > 0 else self._greedy),
+                Acceptance(self._prior(cached.sampling_params)),
+                self._runner.sampler.topk_topp_sampler,
                 self._budget(cached.sampling_params),
                 lookup=self._lookup(options, cached),
             )
             self._states[request_id] = state
         return state
+
+    def _prior(self, params: Any) -> Prior:
+        """Return what to expect of a request by the rule that accepts its drafts."""
+        if params.temperature == 0:
+            return self._greedy
+        return self._sampled if params.seed is None else self._seeded
+
+    def noise_at(self, row: int) -> tuple[Noise, int] | None:
+        """Return a seeded row's random numbers, and the position of the first token that the step decides.
+
+        None for rows whose causal draws are not seeded, and vLLM's warm-up's, which are no requests.
+        """
+        if row >= self.rows or not (state := self.at(row)).is_seeded:
+            return None
+        return state.noise, int(self._runner.input_batch.num_tokens_no_spec[row])
+
+    def seed_draws(self, drafted: Mapping[str, Sequence[int]]) -> None:
+        """Seed vLLM's generators for what the step draws last in each row: behind its drafts, if it has any.
+
+        Args:
+            drafted: the drafts that it verifies, by request.
+        """
+        batch = self._runner.input_batch
+        for row, generator in batch.generators.items():
+            found = self.noise_at(row)
+            if found is not None:
+                noise, position = found
+                generator.manual_seed(noise.key(position + len(drafted.get(batch.req_ids[row], ()))))
 
     def _lookup(self, options: NLDOptions, cached: Any) -> Lookup | None:
         if options.mode in ("ar", "diffusion") or options.prompt_lookup == 0 or cached.prompt_token_ids is None:

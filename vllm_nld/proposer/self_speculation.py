@@ -24,6 +24,7 @@ from vllm_nld.draft_pass.memory import drafts_allowed
 from vllm_nld.draft_pass.prompt_lookup import splice
 from vllm_nld.draft_pass.token_choice import DraftChoice
 from vllm_nld.errors import NLDError
+from vllm_nld.ops.noise import Noise
 from vllm_nld.ops.sizes import round_size
 from vllm_nld.options import NLDOptions
 from vllm_nld.proposer.auto_step import plan_step
@@ -142,6 +143,14 @@ class SelfSpeculation:
             for row, count in enumerate(metadata.num_draft_tokens)
         ]
         return pack_draft_probs(metadata, by_row, self.vocab_size) if any(p is not None for p in by_row) else None
+
+    def noise_at(self, row: int) -> tuple[Noise, int] | None:
+        """Return the noise of a row whose drafts its seed verifies, and its first draft's position; or None."""
+        return None if self.is_diffusion(row) else self._known_requests().noise_at(row)
+
+    def seed_draws(self) -> None:
+        """Seed vLLM's generators for the token that the step draws last in each row."""
+        self._known_requests().seed_draws(self._drafted)
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Take note of what the causal pass is about to run, and forget requests that are over (called by the worker).

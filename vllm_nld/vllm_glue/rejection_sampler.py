@@ -1,22 +1,30 @@
-"""Diffusion on the speculative-decoding path: a denoised block is committed by the causal pass, not judged by it.
+"""How drafts are verified, by request: by rejection sampling, by the seed's own draws, or not at all.
 
 Verification of self-speculation is vLLM's rejection sampler as it is, or for greedy steps what gives the same at less
-cost. For the rows of diffusion requests its target distribution is replaced by certainty of the draft, after the
-log-probabilities' copy was taken, so those still say what the causal pass thought of each token.
+cost. Two kinds of requests have its target distribution replaced by certainty, after the log-probabilities' copy was
+taken, so those still say what the causal pass thought of each token:
+
+- diffusion: certainty of the draft. A denoised block is committed by the causal pass, not judged by it.
+- seeded requests: certainty of the token that the causal pass draws at this position (:mod:`vllm_nld.ops.noise`). A
+  draft is accepted if it is that token, else that token takes its place. The text is AR's with this seed, whatever the draft.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_nld.errors import NLDError
+from vllm_nld.ops.noise import Noise
 from vllm_nld.vllm_glue import sampling
 from vllm_nld.vllm_glue.greedy_verify import readable, verify_greedily
+from vllm_nld.vllm_glue.versions import SUPPORTED
 
 
 def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]) -> None:
@@ -30,14 +38,122 @@ def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]
         start = 0
         for row, drafts in enumerate(metadata.num_draft_tokens):
             if drafts and is_diffusion(row):
-                rows = torch.arange(start, start + drafts, device=processed.device)
-                ids = metadata.draft_token_ids[rows].long()[:, None]
-                processed[rows] = torch.full_like(processed[rows], -torch.inf).scatter_(1, ids, 0.0)
+                places = torch.arange(start, start + drafts, device=processed.device)
+                _make_certain(processed, places, metadata.draft_token_ids[places])
             start += drafts
         return processed
 
     apply.accepts_diffusion = True  # type: ignore[attr-defined]
     rejection_sampler.apply_logits_processors = apply
+
+
+def _make_certain(logits: Tensor, places: Tensor, tokens: Tensor) -> None:
+    """Leave nothing but a token possible, in place.
+
+    Args:
+        logits: float ``[rows, vocab]``.
+        places: int64 ``[places]``, rows.
+        tokens: ``[places]``, what is certain there.
+    """
+    logits.index_fill_(0, places, -torch.inf)
+    logits[places, tokens.long()] = 0.0
+
+
+@dataclass
+class _Seeded:
+    """A step's drafts of seeded requests: their places among all drafts, their batch rows, and their generators."""
+
+    places: Tensor
+    rows: Tensor
+    generators: dict[int, torch.Generator]
+
+
+def _seeded(metadata: Any, noise_at: Callable[[int], tuple[Noise, int] | None]) -> _Seeded | None:
+    places: list[int] = []
+    rows: list[int] = []
+    generators: dict[int, torch.Generator] = {}
+    device = metadata.draft_token_ids.device
+    start = 0
+    for row, drafts in enumerate(metadata.num_draft_tokens):
+        found = noise_at(row) if drafts else None
+        if found is not None:
+            noise, position = found
+            for draft in range(drafts):
+                generators[len(rows)] = noise.generator(position + draft, device)
+                places.append(start + draft)
+                rows.append(row)
+        start += drafts
+    if not rows:
+        return None
+    return _Seeded(torch.tensor(places, device=device), torch.tensor(rows, device=device), generators)
+
+
+def draw_seeded(
+    rejection_sampler: Any, noise_at: Callable[[int], tuple[Noise, int] | None], seed_draws: Callable[[], None]
+) -> None:
+    """Have seeded requests' tokens drawn by seed and position, in steps with drafts and in steps without; idempotent.
+
+    Args:
+        rejection_sampler: vLLM's, whose plain sampler also serves steps without drafts.
+        noise_at: returns the random numbers of a row whose drafts its seed verifies, and its first draft's position.
+        seed_draws: called before the plain sampler draws one token per row.
+
+    Raises:
+        NLDError: the samplers lack what this relies on.
+    """
+    sampler = rejection_sampler.sampler
+    plain_forward = sampler.forward
+    if getattr(plain_forward, "draws_seeded", False):
+        return
+    for owner, name in ((sampler, "topk_topp_sampler"), (rejection_sampler, "_get_logprobs_tensors")):
+        if not hasattr(owner, name):
+            kind = type(owner).__name__
+            raise NLDError(f"this vLLM's {kind} has no {name!r}; vllm-nld supports vLLM {SUPPORTED}")
+
+    @functools.wraps(plain_forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seed_draws()
+        return plain_forward(*args, **kwargs)
+
+    forward.draws_seeded = True  # type: ignore[attr-defined]
+    sampler.forward = forward
+
+    process, logprobs = rejection_sampler.apply_logits_processors, rejection_sampler._get_logprobs_tensors
+    drawn_from: list[tuple[Tensor, Tensor]] = []
+
+    @functools.wraps(process)
+    def apply(logits: Tensor, sampling_metadata: Any, metadata: Any) -> Tensor:
+        processed: Tensor = process(logits, sampling_metadata, metadata)
+        drawn_from.clear()
+        seeded = _seeded(metadata, noise_at)
+        if seeded is not None:
+            tokens, kept = _draw(sampler.topk_topp_sampler, processed[seeded.places], seeded, sampling_metadata)
+            _make_certain(processed, seeded.places, tokens)
+            if kept is not None:
+                drawn_from.append((seeded.places, kept))
+        return processed
+
+    @functools.wraps(logprobs)
+    def get_logprobs(most: Any, metadata: Any, logits: Tensor, targets: Tensor, *others: Any) -> Any:
+        """As vLLM does; ``--logprobs-mode processed_*`` shows what was drawn from, not the certainty."""
+        for places, kept in drawn_from:
+            targets[places] = kept
+        return logprobs(most, metadata, logits, targets, *others)
+
+    rejection_sampler.apply_logits_processors = apply
+    rejection_sampler._get_logprobs_tensors = get_logprobs
+
+
+def _draw(sampler: Any, logits: Tensor, seeded: _Seeded, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
+    """Return what the causal pass draws at each place, ``[places]``, and from what, if log-probabilities tell that."""
+
+    def of_rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[seeded.rows]
+
+    logits.div_(sampling_metadata.temperature[seeded.rows, None])
+    top_k, top_p = of_rows(sampling_metadata.top_k), of_rows(sampling_metadata.top_p)
+    tokens: tuple[Tensor, Tensor | None] = sampler(logits, seeded.generators, top_k, top_p)
+    return tokens
 
 
 def pack_draft_probs(metadata: Any, by_row: Sequence[Tensor | None], vocab_size: int) -> Tensor:

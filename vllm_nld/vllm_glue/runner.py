@@ -34,7 +34,7 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     Raises:
         NLDError: the runner lacks what this relies on.
     """
-    from vllm_nld.vllm_glue.rejection_sampler import accept_diffusion, guide_verification
+    from vllm_nld.vllm_glue.rejection_sampler import accept_diffusion, draw_seeded, guide_verification
 
     for name in (
         "drafter",
@@ -51,4 +51,5 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     if not hasattr(runner.rejection_sampler, "apply_logits_processors"):
         raise NLDError(f"this vLLM's rejection sampler changed; vllm-nld supports vLLM {SUPPORTED}")
     accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion)
+    draw_seeded(runner.rejection_sampler, runner.drafter.noise_at, runner.drafter.seed_draws)
     guide_verification(runner.rejection_sampler, runner.drafter.draft_probs, runner.drafter.is_diffusion)
