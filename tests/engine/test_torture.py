@@ -238,6 +238,7 @@ def llm() -> Iterator[Any]:
         yield made
 
 
+@pytest.mark.timeout(300 + REQUESTS)
 def test_every_text_is_the_one_of_its_request_alone(llm: Any) -> None:
     rng = random.Random(SEED)
     torture = Torture(llm, rng)
