@@ -24,8 +24,6 @@ from vllm_nld.checkpoints.held_out import held_out_prompts
 
 REQUESTS = int(os.environ.get("VLLM_NLD_TORTURE", "150"))
 SEED = int(os.environ.get("VLLM_NLD_TORTURE_SEED", "0"))
-SEEDED_TEXT_HOLDS_IN_ANY_BATCH = False
-"""Whether a seed promises the same text in any schedule outside AR mode, too; then those texts are compared."""
 
 CRAMPED: dict[str, Any] = {
     "max_num_seqs": 8,
