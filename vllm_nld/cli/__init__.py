@@ -186,32 +186,24 @@ def train_draft_lora(
     minutes: Annotated[
         float | None, typer.Option(min=0, max=10**6, help="Save and stop after so long; --resume goes on.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, max=4_096, help="Rank of the adapter.")] = 128,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 128,
     alpha: Annotated[float | None, typer.Option(help="Scale times rank; by default 4 times the rank.")] = None,
-    block_length: Annotated[int | None, typer.Option(min=2, max=128, help="By default the checkpoint's.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps of training.")] = 1000,
+    block_length: Annotated[int | None, typer.Option(help="By default the checkpoint's.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Highest rate; it falls linearly to 0.")] = 1e-3,
-    batch: Annotated[int, typer.Option(min=1, max=100_000, help="Sequences per step.")] = 16,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="Sequences per forward, if memory is short.")
-    ] = None,
-    blocks: Annotated[int, typer.Option(min=1, max=100_000, help="Drafted blocks per sequence.")] = 16,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward, if memory is short.")] = None,
+    blocks: Annotated[int, typer.Option(help="Drafted blocks per sequence.")] = 16,
     own_text: Annotated[bool, typer.Option(help="Train on the model's own greedy continuations of the text.")] = True,
-    rows: Annotated[int, typer.Option(min=1, max=10_000_000, help="Sequences to train on.")] = 2048,
-    prefix_tokens: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="Tokens of the data per sequence, as context.")
-    ] = 128,
-    new_tokens: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="Tokens per sequence behind those: own text, or the data's.")
-    ] = 128,
-    held_out_rows: Annotated[
-        int, typer.Option(min=1, max=1_000_000, help="Sequences that the curve is measured on.")
-    ] = 48,
+    rows: Annotated[int, typer.Option(help="Sequences to train on.")] = 2048,
+    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the data per sequence, as context.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens per sequence behind those: own text, or the data's.")] = 128,
+    held_out_rows: Annotated[int, typer.Option(help="Sequences that the curve is measured on.")] = 48,
     kl_weight: Annotated[float, typer.Option(help="Of matching verify's distribution.")] = 1.0,
     ce_weight: Annotated[float, typer.Option(help="Of the cross-entropy against verify's token.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of the distributions that are matched.")] = 3.0,
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps between saves.")] = 50,
     measure_every: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps between the curve's points.")] = 100,
     device: Annotated[str, typer.Option(help="PyTorch device.")] = "cpu",

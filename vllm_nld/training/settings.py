@@ -14,26 +14,30 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    rank: int = Field(default=128, ge=1)
+    rank: int = Field(default=128, ge=1, le=4_096)
     alpha: float | None = Field(default=None, gt=0, description="None: 4 times the rank, as released")
-    block_length: int | None = Field(default=None, ge=2, description="None: the checkpoint's")
-    steps: int = Field(default=1000, ge=1)
+    block_length: int | None = Field(default=None, ge=2, le=128, description="None: the checkpoint's")
+    steps: int = Field(default=1000, ge=1, le=10_000_000)
     learning_rate: float = Field(default=1e-3, gt=0)
     warm_up: int = Field(default=50, ge=0, description="steps; then the rate falls linearly to 0")
-    batch: int = Field(default=16, ge=1, description="sequences per step")
-    micro_batch: int | None = Field(default=None, ge=1, description="sequences per forward; None: all of a batch")
-    blocks: int = Field(default=16, ge=1, description="drafted blocks per sequence")
+    batch: int = Field(default=16, ge=1, le=100_000, description="sequences per step")
+    micro_batch: int | None = Field(
+        default=None, ge=1, le=100_000, description="sequences per forward; None: all of a batch"
+    )
+    blocks: int = Field(default=16, ge=1, le=100_000, description="drafted blocks per sequence")
     own_text: bool = Field(default=True, description="train on the model's greedy continuations, not on the text")
-    rows: int = Field(default=2048, ge=1, description="sequences to train on")
-    prefix_tokens: int = Field(default=128, ge=1, description="of the data, in front of the model's own text")
-    new_tokens: int = Field(default=128, ge=1, description="of own text per sequence")
-    held_out_rows: int = Field(default=48, ge=1, description="sequences that the curve is measured on")
+    rows: int = Field(default=2048, ge=1, le=10_000_000, description="sequences to train on")
+    prefix_tokens: int = Field(
+        default=128, ge=1, le=1_000_000, description="of the data, in front of the model's own text"
+    )
+    new_tokens: int = Field(default=128, ge=1, le=1_000_000, description="of own text per sequence")
+    held_out_rows: int = Field(default=48, ge=1, le=1_000_000, description="sequences that the curve is measured on")
     kl_weight: float = Field(default=1.0, ge=0)
     ce_weight: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=3.0, gt=0)
     top_k: int = Field(default=200, ge=1)
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen weights")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @classmethod
     def of(cls, **options: Any) -> Settings:
