@@ -87,10 +87,7 @@ def make(model: Model, cache: int = 1) -> DraftPass:
 
 def chosen_blocks(lengths: list[int], rule: CommitRule) -> list[Block]:
     """Blocks whose tokens are chosen from logits; their first token is given."""
-    return [
-        Block(0, [1] + [MASK] * (length - 1), rule, choice=TokenChoice(vocab_size=VOCAB))
-        for length in lengths
-    ]
+    return [Block(0, [1] + [MASK] * (length - 1), rule, choice=TokenChoice(vocab_size=VOCAB)) for length in lengths]
 
 
 def test_a_forward_looks_like_vllm_s_to_the_compiled_model(contexts: list[Any]) -> None:
