@@ -79,6 +79,43 @@ POLICIES: list[dict[str, Any]] = [
 ]
 
 
+def test_no_options_end_the_engine(llm: Any, model: ReferenceModel) -> None:
+    """Random options with extremes of ours and vLLM's: refused when they are added, or served to the end."""
+    from vllm import SamplingParams
+
+    rng, answers = random.Random(7), {"refused": 0, "served": 0}
+    core = llm.llm_engine
+    for number in range(300):
+        settings = {
+            "temperature": rng.choice([0.0, 0.0, 1e-40, 1.0, 2.0]),
+            "top_k": rng.choice([0, 3, 2**31 - 1]),
+            "top_p": rng.choice([1.0, 0.9, 5e-324]),
+            "repetition_penalty": rng.choice([1.0, 1.0, 1e-300, 1e-40, 1e308]),
+            "presence_penalty": rng.choice([0.0, 0.0, -2.0, 2.0]),
+            "frequency_penalty": rng.choice([0.0, 0.0, -2.0, 5e-324]),
+            "min_tokens": rng.choice([0, 0, 8]),
+            "stop_token_ids": rng.choice([[], [7], [5]]),  # 5 is the mask token
+            "allowed_token_ids": rng.choice([None, None, [7], [5], [6, 9]]),
+            "seed": rng.choice([None, 0, 2**63 - 1]),
+        }
+        params = SamplingParams(
+            max_tokens=rng.choice([1, 8, 20]), detokenize=False, extra_args={"nld": extremes.options(rng)}, **settings
+        )
+        try:
+            core.add_request(str(number), {"prompt_token_ids": random_prompts([9], 24, number)[0]}, params)
+            answers["served"] += 1
+        except Exception as error:
+            assert isinstance(find(error), NLDError), error
+            answers["refused"] += 1
+        core.step()
+    while core.has_unfinished_requests():
+        core.step()
+    assert min(answers.values()) > 80, answers
+    prompts = random_prompts(LENGTHS, 24)
+    expected = [ar_generate(model, ids, 24).ids[len(ids) :] for ids in prompts]
+    assert generate(llm, prompts, [{"mode": "self_speculation"}] * len(prompts)) == expected
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: ",".join(f"{k}={v}" for k, v in policy.items()))
 @pytest.mark.parametrize("budget", [50, 33])
 def test_tokens_and_forwards_equal_the_reference(
@@ -221,40 +258,3 @@ def test_a_prompt_that_is_cached_but_for_its_last_token(folder: Path, model: Ref
             assert texts[turn] == reference_generate(model, prompt, 40, threshold=0.3).ids[len(prompt) :]
         assert any(padded) == pads
         assert metric(llm, "vllm:prefix_cache_hits") == 64
-
-
-def test_no_options_end_the_engine(llm: Any, model: ReferenceModel) -> None:
-    """Random options with extremes of ours and vLLM's: refused when they are added, or served to the end."""
-    from vllm import SamplingParams
-
-    rng, answers = random.Random(7), {"refused": 0, "served": 0}
-    core = llm.llm_engine
-    for number in range(300):
-        settings = {
-            "temperature": rng.choice([0.0, 0.0, 1e-40, 1.0, 2.0]),
-            "top_k": rng.choice([0, 3, 2**31 - 1]),
-            "top_p": rng.choice([1.0, 0.9, 5e-324]),
-            "repetition_penalty": rng.choice([1.0, 1.0, 1e-300, 1e-40, 1e308]),
-            "presence_penalty": rng.choice([0.0, 0.0, -2.0, 2.0]),
-            "frequency_penalty": rng.choice([0.0, 0.0, -2.0, 5e-324]),
-            "min_tokens": rng.choice([0, 0, 8]),
-            "stop_token_ids": rng.choice([[], [7], [5]]),  # 5 is the mask token
-            "allowed_token_ids": rng.choice([None, None, [7], [5], [6, 9]]),
-            "seed": rng.choice([None, 0, 2**63 - 1]),
-        }
-        params = SamplingParams(
-            max_tokens=rng.choice([1, 8, 20]), detokenize=False, extra_args={"nld": extremes.options(rng)}, **settings
-        )
-        try:
-            core.add_request(str(number), {"prompt_token_ids": random_prompts([9], 24, number)[0]}, params)
-            answers["served"] += 1
-        except Exception as error:
-            assert isinstance(find(error), NLDError), error
-            answers["refused"] += 1
-        core.step()
-    while core.has_unfinished_requests():
-        core.step()
-    assert min(answers.values()) > 80, answers
-    prompts = random_prompts(LENGTHS, 24)
-    expected = [ar_generate(model, ids, 24).ids[len(ids) :] for ids in prompts]
-    assert generate(llm, prompts, [{"mode": "self_speculation"}] * len(prompts)) == expected

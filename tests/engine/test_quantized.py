@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
 from engines import accepted, engine, generate, random_prompts
 from models import random_model, save, small_config
 from quantized import quantize
+from vllm.platforms import current_platform
 
 
+def has_int4_product() -> bool:
+    """Whether vLLM's operators for this CPU can multiply by packed int4 weights."""
+    current_platform.import_kernels()
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+@pytest.mark.skipif(not has_int4_product(), reason="vLLM's build for this CPU has no int4 product: AVX-512 is needed")
 def test_packed_weights_serve_every_mode(tmp_path: Path) -> None:
     plain = save(random_model(small_config(eos_token_id=None), seed=3), tmp_path / "plain")
     packed = quantize(plain, tmp_path / "packed", "w4a16")

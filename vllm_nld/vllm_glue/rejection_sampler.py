@@ -6,7 +6,8 @@ taken, so those still say what the causal pass thought of each token:
 
 - diffusion: certainty of the draft. A denoised block is committed by the causal pass, not judged by it.
 - seeded requests: certainty of the token that the causal pass draws at this position (:mod:`vllm_nld.ops.noise`). A
-  draft is accepted if it is that token, else that token takes its place. The text is AR's with this seed, whatever the draft.
+  draft is accepted if it is that token, else that token takes its place. The text is AR's with this seed, whatever
+  the draft.
 """
 
 from __future__ import annotations
