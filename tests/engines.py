@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from vllm_nld.cli.engine import PROPOSER, stop
+from vllm_nld.proposer.self_speculation import SelfSpeculation
 
 CACHE_BYTES = 1 << 25
+# Start-up prices matter for speed only, and a hundred engines are started here.
+SelfSpeculation.pricing_seconds = 0.2
 DRAFTS_OF_THE_REFERENCE: dict[str, Any] = {"mode": "self_speculation", "prompt_lookup": 0}
 
 

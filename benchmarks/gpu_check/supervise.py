@@ -57,8 +57,10 @@ class Supervisor:
             return []
         command = [*self.child, *(step.name for step in steps), "--out", str(self.folder)]
         command += ["--device", self.device, "--origin", str(self.origin)]
-        log = self.folder / f"{name.replace(' ', '_')}.log"
+        log = self.folder / "sessions.log"
         with log.open("ab") as output:
+            output.write(f"== {name}\n".encode())
+            output.flush()
             # Standard output is the figures; the rest is libraries talking.
             child = subprocess.Popen(command, stderr=output, start_new_session=True)
         try:

@@ -52,7 +52,10 @@ class SelfSpeculation:
         parks: whether requests are parked while their block is open; else a causal pass waits for the slowest block.
             Needs this extension's scheduler. Also off to measure what it saves.
         parked: the parked requests.
+        pricing_seconds: what start-up may spend on timing forwards.
     """
+
+    pricing_seconds = 2.0
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
@@ -104,11 +107,11 @@ class SelfSpeculation:
                 scheduling.why_not_parked(self.vllm_config),
             )
 
-    def measure_costs(self, seconds: float = 2.0) -> None:
-        """Time forwards of growing size for auto mode, for about ``seconds`` at most (called by the worker)."""
+    def measure_costs(self) -> None:
+        """Time forwards of growing size for auto mode, for about ``pricing_seconds`` (called by the worker)."""
         assert self.draft_pass is not None, "vLLM loads the model before it warms up"
         largest = min(self.block_length * self.vllm_config.scheduler_config.max_num_seqs, self.draft_pass.max_tokens)
-        size, end = 4, time.perf_counter() + seconds
+        size, end = 4, time.perf_counter() + self.pricing_seconds
         while size <= largest and first_rank_decides(lambda: time.perf_counter() < end):  # all ranks run each forward
             times = [self.draft_pass.time_forward(size, self.block_length) for _ in range(3)]
             self.auto.costs.start(size, min(times))  # the first one compiles kernels
