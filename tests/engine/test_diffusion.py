@@ -11,7 +11,6 @@ import pytest
 from engines import engine, generate, metric, random_prompts, runner, watch_blocks
 from models import random_model, save, small_config
 
-from vllm_nld.errors import NLDError, find
 from vllm_nld.reference import ReferenceModel, ar_generate
 from vllm_nld.reference import generate as reference_generate
 from vllm_nld.serving.ledger import Tally
@@ -82,10 +81,12 @@ POLICIES: list[dict[str, Any]] = [
 def test_no_options_end_the_engine(llm: Any, model: ReferenceModel) -> None:
     """Random options with extremes of ours and vLLM's: refused when they are added, or served to the end."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     rng, answers = random.Random(7), {"refused": 0, "served": 0}
     core = llm.llm_engine
     for number in range(300):
+        tokens = rng.choice([1, 8, 20])
         settings = {
             "temperature": rng.choice([0.0, 0.0, 1e-40, 1.0, 2.0]),
             "top_k": rng.choice([0, 3, 2**31 - 1]),
@@ -93,24 +94,22 @@ def test_no_options_end_the_engine(llm: Any, model: ReferenceModel) -> None:
             "repetition_penalty": rng.choice([1.0, 1.0, 1e-300, 1e-40, 1e308]),
             "presence_penalty": rng.choice([0.0, 0.0, -2.0, 2.0]),
             "frequency_penalty": rng.choice([0.0, 0.0, -2.0, 5e-324]),
-            "min_tokens": rng.choice([0, 0, 8]),
             "stop_token_ids": rng.choice([[], [7], [5]]),  # 5 is the mask token
             "allowed_token_ids": rng.choice([None, None, [7], [5], [6, 9]]),
             "seed": rng.choice([None, 0, 2**63 - 1]),
         }
-        params = SamplingParams(
-            max_tokens=rng.choice([1, 8, 20]), detokenize=False, extra_args={"nld": extremes.options(rng)}, **settings
-        )
+        prompt, nld = {"prompt_token_ids": random_prompts([9], 24, number)[0]}, extremes.options(rng)
+        limits = {"max_tokens": tokens, "min_tokens": rng.choice([0, 0, min(8, tokens)])}
         try:
-            core.add_request(str(number), {"prompt_token_ids": random_prompts([9], 24, number)[0]}, params)
+            params = SamplingParams(detokenize=False, extra_args={"nld": nld}, **limits, **settings)
+            core.add_request(str(number), prompt, params)
             answers["served"] += 1
-        except Exception as error:
-            assert isinstance(find(error), NLDError), error
+        except VLLMValidationError:
             answers["refused"] += 1
         core.step()
     while core.has_unfinished_requests():
         core.step()
-    assert min(answers.values()) > 80, answers
+    assert min(answers.values()) > 50, answers
     prompts = random_prompts(LENGTHS, 24)
     expected = [ar_generate(model, ids, 24).ids[len(ids) :] for ids in prompts]
     assert generate(llm, prompts, [{"mode": "self_speculation"}] * len(prompts)) == expected

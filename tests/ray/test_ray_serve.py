@@ -165,7 +165,7 @@ def states() -> list[tuple[str, int | None]]:
 
     application = _get_global_client().get_serve_details()["applications"]["nld"]
     found = application["deployments"]["NLDServer"]["replicas"]
-    return [(str(getattr(one["state"], "value", one["state"])), one["pid"]) for one in found]
+    return [(str(getattr(one["state"], "value", one["state"])), one.get("pid")) for one in found]
 
 
 def replicas_that(*wanted: str) -> list[int | None]:
