@@ -24,7 +24,7 @@ from vllm_nld.reference.generate import ids_tensor
 
 Verify = Callable[[Tensor, Tensor, Tensor, Tensor], list[int]]
 """Takes p, float64 ``[drafts + 1, vocab]``, q ``[drafts, vocab]``, exponential noise of p's shape, and drafts; returns
-the accepted ones and the token behind them."""
+the accepted ones and the token after them."""
 
 
 def by_rejection(p: Tensor, q: Tensor, noise: Tensor, drafts: Tensor) -> list[int]:

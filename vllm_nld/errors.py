@@ -37,7 +37,7 @@ def shown_key(key: object) -> str:
 
 
 class _Short(reprlib.Repr):
-    """``repr`` that looks at the beginning and the end of long values alone."""
+    """``repr`` that looks at only the beginning and the end of long values."""
 
     def __init__(self) -> None:
         super().__init__()

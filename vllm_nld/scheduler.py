@@ -13,7 +13,7 @@ from vllm_nld.vllm_glue.padding import schedule_unpadded
 
 
 def fair_shares(wanted: Sequence[int], budget: int) -> list[int]:
-    """Return what each one gets of a budget: what it wants, but nobody more than one who does not get all it wants."""
+    """Return what each one gets of a budget: what it wants, but none more than one that does not get all it wants."""
     shares = [0] * len(wanted)
     by_size = sorted(range(len(wanted)), key=wanted.__getitem__)
     for position, index in enumerate(by_size):

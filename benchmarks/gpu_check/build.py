@@ -1,4 +1,4 @@
-"""The CUDA operators' build, beside the first step."""
+"""The CUDA operators' build, at the same time as the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process of a session: runs its steps one after another, and stops behind the first that fails."""
+"""The process of a session: runs its steps one after another, and stops after the first that fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_check.record import Record
 
 
 def main() -> int:
-    """Run the named steps. What failed may have broken the device's context, so nothing else runs behind it here."""
+    """Run the named steps. What failed may have broken the device's context, so nothing else runs after it here."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("steps", nargs="+")
     parser.add_argument("--out", type=Path, required=True)
@@ -26,7 +26,7 @@ def main() -> int:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # steps look into the engine
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if args.device == "cpu":
-        # One thread, on any core: models are tiny, and threads that wait for each other are slow beside other work.
+        # One thread, on any core: models are tiny, and threads that wait for each other are slow next to other work.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     known = {step.name: step for step in steps_on(args.device)}

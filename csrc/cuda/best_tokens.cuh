@@ -16,7 +16,7 @@ constexpr float kLog2E = 1.44269504089f;
 struct alignas(16) BestPart {
     float largest;  // NaN if any is
     int token;      // the first one with the largest logit, or the first one that is NaN
-    float sum;      // of exp(logit - largest); 0 for minus infinity alone; without meaning for other infinities and NaN
+    float sum;      // of exp(logit - largest); 0 for minus infinity only; without meaning for other infinities and NaN
 };
 
 struct BestParams {
@@ -72,7 +72,7 @@ NLD_DEVICE float logit_of(const LogitChunk& chunk, int index) {
         return float_from_bits(chunk.words[index]);
 }
 
-// Minus infinity stands for logits behind the row's end.
+// Minus infinity stands for logits past the row's end.
 template <typename T>
 NLD_DEVICE LogitChunk load_logits(const T* row, int first, int vocab, bool aligned) {
     constexpr int kChunk = 16 / static_cast<int>(sizeof(T));

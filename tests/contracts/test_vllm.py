@@ -1,4 +1,4 @@
-"""What this extension assumes about vLLM: one test an assumption, from vLLM's source alone, so no engine is started.
+"""What this extension assumes about vLLM: one test an assumption, from vLLM's source only, so no engine is started.
 
 A test that fails names the assumption; ``docs/patches.md`` says which code leans on it, and why.
 """

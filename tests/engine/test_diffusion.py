@@ -135,7 +135,7 @@ def test_a_request_alone_does_the_same(llm: Any, model: ReferenceModel) -> None:
 
 
 def test_a_stop_token_ends_its_block_early(llm: Any, model: ReferenceModel) -> None:
-    """Some block must end with masks behind its stop token, or nothing was tested."""
+    """Some block must end with masks after its stop token, or nothing was tested."""
     prompts = random_prompts(LENGTHS, 24, seed=11)
     unfinished: list[bool] = []
     watch_blocks(llm, lambda block: unfinished.append(5 in block.tokens))

@@ -1,4 +1,4 @@
-"""A seeded request's text is AR's with that seed: whatever is preempted, cut short, drafted, or beside it."""
+"""A seeded request's text is AR's with that seed: whatever is preempted, cut short, drafted, or next to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step holds: chunks of seeded prompts, cached prompts beside grammars, and shares of the budget."""
+"""What a step holds: chunks of seeded prompts, cached prompts next to grammars, and shares of the budget."""
 
 from __future__ import annotations
 

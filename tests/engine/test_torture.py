@@ -102,7 +102,7 @@ class Case:
 
 
 def prompts_of(llm: Any) -> list[tuple[int, ...]]:
-    """Prompts that share prefixes of whole cache pages, some with one token to compute behind them."""
+    """Prompts that share prefixes of whole cache pages, some with one token to compute after them."""
     tokenizer = llm.llm_engine.get_tokenizer()
     first, second, third = (tokenizer.encode(text)[:110] for _, text in held_out_prompts(3, characters=600))
     made = [first[:65], first[:64] + second[:1], first[:64] + second[:30], first, second[:33], second[:97]]
@@ -265,5 +265,5 @@ def test_every_text_is_the_one_of_its_request_alone(llm: Any) -> None:
     assert not scheduler.running
     assert not scheduler.parked
     assert not drafter.parked
-    assert scheduler.kv_cache_manager.usage == 0, "pages that nobody owns"
+    assert scheduler.kv_cache_manager.usage == 0, "pages without an owner"
     assert len(drafter._requests._states) <= 1

@@ -538,7 +538,7 @@ BEST_SPECS = {
     "ties in several segments": BestSpec(3, 3 * SEGMENT, torch.bfloat16, ties=(SEGMENT + 70, SEGMENT + 5, 2 * SEGMENT)),
     "all equal": BestSpec(2, 2 * SEGMENT + 1, torch.float16, scale=0.0),
     "ascending": BestSpec(2, 2 * SEGMENT, torch.float32, ascending=True),
-    "NaN behind a larger one": BestSpec(3, 2 * SEGMENT, torch.float32, nans=(90, 70, SEGMENT)),
+    "NaN after a larger one": BestSpec(3, 2 * SEGMENT, torch.float32, nans=(90, 70, SEGMENT)),
     "NaN in the second segment": BestSpec(3, 2 * SEGMENT, torch.float16, nans=(SEGMENT + 9,)),
     "NaN in the rest of a step": BestSpec(2, 130, torch.bfloat16, nans=(129,)),
     "NaN behind infinity": BestSpec(2, 200, torch.bfloat16, infinities=(3,), nans=(150, 160)),

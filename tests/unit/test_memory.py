@@ -108,7 +108,7 @@ def test_logits_come_in_chunks_of_blocks(
     filler = make(model)
     filler.compact = compact
     blocks = chosen_blocks([3, 4, 2, 8], CommitRule("left_to_right", {"tokens_per_step": 2}))
-    blocks[1].stop_ids = frozenset({9})  # decided at once, with masks behind it
+    blocks[1].stop_ids = frozenset({9})  # decided at once, with masks after it
     filler.run(blocks)
     for block in blocks:
         decided = block.decided(MASK)

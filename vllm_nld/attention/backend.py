@@ -35,7 +35,7 @@ class DraftMetadata:
         max_length: tokens of the longest block.
         max_prefix: tokens of the longest prefix.
         adapted: the tokens that the draft adapter applies to: all, or int64 indices; None: none.
-        tokens: of all rows; those behind are padding. None: there is no padding.
+        tokens: of all rows; those after are padding. None: there is no padding.
     """
 
     block_table: Tensor

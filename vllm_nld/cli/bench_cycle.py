@@ -169,7 +169,7 @@ def time_decoding(
         prompt_tokens: of each.
         steps: to time; fewer if the requests end before.
         drafts: of a cycle at most, so that no block is cut short by ``max_tokens`` while it is timed.
-        watch: runs these steps, and takes note of their parts.
+        watch: runs these steps, and records their parts.
         sampling: of ``SamplingParams``; greedy by default.
     """
     from vllm import SamplingParams

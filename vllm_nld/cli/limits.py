@@ -25,7 +25,7 @@ def within(option: str, value: float, least: float, most: float, why: str) -> No
 
 
 def check_completions(option: str, tokens: int, texts: Sequence[str]) -> None:
-    """Refuse more ``tokens`` than the embedded checkpoint has room for behind the longest of some prompts."""
+    """Refuse more ``tokens`` than the embedded checkpoint has room for after the longest of some prompts."""
     from tokenizers import Tokenizer
 
     from vllm_nld.checkpoints import checkpoint_path

@@ -16,7 +16,7 @@ draft pass; vLLM's sampler; its scheduler; its model runner beside all of these;
 
 
 class Watch(Protocol):
-    """Runs steps and takes note of something."""
+    """Runs steps and records something."""
 
     def step(self, step: Callable[[], Any]) -> Any:
         """Run one step and return what it returned."""

@@ -109,7 +109,7 @@ class LearnedSampler(nn.Module):
         Args:
             tokens: int64 ``[rows, length]``, the predicted token, or the committed one.
             statistics: float32 ``[rows, length, STATISTICS]``, see :func:`statistics`.
-            present: bool ``[rows, length]``, False behind the end of a shorter block.
+            present: bool ``[rows, length]``, False past the end of a shorter block.
         """
         x = self.inputs(torch.cat((self.token_features[tokens].float(), statistics), dim=-1))
         x = (x + place_encoding(x)) * present[..., None]
@@ -128,7 +128,7 @@ class LearnedSampler(nn.Module):
             logits: float32 ``[rows, length, vocab]`` of a bidirectional pass; read at masked positions only.
             blocks: int64 ``[rows, length]``, the current tokens.
             masked: bool ``[rows, length]``.
-            present: bool ``[rows, length]``, False behind the end of a shorter block; None: every position is there.
+            present: bool ``[rows, length]``, False past the end of a shorter block; None: every position is there.
         """
         present = torch.ones_like(masked) if present is None else present
         tokens = torch.where(masked, logits.argmax(-1), blocks)

@@ -57,7 +57,7 @@ def _different(layers: Iterable[Any]) -> list[Any]:
 
 
 def _attend(layer: Any, length: int, longest_prefix: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Attend inside one block behind a cached token, which stands for a prefix of up to ``longest_prefix`` tokens."""
+    """Attend inside one block after a cached token, which stands for a prefix of up to ``longest_prefix`` tokens."""
 
     def ints(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)

@@ -307,7 +307,7 @@ def best_merge_kernel(
     part = row * SEGMENTS + segment
     exists = segment < SEGMENTS
     top = tl.load(part_largest + part, mask=exists, other=float("-inf"))
-    # Segments that lack have tokens of their own, behind all others.
+    # Segments that lack have tokens of their own, after all others.
     token = tl.where(exists, tl.load(part_token + part, mask=exists, other=0), 0x7FFF0000 + segment)
     total = top
     if SUM:

@@ -156,7 +156,7 @@ class RequestState:
         A cycle that verifies n drafts generates at most n + 1 tokens. It does not reach past ``min_tokens``: behind
         accepted drafts vLLM 0.32 forbids the stop tokens in the bonus position by the number of tokens before the
         cycle, where AR would allow them. Nor does it reach the token that the thinking budget forces: vLLM 0.32 forces
-        it by the number of drafts, and would do so behind a draft that ends the thinking by itself.
+        it by the number of drafts, and would do so after a draft that ends the thinking by itself.
         """
         generated = len(self.cached.output_token_ids)
         longest = self.remaining(longest)
@@ -313,7 +313,7 @@ class Requests:
         return state.noise, int(self._runner.input_batch.num_tokens_no_spec[row])
 
     def seed_draws(self, drafted: Mapping[str, Sequence[int]]) -> None:
-        """Seed vLLM's generators for what the step draws last in each row: behind its drafts, if it has any.
+        """Seed vLLM's generators for what the step draws last in each row: after its drafts, if it has any.
 
         Args:
             drafted: the drafts that it verifies, by request.

@@ -156,7 +156,7 @@ class SelfSpeculation:
         self._known_requests().seed_draws(self._drafted)
 
     def begin_step(self, scheduler_output: Any) -> None:
-        """Take note of what the causal pass is about to run, and forget requests that are over (called by the worker).
+        """Record what the causal pass is about to run, and forget requests that are over (called by the worker).
 
         Args:
             scheduler_output: vLLM's ``SchedulerOutput``, without padding.
@@ -189,7 +189,7 @@ class SelfSpeculation:
         return state
 
     def _abandon(self, state: RequestState) -> None:
-        """Book the forwards of a block that is never going to be done."""
+        """Count the forwards already spent on a block that will be dropped."""
         if state.interrupted is not None:
             self.ledger.denoised(state.tally, state.interrupted.passes)
             state.interrupted = None
@@ -216,7 +216,7 @@ class SelfSpeculation:
         token_ids_cpu: TokenArray,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Return the tokens that every batch row's next causal pass runs behind its last token; empty for plain AR.
+        """Return the tokens that every batch row's next causal pass runs after its last token; empty for plain AR.
 
         Args:
             sampled_token_ids: per row, the tokens this step decided; empty while its prompt is being prefilled. The
@@ -245,8 +245,8 @@ class SelfSpeculation:
         for row in waits:
             drafts[row] = done.pop(states[row].request_id, [])
         self._finished_away |= done
-        # What drafting costs beside its forward (planning, choosing, handing out) is the next step's to bear: every
-        # second between two calls is some step's or some draft's.
+        # Host time spent on planning and bookkeeping is charged to the next step, so that no time between two calls
+        # goes unaccounted.
         self._left_at = entered + self._draft_seconds
         return drafts
 
@@ -275,7 +275,7 @@ class SelfSpeculation:
         self._cycle.finish(len(states), tokens, accepted, now - self._left_at)
 
     def _settle(self, state: RequestState, sampled: list[int]) -> None:
-        """Book the causal pass that has just decided ``sampled``."""
+        """Record the causal pass that has just decided ``sampled``."""
         state.draft_probs = None
         drafts = len(self._drafted.get(state.request_id, ()))
         accepted = len(sampled) - 1

@@ -188,7 +188,7 @@ def _check_sampler(options: NLDOptions, engine: EngineTraits, where: str) -> Non
 
 
 def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> None:
-    """Refuse a key that would have no effect: its author expects one."""
+    """Refuse keys that have no effect in this mode: ignoring them silently would mislead the user."""
     for key in own:
         if key in ENGINE_KEYS:
             raise NLDError(

@@ -1,6 +1,6 @@
 """What a process needs that hosts one of several engines: cores of its own, and an end that leaves nothing behind.
 
-Ray, or whoever starts replicas, starts a process again that died. It does not see that a process is useless because
+Ray, or what else starts replicas, starts a process again that died. It does not see that a process is useless because
 its engine died or hangs. Nor does it clean up behind one that was killed: vLLM's engine core does not notice that its
 parent is gone, and keeps its memory and its device. The functions here turn the first into a dead
 process, and mend the second.
@@ -105,7 +105,7 @@ class Guard:
 
 
 def _guard(group: int) -> None:
-    # The other end of the pipe is held by the guarded process alone: the read ends when that process does.
+    # The other end of the pipe is held by the guarded process only: the read ends when that process does.
     prefix = sys.stdin.buffer.read().decode()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
@@ -133,7 +133,7 @@ async def check_engine(engine: Any, timeout: float) -> None:
             if left <= 0:
                 raise TimeoutError(f"the engine core did not answer for {timeout:g} s")
             await asyncio.wait({answer}, timeout=min(left, LOOK_SECONDS))
-            # A core that dies now leaves the question open for ever.
+            # A core that dies now leaves the question open forever.
             await engine.check_health()
         answer.result()
     finally:

@@ -19,7 +19,7 @@ PLACEHOLDER = -1
 
 
 def readable(logits: Tensor) -> bool:
-    """Whether :func:`verify_greedily` takes such logits: the model's own ones always are so."""
+    """Whether :func:`verify_greedily` takes such logits: logits computed by our model always qualify."""
     return logits.dtype in (torch.float32, torch.bfloat16, torch.float16) and logits.stride(-1) == 1
 
 

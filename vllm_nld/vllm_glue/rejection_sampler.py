@@ -183,7 +183,7 @@ def guide_verification(
     vLLM asks its own draft models for their distributions, but not a proposer of ``custom_class``. And it runs the
     rejection sampler in every step, also in one without drafts, where a request with ``top_k`` and no ``top_p`` ends
     the engine: ``apply_top_k_only`` takes the maximum of nothing (seen in 0.32.0). The plain sampler gives the same.
-    A step of greedy requests alone, whose logits nobody changes, is decided by :mod:`vllm_nld.vllm_glue.greedy_verify`.
+    A step of greedy requests only, whose logits nothing changes, is decided by :mod:`vllm_nld.vllm_glue.greedy_verify`.
 
     Args:
         rejection_sampler: vLLM's.

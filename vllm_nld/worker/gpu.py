@@ -12,7 +12,7 @@ class NLDGPUWorker(IntroducesProposer, Worker):  # type: ignore[misc]
     """vLLM's GPU worker with the proposer attached."""
 
     def determine_available_memory(self) -> int:
-        """Measure what is left for the KV cache, as vLLM does, beside the most that drafting takes."""
+        """Measure what is left for the KV cache, as vLLM does, next to the most that drafting takes."""
         with profiling_drafts(self.model_runner, self.vllm_config.speculative_config.num_speculative_tokens):
             available: int = super().determine_available_memory()
         return available

@@ -79,7 +79,7 @@ def _agrees(check: Check, case: Case) -> bool:
 
 
 def settings(check: Check, case: Case) -> dict[str, Any]:
-    """Return a case's arguments of ``LLM`` beside the tests' own."""
+    """Return a case's arguments of ``LLM``, besides the tests' own."""
     common: dict[str, Any] = {"dtype": case.dtype, "max_model_len": 512, "max_num_seqs": 8}
     if check.dry:
         return common
