@@ -143,7 +143,9 @@ class DraftPass:
         chunks: list[list[Block]] = []
         used = 0
         for block in blocks:
-            rows = block.tokens.count(self.mask_token_id)
+            # The learned sampler sees whole blocks.
+            whole = "learned" in needed([block])
+            rows = block.length if whole else block.tokens.count(self.mask_token_id)
             if chunks and used + rows <= most:
                 chunks[-1].append(block)
                 used += rows

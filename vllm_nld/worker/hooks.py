@@ -1,4 +1,4 @@
-"""What both platforms' workers do beside vLLM's own work; the classes are in ``cpu_worker.py`` and ``gpu_worker.py``.
+"""What both platforms' workers do beside vLLM's own work; the classes are in ``cpu.py`` and ``gpu.py``.
 
 One module per platform: vLLM's CPU worker replaces parts of torch as soon as it is imported, which would break a GPU.
 """
