@@ -89,8 +89,7 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
         drafts = [len(request.spec_token_ids) for request in running]
         if sum(drafts) <= rows:
             return
-        places = max(0, self.max_num_running_reqs - len(self.running))
-        if all(map(self._decides_by_argmax, [*running, *islice(self.waiting, places)])):
+        if all(map(self._decides_by_argmax, [*running, *islice(self.waiting, self._places())])):
             return
         for request, share in zip(running, fair_shares(drafts, rows), strict=True):
             request.spec_token_ids = request.spec_token_ids[:share]
@@ -106,7 +105,12 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
         return known
 
     def _has_place(self) -> bool:
-        return bool(self.waiting) and len(self.running) < self.max_num_running_reqs
+        return bool(self.waiting) and self._places() > 0
+
+    def _places(self) -> int:
+        """Return how many waiting requests vLLM would take in now; newer versions have a limit of their own for it."""
+        most = getattr(self, "max_num_active_reqs", self.max_num_running_reqs)
+        return max(0, int(most) - len(self.running))
 
     def _others_wait(self, scheduled: dict[str, int]) -> bool:
         if self._has_place():

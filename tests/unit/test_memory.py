@@ -118,6 +118,19 @@ def test_logits_come_in_chunks_of_blocks(
     assert filler.forwards == 4
 
 
+@pytest.mark.parametrize("choose", [True, False])
+def test_rows_of_logits_are_no_more_than_a_step_has_tokens(contexts: list[Any], choose: bool) -> None:
+    """What LoRAs need to know of each row is made for so many."""
+    filler, seen = make(Model()), list[tuple[int, int]]()
+    filler.max_tokens = 44
+    filler.activate_tasks = lambda blocks, tokens, logits: seen.append((tokens, logits))
+    blocks = chosen_blocks([22, 22], CommitRule("confidence_threshold", {"threshold": 0.0}))
+    for block in blocks:
+        block.choice = block.choice if choose else None
+    filler.run(blocks)
+    assert seen == [(44, 44)]
+
+
 def test_a_chunk_holds_as_many_positions_as_the_learned_sampler_sees(contexts: list[Any]) -> None:
     """It is given whole blocks, of which a few positions may be masked."""
     filler = make(Model())

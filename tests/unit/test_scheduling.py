@@ -67,8 +67,10 @@ def test_a_step_without_padding_is_left_as_it_is() -> None:
     assert grammar_without_padding(None, step(a=[-1])) is None
 
 
-def config(budget: int, scheduler: str | None) -> Any:
+def config(budget: int, scheduler: str | None, device: str = "cpu", lora: Any = None) -> Any:
     return SimpleNamespace(
+        device_config=SimpleNamespace(device_type=device),
+        lora_config=lora,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=budget, scheduler_cls=scheduler),
         speculative_config=SimpleNamespace(num_speculative_tokens=15),
     )
@@ -79,6 +81,13 @@ def test_a_budget_below_a_block_needs_this_scheduler() -> None:
     _check_budget(config(16, VLLM_S))
     with pytest.raises(NLDError, match=r"max_num_batched_tokens=15 with scheduler_cls='vllm.*a block of 16 tokens"):
         _check_budget(config(15, VLLM_S))
+
+
+@pytest.mark.parametrize(("device", "lora"), [("cuda", None), ("cpu", object())])
+def test_a_budget_below_a_block_needs_a_forward_that_takes_any_size(device: str, lora: Any) -> None:
+    _check_budget(config(16, scheduling.SCHEDULER, device, lora))
+    with pytest.raises(NLDError, match=r"max_num_batched_tokens=15 .*use at least 16"):
+        _check_budget(config(15, scheduling.SCHEDULER, device, lora))
 
 
 def test_a_scheduler_that_pads_by_other_means_is_refused() -> None:
