@@ -15,5 +15,5 @@ NAMESPACE = "nld"
 PROPOSER_PATHS = ("vllm_nld.SelfSpeculation", "vllm_nld.proposer.SelfSpeculation")
 """What ``--speculative-config`` may give as ``model``."""
 
-SCHEDULER = "vllm_nld.scheduler.ParkingScheduler"
+SCHEDULER = "vllm_nld.scheduler.NLDScheduler"
 """Path of our scheduler, for vLLM's ``scheduler_cls``."""

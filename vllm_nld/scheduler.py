@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_nld.draft_pass.memory import DRAWN_BYTES, rows_in
 from vllm_nld.proposer.parking import SchedulerNote, WorkerNote
-from vllm_nld.vllm_glue import scheduling, steps
+from vllm_nld.serving.admission import EngineTraits, request_options
+from vllm_nld.vllm_glue import sampling, scheduling, steps
 from vllm_nld.vllm_glue.padding import schedule_unpadded
 
 
@@ -42,6 +45,8 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.parked: frozenset[str] = frozenset()
         self._drafters: set[str] = set()
+        self._traits = EngineTraits.of(self.vllm_config)
+        self._argmax: dict[str, bool] = {}
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedule a step, as vLLM does, without the parked requests. It may be empty: then the worker denoises."""
@@ -70,11 +75,42 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
             large += tokens > 1 or request.request_id in self._drafters
             decided = request.num_tokens - request.num_computed_tokens
             request.spec_token_ids = request.spec_token_ids[: max(0, share - decided)]
+        self._limit_rows(running)
         self._drafters &= self.requests.keys()
         return max(1, (budget - (len(wanted) - large)) // max(1, large))
 
+    def _limit_rows(self, running: Sequence[Any]) -> None:
+        """Cut drafts to what memory allows where their verification holds copies of their logits.
+
+        The proposer limits them already, but by the step before: a waiting request may change what the whole batch
+        needs, and the blocks of diffusion have no limit there.
+        """
+        rows = rows_in(DRAWN_BYTES, self.vllm_config.model_config.get_vocab_size())
+        drafts = [len(request.spec_token_ids) for request in running]
+        if sum(drafts) <= rows:
+            return
+        if all(map(self._decides_by_argmax, [*running, *islice(self.waiting, self._places())])):
+            return
+        for request, share in zip(running, fair_shares(drafts, rows), strict=True):
+            request.spec_token_ids = request.spec_token_ids[:share]
+
+    def _decides_by_argmax(self, request: Any) -> bool:
+        known = self._argmax.get(request.request_id)
+        if known is None:
+            params = request.sampling_params
+            known = sampling.always_decides_by_argmax(params)
+            known = known and request_options(params, self._traits).mode != "diffusion"
+            self._argmax = {name: value for name, value in self._argmax.items() if name in self.requests}
+            self._argmax[request.request_id] = known
+        return known
+
     def _has_place(self) -> bool:
-        return bool(self.waiting) and len(self.running) < self.max_num_running_reqs
+        return bool(self.waiting) and self._places() > 0
+
+    def _places(self) -> int:
+        """Return how many waiting requests vLLM would take in now; newer versions have a limit of their own for it."""
+        most = getattr(self, "max_num_active_reqs", self.max_num_running_reqs)
+        return max(0, int(most) - len(self.running))
 
     def _others_wait(self, scheduled: dict[str, int]) -> bool:
         if self._has_place():

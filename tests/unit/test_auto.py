@@ -191,6 +191,23 @@ def test_probes_stay_within_their_budget() -> None:
     assert 0.3 * PROBE_SHARE < probing / busy < 1.5 * PROBE_SHARE
 
 
+def test_probes_whose_causal_pass_was_dropped_are_paid_for() -> None:
+    """A pass that also prefilled is no measurement, but the draft forwards before it were run."""
+    auto = AutoMode(16, clock=lambda: 0.0)
+    for size in range(1, 64):
+        auto.costs.start(size, 0.01 + 1e-4 * size)
+    (candidate,) = candidates(0.05)
+    for _ in range(500):
+        auto.plan([candidate], 1, 1).finish(1, 1, 0, 0.0101)
+    candidate.idle_steps, saved, probes = 100, auto.probing.saved, 0
+    for _ in range(100):
+        cycle = auto.plan([candidate], 1, 1)
+        if cycle.choice.blocks:
+            probes += 1
+            cycle.drafted(8, 0.0108)
+    assert 0 < probes <= saved / 0.01
+
+
 def test_nobody_is_probed_where_even_good_drafts_would_not_pay() -> None:
     auto = AutoMode(16, clock=lambda: 0.0)
     for size in range(1, 600):

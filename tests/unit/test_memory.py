@@ -118,6 +118,30 @@ def test_logits_come_in_chunks_of_blocks(
     assert filler.forwards == 4
 
 
+@pytest.mark.parametrize("choose", [True, False])
+def test_rows_of_logits_are_no_more_than_a_step_has_tokens(contexts: list[Any], choose: bool) -> None:
+    """What LoRAs need to know of each row is made for so many."""
+    filler, seen = make(Model()), list[tuple[int, int]]()
+    filler.max_tokens = 44
+    filler.activate_tasks = lambda blocks, tokens, logits: seen.append((tokens, logits))
+    blocks = chosen_blocks([22, 22], CommitRule("confidence_threshold", {"threshold": 0.0}))
+    for block in blocks:
+        block.choice = block.choice if choose else None
+    filler.run(blocks)
+    assert seen == [(44, 44)]
+
+
+def test_a_chunk_holds_as_many_positions_as_the_learned_sampler_sees(contexts: list[Any]) -> None:
+    """It is given whole blocks, of which a few positions may be masked."""
+    filler = make(Model())
+    rule = CommitRule("learned", {"threshold": 0.9})
+    few = [Block(0, [1] * 7 + [MASK], rule) for _ in range(4)]
+    assert [len(chunk) for chunk in filler._chunks(few)] == [4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft_pass, "CHUNK_BYTES", 16 * VOCAB * 4)
+        assert [len(chunk) for chunk in filler._chunks(few)] == [2, 2]
+
+
 def test_drafting_is_profiled_before_there_is_a_cache(contexts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft_pass, "DRAWN_BYTES", 20 * VOCAB * 4)
     drawn: list[Tensor] = []

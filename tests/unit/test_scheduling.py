@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm import SamplingParams
 
+from vllm_nld import scheduler as own_scheduler
 from vllm_nld.errors import NLDError
 from vllm_nld.model.engine_config import _check_budget
-from vllm_nld.scheduler import fair_shares
+from vllm_nld.options import NLDOptions
+from vllm_nld.scheduler import NLDScheduler, fair_shares
+from vllm_nld.serving.admission import EngineTraits
 from vllm_nld.vllm_glue import scheduling
 from vllm_nld.vllm_glue.padding import grammar_without_padding, schedule_unpadded, without_padding
 
@@ -63,8 +67,10 @@ def test_a_step_without_padding_is_left_as_it_is() -> None:
     assert grammar_without_padding(None, step(a=[-1])) is None
 
 
-def config(budget: int, scheduler: str | None) -> Any:
+def config(budget: int, scheduler: str | None, device: str = "cpu", lora: Any = None) -> Any:
     return SimpleNamespace(
+        device_config=SimpleNamespace(device_type=device),
+        lora_config=lora,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=budget, scheduler_cls=scheduler),
         speculative_config=SimpleNamespace(num_speculative_tokens=15),
     )
@@ -77,6 +83,57 @@ def test_a_budget_below_a_block_needs_this_scheduler() -> None:
         _check_budget(config(15, VLLM_S))
 
 
+@pytest.mark.parametrize(("device", "lora"), [("cuda", None), ("cpu", object())])
+def test_a_budget_below_a_block_needs_a_forward_that_takes_any_size(device: str, lora: Any) -> None:
+    _check_budget(config(16, scheduling.SCHEDULER, device, lora))
+    with pytest.raises(NLDError, match=r"max_num_batched_tokens=15 .*use at least 16"):
+        _check_budget(config(15, scheduling.SCHEDULER, device, lora))
+
+
 def test_a_scheduler_that_pads_by_other_means_is_refused() -> None:
     with pytest.raises(NLDError, match="num_spec_tokens"):
         schedule_unpadded(SimpleNamespace(), lambda: None)
+
+
+def request(name: str, drafts: int = 0, **params: Any) -> Any:
+    """A request whose first ten tokens are decided, the last of them not computed yet."""
+    return SimpleNamespace(
+        request_id=name,
+        sampling_params=SamplingParams(**({"temperature": 0.0} | params)),
+        spec_token_ids=[7] * drafts,
+        num_tokens=10,
+        num_computed_tokens=9,
+        num_tokens_with_spec=10 + drafts,
+    )
+
+
+DIFFUSION = {"extra_args": {"nld": {"mode": "diffusion"}}}
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "places", "drafts"),
+    [
+        ({}, {}, 4, 15),
+        ({}, {"temperature": 1.0}, 4, 4),
+        ({}, {"logprobs": 0}, 4, 4),
+        ({}, {"temperature": 1.0}, 2, 15),
+        ({"min_tokens": 5}, {}, 2, 4),
+        (DIFFUSION, {}, 2, 4),
+    ],
+)
+def test_rows_that_are_verified_at_once_are_limited_by_who_is_going_to_be_there(
+    monkeypatch: pytest.MonkeyPatch, running: Any, waiting: Any, places: int, drafts: int
+) -> None:
+    """A request that joins a batch of greedy ones makes all their drafts go through the rejection sampler."""
+    monkeypatch.setattr(own_scheduler, "DRAWN_BYTES", 8 * 4 * 100)
+    made = NLDScheduler.__new__(NLDScheduler)
+    made.vllm_config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 100))
+    made.running = [request("a", 15), request("b", 15, **running)]
+    made.waiting = [request("c", **waiting)]
+    made.waiting = type("Queue", (list,), {"peek_request": lambda self: self[0]})(made.waiting)
+    made.requests = {own.request_id: own for own in [*made.running, *made.waiting]}
+    made.parked, made._drafters, made._argmax = frozenset(), set(), {}
+    made._traits = EngineTraits(NLDOptions(), 16)
+    made.max_num_scheduled_tokens, made.max_num_running_reqs = 1000, places
+    made._share_budget()
+    assert [len(own.spec_token_ids) for own in made.running] == [drafts] * 2

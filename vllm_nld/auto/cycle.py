@@ -48,10 +48,8 @@ class Cycle:
         self._search, self._probing = search, probing
         self._planned = planned
         self._expected = expected
-        self._is_probe = credit is not None
+        self._credit = credit
         self._draft_seconds = 0.0
-        if credit is not None:
-            probing.saved += credit
 
     def void(self) -> None:
         """Learn nothing from what the cycle yields: its forwards also serve requests it was not planned for."""
@@ -87,6 +85,8 @@ class Cycle:
         prices = self._search.prices
         if prices.was_interrupted(requests, tokens, seconds):
             return
+        # Not before: a cycle that is dropped has no AR step's price to set off, only a draft to pay for.
+        self._probing.saved += self._credit or 0.0
         self._account(seconds)
         if self._expected is not None:
             took = (self._draft_seconds + seconds) / max(self._expected.seconds, 1e-9)
@@ -98,5 +98,5 @@ class Cycle:
     def _account(self, seconds: float) -> None:
         if self._planned:
             self._probing.save(seconds)
-        if self._is_probe:
+        if self._credit is not None:
             self._probing.saved -= seconds

@@ -143,7 +143,9 @@ class DraftPass:
         chunks: list[list[Block]] = []
         used = 0
         for block in blocks:
-            rows = block.tokens.count(self.mask_token_id)
+            # The learned sampler sees whole blocks.
+            whole = "learned" in needed([block])
+            rows = block.length if whole else block.tokens.count(self.mask_token_id)
             if chunks and used + rows <= most:
                 chunks[-1].append(block)
                 used += rows
@@ -178,7 +180,7 @@ class DraftPass:
         chosen = set(map(id, blocks))
         masked = [id(block) in chosen and token == self.mask_token_id for block in group for token in block.tokens]
         wanted = torch.tensor(masked).nonzero().squeeze(1)
-        return _rounded(wanted).to(self.device), len(wanted)
+        return _rounded(wanted, self.max_tokens).to(self.device), len(wanted)
 
     def _hidden(self, blocks: Sequence[Block]) -> Tensor:
         """Run one forward and return the hidden states of its tokens ``[tokens, hidden]``; more rows are padding.
@@ -195,7 +197,7 @@ class DraftPass:
         ids, positions = _rounded(ids, self.max_tokens), _rounded(positions, self.max_tokens)
         if self.activate_tasks is not None:
             logits = sum(block.tokens.count(self.mask_token_id) for block in blocks)
-            self.activate_tasks(blocks, ids.numel(), round_size(logits))
+            self.activate_tasks(blocks, ids.numel(), _rounded_size(logits, self.max_tokens))
         context = set_forward_context(
             self._per_layer(blocks),
             self.vllm_config,
@@ -341,10 +343,13 @@ class DraftPass:
         return score
 
 
-def _rounded(values: Tensor, limit: int | None = None) -> Tensor:
+def _rounded(values: Tensor, limit: int) -> Tensor:
     """Repeat the last value up to a size that kernels exist for, but not beyond ``limit``."""
-    size = round_size(len(values)) if limit is None else max(len(values), min(round_size(len(values)), limit))
-    return torch.cat((values, values[-1:].expand(size - len(values))))
+    return torch.cat((values, values[-1:].expand(_rounded_size(len(values), limit) - len(values))))
+
+
+def _rounded_size(size: int, limit: int) -> int:
+    return max(size, min(round_size(size), limit))
 
 
 def _padded(rows: list[list[bool]]) -> Tensor:

@@ -130,7 +130,7 @@ def _check_speculation(vllm_config: Any) -> None:
 
 
 def _check_budget(vllm_config: Any) -> None:
-    """Refuse a budget in which another scheduler than this extension's would never admit a cached prompt."""
+    """Refuse a budget below a block where a cached prompt would never be admitted, or a draft forward would not fit."""
     scheduler = vllm_config.scheduler_config
     block = 1 + vllm_config.speculative_config.num_speculative_tokens
     if scheduler.max_num_batched_tokens < block and not scheduling.schedules_blocks(scheduler):
@@ -138,6 +138,15 @@ def _check_budget(vllm_config: Any) -> None:
             f"max_num_batched_tokens={scheduler.max_num_batched_tokens} with "
             f"scheduler_cls={scheduler.scheduler_cls!r}: vLLM pads a request with one token to compute to a block of "
             f"{block} tokens, which would never fit; use at least {block}, or leave scheduler_cls out"
+        )
+    # A forward runs a block whole. vLLM compiles the model, and makes what LoRAs need, for so many tokens and no more.
+    if scheduler.max_num_batched_tokens < block and (
+        vllm_config.device_config.device_type != "cpu" or vllm_config.lora_config is not None
+    ):
+        raise NLDError(
+            f"max_num_batched_tokens={scheduler.max_num_batched_tokens} with self-speculation on a GPU or with "
+            f"--enable-lora: a draft forward runs a block of {block} tokens; use at least {block}, or fewer "
+            "num_speculative_tokens"
         )
 
 

@@ -26,6 +26,18 @@ def decides_by_argmax(rejection_sampler: Any, sampling_metadata: Any) -> bool:
     return all(map(_is_idle, processors))
 
 
+def always_decides_by_argmax(params: Any) -> bool:
+    """Whether no step that holds a request with these ``SamplingParams`` fails :func:`decides_by_argmax` for it.
+
+    Told of a request that may not be in the runner's batch yet, so more cautious than that.
+    """
+    off = {"temperature": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "min_tokens": 0}
+    if any(getattr(params, name) != value for name, value in off.items()):
+        return False
+    others = ("logprobs", "logprob_token_ids", "allowed_token_ids", "thinking_token_budget")
+    return not (params.bad_words or params.logit_bias) and all(getattr(params, name, None) is None for name in others)
+
+
 def _is_idle(processor: Any) -> bool:
     """Whether a logits processor has no request to change logits of; one that is not vLLM's own may always have."""
     from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor

@@ -1,4 +1,4 @@
-"""What both platforms' workers do besides vLLM's own work; the classes are in ``worker/cpu.py`` and ``worker/gpu.py``.
+"""What both platforms' workers do besides vLLM's own work; the classes are in ``cpu.py`` and ``gpu.py``.
 
 One module per platform: vLLM's CPU worker replaces parts of torch as soon as it is imported, which would break a GPU.
 """
