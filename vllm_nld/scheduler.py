@@ -109,8 +109,8 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
 
     def _places(self) -> int:
         """Return how many waiting requests vLLM would take in now; newer versions have a limit of their own for it."""
-        most = getattr(self, "max_num_active_reqs", self.max_num_running_reqs)
-        return max(0, int(most) - len(self.running))
+        most: int = getattr(self, "max_num_active_reqs", None) or self.max_num_running_reqs
+        return max(0, most - len(self.running))
 
     def _others_wait(self, scheduled: dict[str, int]) -> bool:
         if self._has_place():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import vllm_nld
 
-PACKAGE = Path(vllm_nld.__path__[0])
+PACKAGE = Path(vllm_nld.__file__).parent
 
 OLD_NAMES = ("replica", "learned_sampler")
 """Modules that moved, by their old names, for one more release."""
