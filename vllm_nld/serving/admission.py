@@ -14,7 +14,7 @@ from typing import Any
 from vllm_nld.errors import NLDError, shown, shown_key
 from vllm_nld.names import MODEL_TYPE, NAMESPACE, PROPOSER_PATHS
 from vllm_nld.options import MODES_OF_KEY, NLDOptions, refuse_misplaced
-from vllm_nld.policies import policies_with
+from vllm_nld.policies import POLICIES, policies_with
 
 LEARNED_SAMPLER_FOLDER = "learned_sampler"
 
@@ -180,10 +180,11 @@ def _check_engine(options: NLDOptions, engine: EngineTraits, own: dict[str, Any]
 
 
 def _check_sampler(options: NLDOptions, engine: EngineTraits, where: str) -> None:
-    if options.sampler == "learned" and engine.learned_sampler is None:
+    if "learned" in POLICIES[options.sampler].needs and engine.learned_sampler is None:
+        others = ", ".join(name for name, policy in POLICIES.items() if "learned" not in policy.needs)
         raise NLDError(
-            f"{where}.sampler='learned', but this checkpoint has no folder learned_sampler; allowed: "
-            "confidence_threshold, top_k, left_to_right, entropy_budget"
+            f"{where}.sampler={options.sampler!r}, but this checkpoint has no folder {LEARNED_SAMPLER_FOLDER}; "
+            f"allowed: {others}"
         )
 
 
