@@ -186,6 +186,19 @@ def test_defaults_that_would_refuse_every_request_are_refused_at_start_up() -> N
         check_defaults(EngineTraits(NLDOptions(sampler="learned"), 16))
 
 
+@pytest.mark.parametrize("extra_args", [{"\ud800": "auto"}, {"session": "\ud800"}, {"session": ["a", "\udfff"]}])
+def test_text_that_cannot_be_sent_to_the_engine_is_refused(extra_args: dict[str, Any]) -> None:
+    from vllm import SamplingParams
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=MODEL_TYPE)),
+        nld_traits=EngineTraits(NLDOptions(), 16),
+    )
+    assert check_admission(config, SamplingParams(extra_args={"session": "grüße"})) is not None
+    with pytest.raises(NLDError, match=r"half a surrogate pair"):
+        check_admission(config, SamplingParams(extra_args=extra_args))
+
+
 def test_an_integer_that_cannot_be_sent_to_the_engine_is_refused() -> None:
     from vllm import SamplingParams
 

@@ -69,6 +69,7 @@ def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
         vllm_config.nld_traits = EngineTraits.of(vllm_config)
     traits: EngineTraits = vllm_config.nld_traits
     _check_integers(params)
+    _check_texts(params.extra_args)
     request_options(params, traits)
     return traits
 
@@ -79,6 +80,22 @@ def _check_integers(params: Any) -> None:
         value = getattr(params, name)
         if isinstance(value, int) and not -(2**63) <= value < 2**64:
             raise NLDError(f"{name}={shown(value)}: allowed are integers of 64 bits")
+
+
+def _check_texts(extra_args: Any) -> None:
+    """Refuse keys and strings that no encoding can send to the engine: vLLM would answer HTTP 500."""
+    for key, value in extra_args.items() if isinstance(extra_args, dict) else ():
+        for text in (key, *(value if isinstance(value, list) else [value])):
+            if isinstance(text, str) and not text.isascii() and _is_unsendable(text):
+                raise NLDError(f"extra_args[{shown_key(key)}]: half a surrogate pair; allowed: text in UTF-8")
+
+
+def _is_unsendable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def check_defaults(engine: EngineTraits) -> None:
