@@ -58,7 +58,7 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
         return steps.with_note(output, SchedulerNote(self._others_wait(output.num_scheduled_tokens), share))
 
     def _share_budget(self) -> int:
-        """Cut drafts to fair shares of the step's budget; return how long a block everybody might verify in the next.
+        """Cut drafts to fair shares of the step's budget; return the block length that fits every request in the next.
 
         The first waiting request counts as well, if there is a place for it: else it would wait until another ends.
         """
