@@ -6,7 +6,8 @@ A test that fails names the assumption; ``docs/patches.md`` says which code lean
 from __future__ import annotations
 
 import pytest
-from vllm_source import VllmSource
+
+from tests.contracts.vllm_source import VllmSource
 
 SCHEDULER = "v1/core/sched/scheduler.py"
 STEP = "v1/core/sched/output.py"
