@@ -9,16 +9,24 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_nld.checkpoints.draft_lora import CONFIG_FILE, WEIGHTS_FILE
+from vllm_nld.checkpoints.draft_lora import CONFIG_FILE, RELEASED_TARGETS, WEIGHTS_FILE
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.reference import DraftAdapter
 
 
-def random_adapter(config: NemotronLabsDiffusionConfig, rank: int = 4, seed: int = 0) -> DraftAdapter:
-    """An adapter large enough to change what a random model drafts."""
+def random_adapter(
+    config: NemotronLabsDiffusionConfig,
+    rank: int = 4,
+    seed: int = 0,
+    targets: tuple[str, ...] = RELEASED_TARGETS,
+    mask_row: bool = False,
+    size: float = 0.5,
+) -> DraftAdapter:
+    """An adapter large enough to change what a random model drafts; ``size`` is the deviation of B."""
     generator = torch.Generator().manual_seed(seed)
-    adapter = DraftAdapter.fresh(config, rank, 2.0 * rank, generator)
-    adapter.b = [torch.randn(b.shape, generator=generator) * 0.5 for b in adapter.b]
+    row = torch.randn(config.hidden_size, generator=generator) if mask_row else None
+    adapter = DraftAdapter.fresh(config, rank, 2.0 * rank, generator, targets, row)
+    adapter.b = {place: torch.randn(b.shape, generator=generator) * size for place, b in adapter.b.items()}
     return adapter
 
 

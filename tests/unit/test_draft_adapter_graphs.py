@@ -15,7 +15,8 @@ from vllm.model_executor.layers.attention import attention as vllms_attention
 from vllm_nld.attention.backend import DraftMetadata
 from vllm_nld.errors import NLDError
 from vllm_nld.model import draft_adapter
-from vllm_nld.model.draft_adapter import DraftAdapter, leave_adapter_out_of_graphs
+from vllm_nld.model.adapter_shares import Share
+from vllm_nld.model.draft_adapter import DraftAdapter, MaskRow, leave_adapter_out_of_graphs
 
 assert vllms_attention, "defines the operators that vLLM splits at"
 
@@ -27,18 +28,40 @@ def compiled(**settings: Any) -> CompilationConfig:
     return config
 
 
+MASK = 3
+SHARES = [Share("q_proj", range(8), range(4), 0), Share("v_proj", range(8), range(2), 6)]
+
+
 class Layer(nn.Module):
-    """The end of an attention layer."""
+    """An embedding and a packed linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.mask_row = MaskRow(8, MASK)
         self.project = nn.Linear(8, 8)
-        self.adapter = DraftAdapter(2, 8, 8)
+        self.adapter = DraftAdapter(2, SHARES)
+        torch.manual_seed(0)
+        for buffer in self.buffers():
+            buffer.normal_()
 
-    def forward(self, attended: torch.Tensor) -> torch.Tensor:
-        projected = self.project(attended)
-        self.adapter(attended, projected)
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        embedded = self.embed(ids)
+        self.mask_row(ids, embedded)
+        projected = self.project(embedded)
+        self.adapter(embedded, projected)
         return projected * 2
+
+
+IDS = torch.tensor([1, MASK, 2, MASK])
+
+
+def drafting(monkeypatch: pytest.MonkeyPatch, adapted: Any) -> None:
+    """Pretend that a forward is in progress: a draft that is adapted so, or (None) a causal one."""
+    none = torch.zeros(0, dtype=torch.int32)
+    metadata = None if adapted is None else {"layer": DraftMetadata(none, none, none, none, 3, 0, adapted)}
+    monkeypatch.setattr(draft_adapter, "is_forward_context_available", lambda: True)
+    monkeypatch.setattr(draft_adapter, "get_forward_context", lambda: SimpleNamespace(attn_metadata=metadata))
 
 
 def graph_of(layer: nn.Module) -> torch.fx.GraphModule:
@@ -50,7 +73,7 @@ def graph_of(layer: nn.Module) -> torch.fx.GraphModule:
         return graph.forward
 
     with torch.no_grad():
-        torch.compile(layer, backend=keep, fullgraph=True)(torch.zeros(3, 8))
+        torch.compile(layer, backend=keep, fullgraph=True)(IDS)
     return graphs[0]
 
 
@@ -64,18 +87,18 @@ def graph_of(layer: nn.Module) -> torch.fx.GraphModule:
     ],
 )
 def test_graphs_are_cut_at_the_adapter(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
-    monkeypatch.setattr(draft_adapter, "get_forward_context", lambda: SimpleNamespace(attn_metadata=None))
+    drafting(monkeypatch, None)
     config = compiled(**settings)
     others = list(config.splitting_ops)
     assert others, "attention, at least"
     leave_adapter_out_of_graphs(config)
     leave_adapter_out_of_graphs(config)
-    assert config.splitting_ops == [*others, "vllm_nld::add_draft_adapter"]
+    assert config.splitting_ops == [*others, "vllm_nld::add_draft_adapter", "vllm_nld::set_mask_row"]
 
     _, pieces = split_graph(graph_of(Layer()), config.splitting_ops)
-    with_adapter = [piece for piece in pieces if "add_draft_adapter" in piece.graph.code]
-    assert [piece.is_splitting_graph for piece in with_adapter] == [True]
-    assert len(pieces) == 3
+    for operator in ("add_draft_adapter", "set_mask_row"):
+        assert [piece.is_splitting_graph for piece in pieces if operator in piece.graph.code] == [True]
+    assert len(pieces) == 5
 
 
 def test_an_engine_that_is_not_cut_into_pieces_stays_so() -> None:
@@ -87,14 +110,32 @@ def test_an_engine_that_is_not_cut_into_pieces_stays_so() -> None:
 
 
 def test_a_capture_with_the_adapter_in_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    none = torch.zeros(0, dtype=torch.int32)
-    adapted = DraftMetadata(none, none, none, none, 3, 0, slice(None))
-    context = SimpleNamespace(attn_metadata={"layer": adapted})
-    monkeypatch.setattr(draft_adapter, "get_forward_context", lambda: context)
     layer = Layer()
-    layer(torch.ones(3, 8))
+    drafting(monkeypatch, slice(None))
+    layer(IDS)
     monkeypatch.setattr(draft_adapter, "is_being_captured", lambda _: True)
     with pytest.raises(NLDError, match="captured"):
-        layer(torch.ones(3, 8))
-    context.attn_metadata = None
-    layer(torch.ones(3, 8))  # a causal pass is captured without it
+        layer(IDS)
+    drafting(monkeypatch, None)
+    layer(IDS)  # a causal pass is captured without it
+
+
+@torch.no_grad()
+def test_adapted_tokens_of_a_packed_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens, some, or none; other columns stay as they are."""
+    layer = Layer()
+    drafting(monkeypatch, None)
+    plain = layer(IDS)
+    embedded = torch.where((IDS == MASK)[:, None], layer.mask_row.row, layer.embed(IDS))
+    (q, v), down = layer.adapter.up, layer.adapter.down
+    expected = layer.project(embedded)
+    expected[:, :4] += embedded @ down[:, :2] @ q
+    expected[:, 6:] += embedded @ down[:, 2:] @ v
+    drafting(monkeypatch, slice(None))
+    torch.testing.assert_close(layer(IDS), expected * 2)
+    drafting(monkeypatch, torch.tensor([0, 1]))
+    found = layer(IDS)
+    torch.testing.assert_close(found[:2], expected[:2] * 2)
+    assert torch.equal(found[2:], plain[2:]), "neither the matrices nor the mask token's row"
+    monkeypatch.setattr(draft_adapter, "is_forward_context_available", lambda: False)
+    assert torch.equal(layer(IDS), plain), "embedded outside a forward"

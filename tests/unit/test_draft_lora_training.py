@@ -17,8 +17,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tests.support import models
+from tests.support import adapters, models
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.draft_lora import MODULES, TARGETS
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli import app
 from vllm_nld.errors import NLDError
@@ -48,11 +49,8 @@ def model_of(seed: int = 0) -> ReferenceModel:
     return models.random_model(models.small_config(), seed).requires_grad_(False)
 
 
-def random_adapter(model: ReferenceModel, seed: int = 0, rank: int = 3) -> DraftAdapter:
-    generator = torch.Generator().manual_seed(seed)
-    adapter = DraftAdapter.fresh(model.config, rank, 6.0, generator)
-    adapter.b = [torch.randn(b.shape, generator=generator) * 0.3 for b in adapter.b]
-    return adapter
+def random_adapter(model: ReferenceModel, seed: int = 0, rank: int = 3, **rest: Any) -> DraftAdapter:
+    return adapters.random_adapter(model.config, rank, seed, size=0.3, **rest)
 
 
 def stream_of(seed: int = 0) -> Stream:
@@ -78,7 +76,7 @@ def test_a_zero_adapter_is_none() -> None:
     model = model_of()
     plain = linear_spec_generate(model, PROMPT, 30, BLOCK)
     model.draft_adapter = DraftAdapter.fresh(model.config, 4, 16.0, torch.Generator().manual_seed(0))
-    assert any(bool(a.any()) for a in model.draft_adapter.a)
+    assert any(bool(a.any()) for a in model.draft_adapter.a.values())
     assert linear_spec_generate(model, PROMPT, 30, BLOCK) == plain
 
 
@@ -95,14 +93,34 @@ def test_an_adapter_changes_drafts_and_nothing_else(threshold: float) -> None:
     assert generate(model, PROMPT, 40, threshold=0.9) == diffused, "block diffusion does without the adapter"
 
 
-def test_the_adapter_is_a_change_of_o_proj() -> None:
-    model, ids = model_of(), torch.tensor([PROMPT])
-    model.draft_adapter = adapter = random_adapter(model)
+def merge(model: ReferenceModel, adapter: DraftAdapter) -> None:
+    """Put an adapter into the weights."""
+    for (layer, target), a in adapter.a.items():
+        model.get_parameter(f"encoder.layers.{layer}.{MODULES[target]}.weight").add_(2.0 * adapter.b[layer, target] @ a)
+    if adapter.mask_row is not None:
+        model.encoder.embed_tokens.weight[model.config.mask_token_id] = adapter.mask_row
+
+
+@pytest.mark.parametrize("targets", [*((target,) for target in TARGETS), TARGETS])
+@pytest.mark.parametrize("mask_row", [False, True])
+def test_the_adapter_is_a_change_of_weights(targets: tuple[str, ...], mask_row: bool) -> None:
+    model, ids = model_of(), torch.tensor([[*PROMPT, 5, 5]])
+    assert model.config.mask_token_id == 5
+    model.draft_adapter = adapter = random_adapter(model, targets=targets, mask_row=mask_row)
     found = model.draft(ids)
     assert not torch.allclose(found, model.bidirectional(ids), atol=1e-2)
-    for layer, a, b in zip(model.encoder.layers, adapter.a, adapter.b, strict=True):
-        layer.self_attn.o_proj.weight += 2.0 * b @ a  # alpha 6, rank 3
-    torch.testing.assert_close(found, model.bidirectional(ids), atol=1e-4, rtol=1e-4)
+    merge(model, adapter)  # scale 2
+    torch.testing.assert_close(found, model.bidirectional(ids), atol=2e-4, rtol=2e-4)
+
+
+def test_a_mask_row_by_itself_counts_for_masks_only() -> None:
+    model = model_of()
+    model.draft_adapter = adapter = random_adapter(model, mask_row=True)
+    for b in adapter.b.values():
+        b.zero_()
+    plain, masked = torch.tensor([PROMPT]), torch.tensor([[*PROMPT, 5]])
+    assert torch.equal(model.draft(plain), model.bidirectional(plain))
+    assert not torch.allclose(model.draft(masked), model.bidirectional(masked), atol=1e-2)
 
 
 # --- objective ---
@@ -357,7 +375,7 @@ def test_the_embedded_adapter_gains_and_changes_no_text() -> None:
     """Fewer cycles for the same text; four prompts of the 87 that docs/draft_lora.md measures."""
     folder = checkpoint_path("tiny")
     model, adapter = load_reference(folder), DraftAdapter.read(folder / "linear_spec_lora")
-    assert len(adapter.a) == model.config.num_hidden_layers
+    assert list(adapter.a) == [(layer, "o_proj") for layer in range(model.config.num_hidden_layers)]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     cycles = {True: 0, False: 0}
     for _, prompt in held_out_prompts(4):

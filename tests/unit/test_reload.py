@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_nld.model.draft_adapter import DraftAdapter
+from vllm_nld.model.adapter_shares import Share
+from vllm_nld.model.draft_adapter import DraftAdapter, MaskRow
 
 
 def test_a_reload_keeps_the_adapter_and_reports_no_failure(caplog: pytest.LogCaptureFixture) -> None:
     reload = pytest.importorskip("vllm.model_executor.model_loader.reload.layerwise")
-    model = nn.ModuleList([DraftAdapter(2, 6, 4)])
+    shares = [Share("k_proj", range(6), range(4), 0), Share("v_proj", range(6), range(4), 4)]
+    model = nn.ModuleList([DraftAdapter(2, shares), MaskRow(6, 3)])
     reload.record_metadata_for_reloading(model)
-    down, up = model[0].down.normal_(), model[0].up.normal_()
-    expected = down.clone(), up.clone()
+    kept = [buffer.normal_() for buffer in model.buffers()]
+    assert len(kept) == 4
+    expected = [buffer.clone() for buffer in kept]
     reload.logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.WARNING):
@@ -25,6 +28,5 @@ def test_a_reload_keeps_the_adapter_and_reports_no_failure(caplog: pytest.LogCap
     finally:
         reload.logger.removeHandler(caplog.handler)
     assert not caplog.records
-    assert torch.equal(model[0].down, expected[0])
-    assert torch.equal(model[0].up, expected[1])
-    assert model[0].down is down, "compiled graphs hold this tensor"
+    assert all(map(torch.equal, model.buffers(), expected))
+    assert all(now is old for now, old in zip(model.buffers(), kept, strict=True)), "compiled graphs hold these"

@@ -1,9 +1,10 @@
-"""The draft adapter: a LoRA on ``o_proj`` that is active only while self-speculation drafts.
+"""The draft adapter: a LoRA on some of the layers' projections that is active only while self-speculation drafts.
 
-Released checkpoints bring one in the folder ``linear_spec_lora``, in the layout of PEFT. It makes the bidirectional
-pass predict what the causal pass is going to say. Prefill, verify, AR and diffusion never see it, so the text stays
-that of the untouched weights. A layer adds ``B (A x)`` to its projection instead of keeping a merged second weight:
-that works over quantized weights and beside per-request LoRAs, and takes 0.4 % more memory at 8B instead of 7 %.
+Released checkpoints bring one on ``o_proj`` in the folder ``linear_spec_lora``, in the layout of PEFT; any other
+projections will do, and the mask token may have an input row of its own. It makes the bidirectional pass predict what
+the causal pass is going to say. Prefill, verify, AR and diffusion never see it, so the text stays that of the untouched
+weights. A layer adds ``B (A x)`` to its projection instead of keeping a merged second weight: that works over quantized
+weights and next to per-request LoRAs, and takes 0.4 % more memory at 8B (``o_proj``, rank 128) instead of 7 %.
 
 Here: finding and checking it. The layers' part is :mod:`vllm_nld.model.draft_adapter`.
 """
@@ -11,7 +12,7 @@ Here: finding and checking it. The layers' part is :mod:`vllm_nld.model.draft_ad
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,13 +20,27 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vllm_nld.checkpoints.headers import Shapes, complain, differences, tensor_shapes
+from vllm_nld.checkpoints.headers import Shapes, complain, differences, expected_tensors, tensor_shapes
 from vllm_nld.config import NemotronLabsDiffusionConfig
-from vllm_nld.errors import NLDError
+from vllm_nld.errors import NLDError, shown
 
 FOLDER = "linear_spec_lora"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-TARGET = "o_proj"
+MODULES = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+"""The projections that an adapter may change, and where a layer has them."""
+
+TARGETS = tuple(MODULES)
+RELEASED_TARGETS = ("o_proj",)
+MASK_ROW = "base_model.model.encoder.embed_tokens.token_adapter.trainable_tokens_delta"
+"""The tensor ``[1, hidden]`` that replaces the mask token's input row; PEFT calls it a delta, but it is the row itself."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +49,17 @@ class DraftLoRA:
 
     Attributes:
         folder: where its two files are.
-        rank: columns of A, rows of B.
+        rank: rows of A, columns of B.
         scale: ``lora_alpha / r``, which multiplies ``B A x``.
+        targets: the projections that it changes, in the order of :data:`TARGETS`.
+        mask_row: whether it brings the mask token's input row.
     """
 
     folder: Path
     rank: int
     scale: float
+    targets: tuple[str, ...] = RELEASED_TARGETS
+    mask_row: bool = False
 
     @classmethod
     def open(cls, folder: Path, config: NemotronLabsDiffusionConfig) -> DraftLoRA:
@@ -58,24 +77,54 @@ class DraftLoRA:
             settings = json.loads((folder / CONFIG_FILE).read_text())
         except json.JSONDecodeError as error:
             raise NLDError(f"draft_lora: {folder / CONFIG_FILE} is not JSON: {error}") from None
-        adapter = cls(folder, *_rank_and_scale(settings, folder))
+        where = f"draft_lora: {folder / CONFIG_FILE}"
+        if not isinstance(settings, dict):
+            raise NLDError(f"{where}: {shown(settings)} is no JSON object, but PEFT's settings are needed")
+        _check_plain(settings, where)
+        targets, mask_row = _targets(settings, where), _has_mask_row(settings, config.mask_token_id, where)
+        adapter = cls(folder, *_rank_and_scale(settings, where), targets, mask_row)
         _check_headers(adapter, config)
         return adapter
 
 
-def _rank_and_scale(settings: Mapping[str, Any], folder: Path) -> tuple[int, float]:
-    where = f"draft_lora: {folder / CONFIG_FILE}"
+def _check_plain(settings: Mapping[str, Any], where: str) -> None:
     for key, allowed in _PLAIN_LORA.items():
         value = settings.get(key)
         if value not in allowed:
             raise NLDError(f"{where}: {key}={value!r} is not supported; allowed: {allowed[0]!r}")
+
+
+def _targets(settings: Mapping[str, Any], where: str) -> tuple[str, ...]:
     targets = settings.get("target_modules")
-    if targets != TARGET and (
-        not isinstance(targets, list) or {str(name).split(".")[-1] for name in targets} != {TARGET}
-    ):
+    names = [targets] if isinstance(targets, str) else targets
+    found = {str(name).split(".")[-1] for name in names} if isinstance(names, list) else set()
+    if not found or not found <= set(TARGETS):
         raise NLDError(
-            f"{where}: target_modules={targets!r}, but a draft adapter changes {TARGET} alone; allowed: [{TARGET!r}]"
+            f"{where}: target_modules={shown(targets)}, but a draft adapter changes the layers' projections; "
+            f"allowed: one or more of {', '.join(TARGETS)}"
         )
+    return in_order(found)
+
+
+def in_order(targets: Iterable[str]) -> tuple[str, ...]:
+    """Return projections in the order of :data:`TARGETS`, each once."""
+    chosen = set(targets)
+    return tuple(target for target in TARGETS if target in chosen)
+
+
+def _has_mask_row(settings: Mapping[str, Any], mask_token_id: int, where: str) -> bool:
+    tokens = settings.get("trainable_token_indices")
+    if not tokens:
+        return False
+    if tokens not in ([mask_token_id], {"embed_tokens": [mask_token_id]}):
+        raise NLDError(
+            f"{where}: trainable_token_indices={shown(tokens)}, but only the mask token may have an input row of its "
+            f"own; allowed: None, [{mask_token_id}] or {{'embed_tokens': [{mask_token_id}]}}"
+        )
+    return True
+
+
+def _rank_and_scale(settings: Mapping[str, Any], where: str) -> tuple[int, float]:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or rank <= 0:
         raise NLDError(f"{where}: r={rank!r}, but a positive integer is needed")
@@ -97,27 +146,33 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 """PEFT's options that would change what ``B A x`` means; all others describe training."""
 
 
-def tensor_names(layer: int) -> tuple[str, str]:
-    """Return the names of a layer's A ``[rank, heads * head_dim]`` and B ``[hidden, rank]``."""
-    stem = f"base_model.model.encoder.layers.{layer}.self_attn.{TARGET}"
+def tensor_names(layer: int, target: str) -> tuple[str, str]:
+    """Return the names of a projection's A ``[rank, inputs]`` and B ``[outputs, rank]``."""
+    stem = f"base_model.model.encoder.layers.{layer}.{MODULES[target]}"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
+def projection_size(config: NemotronLabsDiffusionConfig, target: str) -> tuple[int, int]:
+    """Return the inputs and the outputs of a projection."""
+    outputs, inputs = expected_tensors(config)[f"encoder.layers.0.{MODULES[target]}.weight"]
+    return inputs, outputs
+
+
 def _check_headers(adapter: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
-    queries = config.num_attention_heads * config.head_dim
-    expected: Shapes = {}
-    for layer in range(config.num_hidden_layers):
-        down, up = tensor_names(layer)
-        expected |= {down: (adapter.rank, queries), up: (config.hidden_size, adapter.rank)}
+    expected: Shapes = {MASK_ROW: (1, config.hidden_size)} if adapter.mask_row else {}
+    for target in adapter.targets:
+        inputs, outputs = projection_size(config, target)
+        for layer in range(config.num_hidden_layers):
+            down, up = tensor_names(layer, target)
+            expected |= {down: (adapter.rank, inputs), up: (outputs, adapter.rank)}
     where = f"draft_lora: {adapter.folder / WEIGHTS_FILE}"
     try:
         found = tensor_shapes(adapter.folder / WEIGHTS_FILE)
     except SafetensorError as error:
         raise NLDError(f"{where} cannot be read: {error}") from None
     problems = differences(found, expected, f"this model and r={adapter.rank} ask for")
-    complain(
-        where, problems + [f"{name} belongs to no {TARGET} of this model" for name in found if name not in expected]
-    )
+    asked = " or ".join(adapter.targets)
+    complain(where, problems + [f"{name} belongs to no {asked} of this model" for name in found if name not in expected])
 
 
 def adapter_of(vllm_config: Any) -> DraftLoRA | None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 
 from vllm_nld.attention.backend import BlockTable, DraftMetadata, block_table, page_layout
@@ -61,8 +60,7 @@ class DraftPass:
         self.table: BlockTable = block_table(vllm_config)
         self.has_adapter: bool = model.draft_lora is not None
         if self.has_adapter:
-            group = get_tp_group()
-            load_adapter(model.draft_lora, model, group.rank_in_group, group.world_size)
+            load_adapter(model.draft_lora, model)
         self.activate_tasks: Callable[[Sequence[Block], int, int], None] | None = None
 
     def find_layout(self) -> None:

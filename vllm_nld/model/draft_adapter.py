@@ -1,77 +1,161 @@
-"""The draft adapter inside the model: two thin matrices a layer, and when they count.
+"""The draft adapter inside the model: thin matrices for projections, the mask token's own row, and when they count.
 
 On disk it is :mod:`vllm_nld.checkpoints.draft_lora`.
 
-Whether a forward drafts is known from its metadata alone, as the attention mode is. The operator below is opaque to
-torch.compile, so one compiled graph serves both, and in a causal pass it returns at once.
+Whether a forward drafts is known from its metadata alone, as the attention mode is (:func:`adapted_tokens`). The
+operators below are opaque to torch.compile, so one compiled graph serves both, and in a causal pass they return at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from vllm_nld.attention.backend import DraftMetadata
-from vllm_nld.checkpoints.draft_lora import WEIGHTS_FILE, DraftLoRA, tensor_names
+from vllm_nld.checkpoints.draft_lora import MASK_ROW, WEIGHTS_FILE, DraftLoRA, tensor_names
 from vllm_nld.errors import NLDError
+from vllm_nld.model.adapter_shares import Share
 
 
 class DraftAdapter(nn.Module):
-    """One layer's share of the adapter.
+    """What the adapter adds to one linear layer's output: one change per projection that the layer packs.
 
     Its matrices are buffers: vLLM's loader would miss parameters that are not among the checkpoint's tensors. With
-    tensor parallelism A is cut along its input, as the weight of the row-parallel ``o_proj`` is; the layer sums over
-    ranks behind both.
+    tensor parallelism A is cut along its input as the weight of a row-parallel layer is, B along its output as that of
+    a column-parallel one; a row-parallel layer's sum over the ranks is taken after both.
 
     Args:
         rank: of the adapter.
-        inputs: heads times head size, of this tensor-parallel rank.
-        outputs: the hidden size.
+        shares: of the projections that it changes; all read the same input.
     """
 
     down: Tensor
-    up: Tensor
 
-    def __init__(self, rank: int, inputs: int, outputs: int) -> None:
+    def __init__(self, rank: int, shares: Sequence[Share]) -> None:
         super().__init__()
-        self.register_buffer("down", torch.zeros(inputs, rank), persistent=False)
-        self.register_buffer("up", torch.zeros(rank, outputs), persistent=False)
-        for matrix in (self.down, self.up):
-            # vLLM's reload expects so many elements from the checkpoint, and calls it a failure when they do not come.
-            matrix.weight_loader_numel = 0  # type: ignore[attr-defined]
+        self.rank, self.shares = rank, tuple(shares)
+        self.starts = [share.start for share in shares]
+        _keep(self, "down", torch.zeros(len(shares[0].inputs), rank * len(shares)))
+        self._up_names = [f"up_{share.target}" for share in shares]
+        for name, share in zip(self._up_names, shares, strict=True):
+            _keep(self, name, torch.zeros(rank, len(share.outputs)))
+
+    @property
+    def up(self) -> list[Tensor]:
+        """The shares' B, transposed and scaled, ``[rank, outputs]``."""
+        return [getattr(self, name) for name in self._up_names]
 
     def forward(self, hidden: Tensor, output: Tensor) -> None:
         """Add the adapter's part for ``hidden`` ``[tokens, inputs]`` to ``output`` ``[tokens, outputs]`` in a draft."""
-        torch.ops.vllm_nld.add_draft_adapter(hidden, self.down, self.up, output)
+        torch.ops.vllm_nld.add_draft_adapter(hidden, self.down, self.up, self.starts, output)
+
+    def load(self, weights: Any, layer: int, scale: float) -> None:
+        """Fill the matrices of a layer from an open file; the scale is multiplied into B in float32."""
+        for index, share in enumerate(self.shares):
+            a, b = map(weights.get_slice, tensor_names(layer, share.target))
+            columns = slice(index * self.rank, (index + 1) * self.rank)
+            self.down[:, columns].copy_(a[:, share.inputs.start : share.inputs.stop].t())
+            self.up[index].copy_((b[share.outputs.start : share.outputs.stop].float() * scale).t())
 
 
-def add_draft_adapter(hidden: Tensor, down: Tensor, up: Tensor, output: Tensor) -> None:
-    """Add ``hidden @ down @ up`` to ``output``, at the tokens that the forward's metadata names, if it names any."""
+class MaskRow(nn.Module):
+    """The mask token's input row in draft passes.
+
+    Args:
+        hidden_size: of the model.
+        mask_token_id: of the model.
+    """
+
+    row: Tensor
+
+    def __init__(self, hidden_size: int, mask_token_id: int) -> None:
+        super().__init__()
+        self.mask_token_id = mask_token_id
+        _keep(self, "row", torch.zeros(hidden_size))
+
+    def forward(self, ids: Tensor, embedded: Tensor) -> None:
+        """Put the row into ``embedded`` ``[tokens, hidden]`` where a draft's ``ids`` ``[tokens]`` are masks."""
+        torch.ops.vllm_nld.set_mask_row(ids, self.row, self.mask_token_id, embedded)
+
+
+def _keep(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a buffer that is none of the checkpoint's."""
+    module.register_buffer(name, tensor, persistent=False)
+    # vLLM's reload expects so many elements from the checkpoint, and calls it a failure when they do not come.
+    tensor.weight_loader_numel = 0  # type: ignore[attr-defined]
+
+
+def adapted_tokens(tensor: Tensor) -> Tensor | slice | None:
+    """Return the tokens of the forward in progress that the adapter applies to: all, int64 indices, or None of them.
+
+    This is the only place where that is decided.
+
+    Args:
+        tensor: what would be changed.
+
+    Raises:
+        NLDError: a CUDA graph is being captured of a forward that drafts.
+    """
+    if not is_forward_context_available():  # prompts are embedded before their forward
+        return None
     metadata = get_forward_context().attn_metadata
     if not isinstance(metadata, dict):
-        return
+        return None
     blocks = next(iter(metadata.values()), None)
     if not isinstance(blocks, DraftMetadata) or blocks.adapted is None:
-        return
-    if is_being_captured(output):
+        return None
+    if is_being_captured(tensor):
         raise NLDError("a draft pass was about to be captured in a CUDA graph; its adapter would follow the capture")
-    if isinstance(blocks.adapted, slice):
-        output.addmm_(hidden @ down, up)
-    else:
-        output.index_add_(0, blocks.adapted, hidden[blocks.adapted] @ down @ up)
+    return blocks.adapted
 
 
-OPERATOR = "vllm_nld::add_draft_adapter"
+def add_draft_adapter(hidden: Tensor, down: Tensor, up: list[Tensor], starts: list[int], output: Tensor) -> None:
+    """Add ``hidden @ down @ up`` to the adapted tokens of ``output``, the i-th B's part from column ``starts[i]`` on."""
+    adapted = adapted_tokens(output)
+    if adapted is None:
+        return
+    everywhere = isinstance(adapted, slice)
+    parts = ((hidden if everywhere else hidden[adapted]) @ down).split(up[0].shape[0], dim=1)
+    for part, own, start in zip(parts, up, starts, strict=True):
+        columns = output[:, start : start + own.shape[1]]
+        if everywhere:
+            columns.addmm_(part, own)
+        else:
+            columns.index_add_(0, adapted, part @ own)
+
+
+def set_mask_row(ids: Tensor, row: Tensor, mask_token_id: int, embedded: Tensor) -> None:
+    """Put ``row`` into ``embedded`` at the adapted tokens whose id is the mask token's."""
+    adapted = adapted_tokens(embedded)
+    if adapted is None:
+        return
+    masked = (ids[adapted] == mask_token_id).unsqueeze(1)  # as a condition: nothing waits for the device
+    embedded[adapted] = torch.where(masked, row, embedded[adapted])
+
+
+OPERATORS = {
+    "vllm_nld::add_draft_adapter": (
+        "(Tensor hidden, Tensor down, Tensor[] up, int[] starts, Tensor(a!) output) -> ()",
+        add_draft_adapter,
+    ),
+    "vllm_nld::set_mask_row": (
+        "(Tensor ids, Tensor row, int mask_token_id, Tensor(a!) embedded) -> ()",
+        set_mask_row,
+    ),
+}
 
 _library: Any = torch.library.Library("vllm_nld", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("add_draft_adapter(Tensor hidden, Tensor down, Tensor up, Tensor(a!) output) -> ()")
-for _device in ("CPU", "CUDA"):
-    _library.impl("add_draft_adapter", add_draft_adapter, dispatch_key=_device)
-torch.library.register_fake("vllm_nld::add_draft_adapter", lambda hidden, down, up, output: None)
+for _name, (_schema, _function) in OPERATORS.items():
+    _own_name = _name.removeprefix("vllm_nld::")
+    _library.define(_own_name + _schema)
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_own_name, _function, dispatch_key=_device)
+    torch.library.register_fake(_name, lambda *_: None)
 # Not torch.library.custom_op: its wrapper takes longer than all else that a causal pass does here.
 
 
@@ -81,34 +165,24 @@ def is_being_captured(tensor: Tensor) -> bool:
 
 
 def leave_adapter_out_of_graphs(compilation_config: Any) -> None:
-    """Have vLLM cut the model's graph at the operator, so that no piecewise CUDA graph holds it; idempotent.
+    """Have vLLM cut the model's graph at the operators, so that no piecewise CUDA graph holds them; idempotent.
 
-    Whether it does anything is decided whenever it runs; captured in a causal pass, it would never do anything again.
+    Whether they do anything is decided whenever they run; captured in a causal pass, they would never do anything again.
     vLLM fills ``splitting_ops`` after the config hook and reads it when it compiles, so this is called in between,
     when the model is made. Where it is empty, there are no piecewise graphs; a draft pass runs no graph at all.
     """
     operators = compilation_config.splitting_ops
-    if operators and OPERATOR not in operators:
-        operators.append(OPERATOR)
+    if operators:
+        operators.extend(name for name in OPERATORS if name not in operators)
 
 
-def load_adapter(adapter: DraftLoRA, model: nn.Module, shard: int, shards: int) -> None:
-    """Fill a model's :class:`DraftAdapter` modules, the scale multiplied into B in float32.
-
-    Args:
-        adapter: on disk.
-        model: whose adapter modules are named ``...layers.N....draft_adapter``.
-        shard: this process's tensor-parallel rank.
-        shards: how many there are.
-    """
+def load_adapter(adapter: DraftLoRA, model: nn.Module) -> None:
+    """Fill a model's :class:`DraftAdapter` modules, which are named ``...layers.N....``, and its :class:`MaskRow`."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, DraftAdapter)}
-    with safe_open(adapter.folder / WEIGHTS_FILE, framework="pt") as handle, torch.no_grad():
-        for name, module in modules.items():
-            down, up = tensor_names(extract_layer_index(name))
-            columns = module.down.shape[0]
-            assert columns * shards == handle.get_slice(down).get_shape()[1], "heads divide among the ranks"
-            own = handle.get_slice(down)[:, shard * columns : (shard + 1) * columns]
-            module.down.copy_(own.t())
-            module.up.copy_((handle.get_tensor(up).float() * adapter.scale).t())
+    with safe_open(adapter.folder / WEIGHTS_FILE, framework="pt") as weights, torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, DraftAdapter):
+                module.load(weights, extract_layer_index(name), adapter.scale)
+            elif isinstance(module, MaskRow):
+                module.row.copy_(weights.get_tensor(MASK_ROW)[0])

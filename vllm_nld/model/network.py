@@ -12,17 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import CacheConfig, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from vllm_nld.attention.backend import block_attention_backend
-from vllm_nld.checkpoints.draft_lora import adapter_of
+from vllm_nld.checkpoints.draft_lora import DraftLoRA, adapter_of
 from vllm_nld.config import NemotronLabsDiffusionConfig
-from vllm_nld.model.draft_adapter import DraftAdapter, leave_adapter_out_of_graphs
+from vllm_nld.model.adapter_shares import shares_of
+from vllm_nld.model.draft_adapter import DraftAdapter, MaskRow, leave_adapter_out_of_graphs
 from vllm_nld.vllm_glue import cpu_repairs, layers
 
 
@@ -58,7 +64,8 @@ class NLDAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             num_heads * config.head_dim, hidden_size, bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
-        self.draft_adapter: DraftAdapter | None = None
+        self.qkv_adapter: DraftAdapter | None = None
+        self.o_adapter: DraftAdapter | None = None
         self.sums_itself = False
         self.rotary_emb = layers.unscaled_rope(config.head_dim, max_position_embeddings, config.rope_parameters)
         self.attn = Attention(
@@ -72,26 +79,74 @@ class NLDAttention(nn.Module):
             attn_backend=block_attention_backend(config.head_dim, cache_config),
         )
 
-    def add_draft_adapter(self, rank: int) -> None:
-        """Make room for an adapter; with tensor parallelism the sum over ranks is taken behind it, once for both."""
-        self.draft_adapter = DraftAdapter(rank, self.q_size, self.o_proj.output_size)
-        self.sums_itself = self.o_proj.tp_size > 1
-        self.o_proj.reduce_results = not self.sums_itself
+    def add_draft_adapter(self, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
+        """Make room for an adapter's matrices."""
+        self.qkv_adapter = draft_adapter(lora, config, "qkv_proj")
+        self.o_adapter = draft_adapter(lora, config, "o_proj")
+        self.sums_itself = takes_over_sum(self.o_proj, self.o_adapter)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Map ``positions`` int64 ``[tokens]`` and ``hidden_states`` ``[tokens, hidden]`` to ``[tokens, hidden]``."""
-        qkv, _ = self.qkv_proj(hidden_states)
+        qkv = project(self.qkv_proj, hidden_states, self.qkv_adapter)
         query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         query, key = self.rotary_emb(positions, query, key)
         if self.scaling_config is not None:
             turns = torch.floor(positions / self.scaling_config["original_max_position_embeddings"])
             scale = 1 + self.scaling_config["beta"] * torch.log1p(turns)
             query = (query * scale.unsqueeze(-1)).to(query.dtype)
-        attended = self.attn(query, key, value)
-        projected: Tensor = self.o_proj(attended)[0]
-        if self.draft_adapter is not None:
-            self.draft_adapter(attended, projected)
+        projected = project(self.o_proj, self.attn(query, key, value), self.o_adapter)
         return tensor_model_parallel_all_reduce(projected) if self.sums_itself else projected
+
+
+class AdaptedMLP(nn.Module):
+    """vLLM's Llama feed-forward layer with a draft adapter; the linear layers keep their names.
+
+    Args:
+        mlp: vLLM's layer, whose parts are taken over.
+        lora: on disk.
+        config: of the model.
+    """
+
+    def __init__(self, mlp: nn.Module, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.act_fn = mlp.gate_up_proj, mlp.down_proj, mlp.act_fn
+        self.gate_up_adapter = draft_adapter(lora, config, "gate_up_proj")
+        self.down_adapter = draft_adapter(lora, config, "down_proj")
+        self.sums_itself = takes_over_sum(self.down_proj, self.down_adapter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[tokens, hidden]`` to ``[tokens, hidden]``."""
+        # Not fused with a quantization of down_proj's input, as in vLLM's own layer: the adapter wants it whole.
+        activated = self.act_fn(project(self.gate_up_proj, x, self.gate_up_adapter))
+        projected = project(self.down_proj, activated, self.down_adapter)
+        return tensor_model_parallel_all_reduce(projected) if self.sums_itself else projected
+
+
+def project(linear: nn.Module, x: Tensor, adapter: DraftAdapter | None) -> Tensor:
+    """Return a linear layer's output ``[tokens, outputs]``, in a draft with what the adapter adds."""
+    output: Tensor = linear(x)[0]
+    if adapter is not None:
+        adapter(x, output)
+    return output
+
+
+def draft_adapter(lora: DraftLoRA, config: NemotronLabsDiffusionConfig, linear: str) -> DraftAdapter | None:
+    """Return room for this rank's share of an adapter of a linear layer, or None if it changes nothing there."""
+    rank, shards = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    shares = [share for share in shares_of(config, linear, rank, shards) if share.target in lora.targets]
+    return DraftAdapter(lora.rank, shares) if shares else None
+
+
+def takes_over_sum(linear: nn.Module, adapter: DraftAdapter | None) -> bool:
+    """Have a row-parallel layer leave its sum over the ranks to its caller, who adds the adapter's part first.
+
+    Returns:
+        Whether there is a sum to take.
+    """
+    if adapter is None or linear.tp_size == 1:
+        return False
+    linear.reduce_results = False  # type: ignore[assignment]
+    return True
 
 
 class NLDDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
@@ -101,6 +156,26 @@ class NLDDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
         self, vllm_config: VllmConfig, prefix: str = "", config: NemotronLabsDiffusionConfig | None = None
     ) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, config=config, attn_layer_type=NLDAttention)
+
+    def add_draft_adapter(self, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
+        """Make room for an adapter's matrices."""
+        self.self_attn.add_draft_adapter(lora, config)
+        mlp = AdaptedMLP(self.mlp, lora, config)
+        if mlp.gate_up_adapter is not None or mlp.down_adapter is not None:
+            self.mlp = mlp
+
+
+class NLDModel(LlamaModel):  # type: ignore[misc]
+    """vLLM's Llama model, in which the mask token may have an input row for drafts only."""
+
+    mask_row: MaskRow | None = None
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Map ids ``[tokens]`` to ``[tokens, hidden]``."""
+        embedded: Tensor = super().embed_input_ids(input_ids)
+        if self.mask_row is not None:
+            self.mask_row(input_ids, embedded)
+        return embedded
 
 
 class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
@@ -119,9 +194,19 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         self.mask_token_id: int = vllm_config.model_config.hf_config.mask_token_id
         self.draft_lora = adapter_of(vllm_config)
         if self.draft_lora is not None:
-            for layer in self.model.layers:
-                layer.self_attn.add_draft_adapter(self.draft_lora.rank)
+            self._add_draft_adapter(self.draft_lora, vllm_config.model_config.hf_config)
             leave_adapter_out_of_graphs(vllm_config.compilation_config)
+
+    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = NLDDecoderLayer) -> NLDModel:
+        return NLDModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+
+    def _add_draft_adapter(self, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
+        """Make room for an adapter in this pipeline stage's part of the model."""
+        for layer in self.model.layers:
+            if isinstance(layer, NLDDecoderLayer):
+                layer.add_draft_adapter(lora, config)
+        if lora.mask_row and get_pp_group().is_first_rank:
+            self.model.mask_row = MaskRow(config.hidden_size, config.mask_token_id)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits ``[tokens, vocab]`` with the mask token at minus infinity, or None off the gathering rank."""

@@ -96,6 +96,19 @@ class RMSNorm(nn.Module):
         return wide.to(x.dtype) * self.weight.to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Projections:
+    """The linear layers of a part of a decoder layer, by name, with what a draft adapter adds to them."""
+
+    part: nn.Module
+    layer: int
+    adapter: DraftAdapter | None
+
+    def __call__(self, target: str, x: Tensor) -> Tensor:
+        output: Tensor = getattr(self.part, target)(x)
+        return output if self.adapter is None else self.adapter.add(self.layer, target, x, output)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with an explicit head size; no biases, no q/k norms."""
 
@@ -122,9 +135,10 @@ class Attention(nn.Module):
         write: bool,
         adapter: DraftAdapter | None = None,
     ) -> Tensor:
-        query = rotate(self._split(self.q_proj(x), self.heads), angles) * scale.unsqueeze(-1).to(x.dtype)
-        key = rotate(self._split(self.k_proj(x), self.kv_heads), angles)
-        value = self._split(self.v_proj(x), self.kv_heads)
+        project = Projections(self, self.layer, adapter)
+        query = rotate(self._split(project("q_proj", x), self.heads), angles) * scale.unsqueeze(-1).to(x.dtype)
+        key = rotate(self._split(project("k_proj", x), self.kv_heads), angles)
+        value = self._split(project("v_proj", x), self.kv_heads)
         if cache is not None:
             if len(cache.keys) > self.layer:
                 key = torch.cat((cache.keys[self.layer], key), dim=2)
@@ -133,23 +147,22 @@ class Attention(nn.Module):
                 cache.keys[self.layer : self.layer + 1] = [key]
                 cache.values[self.layer : self.layer + 1] = [value]
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
-        out = out.transpose(1, 2).flatten(2)
-        projected: Tensor = self.o_proj(out)
-        return projected if adapter is None else projected + adapter.delta(self.layer, out)
+        return project("o_proj", out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward layer."""
 
-    def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
+    def __init__(self, config: NemotronLabsDiffusionConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+    def forward(self, x: Tensor, adapter: DraftAdapter | None = None) -> Tensor:
+        project = Projections(self, self.layer, adapter)
+        return project("down_proj", F.silu(project("gate_proj", x)) * project("up_proj", x))
 
 
 class DecoderLayer(nn.Module):
@@ -160,7 +173,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(
         self,
@@ -173,7 +186,7 @@ class DecoderLayer(nn.Module):
         adapter: DraftAdapter | None = None,
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), angles, scale, mask, cache, write, adapter)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x), adapter)
         return out
 
 
@@ -221,7 +234,7 @@ class ReferenceModel(nn.Module):
             mask: bool, broadcastable to ``[batch, heads, tokens, cached + tokens]``; True means "may attend".
             cache: prefix whose keys and values are read.
             write: append this call's keys and values to ``cache``. Only causal calls may set it.
-            adapter: added to every ``o_proj``; for draft passes.
+            adapter: changes projections and the mask token's input row; for draft passes.
         """
         if positions.ndim == 2:
             positions = positions[:, None]
@@ -229,6 +242,8 @@ class ReferenceModel(nn.Module):
         angles = (positions.double()[..., None] * self.inverse_frequencies).float()
         scale = query_scale(positions, self.config.llama_4_scaling)
         x = self.encoder.embed_tokens(ids)
+        if adapter is not None:
+            x = adapter.embed(ids, x)
         for layer in self.encoder.layers:
             x = layer(x, angles, scale, mask, cache, write, adapter)
         out: Tensor = self.encoder.norm(x)
