@@ -23,18 +23,20 @@ from tests.support.engines import (
     watch_blocks,
 )
 from tests.support.models import random_model, save, small_config
-from vllm_nld.checkpoints.draft_lora import FOLDER
+from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
 from vllm_nld.reference import DraftAdapter, ReferenceModel, ar_generate, linear_spec_generate
 from vllm_nld.reference import generate as diffuse
 
 CONFIG = small_config(eos_token_id=None, block_size=8)
+EVERYTHING: dict[str, Any] = {"targets": TARGETS, "mask_row": True, "size": 0.15}
 PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=7)
 
 
 @pytest.fixture
-def model() -> ReferenceModel:
+def model(request: pytest.FixtureRequest) -> ReferenceModel:
+    """With an adapter on all projections and the mask token's row, or as a test asks for."""
     model = random_model(CONFIG, seed=3)
-    model.draft_adapter = random_adapter(CONFIG)
+    model.draft_adapter = random_adapter(CONFIG, **getattr(request, "param", EVERYTHING))
     return model
 
 
@@ -46,7 +48,7 @@ def folder(model: ReferenceModel, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def request(llm: Any, prompts: list[list[int]], options: list[dict[str, Any]], loras: Any = None) -> list[list[int]]:
+def complete(llm: Any, prompts: list[list[int]], options: list[dict[str, Any]], loras: Any = None) -> list[list[int]]:
     """Complete prompts greedily in one batch, each with its own options."""
     return generate(llm, prompts, each=options, loras=loras, max_tokens=40)
 
@@ -57,7 +59,7 @@ def drafts_of(llm: Any, prompts: list[list[int]], options: dict[str, Any], lora:
     watch_blocks(llm, lambda block: blocks.append(list(block.tokens)))
     found = []
     for prompt in prompts:
-        request(llm, [prompt], [options], None if lora is None else [lora])
+        complete(llm, [prompt], [options], None if lora is None else [lora])
         found.append(blocks[:])
         blocks.clear()
     return found
@@ -69,17 +71,33 @@ def expected_drafts(model: ReferenceModel, adapter: DraftAdapter | None) -> list
     return [[block for block in run.drafts if len(block) > 1] for run in runs]
 
 
-def test_drafts_equal_the_reference_s_and_the_text_is_ar_s(model: ReferenceModel, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ({}, {}),
+        (EVERYTHING, {"enforce_eager": False, "enable_prefix_caching": True}),
+        (EVERYTHING | {"targets": ("v_proj", "gate_proj")}, {}),
+    ],
+    indirect=["model"],
+    ids=["released layout", "everything, compiled, cached prefixes", "parts of packed layers"],
+)
+def test_drafts_equal_the_reference_s_and_the_text_is_ar_s(
+    model: ReferenceModel, folder: Path, settings: dict[str, Any]
+) -> None:
+    """What was drafted leaves nothing behind in the cache, which later requests read again."""
     adapter = model.draft_adapter
     with_adapter, without = expected_drafts(model, adapter), expected_drafts(model, None)
     assert with_adapter != without
-    with engine(folder, spec=True) as llm:
+    with engine(folder, spec=True, **settings) as llm:
         assert drafts_of(llm, PROMPTS, {}) == with_adapter
         assert drafts_of(llm, PROMPTS, {"draft_adapter": False}) == without
         text = generate(llm, PROMPTS, max_tokens=40)
         assert text == [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
+
+
+def test_an_engine_may_leave_it_off(model: ReferenceModel, folder: Path) -> None:
     with engine(folder, spec=True, options={"draft_lora": "off"}) as llm:
-        assert drafts_of(llm, PROMPTS, {}) == without
+        assert drafts_of(llm, PROMPTS, {}) == expected_drafts(model, None)
 
 
 def test_one_forward_serves_blocks_with_and_without_it(model: ReferenceModel, folder: Path) -> None:
@@ -89,10 +107,11 @@ def test_one_forward_serves_blocks_with_and_without_it(model: ReferenceModel, fo
     attention = "vllm::unified_attention_with_output"
     with engine(folder, spec=True, compilation_config={"splitting_ops": [attention]}) as llm:
         operators = runner(llm).vllm_config.compilation_config.splitting_ops
-        assert operators == [attention, "vllm_nld::add_draft_adapter"], "on a GPU no CUDA graph holds it"
+        ours = ["vllm_nld::add_draft_adapter", "vllm_nld::set_mask_row"]
+        assert operators == [attention, *ours], "on a GPU no CUDA graph holds them"
         seen: dict[int, list[list[int]]] = {}
         watch_blocks(llm, lambda block: seen.setdefault(block.prefix, []).append(list(block.tokens)))
-        text = request(llm, PROMPTS, options)
+        text = complete(llm, PROMPTS, options)
         batch = runner(llm).drafter.draft_pass
         assert batch.block_forwards > batch.forwards, "blocks did share forwards"
     plain = [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
@@ -130,7 +149,7 @@ def test_causal_passes_are_bit_identical_with_and_without_it(folder: Path, eager
                     block.tokens[1:] = [7] * (block.length - 1)  # verify the same ones with and without the adapter
 
             target.compute_logits, draft_pass.run = keep, run
-            request(llm, PROMPTS, [{"mode": "ar"}, {}, {}, {"mode": "ar"}])
+            complete(llm, PROMPTS, [{"mode": "ar"}, {}, {}, {"mode": "ar"}])
             return found, draft_pass.forwards
 
     with_adapter, drafted = logits_of()
@@ -164,11 +183,11 @@ def test_a_request_s_own_lora_drafts_beside_it(model: ReferenceModel, folder: Pa
     expected = [ar_generate(own, ids, 40).ids[len(ids) :] for own, ids in zip(models, PROMPTS, strict=True)]
     plain = [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
     with engine(folder, spec=True, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
-        assert request(llm, PROMPTS, [{}, {}, {"mode": "ar"}, {}], loras) == expected
+        assert complete(llm, PROMPTS, [{}, {}, {"mode": "ar"}, {}], loras) == expected
         assert accepted(llm) > 0
-        assert request(llm, PROMPTS, [{}] * 4) == plain
+        assert complete(llm, PROMPTS, [{}] * 4) == plain
         diffused = [diffuse(own, ids, 40).ids[len(ids) :] for own, ids in zip(models, PROMPTS, strict=True)]
-        assert request(llm, PROMPTS, [{"mode": "diffusion"}] * 4, loras) == diffused
+        assert complete(llm, PROMPTS, [{"mode": "diffusion"}] * 4, loras) == diffused
         drafts = drafts_of(llm, PROMPTS, {}, tasks[0])
     assert drafts == expected_drafts(adapted[0], model.draft_adapter)
     assert drafts != expected_drafts(adapted[0], None)
@@ -208,7 +227,7 @@ def test_it_works_over_quantized_weights(dtype: str, folder: Path, tmp_path: Pat
     """In bfloat16, where near-ties may fall either way, every token of the text is AR's best or nearly so."""
     with engine(quantized(folder, tmp_path / "int8"), spec=True, dtype=dtype) as llm:
         with_adapter, without = (drafts_of(llm, PROMPTS[:2], {"draft_adapter": on}) for on in (True, False))
-        (text,), (plain,) = (request(llm, PROMPTS[:1], [{"mode": mode}]) for mode in ("self_speculation", "ar"))
+        (text,), (plain,) = (complete(llm, PROMPTS[:1], [{"mode": mode}]) for mode in ("self_speculation", "ar"))
         assert with_adapter != without
         if dtype == "float32":
             assert text == plain

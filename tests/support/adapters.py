@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_nld.checkpoints.draft_lora import CONFIG_FILE, RELEASED_TARGETS, WEIGHTS_FILE
+from vllm_nld.checkpoints.draft_lora import CONFIG_FILE, RELEASED_TARGETS, WEIGHTS_FILE, projection_size, tensor_names
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.reference import DraftAdapter
 
@@ -44,18 +44,17 @@ def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 
 
 def save_task_lora(folder: Path, config: NemotronLabsDiffusionConfig, seed: int, rank: int = 4) -> Path:
-    """Write a LoRA on the query and output projections, as a request may bring one."""
+    """Write a LoRA on a projection of each kind, packed and not, as a request may bring one."""
     generator = torch.Generator().manual_seed(seed)
-    queries = config.num_attention_heads * config.head_dim
-    shapes = {"q_proj": (config.hidden_size, queries), "o_proj": (queries, config.hidden_size)}
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
     tensors = {}
     for layer in range(config.num_hidden_layers):
-        for name, (inputs, outputs) in shapes.items():
-            stem = f"base_model.model.encoder.layers.{layer}.self_attn.{name}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.5
+        for target in targets:
+            (inputs, outputs), (a, b) = projection_size(config, target), tensor_names(layer, target)
+            tensors[a] = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+            tensors[b] = torch.randn(outputs, rank, generator=generator) * 0.5
     folder.mkdir(parents=True)
     save_file(tensors, folder / WEIGHTS_FILE)
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(shapes), "bias": "none"}
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
     (folder / CONFIG_FILE).write_text(json.dumps(settings))
     return folder
