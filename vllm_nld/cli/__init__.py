@@ -202,6 +202,8 @@ def train_draft_lora(
     kl_weight: Annotated[float, typer.Option(help="Of matching verify's distribution.")] = 1.0,
     ce_weight: Annotated[float, typer.Option(help="Of the cross-entropy against verify's token.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of the distributions that are matched.")] = 3.0,
+    eta: Annotated[float, typer.Option(help="How soon matching goes from KL to total variation.")] = 0.5,
+    drawn_share: Annotated[float, typer.Option(help="Of the blocks whose drafts are drawn at temperature 1.")] = 0.9,
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps between saves.")] = 50,
