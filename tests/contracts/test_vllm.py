@@ -6,7 +6,8 @@ A test that fails names the assumption; ``docs/patches.md`` says which code lean
 from __future__ import annotations
 
 import pytest
-from vllm_source import VllmSource
+
+from tests.contracts.vllm_source import VllmSource
 
 from vllm_nld.vllm_glue.versions import FIXED_BITMASK_ROWS
 
