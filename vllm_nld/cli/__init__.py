@@ -164,7 +164,7 @@ def sol(
     held_out: Annotated[int, typer.Option(min=1, max=1000, help="Without --prompts: held-out prompts to take.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=2, max=MODEL_LENGTH, help="Tokens to generate per prompt.")] = 128,
     block_length: Annotated[list[int] | None, typer.Option(min=2, max=128, help="May be repeated.")] = None,
-    budget: Annotated[int, typer.Option(min=1, max=10**9, help="Forwards the analysis may take per prompt.")] = 5000,
+    budget: Annotated[int, typer.Option(min=1, max=10**9, help="Forwards the analysis may take per block.")] = 5000,
     device: Annotated[str, typer.Option(help="PyTorch device of the dense model.")] = "cpu",
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart here (needs matplotlib).")] = None,
     json: Json = False,
