@@ -32,8 +32,9 @@ from vllm_nld.reference import (
     linear_spec_generate,
     load_reference,
 )
+from vllm_nld.training import objective
 from vllm_nld.training.acceptance import measure, walk
-from vllm_nld.training.objective import Drafts, Objective, Target, lk_hybrid, next_cycles
+from vllm_nld.training.objective import Drafts, Draws, Objective, Support, Target, lk_hybrid, next_cycles
 from vllm_nld.training.settings import Settings
 from vllm_nld.training.text import Stream, continue_greedily, read_documents
 from vllm_nld.training.trainer import Schedule, Trainer
@@ -134,13 +135,39 @@ def by_hand(wanted: Tensor, found: Tensor, support: list[int], temperature: floa
     return share * sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)) + (1 - share) * (1 - agreement)
 
 
+def matching(wanted: Tensor, found: Tensor, temperature: float, top_k: int, eta: float = 3.0) -> Tensor:
+    support = Support.of(wanted, found, top_k)
+    return lk_hybrid(support.log_softmax(wanted, temperature), support.log_softmax(found, temperature), eta)
+
+
+def test_cross_entropy_sees_the_union_of_both_supports_only() -> None:
+    """Ids 0, 1 and 3 are the two best of either row; id 2 is in the vocabulary, and counts for nothing."""
+    wanted = torch.tensor([[4.0, 1.0, 0.5, -1.0, -torch.inf]])
+    found = torch.tensor([[1.0, 2.0, 9.0, 3.0, -torch.inf]])
+    found[0, 2] = 0.0
+    support = Support.of(wanted, found, 2)
+    assert sorted(support.columns[support.inside].tolist()) == [0, 1, 3]
+    place = support.place_of(torch.tensor([0]))
+    expected = 1.0 - math.log(math.exp(1) + math.exp(2) + math.exp(3))
+    assert float(support.log_softmax(found).gather(-1, place)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_with_smaller_supports_are_filled_up_with_nothing() -> None:
+    wanted = torch.tensor([[5.0, 4.0, 1.0, 0.0, 2.0], [5.0, 4.0, 1.0, 0.0, 2.0]])
+    found = torch.tensor([[5.0, 4.0, 1.0, 0.0, 2.0], [0.0, 1.0, 4.0, 5.0, 2.0]])
+    support = Support.of(wanted, found, 2)
+    assert support.inside.sum(-1).tolist() == [2, 4]
+    torch.testing.assert_close(support.log_softmax(found).exp().sum(-1), torch.ones(2))
+    assert bool((support.log_softmax(found)[~support.inside].exp() == 0).all())
+
+
 def test_lk_hybrid_by_hand() -> None:
     wanted = torch.tensor([[4.0, 1.0, 0.5, -1.0, -torch.inf], [0.0, 3.0, 2.0, 1.0, -torch.inf]])
     found = torch.tensor([[1.0, 2.0, 0.0, 3.0, -torch.inf], [0.0, 3.0, 2.5, 1.0, -torch.inf]])
-    loss = lk_hybrid(wanted, found, 3.0, 2, 3.0)
+    loss = matching(wanted, found, 3.0, 2)
     expected = [by_hand(wanted[0], found[0], [0, 1, 3], 3.0, 3.0), by_hand(wanted[1], found[1], [1, 2], 3.0, 3.0)]
     assert loss.tolist() == pytest.approx(expected, rel=1e-5)
-    assert lk_hybrid(wanted, wanted, 3.0, 200, 3.0).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert matching(wanted, wanted, 3.0, 200).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_lk_hybrid_holds_the_share_fixed() -> None:
@@ -148,7 +175,7 @@ def test_lk_hybrid_holds_the_share_fixed() -> None:
     generator = torch.Generator().manual_seed(0)
     wanted, found = (torch.randn(4, 12, generator=generator) for _ in range(2))
     found.requires_grad_()
-    lk_hybrid(wanted, found, 2.0, 200, 3.0).sum().backward()
+    matching(wanted, found, 2.0, 200).sum().backward()
     assert found.grad is not None
     p, q = (wanted / 2.0).softmax(-1), (found.detach() / 2.0).softmax(-1)
     share = torch.exp(-3.0 * torch.minimum(p, q).sum(-1, keepdim=True))
@@ -189,23 +216,61 @@ def test_loss_is_that_of_cycles_one_by_one(own: bool) -> None:
     expected, accepted, everything = 0.0, 0, [token for token in range(24) if token != model.config.mask_token_id]
     for row, places in zip(ids.tolist(), starts.tolist(), strict=True):
         for start in places:
-            for wanted, found in counted_by_hand(model, adapter, row, start):
-                expected += 0.5 * by_hand(wanted, found, everything, 3.0, 3.0)
-                expected -= 2.0 * float(found.log_softmax(-1)[wanted.argmax()])
+            counted = counted_by_hand(model, adapter, row, start)
+            for wanted, found in counted:
+                loss = 0.5 * by_hand(wanted, found, everything, 3.0, 0.5)
+                loss -= 2.0 * float(found.log_softmax(-1)[wanted.argmax()])
+                expected += loss / len(counted)
                 accepted += int(wanted.argmax()) == int(found.argmax())
     target = Target.of(model, ids)
     drafts = Drafts.over(model, adapter, target, starts, BLOCK)
-    objective = Objective(kl_weight=0.5, ce_weight=2.0)
-    loss = objective.loss_sum(model, target, drafts)
-    assert float(loss) == pytest.approx(expected, rel=1e-4)
+    losses = Objective(kl_weight=0.5, ce_weight=2.0)
+    assert float(losses.loss_sum(model, target, drafts)) == pytest.approx(expected, rel=1e-4)
     alone = torch.zeros(starts.shape)
     alone[1, 4] = 1.0
     one = Drafts.over(model, adapter, Target.of(model, ids[1:2]), starts[1:2, 4:5], BLOCK)
-    assert float(objective.loss_sum(model, target, drafts, alone)) == pytest.approx(
-        float(objective.loss_sum(model, Target.of(model, ids[1:2]), one)), rel=1e-4
+    assert float(losses.loss_sum(model, target, drafts, alone)) == pytest.approx(
+        float(losses.loss_sum(model, Target.of(model, ids[1:2]), one)), rel=1e-4
     )
     assert int(drafts.accepted.sum()) == accepted > 0
     assert int(drafts.emitted().sum()) == accepted + starts.numel()
+
+
+def test_drawn_drafts_have_the_drafter_s_distribution() -> None:
+    """Drawn blocks accept as often as the drafter's probability of verify's token says; the others as by argmax."""
+    model = model_of(1)
+    adapter, generator = random_adapter(model, rank=4), torch.Generator().manual_seed(3)
+    ids = continue_greedily(model, torch.randint(6, 24, (1, 8), generator=generator), 22)
+    target, places = Target.of(model, ids), torch.arange(8, 22)[None]
+    greedy = Drafts.over(model, adapter, target, places, BLOCK)
+    chances = model.logits(greedy.hidden[0, :, 0]).softmax(-1).gather(-1, target.tokens[0, 8:22, None]).squeeze(-1)
+    start = int((chances - 0.5).abs().argmin())
+    chance = float(chances[start])
+    assert 0.05 < chance < 0.95, "else this shows nothing"
+    rows, blocks = 200, 40  # half of the blocks are drawn
+    draws = Draws.of(rows, blocks, BLOCK, 0.5, generator)
+    drawn = draws.drawn
+    drafts = Drafts.over(
+        model,
+        adapter,
+        Target.of(model, ids.expand(rows, -1)),
+        places[:, start, None].expand(rows, blocks),
+        BLOCK,
+        draws,
+    )
+    accepted = drafts.accepted[..., 0]
+    error = (chance * (1 - chance) / int(drawn.sum())) ** 0.5
+    assert float(accepted[drawn].float().mean()) == pytest.approx(chance, abs=4 * error)
+    assert bool((drafts.accepted[~drawn] == greedy.accepted[0, start]).all())
+
+
+def test_the_mask_token_is_never_drawn() -> None:
+    model = model_of(1)
+    last = torch.full((1, 3, BLOCK - 1), 1 - 2**-24)
+    target = Target.of(model, torch.randint(6, 24, (1, 30), generator=torch.Generator().manual_seed(4)))
+    hidden = Drafts.over(model, None, target, torch.tensor([[9, 10, 11]]), BLOCK).hidden
+    drawn = objective._chosen(model, hidden, Draws(torch.ones(1, 3, dtype=torch.bool), last))
+    assert bool((drawn != model.config.mask_token_id).all())
 
 
 def test_nothing_counts_behind_the_end() -> None:

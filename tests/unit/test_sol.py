@@ -13,16 +13,16 @@ from typer.testing import CliRunner
 from tests.support.models import random_model, small_config
 from vllm_nld.cli import app
 from vllm_nld.reference import KVCache, ReferenceModel
-from vllm_nld.reference.speed_of_light import SpeedOfLight, _Simulator, analyse
+from vllm_nld.reference.speed_of_light import Safety, SpeedOfLight, _Simulator, analyse
 
 MASK = 5
 
 
-def simulator(model: ReferenceModel, prompt: list[int], budget: int = 5000) -> tuple[_Simulator, int]:
+def simulator(model: ReferenceModel, prompt: list[int], safety: Safety) -> tuple[_Simulator, int]:
     cache = KVCache()
     with torch.inference_mode():
         logits = model.causal(torch.tensor([prompt]), cache)[0, -1]
-    return _Simulator(model, cache, budget), int(logits.argmax())
+    return _Simulator(model, cache, 5000, safety), int(logits.argmax())
 
 
 @torch.inference_mode()
@@ -37,11 +37,26 @@ def serial(model: ReferenceModel, cache: KVCache, state: list[int]) -> list[int]
     return state
 
 
+@torch.inference_mode()
+def accepting(model: ReferenceModel, cache: KVCache, state: list[int], target: list[int]) -> list[int]:
+    """Greedy acceptance, written out again; it stops where no prediction is right."""
+    state = list(state)
+    while MASK in state:
+        tokens = model.bidirectional(torch.tensor([state]), cache)[0].argmax(-1).tolist()
+        right = [i for i, token in enumerate(state) if token == MASK and tokens[i] == target[i]]
+        if not right:
+            break
+        for row in right:
+            state[row] = target[row]
+    return state
+
+
+@pytest.mark.parametrize("safety", [Safety.SERIAL, Safety.ACCEPTANCE])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_runs_are_safe_and_the_longest(seed: int) -> None:
+def test_the_runs_are_safe_and_the_longest(seed: int, safety: Safety) -> None:
     """Against brute force: every longer run by confidence misses the target."""
     model = random_model(small_config(vocab_size=12), seed)
-    sim, seed_token = simulator(model, [7, 8, 9, 10 + seed % 2])
+    sim, seed_token = simulator(model, [7, 8, 9, 10 + seed % 2], safety)
     with torch.inference_mode():
         block = sim.analyse(seed_token, 6)
     state = [seed_token] + [MASK] * 5
@@ -55,8 +70,29 @@ def test_the_runs_are_safe_and_the_longest(seed: int) -> None:
         assert commit == right[: len(commit)]
         for count in range(len(commit), len(right) + 1):
             probe = [block.target[i] if i in right[:count] else token for i, token in enumerate(state)]
-            assert (serial(model, sim.cache, probe) == block.target) == (count == len(commit))
+            if safety is Safety.SERIAL:
+                end = serial(model, sim.cache, probe)
+            else:
+                end = accepting(model, sim.cache, probe, block.target)
+            # One position is committed without a check, since something must be.
+            assert (end == block.target) == (count == len(commit)) or count == 1
         state = [block.target[i] if i in commit else token for i, token in enumerate(state)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_acceptance_commits_all_that_is_right(seed: int) -> None:
+    model = random_model(small_config(vocab_size=12), seed)
+    sim, seed_token = simulator(model, [7, 8, 9], Safety.GREEDY)
+    with torch.inference_mode():
+        block = sim.analyse(seed_token, 6)
+    state = [seed_token] + [MASK] * 5
+    for commit in block.commits:
+        with torch.inference_mode():
+            tokens = model.bidirectional(torch.tensor([state]), sim.cache)[0].argmax(-1).tolist()
+        right = {i for i in range(6) if state[i] == MASK and tokens[i] == block.target[i]}
+        assert set(commit) == right or (not right and len(commit) == 1)
+        state = [block.target[i] if i in commit else token for i, token in enumerate(state)]
+    assert MASK not in state
 
 
 def test_positions_that_do_not_depend_on_each_other_take_one_forward() -> None:
@@ -81,7 +117,7 @@ def test_no_more_forwards_than_serial(length: int) -> None:
 
 def test_a_spent_budget_is_told() -> None:
     model = random_model(small_config(), seed=3)
-    full, cut = analyse(model, [7, 8, 9], 32, 16), analyse(model, [7, 8, 9], 32, 16, budget=20)
+    full, cut = (analyse(model, [7, 8, 9], 32, 16, budget, safety=Safety.SERIAL) for budget in (5000, 20))
     assert cut.incomplete == 2
     assert cut.simulated < full.simulated
     assert full.denoising <= cut.denoising <= cut.serial
@@ -107,9 +143,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["prompts"] == 2
-    (row,) = report["speed_of_light"]
-    assert row["block_length"] == 4
-    assert 4 / 4 <= row["tpf_denoising"] <= 4
+    assert [row["safe"] for row in report["speed_of_light"]] == ["serial", "acceptance", "greedy"]
+    for row in report["speed_of_light"]:
+        assert row["block_length"] == 4
+        assert 4 / 4 <= row["tpf_denoising"] <= 4
     assert {mode["mode"] for mode in report["modes"]} >= {"AR", "self-speculation", "diffusion 0.9"}
     assert plot.stat().st_size > 1000
 

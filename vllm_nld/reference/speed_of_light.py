@@ -2,20 +2,36 @@
 
 The target of a block is what serial denoising ends with: one position per forward, the surest first. The question is in
 how few forwards the very same block can be reached when several positions are committed at once. After each forward
-the masked positions whose most probable token is the target's are ordered by confidence, and the longest run of that
-order is committed from which serial denoising still ends in the target ("recursive dynamic compaction"). Longest runs
-are a greedy choice, and other subsets are not tried, so the result is a lower bound of what is possible.
+the masked positions whose most probable token is the target's are ordered by confidence, and the longest safe run of
+that order is committed ("recursive dynamic compaction"). :class:`Safety` says what is safe. Longest runs are a greedy
+choice, and other subsets are not tried, so the result is a lower bound of what is possible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from vllm_nld.reference.model import KVCache, ReferenceModel
+
+
+class Safety(StrEnum):
+    """When a run may be committed: if the named way of going on still ends in the target.
+
+    Attributes:
+        SERIAL: serial denoising, by the model's own choices; no oracle is needed from there on.
+        ACCEPTANCE: greedy acceptance, one level down: every position whose prediction is the target's is committed, as
+            long as there is one. The paper's definition.
+        GREEDY: nothing is asked, all right positions are committed at once: greedy acceptance itself, the cheap bound.
+    """
+
+    SERIAL = "serial"
+    ACCEPTANCE = "acceptance"
+    GREEDY = "greedy"
 
 
 @dataclass
@@ -79,6 +95,7 @@ def analyse(
     block_length: int,
     budget: int = 5000,
     progress: Callable[[int], None] | None = None,
+    safety: Safety = Safety.ACCEPTANCE,
 ) -> SpeedOfLight:
     """Analyse the blocks of one prompt; the text goes on with each block's target.
 
@@ -87,15 +104,17 @@ def analyse(
         prompt_ids: the prompt.
         max_new_tokens: tokens to generate.
         block_length: tokens of a block, seed included.
-        budget: forwards that the analysis may take, batched probes counted one by one.
+        budget: forwards that the analysis of a block may take, batched probes counted one by one; what would take more
+            is not safe.
         progress: called with the number of tokens whenever a block is done.
+        safety: what a run must leave possible.
     """
     device = model.diffusion_head.weight.device
     cache, result = KVCache(), SpeedOfLight()
     logits = model.causal(torch.tensor([prompt_ids], device=device), cache)[0, -1]
     while result.tokens < max_new_tokens:
         length = min(block_length, max_new_tokens - result.tokens)
-        simulator = _Simulator(model, cache, budget - result.simulated)
+        simulator = _Simulator(model, cache, budget, safety)
         block = simulator.analyse(int(logits.argmax()), length)
         result.add(
             SpeedOfLight(length, len(block.commits), 1, length - 1, simulator.spent, 1, 0 if block.complete else 1)
@@ -109,8 +128,9 @@ def analyse(
 class _Simulator:
     """Denoising runs over one cached prefix, with a budget of forwards."""
 
-    def __init__(self, model: ReferenceModel, cache: KVCache, budget: int) -> None:
+    def __init__(self, model: ReferenceModel, cache: KVCache, budget: int, safety: Safety) -> None:
         self.model = model
+        self.safety = safety
         self.cache = cache
         self.mask_id: int = model.config.mask_token_id
         self.budget = budget
@@ -156,16 +176,16 @@ class _Simulator:
         return confidence.argmax(1), predicted, confidence
 
     def _longest_safe_run(self, state: list[int], target: list[int]) -> list[int]:
-        """Return the positions to commit now: the longest run from which serial denoising still hits the target.
-
-        The surest position of all is what serial denoising itself would commit here, so a run of one is safe.
-        """
+        """Return the positions to commit now; where no prediction is the target's, the surest position alone."""
         _, predicted, confidence = self._look(torch.tensor([state]))
         right = [
             position
             for position in confidence[0].argsort(descending=True, stable=True).tolist()
             if state[position] == self.mask_id and int(predicted[0, position]) == target[position]
         ]
+        if self.safety is Safety.GREEDY:
+            return right or [int(confidence[0].argmax())]
+        # The first one alone needs no check: serial denoising would commit it here.
         probes = []
         for count in range(2, len(right) + 1):
             probe = list(state)
@@ -177,16 +197,23 @@ class _Simulator:
         return right[:longest] or [int(confidence[0].argmax())]
 
     def _reach(self, probes: Tensor, target: Tensor) -> list[bool]:
-        """Return which probes ``[rows, length]`` end in the target when they are denoised serially.
+        """Return which probes ``[rows, length]`` end in the target when they go on as ``safety`` says.
 
-        A probe is dropped as soon as it commits a wrong token.
+        A probe is dropped as soon as it cannot; all that are not done are, when the budget is spent.
         """
         alive = torch.ones(len(probes), dtype=torch.bool)
         while True:
             going = (alive & (probes == self.mask_id).any(1)).nonzero().flatten()
             if not len(going):
                 return [bool(value) for value in alive]
+            if self.spent >= self.budget:
+                alive[going] = False
+                continue
             best, predicted, _ = self._look(probes[going])
-            tokens = predicted.gather(1, best[:, None]).squeeze(1)
-            alive[going] = tokens == target[best]
-            probes[going, best] = tokens
+            if self.safety is Safety.SERIAL:
+                committed = torch.nn.functional.one_hot(best, probes.shape[1]).bool()
+                alive[going] = (predicted == target)[committed]
+            else:
+                committed = (probes[going] == self.mask_id) & (predicted == target)
+                alive[going] = committed.any(1)
+            probes[going] = torch.where(committed, predicted, probes[going])

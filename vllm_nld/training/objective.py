@@ -49,6 +49,37 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Which blocks draw their drafts at temperature 1, as a sampled request does; the others take the most probable.
+
+    The random numbers are drawn for the whole batch beforehand, so that a step does not depend on its micro-batches.
+
+    Attributes:
+        drawn: bool ``[rows, blocks]``.
+        uniform: float32 in [0, 1), ``[rows, blocks, block_length - 1]``.
+    """
+
+    drawn: Tensor
+    uniform: Tensor
+
+    @classmethod
+    def of(cls, rows: int, blocks: int, block_length: int, share: float, generator: torch.Generator) -> Draws:
+        """Draw for a batch; each block is a drawn one with probability ``share``."""
+        drawn = torch.rand(rows, blocks, generator=generator) < share
+        return cls(drawn, torch.rand(rows, blocks, block_length - 1, generator=generator))
+
+    def split(self, size: int) -> list[Draws]:
+        """Return those of the micro-batches of ``size`` rows."""
+        return [
+            Draws(*parts) for parts in zip(torch.split(self.drawn, size), torch.split(self.uniform, size), strict=True)
+        ]
+
+    def to(self, device: str | torch.device) -> Draws:
+        """Return it on another device."""
+        return Draws(self.drawn.to(device), self.uniform.to(device))
+
+
+@dataclass(frozen=True)
 class Drafts:
     """Blocks drafted over a :class:`Target`; the given first token of a block is left out.
 
@@ -66,16 +97,26 @@ class Drafts:
 
     @classmethod
     def over(
-        cls, model: ReferenceModel, adapter: DraftAdapter | None, target: Target, starts: Tensor, block_length: int
+        cls,
+        model: ReferenceModel,
+        adapter: DraftAdapter | None,
+        target: Target,
+        starts: Tensor,
+        block_length: int,
+        draws: Draws | None = None,
     ) -> Drafts:
-        """Draft blocks that begin at ``starts``, int64 ``[rows, blocks]``, each at most ``length - block_length``."""
+        """Draft blocks that begin at ``starts``, int64 ``[rows, blocks]``, each at most ``length - block_length``.
+
+        Without ``draws``, drafts are the most probable tokens.
+        """
         hidden = _draft_hidden(model, adapter, target, starts, block_length)[:, :, 1:]
         rows = starts[..., None] + torch.arange(block_length - 1, device=starts.device)
         wanted = _pick(target.tokens, rows)
         # On text that the model did not write, verify departs from the text at some point; what it would say behind
         # that is not known, so the block ends there, as it does where the generated text ends.
         departed = wanted != _pick(target.ids, rows + 1)
-        wrong = argmax(model, hidden.detach()) != wanted
+        found = argmax(model, hidden.detach()) if draws is None else _chosen(model, hidden.detach(), draws)
+        wrong = found != wanted
         stops = (departed | wrong).to(torch.int64)
         counted = (stops.cumsum(-1) == stops) & ~_pick(target.ended, rows)
         return cls(hidden, rows, counted & ~wrong, counted)
@@ -87,7 +128,12 @@ class Drafts:
 
 @torch.no_grad()
 def next_cycles(
-    model: ReferenceModel, adapter: DraftAdapter | None, target: Target, starts: Tensor, block_length: int
+    model: ReferenceModel,
+    adapter: DraftAdapter | None,
+    target: Target,
+    starts: Tensor,
+    block_length: int,
+    draws: Draws | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return where the cycles after those at ``starts`` begin, int64 ``[rows, blocks]``, and what they weigh.
 
@@ -96,7 +142,7 @@ def next_cycles(
     more often by ``starts`` drawn evenly; so it weighs 1 / the tokens of the one before. A cycle that would leave the
     text is replaced by the one before it.
     """
-    emitted = Drafts.over(model, adapter, target, starts, block_length).emitted()
+    emitted = Drafts.over(model, adapter, target, starts, block_length, draws).emitted()
     after = starts + emitted
     return torch.where(after <= target.ids.shape[1] - block_length, after, starts), 1 / emitted
 
@@ -133,7 +179,7 @@ class Objective:
         kl_weight: of the distribution matching.
         ce_weight: of the cross-entropy against verify's argmax, at temperature 1.
         temperature: of both distributions that are matched.
-        top_k: they are restricted to the union of so many most probable tokens of each.
+        top_k: both losses see only the union of so many most probable tokens of each distribution.
         eta: how quickly LK-hybrid goes from KL to total variation as the distributions come to agree.
     """
 
@@ -141,42 +187,75 @@ class Objective:
     ce_weight: float = 1.0
     temperature: float = 3.0
     top_k: int = 200
-    eta: float = 3.0
+    eta: float = 0.5
 
     def loss_sum(self, model: ReferenceModel, target: Target, drafts: Drafts, weights: Tensor | None = None) -> Tensor:
-        """Return the loss, in nats, summed over the counted drafts; ``weights`` are the blocks', ``[rows, blocks]``."""
-        row = torch.arange(len(target.ids), device=target.ids.device)[:, None, None].expand_as(drafts.rows)
-        row, place = row[drafts.counted], drafts.rows[drafts.counted]
+        """Return the sum of the blocks' losses, in nats.
+
+        A block's loss is the mean over its counted drafts, so a long block counts no more than a short one.
+
+        Args:
+            weights: of the blocks, float ``[rows, blocks]``; 1 without.
+        """
+        row, block, _ = drafts.counted.nonzero(as_tuple=True)
+        place = drafts.rows[drafts.counted]
         found = model.logits(drafts.hidden[drafts.counted])
         with torch.no_grad():
             wanted = model.logits(target.hidden[row, place])
-        cross_entropy = torch.nn.functional.cross_entropy(found, target.tokens[row, place], reduction="none")
-        matching = lk_hybrid(wanted, found, self.temperature, self.top_k, self.eta)
-        loss = self.kl_weight * matching + self.ce_weight * cross_entropy
+        support = Support.of(wanted, found, self.top_k)
+        cross_entropy = -support.log_softmax(found).gather(-1, support.place_of(target.tokens[row, place])).squeeze(-1)
+        matching = lk_hybrid(
+            support.log_softmax(wanted, self.temperature), support.log_softmax(found, self.temperature), self.eta
+        )
+        share = 1 / drafts.counted.sum(-1).clamp(min=1)
         if weights is not None:
-            loss = loss * weights[..., None].expand_as(drafts.rows)[drafts.counted]
-        return loss.sum()
+            share = share * weights
+        return ((self.kl_weight * matching + self.ce_weight * cross_entropy) * share[row, block]).sum()
 
 
-def lk_hybrid(wanted: Tensor, found: Tensor, temperature: float, top_k: int, eta: float) -> Tensor:
+@dataclass(frozen=True)
+class Support:
+    """The tokens that either of two distributions gives most probability, per row; the rows differ in their number.
+
+    Attributes:
+        columns: int64 ``[rows, size]``, token ids.
+        inside: bool, same shape; False for what only fills a row up.
+    """
+
+    columns: Tensor
+    inside: Tensor
+
+    @classmethod
+    def of(cls, wanted: Tensor, found: Tensor, top_k: int) -> Support:
+        """Return the union of the ``top_k`` most probable tokens of each; logits are ``[rows, vocab]``."""
+        # Not the mask token: its logit is minus infinity in both.
+        top_k = min(top_k, wanted.shape[-1] - 1)
+        union = torch.zeros_like(wanted, dtype=torch.bool)
+        for logits in (wanted, found.detach()):
+            union.scatter_(-1, logits.topk(top_k, dim=-1).indices, True)
+        inside, columns = union.to(torch.uint8).topk(int(union.sum(-1).max()), dim=-1)
+        return cls(columns, inside.bool())
+
+    def log_softmax(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return log-probabilities ``[rows, size]`` of ``logits`` ``[rows, vocab]``, renormalised on the support."""
+        return (logits.gather(-1, self.columns) / temperature).masked_fill(~self.inside, -1e9).log_softmax(-1)
+
+    def place_of(self, tokens: Tensor) -> Tensor:
+        """Return where ``tokens`` ``[rows]`` are in their rows, int64 ``[rows, 1]``.
+
+        Verify's argmax is always there, so that no target is outside the support.
+        """
+        return (self.columns == tokens[:, None]).to(torch.uint8).argmax(-1, keepdim=True)
+
+
+def lk_hybrid(log_p: Tensor, log_q: Tensor, eta: float) -> Tensor:
     """Return the LK-hybrid loss (arXiv 2602.23881) of each row, float32 ``[rows]``.
 
-    With p and q the distributions of ``wanted`` and ``found`` (logits ``[rows, vocab]``), and a = sum min(p, q), which
-    is the chance that speculative sampling accepts: l KL(p, q) + (1 - l)(1 - a), where l = exp(-eta a) is held fixed.
-    KL pulls distributions together that have little in common; total variation is what acceptance depends on.
+    With p and q the verifier's and the drafter's distributions (``[rows, size]``, their logarithms are given), and
+    a = sum min(p, q), which is the chance that speculative sampling accepts: l KL(p, q) + (1 - l)(1 - a), where
+    l = exp(-eta a) is held fixed. KL pulls distributions together that have little in common; total variation is what
+    acceptance depends on.
     """
-    # Not the mask token: its logit is minus infinity in both.
-    top_k = min(top_k, wanted.shape[-1] - 1)
-    support = torch.zeros_like(wanted, dtype=torch.bool)
-    for logits in (wanted, found.detach()):
-        support.scatter_(-1, logits.topk(top_k, dim=-1).indices, True)
-    # Compact before the softmax: the union is far smaller than the vocabulary, and differs in size by row.
-    size = int(support.sum(-1).max())
-    inside, columns = support.to(torch.uint8).topk(size, dim=-1)
-    log_p, log_q = (
-        (logits.gather(-1, columns) / temperature).masked_fill(inside == 0, -1e9).log_softmax(-1)
-        for logits in (wanted, found)
-    )
     p, q = log_p.exp(), log_q.exp()
     agreement = torch.minimum(p, q).sum(-1)
     share = torch.exp(-eta * agreement.detach())
@@ -188,6 +267,25 @@ def argmax(model: ReferenceModel, hidden: Tensor) -> Tensor:
     """Return the most probable token of each row, int64, the shape of ``hidden`` without its last axis."""
     rows = torch.split(hidden.flatten(0, -2), _LOGIT_ROWS)
     return torch.cat([model.logits(part).argmax(-1) for part in rows]).view(hidden.shape[:-1])
+
+
+@torch.no_grad()
+def _chosen(model: ReferenceModel, hidden: Tensor, draws: Draws) -> Tensor:
+    """Return each draft, int64 ``[rows, blocks, block_length - 1]``: a draw in drawn blocks, else the argmax."""
+    best = argmax(model, hidden)
+    drawn = draws.drawn[..., None].expand_as(best)
+    parts = zip(torch.split(hidden[drawn], _LOGIT_ROWS), torch.split(draws.uniform[drawn], _LOGIT_ROWS), strict=True)
+    return best.masked_scatter(drawn, torch.cat([_drawn(model.logits(rows), uniform) for rows, uniform in parts]))
+
+
+def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Return one draw of each row's softmax, int64 ``[rows]``; what has no probability is never drawn."""
+    sums = logits.softmax(-1).cumsum(-1)
+    return (
+        torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
+        .squeeze(-1)
+        .clamp(max=logits.shape[-1] - 1)
+    )
 
 
 def _pick(values: Tensor, places: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class Settings(BaseModel):
     ce_weight: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=3.0, gt=0)
     top_k: int = Field(default=200, ge=1)
+    eta: float = Field(default=0.5, ge=0)
+    drawn_share: float = Field(default=0.9, ge=0, le=1, description="of the blocks draw their drafts at temperature 1")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen weights")
     seed: int = Field(default=0, ge=0, lt=2**63)
 

@@ -18,7 +18,7 @@ from vllm_nld.errors import NLDError
 from vllm_nld.reference import DraftAdapter, ReferenceModel, load_reference
 from vllm_nld.reference.generate import eos_ids
 from vllm_nld.training import acceptance
-from vllm_nld.training.objective import Drafts, Objective, Target, next_cycles
+from vllm_nld.training.objective import Drafts, Draws, Objective, Target, next_cycles
 from vllm_nld.training.settings import Settings
 from vllm_nld.training.text import Stream, draw, own_text, save
 
@@ -63,7 +63,9 @@ class Trainer:
         self.block_length = settings.block_length or model.config.block_size
         self.eos = frozenset(eos_ids(model, None)) if settings.own_text else frozenset[int]()
         self.prefix = settings.prefix_tokens
-        self.objective = Objective(settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k)
+        self.objective = Objective(
+            settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k, settings.eta
+        )
         if settings.new_tokens < self.block_length:
             raise NLDError(
                 f"--new-tokens {settings.new_tokens}: allowed: the block length ({self.block_length}) or more"
@@ -149,13 +151,20 @@ class Trainer:
         blocks = min(settings.blocks, room)
         order = torch.rand(settings.batch, room, generator=self.generator).argsort(1)
         starts = self.prefix + order[:, :blocks].sort(1).values
+        before, own = (
+            Draws.of(settings.batch, blocks, self.block_length, settings.drawn_share, self.generator) for _ in range(2)
+        )
         size = settings.micro_batch or settings.batch
         total = emitted = 0.0
-        for part, places in zip(torch.split(ids, size), torch.split(starts, size), strict=True):
+        for part, places, earlier, draws in zip(
+            torch.split(ids, size), torch.split(starts, size), before.split(size), own.split(size), strict=True
+        ):
             target = Target.of(self.model, part.to(self.device), self.prefix, self.eos)
-            cycles, weights = next_cycles(self.model, self.adapter, target, places.to(self.device), self.block_length)
-            drafts = Drafts.over(self.model, self.adapter, target, cycles, self.block_length)
-            # Per drafted block, not per counted draft: the parts of a batch then simply add up.
+            cycles, weights = next_cycles(
+                self.model, self.adapter, target, places.to(self.device), self.block_length, earlier.to(self.device)
+            )
+            drafts = Drafts.over(self.model, self.adapter, target, cycles, self.block_length, draws.to(self.device))
+            # Divided by the blocks of the whole batch, so that the parts of a batch add up.
             loss = self.objective.loss_sum(self.model, target, drafts, weights) / starts.numel()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
