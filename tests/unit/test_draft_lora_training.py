@@ -36,7 +36,7 @@ from vllm_nld.training import objective
 from vllm_nld.training.acceptance import measure, walk
 from vllm_nld.training.objective import Drafts, Draws, Objective, Support, Target, lk_hybrid, next_cycles
 from vllm_nld.training.settings import Settings
-from vllm_nld.training.text import Stream, continue_greedily, read_documents
+from vllm_nld.training.text import Rows, Stream, continue_greedily, read_documents
 from vllm_nld.training.trainer import Schedule, Trainer
 
 BLOCK, PROMPT = 8, [1, 3, 7, 2, 9, 4]
@@ -292,7 +292,7 @@ def test_measured_acceptance_is_self_speculations(seed: int) -> None:
     model = model_of(seed)
     adapter = random_adapter(model, seed)
     prefixes = torch.randint(6, 24, (3, 8), generator=torch.Generator().manual_seed(seed))
-    found = measure(model, adapter, continue_greedily(model, prefixes, 40), 8, BLOCK, blocks=5)
+    found = measure(model, adapter, Rows.even(continue_greedily(model, prefixes, 40), 8), BLOCK, blocks=5)
     model.draft_adapter = adapter
     for prefix, cycles in zip(prefixes.tolist(), found.cycles, strict=True):
         expected = linear_spec_generate(model, prefix, 41, BLOCK).accepted  # the last token: a bonus behind the text
@@ -341,8 +341,10 @@ def test_walk() -> None:
 # --- training ---
 
 
-def test_only_the_adapter_changes_and_the_loss_falls(tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path, steps=40, learning_rate=0.02)
+@pytest.mark.parametrize("changed", [{}, {"targets": TARGETS, "mask_row": True}])
+def test_only_the_adapter_changes_and_the_loss_falls(tmp_path: Path, changed: dict[str, Any]) -> None:
+    trainer = trainer_in(tmp_path, steps=40, learning_rate=0.02, **changed)
+    assert len(trainer.adapter.parameters) == (29 if changed else 4)
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     matrices = [matrix.detach().clone() for matrix in trainer.adapter.parameters]
     assert finish(trainer, measure_every=40)
@@ -357,21 +359,21 @@ def test_only_the_adapter_changes_and_the_loss_falls(tmp_path: Path) -> None:
 
 def test_micro_batches_add_up(tmp_path: Path) -> None:
     whole, parts = trainer_in(tmp_path / "1"), trainer_in(tmp_path / "2", micro_batch=1)
-    rows = continue_greedily(whole.model, stream_of().train[:60].view(6, 10), 20)
+    rows = Rows.even(continue_greedily(whole.model, stream_of().train[:60].view(6, 10), 20), 10)
     losses = [trainer.train_step(rows)["loss"] for trainer in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for one, other in zip(whole.adapter.parameters, parts.adapter.parameters, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("own_text", [True, False])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, own_text: bool) -> None:
-    straight = trainer_in(tmp_path / "straight", own_text=own_text)
+@pytest.mark.parametrize("changed", [{}, {"own_text": False}, {"targets": "all", "mask_row": True}])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, changed: dict[str, Any]) -> None:
+    straight = trainer_in(tmp_path / "straight", **changed)
     assert finish(straight, measure_every=2)
-    stopped = trainer_in(tmp_path / "parts", own_text=own_text)
+    stopped = trainer_in(tmp_path / "parts", **changed)
     step = stopped.train_step
 
-    def stop_after_three(rows: Tensor) -> dict[str, float]:
+    def stop_after_three(rows: Rows) -> dict[str, float]:
         if stopped.step == 3:
             raise KeyboardInterrupt
         return step(rows)
@@ -379,7 +381,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, own_text: bool) 
     stopped.train_step = stop_after_three  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         finish(stopped, measure_every=2, save_every=2)
-    resumed = trainer_in(tmp_path / "parts", resume=True, own_text=own_text)
+    resumed = trainer_in(tmp_path / "parts", resume=True, **changed)
     assert resumed.step == 2, "the last save"
     assert finish(resumed, measure_every=2)
     assert resumed.curve == straight.curve
@@ -394,14 +396,29 @@ def test_own_text_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(text, "_OWN_BATCH", 2)
     model, prefixes = model_of(), torch.randint(6, 24, (5, 6), generator=torch.Generator().manual_seed(0))
-    whole = text.own_text(model, prefixes, 7, tmp_path / "a.pt", lambda _: None)
+    even = Rows.even(prefixes, 6)
+    whole = text.own_text(model, even, 7, 0, tmp_path / "a.pt", lambda _: None).ids
     assert torch.equal(whole, continue_greedily(model, prefixes, 7))
     torch.save(whole[:2], tmp_path / "b.pt")
     ready: list[int] = []
-    assert torch.equal(text.own_text(model, prefixes, 7, tmp_path / "b.pt", ready.append), whole)
+    assert torch.equal(text.own_text(model, even, 7, 0, tmp_path / "b.pt", ready.append).ids, whole)
     assert ready == [2, 2, 1]
     for row in whole.tolist():
         assert row == ar_generate(model, row[:6], 7).ids
+
+
+def test_own_text_after_prefixes_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_nld.training import text
+
+    monkeypatch.setattr(text, "_OWN_BATCH", 3)
+    model, generator = model_of(), torch.Generator().manual_seed(0)
+    prefixes = [torch.randint(6, 24, (length,), generator=generator) for length in (2, 5, 9, 9, 3)]
+    empty = [torch.zeros(0, dtype=torch.int64)] * 5
+    rows = text.own_text(model, Rows.of(prefixes, empty, 0, 3), 7, 3, tmp_path / "a.pt", lambda _: None)
+    assert rows.ids.shape == (5, 16)
+    for row, prefix in zip(rows.ids.tolist(), prefixes, strict=True):
+        written = ar_generate(model, prefix.tolist(), 7).ids
+        assert row == written + [3] * (16 - len(written))
 
 
 def test_time_is_up(tmp_path: Path) -> None:
@@ -503,6 +520,8 @@ def test_the_command_trains_writes_and_draws(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--targets=q_proj,qkv"], "--targets q_proj,qkv: allowed: 'q_proj', 'k_proj'"),
+        (["--targets="], "--targets : allowed: 'q_proj'"),
         (["--rank=0"], "--rank 0: allowed: greater than or equal to 1"),
         (["--rank=-3"], "--rank -3"),
         (["--alpha=0"], "--alpha 0.0: allowed: greater than 0"),

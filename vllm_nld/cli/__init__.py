@@ -179,7 +179,7 @@ def sol(
 @_plainly
 def train_draft_lora(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or tiny.")],
-    data: Annotated[Path, typer.Option(help="Text, or .jsonl with a key text, chat template applied.")],
+    data: Annotated[Path, typer.Option(help="Text, or .jsonl with a key messages (conversations) or text.")],
     held_out: Annotated[Path | None, typer.Option(help="Text for the curve; else a twentieth of --data.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; by default MODEL/linear_spec_lora.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
@@ -187,6 +187,8 @@ def train_draft_lora(
         float | None, typer.Option(min=0, max=10**6, help="Save and stop after so long; --resume goes on.")
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 128,
+    targets: Annotated[str, typer.Option(help="Projections that change, such as q_proj,o_proj, or all.")] = "o_proj",
+    mask_row: Annotated[bool, typer.Option("--mask-row", help="Train the mask token's input row, too.")] = False,
     alpha: Annotated[float | None, typer.Option(help="Scale times rank; by default 4 times the rank.")] = None,
     block_length: Annotated[int | None, typer.Option(help="By default the checkpoint's.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 1000,
@@ -196,7 +198,7 @@ def train_draft_lora(
     blocks: Annotated[int, typer.Option(help="Drafted blocks per sequence.")] = 16,
     own_text: Annotated[bool, typer.Option(help="Train on the model's own greedy continuations of the text.")] = True,
     rows: Annotated[int, typer.Option(help="Sequences to train on.")] = 2048,
-    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the data per sequence, as context.")] = 128,
+    prefix_tokens: Annotated[int, typer.Option(help="Tokens of the data per sequence, as context; of a conversation, at most.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens per sequence behind those: own text, or the data's.")] = 128,
     held_out_rows: Annotated[int, typer.Option(help="Sequences that the curve is measured on.")] = 48,
     kl_weight: Annotated[float, typer.Option(help="Of matching verify's distribution.")] = 1.0,
@@ -210,7 +212,7 @@ def train_draft_lora(
     measure_every: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps between the curve's points.")] = 100,
     device: Annotated[str, typer.Option(help="PyTorch device.")] = "cpu",
 ) -> None:
-    """Train a draft adapter: low-rank changes of o_proj, for draft passes only. What is generated stays the same."""
+    """Train a draft adapter: low-rank changes of projections, for draft passes only. Texts stay the same."""
     given = dict(locals())
     from vllm_nld.cli.train_draft_lora import run
     from vllm_nld.training.trainer import Schedule

@@ -1,4 +1,4 @@
-"""``vllm-nld train-draft-lora``: train a draft adapter for a checkpoint on a file of text."""
+"""``vllm-nld train-draft-lora``: train a draft adapter for a checkpoint on a file of text or conversations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from vllm_nld.cli.limits import check_device, within
 from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError
 from vllm_nld.training import Settings, Trainer
-from vllm_nld.training.text import Stream
+from vllm_nld.training.chats import Chats, chat_template, holds_conversations
+from vllm_nld.training.text import Corpus, Stream
 from vllm_nld.training.trainer import Schedule, load_frozen
 
 
@@ -45,12 +46,19 @@ def run(
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise NLDError(f"MODEL={model}: no {name} there; allowed: a checkpoint's folder, or tiny")
-    stream = Stream.read(data, held_out, Tokenizer.from_file(str(folder / "tokenizer.json")))
-    train(folder, stream, settings, schedule, output or folder / "linear_spec_lora", resume, device)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    corpus: Corpus
+    if holds_conversations(data):
+        corpus = chats = Chats.read(data, held_out, tokenizer, chat_template(folder))
+        if left_out := chats.left_out(settings):
+            typer.echo(f"{left_out} answers are left out: their prompts are longer than --prefix-tokens", err=True)
+    else:
+        corpus = Stream.read(data, held_out, tokenizer)
+    train(folder, corpus, settings, schedule, output or folder / "linear_spec_lora", resume, device)
 
 
 def train(
-    folder: Path, stream: Stream, settings: Settings, schedule: Schedule, output: Path, resume: bool, device: str
+    folder: Path, corpus: Corpus, settings: Settings, schedule: Schedule, output: Path, resume: bool, device: str
 ) -> bool:
     """Train with progress on standard error; write the adapter, and beside it the run with its curve.
 
@@ -66,7 +74,7 @@ def train(
         model = load_frozen(folder, getattr(torch, settings.dtype), device)
     except (OSError, ValueError) as error:
         raise NLDError(f"MODEL={folder}: {' '.join(str(error).split())}") from None
-    trainer = Trainer(model, stream, settings, output)
+    trainer = Trainer(model, corpus, settings, output)
     trainer.begin(resume)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),

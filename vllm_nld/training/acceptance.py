@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from vllm_nld.reference import DraftAdapter, ReferenceModel
 from vllm_nld.training.objective import Drafts, Target
+from vllm_nld.training.text import Rows
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Acceptance:
 def measure(
     model: ReferenceModel,
     adapter: DraftAdapter | None,
-    rows: Tensor,
-    prefix: int,
+    rows: Rows,
     block_length: int,
     eos: frozenset[int] = frozenset(),
     blocks: int = 16,
@@ -54,17 +53,17 @@ def measure(
     Verify does not change the text, so the greedy text may be given: cycles are then independent of one another.
 
     Args:
-        rows: int64 ``[rows, length]``, ``prefix`` tokens of any text and the model's own greedy continuation.
+        rows: any text and the model's own greedy continuations.
         blocks: drafted blocks per forward and row.
         progress: called after each row.
     """
-    starts = torch.arange(prefix, rows.shape[1] - block_length + 1, device=rows.device)
     cycles = []
-    for row in rows:
-        target = Target.of(model, row[None], prefix, eos)
+    for row, begin in zip(rows.ids, rows.begins.tolist(), strict=True):
+        starts = torch.arange(begin, len(row) - block_length + 1, device=row.device)
+        target = Target.of(model, row[None], begin, eos)
         parts = [Drafts.over(model, adapter, target, part[None], block_length) for part in torch.split(starts, blocks)]
         emitted = torch.cat([part.emitted()[0] for part in parts]).tolist()
-        cycles.append(walk(emitted, target.ended[0, prefix:].tolist()))
+        cycles.append(walk(emitted, target.ended[0, begin:].tolist()))
         progress()
     return Acceptance(cycles, block_length)
 

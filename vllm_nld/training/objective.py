@@ -38,8 +38,13 @@ class Target:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: ReferenceModel, ids: Tensor, prefix: int = 0, eos: frozenset[int] = frozenset()) -> Target:
-        """Run the causal pass over ``ids``; an id of ``eos`` ends a row's text, from position ``prefix`` on."""
+    def of(
+        cls, model: ReferenceModel, ids: Tensor, prefix: int | Tensor = 0, eos: frozenset[int] = frozenset()
+    ) -> Target:
+        """Run the causal pass over ``ids``; an id of ``eos`` ends a row's text, from position ``prefix`` on.
+
+        ``prefix`` is one number, or int64 ``[rows, 1]``.
+        """
         length = ids.shape[1]
         positions, cache = torch.arange(length, device=ids.device), KVCache()
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()

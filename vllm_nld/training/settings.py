@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from vllm_nld.checkpoints.draft_lora import RELEASED_TARGETS, TARGETS, in_order
 from vllm_nld.errors import NLDError
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Settings(BaseModel):
@@ -15,6 +18,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rank: int = Field(default=128, ge=1, le=4_096)
+    targets: tuple[Target, ...] = Field(
+        default=RELEASED_TARGETS, min_length=1, description="the projections that change"
+    )
+    mask_row: bool = Field(default=False, description="train the mask token's input row, too")
     alpha: float | None = Field(default=None, gt=0, description="None: 4 times the rank, as released")
     block_length: int | None = Field(default=None, ge=2, le=128, description="None: the checkpoint's")
     steps: int = Field(default=1000, ge=1, le=10_000_000)
@@ -40,6 +47,19 @@ class Settings(BaseModel):
     drawn_share: float = Field(default=0.9, ge=0, le=1, description="of the blocks draw their drafts at temperature 1")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen weights")
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _listed(cls, targets: Any) -> Any:
+        """Take ``all``, or names with commas between them."""
+        if targets == "all":
+            return TARGETS
+        return [name.strip() for name in targets.split(",")] if isinstance(targets, str) else targets
+
+    @field_validator("targets")
+    @classmethod
+    def _in_order(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        return in_order(targets)
 
     @classmethod
     def of(cls, **options: Any) -> Settings:

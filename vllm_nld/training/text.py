@@ -1,27 +1,110 @@
-"""The text to train on: pieces of a file, and what the model itself writes behind them."""
+"""The text to train on: pieces of a file, and what the model itself writes after them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vllm_nld.errors import NLDError
 from vllm_nld.reference import KVCache, ReferenceModel
+from vllm_nld.training.settings import Settings
 
 HELD_OUT_SHARE = 0.05
 _OWN_BATCH = 128
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Token streams, int64 ``[tokens]``: one to train on, one to measure on."""
+class Rows:
+    """Texts that drafts are made in, each after a prefix of its own.
 
+    Attributes:
+        ids: int64 ``[rows, length]``; what follows the longest text is padding.
+        begins: int64 ``[rows]``, where the texts begin: the tokens in front.
+    """
+
+    ids: Tensor
+    begins: Tensor
+
+    @classmethod
+    def even(cls, ids: Tensor, prefix: int) -> Rows:
+        """Return texts that all begin at ``prefix``."""
+        return cls(ids, torch.full((len(ids),), prefix, device=ids.device))
+
+    @classmethod
+    def of(cls, prefixes: list[Tensor], texts: list[Tensor], new_tokens: int, pad: int) -> Rows:
+        """Lay each prefix and its text end to end; there is room for ``new_tokens`` after the longest prefix."""
+        whole = [torch.cat(pair) for pair in zip(prefixes, texts, strict=True)]
+        ids = pad_sequence(whole, batch_first=True, padding_value=pad)
+        longest = max(map(len, prefixes))
+        return cls(widened(ids, longest + new_tokens, pad), torch.tensor([len(prefix) for prefix in prefixes]))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, which: Tensor | slice) -> Rows:
+        return Rows(self.ids[which], self.begins[which])
+
+    def split(self, size: int) -> list[Rows]:
+        """Return pieces of at most ``size`` rows."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def to(self, device: str | torch.device) -> Rows:
+        """Return them on another device."""
+        return Rows(self.ids.to(device), self.begins.to(device))
+
+
+class Corpus(ABC):
+    """Where texts come from: one part to train on, one to measure on; each part is whatever the corpus reads it as.
+
+    Attributes:
+        answers: whether every text ends with an end-of-sequence token.
+    """
+
+    train: Any
+    held_out: Any
+    answers: ClassVar[bool]
+
+    @abstractmethod
+    def check(self, settings: Settings) -> None:
+        """Check that there is enough.
+
+        Raises:
+            NLDError: there is not; names the options.
+        """
+
+    @abstractmethod
+    def rows(self, part: Any, count: int, prefix: int, new_tokens: int, pad: int, generator: torch.Generator) -> Rows:
+        """Return at most ``count`` texts of a part, chosen at random.
+
+        Args:
+            part: ``train`` or ``held_out``.
+            count: of rows.
+            prefix: the most tokens in front of a text.
+            new_tokens: of the data's own text; 0: prefixes only.
+            pad: fills shorter rows up.
+            generator: of the choice.
+        """
+
+    @abstractmethod
+    def digest(self, part: Any) -> str:
+        """Return what tells a part from any other."""
+
+
+@dataclass(frozen=True)
+class Stream(Corpus):
+    """Running text as token streams, int64 ``[tokens]``."""
+
+    answers: ClassVar[bool] = False
     train: Tensor
     held_out: Tensor
 
@@ -38,18 +121,25 @@ class Stream:
         cut = len(found) - max(1, int(HELD_OUT_SHARE * len(found)))
         return cls(found[:cut], found[cut:])
 
-    def check_length(self, needed: int) -> None:
-        """Check that pieces of ``needed`` tokens can be drawn.
-
-        Raises:
-            NLDError: a stream is too short.
-        """
+    def check(self, settings: Settings) -> None:
+        """Check that pieces can be drawn that are as long as ``settings`` want them."""
+        needed = settings.prefix_tokens + (0 if settings.own_text else settings.new_tokens)
         for name, tokens in (("--data", self.train), ("held-out text", self.held_out)):
             if len(tokens) <= needed:
                 raise NLDError(
                     f"{name}: {len(tokens)} tokens; allowed: more than {needed} "
                     "(--prefix-tokens, and --new-tokens with --no-own-text)"
                 )
+
+    def rows(
+        self, part: Tensor, count: int, prefix: int, new_tokens: int, pad: int, generator: torch.Generator
+    ) -> Rows:
+        """Return pieces that begin anywhere in the stream."""
+        return Rows.even(draw(part, count, prefix + new_tokens, generator), prefix)
+
+    def digest(self, part: Tensor) -> str:
+        """Return a hash of the tokens."""
+        return digest(part)
 
 
 def read_documents(path: Path, option: str) -> list[str]:
@@ -89,30 +179,64 @@ def draw(stream: Tensor, count: int, length: int, generator: torch.Generator) ->
 
 
 @torch.no_grad()
-def continue_greedily(model: ReferenceModel, prefixes: Tensor, new_tokens: int) -> Tensor:
-    """Return ``[rows, prefix + new_tokens]``: int64 ``prefixes`` and the causal pass's greedy continuations."""
-    cache, columns = KVCache(), [prefixes]
-    for _ in range(new_tokens):
-        columns.append(model.causal(columns[-1], cache)[:, -1:].argmax(-1))
+def continue_greedily(model: ReferenceModel, prefixes: Tensor, new_tokens: int, begins: Tensor | None = None) -> Tensor:
+    """Return int64 ``prefixes`` and the causal pass's greedy continuations, ``[rows, longest prefix + new_tokens]``.
+
+    Args:
+        model: that continues.
+        prefixes: int64 ``[rows, longest prefix]``.
+        new_tokens: of the row with the longest prefix; the others have some more.
+        begins: int64 ``[rows]``, the prefixes' lengths, the longest of them that of ``prefixes``; None: all are equal.
+    """
+    length = prefixes.shape[1]
+    shortest = length if begins is None else int(begins.min())
+    cache, columns = KVCache(), [prefixes[:, :shortest]]
+    for place in range(shortest, length + new_tokens):
+        written = model.causal(columns[-1], cache)[:, -1:].argmax(-1)
+        if begins is not None and place < length:
+            written = torch.where(place < begins[:, None], prefixes[:, place : place + 1], written)
+        columns.append(written)
     return torch.cat(columns, dim=1)
 
 
 def own_text(
-    model: ReferenceModel, prefixes: Tensor, new_tokens: int, file: Path, progress: Callable[[int], None]
-) -> Tensor:
+    model: ReferenceModel, prefixes: Rows, new_tokens: int, pad: int, file: Path, progress: Callable[[int], None]
+) -> Rows:
     """Continue ``prefixes`` batch by batch, on the CPU; what an interrupted call has left in ``file`` is taken up.
 
     Args:
+        model: that continues.
+        prefixes: rows without a text; neighbors of like length are the cheapest.
+        new_tokens: of each text.
+        pad: fills shorter rows up.
+        file: keeps what is ready.
         progress: called with the number of rows that have become ready.
     """
-    done = torch.load(file) if file.is_file() else prefixes.new_empty(0, prefixes.shape[1] + new_tokens)
+    length = prefixes.ids.shape[1] + new_tokens
+    done = torch.load(file) if file.is_file() else prefixes.ids.new_empty(0, length)
     progress(len(done))
     device = model.diffusion_head.weight.device
-    for part in torch.split(prefixes[len(done) :], _OWN_BATCH):
-        done = torch.cat((done, continue_greedily(model, part.to(device), new_tokens).cpu()))
+    for part in prefixes[len(done) :].split(_OWN_BATCH):
+        begins, longest = part.begins.to(device), int(part.begins.max())
+        found = continue_greedily(model, part.ids[:, :longest].to(device), new_tokens, begins).cpu()
+        found[torch.arange(found.shape[1]) >= part.begins[:, None] + new_tokens] = pad
+        done = torch.cat((done, widened(found, length, pad)))
         save(file, done)
         progress(len(part))
-    return done
+    return Rows(done, prefixes.begins)
+
+
+def widened(ids: Tensor, length: int, pad: int) -> Tensor:
+    """Return ``ids`` ``[rows, shorter]`` as ``[rows, length]``."""
+    return F.pad(ids, (0, length - ids.shape[1]), value=pad)
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return a hash of tensors on the CPU."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def save(file: Path, content: Any) -> None:

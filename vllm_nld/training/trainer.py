@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from vllm_nld.reference.generate import eos_ids
 from vllm_nld.training import acceptance
 from vllm_nld.training.objective import Drafts, Draws, Objective, Target, next_cycles
 from vllm_nld.training.settings import Settings
-from vllm_nld.training.text import Stream, draw, own_text, save
+from vllm_nld.training.text import Corpus, Rows, digest, own_text, save
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,15 @@ class Trainer:
         curve: measurements so far, each with ``step``, ``acceptance_length``, ``by_position`` and ``cycles``.
     """
 
-    def __init__(self, model: ReferenceModel, stream: Stream, settings: Settings, output: Path) -> None:
-        self.model, self.stream, self.settings, self.output = model, stream, settings, output
+    def __init__(self, model: ReferenceModel, corpus: Corpus, settings: Settings, output: Path) -> None:
+        self.model, self.corpus, self.settings, self.output = model, corpus, settings, output
         self.device = model.diffusion_head.weight.device
         self.block_length = settings.block_length or model.config.block_size
-        self.eos = frozenset(eos_ids(model, None)) if settings.own_text else frozenset[int]()
-        self.prefix = settings.prefix_tokens
+        ends = frozenset(eos_ids(model, None))
+        self.eos = ends if settings.own_text or corpus.answers else frozenset[int]()
+        if corpus.answers and not ends:
+            raise NLDError("MODEL: config.json has no eos_token_id, with which answers end; allowed: one, or some")
+        self.pad = min(ends, default=0)
         self.objective = Objective(
             settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k, settings.eta
         )
@@ -70,10 +72,11 @@ class Trainer:
             raise NLDError(
                 f"--new-tokens {settings.new_tokens}: allowed: the block length ({self.block_length}) or more"
             )
-        stream.check_length(self.prefix + (0 if settings.own_text else settings.new_tokens))
+        corpus.check(settings)
         self.generator = torch.Generator().manual_seed(settings.seed)
         own = torch.Generator().manual_seed(settings.seed)
-        fresh = DraftAdapter.fresh(model.config, settings.rank, settings.scale_alpha, own)
+        row = model.encoder.embed_tokens.weight[model.config.mask_token_id] if settings.mask_row else None
+        fresh = DraftAdapter.fresh(model.config, settings.rank, settings.scale_alpha, own, settings.targets, row)
         self.adapter = fresh.to(self.device)
         for matrix in self.adapter.parameters:
             matrix.requires_grad_()
@@ -140,26 +143,27 @@ class Trainer:
                 self._save()
         return True
 
-    def train_step(self, rows: Tensor) -> dict[str, float]:
-        """Do one step on a batch drawn from ``rows``, int64 ``[rows, length]``; returns what is logged.
+    def train_step(self, rows: Rows) -> dict[str, float]:
+        """Do one step on a batch drawn from ``rows``; returns what is logged.
 
         That is the loss, in nats per block, and the blocks' mean of accepted + 1 before the step.
         """
         settings = self.settings
-        ids = rows[self._turn(len(rows))]
-        room = rows.shape[1] - self.block_length + 1 - self.prefix
+        chosen = rows[self._turn(len(rows))]
+        room = settings.new_tokens - self.block_length + 1
         blocks = min(settings.blocks, room)
         order = torch.rand(settings.batch, room, generator=self.generator).argsort(1)
-        starts = self.prefix + order[:, :blocks].sort(1).values
+        starts = chosen.begins[:, None] + order[:, :blocks].sort(1).values
         before, own = (
             Draws.of(settings.batch, blocks, self.block_length, settings.drawn_share, self.generator) for _ in range(2)
         )
         size = settings.micro_batch or settings.batch
         total = emitted = 0.0
         for part, places, earlier, draws in zip(
-            torch.split(ids, size), torch.split(starts, size), before.split(size), own.split(size), strict=True
+            chosen.split(size), torch.split(starts, size), before.split(size), own.split(size), strict=True
         ):
-            target = Target.of(self.model, part.to(self.device), self.prefix, self.eos)
+            part = part.to(self.device)
+            target = Target.of(self.model, part.ids, part.begins[:, None], self.eos)
             cycles, weights = next_cycles(
                 self.model, self.adapter, target, places.to(self.device), self.block_length, earlier.to(self.device)
             )
@@ -189,33 +193,34 @@ class Trainer:
             chosen[turns // count == lap] = order[turns[turns // count == lap] % count]
         return chosen
 
-    def _rows(self, progress: Progress) -> tuple[Tensor, Tensor]:
-        """Return the text to train on and to measure on, int64 ``[rows, prefix + new_tokens]``.
+    def _rows(self, progress: Progress) -> tuple[Rows, Rows]:
+        """Return the text to train on and to measure on.
 
         What it draws depends on the seed alone, so that a resumed run draws the same. The measurement is always on own
         text, which is what drafts meet in use.
         """
-        settings = self.settings
+        settings, corpus = self.settings, self.corpus
         generator = torch.Generator().manual_seed(settings.seed + 1)
-        length = self.prefix + (0 if settings.own_text else settings.new_tokens)
-        pieces = draw(self.stream.train, settings.rows, length, generator)
-        held_out = draw(self.stream.held_out, settings.held_out_rows, self.prefix, generator)
+        prefix, of_data = settings.prefix_tokens, 0 if settings.own_text else settings.new_tokens
+        pieces = corpus.rows(corpus.train, settings.rows, prefix, of_data, self.pad, generator)
+        held_out = corpus.rows(corpus.held_out, settings.held_out_rows, prefix, 0, self.pad, generator)
         task = progress.add_task("own text", total=len(held_out) + (len(pieces) if settings.own_text else 0))
 
         def written(rows: int) -> None:
             progress.advance(task, rows)
 
-        measured = own_text(self.model, held_out, settings.new_tokens, self.state_folder / "held_out.pt", written)
-        if settings.own_text:
-            pieces = own_text(self.model, pieces, settings.new_tokens, self.state_folder / "own_text.pt", written)
-        return pieces, measured
+        def own(prefixes: Rows, name: str) -> Rows:
+            return own_text(self.model, prefixes, settings.new_tokens, self.pad, self.state_folder / name, written)
 
-    def _measure(self, held_out: Tensor, progress: Progress) -> None:
+        measured = own(held_out, "held_out.pt")
+        return own(pieces, "own_text.pt") if settings.own_text else pieces, measured
+
+    def _measure(self, held_out: Rows, progress: Progress) -> None:
         task = progress.add_task("measuring", total=len(held_out))
         eos = frozenset(eos_ids(self.model, None))
         found = acceptance.measure(
-            self.model, self.adapter, held_out.to(self.device), self.prefix, self.block_length, eos,
-            self.settings.blocks, lambda: progress.advance(task),
+            self.model, self.adapter, held_out.to(self.device), self.block_length, eos, self.settings.blocks,
+            lambda: progress.advance(task),
         )  # fmt: skip
         progress.remove_task(task)
         self.curve.append(
@@ -245,11 +250,7 @@ class Trainer:
     def _fingerprints(self) -> dict[str, str]:
         """Identify what a run cannot go on without."""
         return {
-            "MODEL": _digest(self.model.diffusion_head.weight.float().cpu()),
-            "--data": _digest(self.stream.train),
-            "the held-out text": _digest(self.stream.held_out),
+            "MODEL": digest(self.model.diffusion_head.weight.float().cpu()),
+            "--data": self.corpus.digest(self.corpus.train),
+            "the held-out text": self.corpus.digest(self.corpus.held_out),
         }
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
