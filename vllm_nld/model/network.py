@@ -168,7 +168,9 @@ class NLDDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
 class NLDModel(LlamaModel):  # type: ignore[misc]
     """vLLM's Llama model, in which the mask token may have an input row for drafts only."""
 
-    mask_row: MaskRow | None = None
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module]) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        self.mask_row: MaskRow | None = None
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Map ids ``[tokens]`` to ``[tokens, hidden]``."""
@@ -197,7 +199,7 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             self._add_draft_adapter(self.draft_lora, vllm_config.model_config.hf_config)
             leave_adapter_out_of_graphs(vllm_config.compilation_config)
 
-    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = NLDDecoderLayer) -> NLDModel:
+    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = NLDDecoderLayer) -> NLDModel:
         return NLDModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def _add_draft_adapter(self, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
