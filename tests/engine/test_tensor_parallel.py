@@ -16,9 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.adapters import random_adapter
 from tests.support.engines import engine
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.reference import DraftAdapter, load_reference
 
 pytestmark = pytest.mark.alone
 TEXTS = [text for _, text in held_out_prompts(4, characters=150)]
@@ -61,8 +64,25 @@ def accepted_drafts(llm: Any) -> dict[bool, int]:
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> tuple[list[list[int]], dict[bool, int]]:
-    with engine(checkpoint_path("tiny"), spec=True, **SETTINGS) as alone:
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The checkpoint's own adapter, and a little on all other projections and in the mask token's row."""
+    folder = tmp_path_factory.mktemp("adapter")
+    own = DraftAdapter.read(checkpoint_path("tiny") / FOLDER)
+    model = load_reference(checkpoint_path("tiny"))
+    rank = len(next(iter(own.a.values())))
+    made = random_adapter(model.config, rank, targets=TARGETS, mask_row=True, size=0.01)
+    made.scale = own.scale
+    made.a |= own.a
+    made.b |= own.b
+    row = model.encoder.embed_tokens.weight[model.config.mask_token_id].detach()
+    made.mask_row = row + 0.3 * row.std() * made.mask_row
+    made.write(folder, "tiny")
+    return {"draft_lora": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def one_rank(adapted: dict[str, str]) -> tuple[list[list[int]], dict[bool, int]]:
+    with engine(checkpoint_path("tiny"), spec=True, options=adapted, **SETTINGS) as alone:
         return complete(alone, CASES), accepted_drafts(alone)
 
 
@@ -72,14 +92,14 @@ def expected(one_rank: Any) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def llm(expected: Any) -> Iterator[Any]:
+def llm(expected: Any, adapted: dict[str, str]) -> Iterator[Any]:
     """Two ranks, one core each: their OpenMP threads would spin against each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() > 1 else "0|0")
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # collective_rpc takes functions
         patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")  # for ranks that wait for each other
-        with engine(checkpoint_path("tiny"), spec=True, tensor_parallel_size=2, **SETTINGS) as made:
+        with engine(checkpoint_path("tiny"), spec=True, options=adapted, tensor_parallel_size=2, **SETTINGS) as made:
             yield made
 
 
@@ -93,9 +113,10 @@ def test_each_mode_by_itself(llm: Any, expected: list[list[int]]) -> None:
 
 
 def test_the_draft_adapter_is_shared_out(llm: Any, one_rank: Any) -> None:
-    """The text says nothing of drafts; how many are accepted does."""
+    """On all projections. The text says nothing of drafts; how many are accepted does."""
     assert accepted_drafts(llm) == one_rank[1]
     assert one_rank[1][True] != one_rank[1][False]
+    assert min(one_rank[1].values()) > 100
 
 
 def skew(worker: Any) -> list[float]:

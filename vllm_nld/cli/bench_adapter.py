@@ -1,6 +1,7 @@
-"""``vllm-nld bench adapter``: what the draft adapter adds to a draft pass, and to a causal step that does not use it.
+"""``vllm-nld bench adapter``: what a draft adapter adds to a draft pass, and to a causal step that does not use it.
 
-One engine with random weights; forwards with and without the adapter alternate, so a drifting machine harms both alike.
+Two adapters: the released layout, and one of all projections with the mask token's row. One engine with random weights
+each; forwards with and without the adapter alternate, so a drifting machine harms both alike.
 """
 
 from __future__ import annotations
@@ -11,21 +12,37 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from vllm_nld.checkpoints.draft_lora import FOLDER, RELEASED_TARGETS, TARGETS
 from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import one_of
 from vllm_nld.config import NemotronLabsDiffusionConfig
 
 MODELS = ("3b", "8b")
-RANK, SCALE = 128, 4.0
+SCALE = 4.0
 BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an adapter consists of."""
+
+    name: str
+    targets: tuple[str, ...]
+    rank: int
+    mask_row: bool
+
+
+LAYOUTS = (Layout("o_proj", RELEASED_TARGETS, 128, False), Layout("all, mask row", TARGETS, 64, True))
 
 
 def run(models: list[str], layers: int | None, repeats: int, as_json: bool) -> None:
@@ -38,33 +55,44 @@ def run(models: list[str], layers: int | None, repeats: int, as_json: bool) -> N
         one_of("--model", name, MODELS)
     prepare_environment()
     with stdout_to_stderr():
-        rows = [_measure(name, layers, repeats) for name in models]
+        rows = [_measure(name, layout, layers, repeats) for name in models for layout in LAYOUTS]
     if as_json:
-        print(json.dumps({"rank": RANK, "block": BLOCK, "repeats": repeats, "results": rows}))
+        print(json.dumps({"block": BLOCK, "repeats": repeats, "results": rows}))
     else:
         _show(rows, repeats)
 
 
-def _measure(name: str, layers: int | None, repeats: int) -> dict[str, Any]:
+def _measure(name: str, layout: Layout, layers: int | None, repeats: int) -> dict[str, Any]:
     config = dummy_config(name, layers)
-    print(f"bench: {name}, {config.num_hidden_layers} layers ...", file=sys.stderr, flush=True)
+    print(f"bench: {name}, {config.num_hidden_layers} layers, {layout.name} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _dummy_model(config, Path(scratch))
+        folder = _dummy_model(config, layout, Path(scratch))
         with engine(str(folder), drafts=BLOCK - 1, skip_tokenizer_init=True, **DUMMY_SETTINGS) as llm:
             core = llm.llm_engine.engine_core.engine_core
             runner = core.model_executor.driver_worker.worker.model_runner
+            parts = _parts(runner.model)
+            size = sum(buffer.nbytes for _, _, part in parts for buffer in part.buffers())
             draft = _alternate(_draft(runner), repeats)
-            causal = _alternate(_causal(llm, runner), repeats)
-    return {"model": name, "layers": config.num_hidden_layers, "draft": draft, "causal_step": causal}
+            causal = _alternate(_causal(llm, parts), repeats)
+    return {
+        "model": name,
+        "layers": config.num_hidden_layers,
+        "adapter": layout.name,
+        "rank": layout.rank,
+        "bytes": size,
+        "draft": draft,
+        "causal_step": causal,
+    }
 
 
-def _dummy_model(config: NemotronLabsDiffusionConfig, folder: Path) -> Path:
-    from vllm_nld.checkpoints.draft_lora import FOLDER
+def _dummy_model(config: NemotronLabsDiffusionConfig, layout: Layout, folder: Path) -> Path:
     from vllm_nld.reference import DraftAdapter
 
     config.save_pretrained(folder)
-    adapter = DraftAdapter.fresh(config, RANK, SCALE * RANK, torch.Generator().manual_seed(0))
-    adapter.b = [torch.randn(b.shape) * 1e-3 for b in adapter.b]
+    row = torch.zeros(config.hidden_size) if layout.mask_row else None
+    generator = torch.Generator().manual_seed(0)
+    adapter = DraftAdapter.fresh(config, layout.rank, SCALE * layout.rank, generator, layout.targets, row)
+    adapter.b = {place: torch.randn(b.shape) * 1e-3 for place, b in adapter.b.items()}
     adapter.write(folder / FOLDER, "dummy", torch.bfloat16)
     return folder
 
@@ -82,12 +110,18 @@ def _draft(runner: Any) -> Callable[[bool], None]:
     return forward
 
 
-def _causal(llm: Any, runner: Any) -> Callable[[bool], None]:
+def _parts(model: Any) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Return the adapter's modules, each with its owner and its name there."""
+    from vllm_nld.model.draft_adapter import DraftAdapter, MaskRow
+
+    children = [(owner, name, child) for owner in model.modules() for name, child in owner.named_children()]
+    return [part for part in children if isinstance(part[2], (DraftAdapter, MaskRow))]
+
+
+def _causal(llm: Any, parts: list[tuple[nn.Module, str, nn.Module]]) -> Callable[[bool], None]:
     """Return a function that runs one AR step, in layers that have an adapter or in layers that have none."""
     from vllm import SamplingParams
 
-    layers = [layer.self_attn for layer in runner.model.model.layers]
-    adapters = [layer.draft_adapter for layer in layers]
     params = SamplingParams(
         temperature=0, max_tokens=1500, ignore_eos=True, detokenize=False, extra_args={"nld": {"mode": "ar"}}
     )
@@ -95,8 +129,8 @@ def _causal(llm: Any, runner: Any) -> Callable[[bool], None]:
     llm.llm_engine.step()
 
     def step(loaded: bool) -> None:
-        for layer, adapter in zip(layers, adapters, strict=True):
-            layer.draft_adapter = adapter if loaded else None
+        for owner, name, part in parts:
+            setattr(owner, name, part if loaded else None)
         llm.llm_engine.step()
 
     return step
@@ -120,14 +154,15 @@ def _alternate(call: Callable[[bool], None], repeats: int) -> dict[str, float]:
 
 
 def _show(rows: list[dict[str, Any]], repeats: int) -> None:
-    table = Table("model", "layers", "forward", "with ms", "without ms", "ratio")
+    table = Table("model", "layers", "adapter", "rank", "MiB", "forward", "with ms", "without ms", "ratio")
     for row in rows:
         for kind, name in (("draft", f"draft of {BLOCK}"), ("causal_step", "AR step")):
             found = row[kind]
             values = (f"{found['with_ms']:.1f}", f"{found['without_ms']:.1f}", f"{found['ratio']:.3f}")
-            table.add_row(row["model"], str(row["layers"]), name, *values)
+            table.add_row(
+                row["model"], str(row["layers"]), row["adapter"], str(row["rank"]), f"{row['bytes'] / 2**20:.0f}",
+                name, *values,
+            )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(
-        f"medians of {repeats} alternating forwards, bfloat16, rank {RANK}; an AR step has it loaded, but off"
-    )
+    console.print(f"medians of {repeats} alternating forwards, bfloat16; an AR step has it loaded, but off")

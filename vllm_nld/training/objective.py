@@ -203,6 +203,8 @@ class Objective:
             weights: of the blocks, float ``[rows, blocks]``; 1 without.
         """
         row, block, _ = drafts.counted.nonzero(as_tuple=True)
+        if not len(row):  # all texts have ended
+            return drafts.hidden.sum() * 0
         place = drafts.rows[drafts.counted]
         found = model.logits(drafts.hidden[drafts.counted])
         with torch.no_grad():

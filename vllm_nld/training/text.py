@@ -54,6 +54,13 @@ class Rows:
     def __getitem__(self, which: Tensor | slice) -> Rows:
         return Rows(self.ids[which], self.begins[which])
 
+    def lengths(self, eos: frozenset[int]) -> Tensor:
+        """Return how many tokens each text has before an id of ``eos`` ends it, int64 ``[rows]``."""
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        ends = torch.isin(self.ids, torch.tensor(sorted(eos), dtype=self.ids.dtype, device=self.ids.device))
+        after = torch.where(ends & (places >= self.begins[:, None]), places, len(places))
+        return after.amin(1) - self.begins
+
     def split(self, size: int) -> list[Rows]:
         """Return pieces of at most ``size`` rows."""
         return [self[start : start + size] for start in range(0, len(self), size)]

@@ -150,12 +150,9 @@ class Trainer:
         """
         settings = self.settings
         chosen = rows[self._turn(len(rows))]
-        room = settings.new_tokens - self.block_length + 1
-        blocks = min(settings.blocks, room)
-        order = torch.rand(settings.batch, room, generator=self.generator).argsort(1)
-        starts = chosen.begins[:, None] + order[:, :blocks].sort(1).values
+        starts = self._starts(chosen)
         before, own = (
-            Draws.of(settings.batch, blocks, self.block_length, settings.drawn_share, self.generator) for _ in range(2)
+            Draws.of(*starts.shape, self.block_length, settings.drawn_share, self.generator) for _ in range(2)
         )
         size = settings.micro_batch or settings.batch
         total = emitted = 0.0
@@ -183,6 +180,13 @@ class Trainer:
         with (self.state_folder / "log.jsonl").open("a") as log:
             log.write(json.dumps({"step": self.step, **figures}) + "\n")
         return figures
+
+    def _starts(self, rows: Rows) -> Tensor:
+        """Draw where blocks begin, int64 ``[rows, blocks]``: anywhere in the texts, and after a text only to fill up."""
+        room = self.settings.new_tokens - self.block_length + 1
+        after = torch.arange(room) >= rows.lengths(self.eos)[:, None]
+        order = (torch.rand(len(rows), room, generator=self.generator) + after).argsort(1)
+        return rows.begins[:, None] + order[:, : self.settings.blocks].sort(1).values
 
     def _turn(self, count: int) -> Tensor:
         """Return the rows of this step, int64 ``[batch]``: all take their turn, in another order each time round."""
