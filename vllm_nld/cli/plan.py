@@ -1,4 +1,4 @@
-"""``vllm-nld plan``: memory and speed of a model on GPUs that need not be there, by mode and concurrency."""
+"""``vllm-nld plan``: memory and speed of a model on GPUs, by mode and concurrency; needs none of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm_nld.planning.this_machine import find_gpu
 
 PLOT_STYLES = ("-", "--", ":", "-.")
 MANY = 1_000_000
-"""GPUs, requests or tokens that a list may name."""
+"""Most GPUs, requests or tokens that a list may name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def run(options: Options, published: bool, measured: Path | None, as_json: bool,
     if published:
         report["published"] = [against_published(figure) for figure in PUBLISHED if figure.model == options.model]
         if not report["published"]:
-            raise NLDError(f"--published with MODEL={options.model}: figures are known of 3b, 8b, 14b")
+            raise NLDError(f"--published with MODEL={options.model}: figures are known for 3b, 8b, 14b")
     if measured is not None:
         report["measured"] = against_measured(measured, gpu)
     if plot is not None:
@@ -70,10 +70,10 @@ def run(options: Options, published: bool, measured: Path | None, as_json: bool,
 
 
 def numbers(option: str, text: str, least: int) -> list[int]:
-    """Return the numbers of a comma-separated list, sorted, each once.
+    """Return the numbers of a comma-separated list, sorted, without repetition.
 
     Raises:
-        NLDError: one is no number, too small or too large.
+        NLDError: one is not a number, too small or too large.
     """
     try:
         found = sorted({int(part) for part in text.split(",")})
@@ -120,7 +120,7 @@ def plan(model: PlannedModel, gpu: Gpu, options: Options) -> dict[str, Any]:
 
 
 def _yield(given: float | None, model: PlannedModel, name: str) -> tuple[float, str]:
-    """Return a yield and its source: the option's, or the published one."""
+    """Return a yield and its source: from the option, or published."""
     if given is not None:
         return given, "given"
     if model.yields is None:
@@ -165,7 +165,7 @@ def _crossover(setup: Setup, mode: Mode) -> dict[str, Any]:
 
 
 def against_published(figure: Published) -> dict[str, Any]:
-    """Return a published figure beside what the model says of it."""
+    """Return a published figure next to the cost model's prediction."""
     shape = find_model(figure.model).shape
     setup = Setup(shape, find_gpu(figure.gpu, figure.dtype), 1, figure.dtype, context=figure.context)
     mode = Mode(figure.mode, figure.block, figure.yields or 1.0)
@@ -180,7 +180,7 @@ def against_published(figure: Published) -> dict[str, Any]:
 
 
 def against_measured(path: Path, gpu: Gpu) -> list[dict[str, Any]]:
-    """Return the times of a ``vllm-nld bench cycle --json`` file beside predicted ones, in milliseconds.
+    """Return the times of a ``vllm-nld bench cycle --json`` file next to predicted ones, in milliseconds.
 
     Raises:
         NLDError: the file is not such a report.
@@ -272,7 +272,7 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(row["model"], str(row["block"]), row["quantity"], f"{row['predicted_ms']:.2f}",
                           f"{row['measured_ms']:.2f}", f"{row['ratio']:.2f}")  # fmt: skip
         console.print(table)
-    console.print("estimates of decoding alone, by a model: see docs/scaling.md for its assumptions and errors")
+    console.print("estimates of decoding only, from a model; docs/scaling.md has its assumptions and errors")
 
 
 def _memory_table(report: dict[str, Any]) -> Table:
