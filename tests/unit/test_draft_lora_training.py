@@ -430,7 +430,7 @@ def test_the_command_trains_writes_and_draws(checkpoint: Path) -> None:
         (["--dtype=int8"], "--dtype int8: allowed: 'float32' or 'bfloat16'"),
         (["--new-tokens=4"], "--new-tokens 4: allowed: the block length (8) or more"),
         (["--prefix-tokens=5000"], "allowed: more than 5000"),
-        (["--resume"], "holds no run to go on with"),
+        (["--resume"], "holds no run to continue"),
         (["--held-out=nowhere.txt"], "--held-out nowhere.txt"),
     ],
 )
