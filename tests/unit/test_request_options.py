@@ -135,7 +135,7 @@ def test_booleans_may_arrive_as_numbers() -> None:
 
 
 def test_the_adapter_is_the_engine_s_to_choose() -> None:
-    with pytest.raises(NLDError, match=r"draft_lora='off' is not a request's to choose.*--additional-config"):
+    with pytest.raises(NLDError, match=r"draft_lora='off' can only be set for the whole server.*--additional-config"):
         read({"nld": {"draft_lora": "off"}})
     with pytest.raises(NLDError, match=r"prompt_lookup=2 has no effect in mode 'ar'"):
         read({"nld": {"mode": "ar", "prompt_lookup": 2}})

@@ -87,7 +87,7 @@ def test_the_reference_has_a_twin_of_every_policy() -> None:
         if "learned" in policy.needs:
             continue  # needs a network; see tests/unit/test_learned_sampler.py
         assert _chosen([MASK] * 3, MASK, logits, logits.argmax(-1), Policy(name, **values), 0)
-    with pytest.raises(ValueError, match="no such policy here"):
+    with pytest.raises(ValueError, match="the reference has no policy"):
         _chosen([MASK] * 3, MASK, logits, logits.argmax(-1), Policy("another"), 0)
 
 
