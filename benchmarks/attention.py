@@ -31,7 +31,7 @@ from vllm_nld.ops.pages import STRIDED, TILED, PageLayout
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 128
 GPU_PAGE = 16  # vLLM's default there
 COLUMNS = STRIDED[0]  # vLLM's CPU backend writes this without AMX; peer (b) reads only this on such a CPU
-BESIDE = STRIDED[2]  # keys next to values: the layout of vLLM's GPU backends
+SIDE_BY_SIDE = STRIDED[2]  # keys next to values: the layout of vLLM's GPU backends
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Point:
     def layout(self) -> PageLayout:
         """Layout of the pages."""
         if self.device != "cpu":
-            return BESIDE
+            return SIDE_BY_SIDE
         return TILED if self.tiles else COLUMNS
 
     @property

@@ -74,7 +74,7 @@ def tiny_config(vocab_size: int, block_length: int = 16) -> NemotronLabsDiffusio
     )
 
 
-def initialise(model: ReferenceModel) -> None:
+def initialize(model: ReferenceModel) -> None:
     """Normal(0, initializer_range); residual projections are scaled down by the depth."""
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
@@ -205,7 +205,7 @@ def prepare_model(
     """Return model, optimizers and the number of steps done: fresh, from a checkpoint, or from the last save."""
     torch.manual_seed(args.seed)
     model = ReferenceModel(tiny_config(args.vocab_size, args.block_length))
-    initialise(model)
+    initialize(model)
     step = 0
     if args.from_checkpoint:
         model.load_state_dict(load_file(args.from_checkpoint / "model.safetensors"))

@@ -21,8 +21,8 @@ from vllm_nld.planning import this_machine
 from vllm_nld.planning.cost_model import (
     AR,
     PAGE,
-    Mode,
     ModelShape,
+    PlannedMode,
     Setup,
     acceptance_at,
     crossover,
@@ -36,7 +36,7 @@ from vllm_nld.planning.models import PUBLISHED, RELEASED, find_model
 
 EIGHT = RELEASED["8b"].shape
 H100 = GPUS["h100"]
-SPECULATION = Mode("self_speculation", 32, 6.82)
+SPECULATION = PlannedMode("self_speculation", 32, 6.82)
 
 ROUND = ModelShape(
     vocab_size=1000,
@@ -114,7 +114,7 @@ def test_the_8b_on_an_h100_by_hand() -> None:
 
 def test_a_diffusion_block_is_denoised_and_committed() -> None:
     """A TPF of 2.5 over 8 tokens: 3.2 forwards, the last one the commit."""
-    setup, mode = Setup(ROUND, PLAIN, context=96), Mode("diffusion", 8, 2.5)
+    setup, mode = Setup(ROUND, PLAIN, context=96), PlannedMode("diffusion", 8, 2.5)
     (denoise, times, cheap), (commit, once, causal) = passes(setup, mode, 3)
     assert (denoise, commit, once) == ("denoise", "commit", 1)
     assert times == pytest.approx(2.2)
@@ -149,7 +149,7 @@ def test_memory_by_hand() -> None:
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_what_grows_with_what(tp: int) -> None:
     setup = Setup(EIGHT, H100, tp=tp)
-    for mode in (AR, SPECULATION, Mode("diffusion", 32, 2.57)):
+    for mode in (AR, SPECULATION, PlannedMode("diffusion", 32, 2.57)):
         found = [estimate(setup, mode, count) for count in (1, 2, 8, 64, 128)]
         assert all(a.step_seconds < b.step_seconds for a, b in pairwise(found))
         assert all(a.tokens_per_second < b.tokens_per_second for a, b in pairwise(found))
@@ -160,7 +160,7 @@ def test_what_grows_with_what(tp: int) -> None:
             one = setup.on(1)
             assert memory(setup, mode, 8).requests > memory(one, mode, 8).requests
             assert estimate(setup, mode, 64).tokens_per_gpu < estimate(one, mode, 64).tokens_per_gpu
-    cycles = [estimate(setup, Mode("self_speculation", block, 3.0), 64).step_seconds for block in (4, 8, 16, 32)]
+    cycles = [estimate(setup, PlannedMode("self_speculation", block, 3.0), 64).step_seconds for block in (4, 8, 16, 32)]
     assert cycles == sorted(cycles)
 
 
@@ -192,7 +192,7 @@ def test_the_crossover_is_the_first(name: str) -> None:
 
 def test_crossovers_at_the_ends() -> None:
     setup = Setup(EIGHT, H100)
-    assert crossover(setup, Mode("self_speculation", 32, 1.0))[0] == 1
+    assert crossover(setup, PlannedMode("self_speculation", 32, 1.0))[0] == 1
     none, limit = crossover(dataclasses.replace(setup, context=65536), SPECULATION)
     assert none is None and 1 <= limit < 10
     assert crossover(Setup(RELEASED["14b"].shape, GPUS["l4"]), SPECULATION) == (None, 0)

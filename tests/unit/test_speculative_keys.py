@@ -1,4 +1,4 @@
-"""Every field of vLLM's SpeculativeConfig is honoured, refused by name, or known to be checked elsewhere."""
+"""Every field of vLLM's SpeculativeConfig is honored, refused by name, or known to be checked elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_nld.model.speculative_keys import (
     _INSTEAD,
     CHECKED_ELSEWHERE,
     FILLED_BY_VLLM,
-    HONOURED,
+    HONORED,
     check_speculative_keys,
     default_of,
 )
@@ -52,11 +52,11 @@ def another(value: Any) -> Any:
 
 def test_no_field_of_vllm_is_unheard_of() -> None:
     """A new one is refused until somebody has looked at it: honour it, or add it to the refused ones by name."""
-    known = {*HONOURED, *CHECKED_ELSEWHERE, *FILLED_BY_VLLM, *_INSTEAD, *MEANT_FOR_OTHERS}
+    known = {*HONORED, *CHECKED_ELSEWHERE, *FILLED_BY_VLLM, *_INSTEAD, *MEANT_FOR_OTHERS}
     assert set(FIELDS) <= known
 
 
-@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {*HONOURED, *CHECKED_ELSEWHERE, *FILLED_BY_VLLM}))
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {*HONORED, *CHECKED_ELSEWHERE, *FILLED_BY_VLLM}))
 def test_a_key_without_effect_is_refused_by_name(name: str) -> None:
     value = another(default_of(FIELDS[name]))
     with pytest.raises(NLDError) as caught:
@@ -66,7 +66,7 @@ def test_a_key_without_effect_is_refused_by_name(name: str) -> None:
     assert "allowed: leave it out" in message
 
 
-def test_what_is_honoured_and_defaults_pass() -> None:
+def test_what_is_honored_and_defaults_pass() -> None:
     check_speculative_keys(given())
     check_speculative_keys(given(num_speculative_tokens=7, method="custom_class", rejection_sample_method="standard"))
     check_speculative_keys(given(prompt_lookup_max=0, prompt_lookup_min=0, draft_model_config=object()))

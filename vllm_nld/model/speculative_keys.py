@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_nld.errors import NLDError, shown
 
-HONOURED = ("model", "method", "num_speculative_tokens")
+HONORED = ("model", "method", "num_speculative_tokens")
 CHECKED_ELSEWHERE = ("rejection_sample_method", "synthetic_acceptance_rates", "synthetic_acceptance_length")
 """How drafts are accepted. Lossy values are refused together with the engine's other options."""
 FILLED_BY_VLLM = ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config")
@@ -53,7 +53,7 @@ def check_speculative_keys(speculative: Any) -> None:
             "allowed: leave method out"
         )
     for field in dataclasses.fields(speculative):
-        if field.name in HONOURED + CHECKED_ELSEWHERE + FILLED_BY_VLLM:
+        if field.name in HONORED + CHECKED_ELSEWHERE + FILLED_BY_VLLM:
             continue
         value, default = getattr(speculative, field.name), default_of(field)
         # vLLM's own mark for "not used", in a copy of a config that was filled in.

@@ -209,7 +209,7 @@ def _collectives(setup: Setup, tokens: float, logits: float) -> float:
 
 
 @dataclass(frozen=True)
-class Mode:
+class PlannedMode:
     """A way of decoding.
 
     Attributes:
@@ -229,7 +229,7 @@ class Mode:
         return self.name if self.block == 1 else f"{self.name} {self.block}"
 
 
-AR = Mode("ar")
+AR = PlannedMode("ar")
 
 
 def acceptance_at(length: float, trained_block: int, block: int) -> float:
@@ -254,7 +254,7 @@ def acceptance_at(length: float, trained_block: int, block: int) -> float:
     return expected(high, block)
 
 
-def passes(setup: Setup, mode: Mode, requests: int) -> list[tuple[str, float, Forward]]:
+def passes(setup: Setup, mode: PlannedMode, requests: int) -> list[tuple[str, float, Forward]]:
     """Return what one step of a mode runs: (name, how often, cost).
 
     A step is an AR step, a cycle of self-speculation, or all forwards that fill and commit a diffusion block.
@@ -281,7 +281,7 @@ class Estimate:
         longest: the part of a forward that takes longest.
     """
 
-    mode: Mode
+    mode: PlannedMode
     tp: int
     concurrency: int
     running: int
@@ -305,7 +305,7 @@ class Estimate:
         return self.tokens_per_second / self.tp
 
 
-def estimate(setup: Setup, mode: Mode, concurrency: int) -> Estimate:
+def estimate(setup: Setup, mode: PlannedMode, concurrency: int) -> Estimate:
     """Return the speed of a mode. Requests that do not fit wait; the others share the GPU."""
     running = min(concurrency, memory(setup, mode, concurrency).requests)
     parts = passes(setup, mode, max(1, running))
@@ -339,7 +339,7 @@ class Memory:
         return self.requests > 0
 
 
-def memory(setup: Setup, mode: Mode, concurrency: int) -> Memory:
+def memory(setup: Setup, mode: PlannedMode, concurrency: int) -> Memory:
     """Return what one GPU holds. Logits are gathered, so tensor parallelism does not split them."""
     model = setup.model
     shared = 2 * model.intermediate_size + model.head_dim * (model.heads + 2 * model.kv_heads)
@@ -363,7 +363,7 @@ def memory(setup: Setup, mode: Mode, concurrency: int) -> Memory:
     )
 
 
-def crossover(setup: Setup, mode: Mode) -> tuple[int | None, int]:
+def crossover(setup: Setup, mode: PlannedMode) -> tuple[int | None, int]:
     """Return the lowest concurrency at which AR yields at least as many tokens/s as ``mode``, and the highest searched.
 
     The first is None if there is none among the concurrencies that fit in both modes. AR may be slower again at higher

@@ -134,7 +134,7 @@ class Published:
 
     Attributes:
         quantity: ``forward ms`` of one forward over blocks, ``tokens/s`` of one request or ``total tokens/s`` of all.
-        mode: as :class:`vllm_nld.planning.cost_model.Mode` names it.
+        mode: as :class:`vllm_nld.planning.cost_model.PlannedMode` names it.
         yields: acceptance length of that run; 0 if it does not matter.
         context: cached tokens per request; a guess where it was not published, which hardly matters.
     """

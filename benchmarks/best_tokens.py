@@ -5,7 +5,7 @@ logit, normalizer), and for greedy verification (the token). Then the exchange a
 parallelism: all logits gathered, or three numbers per row; two processes, one core each, on vLLM's own communicator.
 Also the cost of sending the first rank's decision to all.
 
-python benchmarks/vocab_head.py --json results.json
+python benchmarks/best_tokens.py --json results.json
 """
 
 from __future__ import annotations
@@ -103,19 +103,19 @@ def measure(rank: int, store: str, arguments: argparse.Namespace, results: Any) 
             def gathered(logits: Any = logits) -> Any:
                 return best_of(tensor_model_parallel_all_gather(logits))
 
-            def summarised(logits: Any = logits) -> Any:
+            def summarized(logits: Any = logits) -> Any:
                 summary = shard_summary(logits, rank * columns)
                 return combine(tensor_model_parallel_all_gather(summary[None], dim=0))
 
-            assert torch.equal(gathered().tokens, summarised().tokens), "the choices differ"
+            assert torch.equal(gathered().tokens, summarized().tokens), "the choices differ"
             hidden = torch.randn(rows, HIDDEN).bfloat16()
             found = {
                 "rows": rows,
                 "vocab": arguments.vocab,
                 "bytes_gathered": logits.nbytes,
-                "bytes_summarised": rows * 3 * 4,
+                "bytes_summarized": rows * 3 * 4,
                 "ms_gathered": timed(gathered, arguments.seconds) * 1e3,
-                "ms_summarised": timed(summarised, arguments.seconds) * 1e3,
+                "ms_summarized": timed(summarized, arguments.seconds) * 1e3,
                 "ms_product": timed(lambda x=hidden: torch.nn.functional.linear(x, weight), arguments.seconds) * 1e3,
             }
             if rank == 0:
@@ -159,14 +159,14 @@ def main() -> None:
         for process in ranks:
             process.join()
     table = Table(
-        "rows", "exchanged per rank, gathered", "summarised", "gathered, ms", "summarised, ms", "head product, ms"
+        "rows", "exchanged per rank, gathered", "summarized", "gathered, ms", "summarized, ms", "head product, ms"
     )
     for one in (one for one in found if "rows" in one):
         table.add_row(
             str(one["rows"]),
             f"{one['bytes_gathered'] / 2**20:.1f} MiB",
-            f"{one['bytes_summarised']} B",
-            *(f"{one[key]:.2f}" for key in ("ms_gathered", "ms_summarised", "ms_product")),
+            f"{one['bytes_summarized']} B",
+            *(f"{one[key]:.2f}" for key in ("ms_gathered", "ms_summarized", "ms_product")),
         )
     Console().print(table)
     (agreed,) = (one["us_first_rank_decides"] for one in found if "us_first_rank_decides" in one)
