@@ -78,7 +78,7 @@ POLICIES: list[dict[str, Any]] = [
 ]
 
 
-def test_no_options_end_the_engine(llm: Any, model: ReferenceModel) -> None:
+def test_random_options_do_not_end_the_engine(llm: Any, model: ReferenceModel) -> None:
     """Random options with extremes of ours and vLLM's: refused when they are added, or served to the end."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
@@ -128,13 +128,13 @@ def test_tokens_and_forwards_equal_the_reference(
     assert nfe == [g.nfe for g in expected]
 
 
-def test_a_request_alone_does_the_same(llm: Any, model: ReferenceModel) -> None:
+def test_single_request_equals_its_result_in_a_batch(llm: Any, model: ReferenceModel) -> None:
     for ids in random_prompts(LENGTHS, 24, seed=7)[:4]:
         expected = reference_generate(model, ids, 50, threshold=0.3)
         assert run(llm, [ids], 50, threshold=0.3) == ([expected.ids[len(ids) :]], [expected.nfe])
 
 
-def test_a_stop_token_ends_its_block_early(llm: Any, model: ReferenceModel) -> None:
+def test_stop_token_ends_block_early(llm: Any, model: ReferenceModel) -> None:
     """Some block must end with masks after its stop token, or nothing was tested."""
     prompts = random_prompts(LENGTHS, 24, seed=11)
     unfinished: list[bool] = []
@@ -151,7 +151,7 @@ def test_a_stop_token_ends_its_block_early(llm: Any, model: ReferenceModel) -> N
     assert any(unfinished)
 
 
-def test_ignore_eos_goes_on(llm: Any, model: ReferenceModel) -> None:
+def test_ignore_eos_continues_after_eos(llm: Any, model: ReferenceModel) -> None:
     prompts = random_prompts(LENGTHS, 24, seed=11)
     texts = generate(llm, prompts, max_tokens=48, ignore_eos=True, extra_args={"nld": {"mode": "diffusion"}})
     assert texts == [
@@ -200,7 +200,7 @@ def test_preemption_does_not_change_the_text(folder: Path, model: ReferenceModel
     assert texts == [g.ids[len(ids) :] for g, ids in zip(expected, prompts, strict=True)]
 
 
-def test_a_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: ReferenceModel) -> None:
+def test_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: ReferenceModel) -> None:
     """The scheduler drops drafts that a step has no room for; the rest of the block is committed by the next.
 
     At threshold 0 every block takes one forward, so that all of them want to be committed in one step.
@@ -223,7 +223,7 @@ def test_a_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: Ref
 
 
 @pytest.mark.parametrize("pads", [False, True])
-def test_a_prompt_that_is_cached_but_for_its_last_token(folder: Path, model: ReferenceModel, pads: bool) -> None:
+def test_prompt_cached_except_its_last_token(folder: Path, model: ReferenceModel, pads: bool) -> None:
     """vLLM's scheduler pads such a request with drafts of -1 where others decode already; this extension's does not."""
     from vllm import SamplingParams
 

@@ -69,7 +69,7 @@ def expected_drafts(model: ReferenceModel, adapter: DraftAdapter | None) -> list
     return [[block for block in run.drafts if len(block) > 1] for run in runs]
 
 
-def test_drafts_equal_the_reference_s_and_the_text_is_ar_s(model: ReferenceModel, folder: Path) -> None:
+def test_drafts_equal_reference_and_text_equals_ar(model: ReferenceModel, folder: Path) -> None:
     adapter = model.draft_adapter
     with_adapter, without = expected_drafts(model, adapter), expected_drafts(model, None)
     assert with_adapter != without
@@ -82,7 +82,7 @@ def test_drafts_equal_the_reference_s_and_the_text_is_ar_s(model: ReferenceModel
         assert drafts_of(llm, PROMPTS, {}) == without
 
 
-def test_one_forward_serves_blocks_with_and_without_it(model: ReferenceModel, folder: Path) -> None:
+def test_one_forward_serves_blocks_with_and_without_adapter(model: ReferenceModel, folder: Path) -> None:
     """Diffusion never drafts with the adapter, and a request may do without."""
     options: list[dict[str, Any]] = [{}, {"draft_adapter": False}, {"mode": "diffusion", "threshold": 0.4}, {}]
     adapter = model.draft_adapter
@@ -109,7 +109,7 @@ def test_one_forward_serves_blocks_with_and_without_it(model: ReferenceModel, fo
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_causal_passes_are_bit_identical_with_and_without_it(folder: Path, eager: bool) -> None:
+def test_causal_passes_are_bit_identical_with_and_without_adapter(folder: Path, eager: bool) -> None:
     """Prefill, AR and verify, in float32 and compiled or not."""
 
     def logits_of(**options: Any) -> tuple[list[torch.Tensor], int]:
@@ -153,7 +153,7 @@ def merged(model: ReferenceModel, folder: Path) -> ReferenceModel:
     return model
 
 
-def test_a_request_s_own_lora_drafts_beside_it(model: ReferenceModel, folder: Path, tmp_path: Path) -> None:
+def test_request_lora_and_adapter_draft_together(model: ReferenceModel, folder: Path, tmp_path: Path) -> None:
     """The draft is the task adapter's and the draft adapter's, the text the task adapter's in AR."""
     from vllm.lora.request import LoRARequest
 
@@ -204,7 +204,7 @@ def quantized(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=needs_float32_int8), "bfloat16"])
-def test_it_works_over_quantized_weights(dtype: str, folder: Path, tmp_path: Path) -> None:
+def test_adapter_works_with_quantized_weights(dtype: str, folder: Path, tmp_path: Path) -> None:
     """In bfloat16, where near-ties may fall either way, every token of the text is AR's best or nearly so."""
     with engine(quantized(folder, tmp_path / "int8"), spec=True, dtype=dtype) as llm:
         with_adapter, without = (drafts_of(llm, PROMPTS[:2], {"draft_adapter": on}) for on in (True, False))

@@ -39,7 +39,7 @@ def solo(model: ReferenceModel, prompts: list[list[int]], budget: int, **setting
     return [ar_generate(model, ids, budget, **settings).ids[len(ids) :] for ids in prompts]
 
 
-def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draft_pass_leaves_cache_bit_identical(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same engine: what its profiling run does, and how drafts share the memory that probabilities may take."""
     with engine(folder, spec=True) as llm:
         draft_pass = runner(llm).drafter.draft_pass
@@ -99,7 +99,7 @@ def check_profiling(of: Any) -> None:
     assert (of.input_ids.gpu.dtype, of.positions.dtype) == (torch.int32, torch.int64)
 
 
-def test_random_drafts_cost_cycles_but_change_no_token(model: ReferenceModel, folder: Path) -> None:
+def test_random_drafts_add_cycles_but_change_no_token(model: ReferenceModel, folder: Path) -> None:
     """Losing the race on purpose."""
     prompts = random_prompts([4, 60, 150], 24, seed=2)
     expected = solo(model, prompts, 60)
@@ -125,7 +125,7 @@ def test_random_drafts_cost_cycles_but_change_no_token(model: ReferenceModel, fo
     assert cycles["random"] > 2 * cycles["oracle"]
 
 
-def test_a_stop_token_right_behind_min_tokens(model: ReferenceModel, folder: Path) -> None:
+def test_stop_token_right_after_min_tokens(model: ReferenceModel, folder: Path) -> None:
     """Perfect drafts that cross ``min_tokens`` in a block whose bonus token is a stop token, which AR would obey."""
     bonus = 8  # output index: the prefill yields 0, seven accepted drafts 1 to 7
     tried = random_prompts([20] * 40, 24, seed=3)
@@ -186,7 +186,7 @@ def test_preemption(model: ReferenceModel, folder: Path) -> None:
         assert metric(llm, "vllm:num_preemptions") > 0
 
 
-def test_abort_in_mid_generation(model: ReferenceModel, folder: Path) -> None:
+def test_abort_during_generation(model: ReferenceModel, folder: Path) -> None:
     from vllm import SamplingParams
 
     prompts = random_prompts([20, 90, 50, 130], 24, seed=10)
@@ -224,7 +224,7 @@ def test_blocks_are_cut_short_at_max_model_len(model: ReferenceModel, folder: Pa
         assert counters(llm)["cycles"] > 90
 
 
-def test_a_length_limit_that_vllm_lowers_reaches_the_proposer(model: ReferenceModel, folder: Path) -> None:
+def test_lowered_length_limit_reaches_the_proposer(model: ReferenceModel, folder: Path) -> None:
     """``--max-model-len auto``: the limit becomes what the cache holds, after the workers have started."""
     (prompt,) = random_prompts([100], 24, seed=14)
     with engine(folder, spec=True, max_model_len=-1, kv_cache_memory_bytes=1 << 18) as llm:

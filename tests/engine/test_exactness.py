@@ -122,7 +122,7 @@ def test_logits_equal_the_reference(tmp_path: Path) -> None:
         assert (found[:, ~allowed] == -torch.inf).all()
 
 
-def test_a_long_prompt_uses_the_query_scale(tmp_path: Path) -> None:
+def test_long_prompt_uses_query_scale(tmp_path: Path) -> None:
     """Guards the exactness tests: without the llama-4 scale the reference itself would answer differently."""
     import torch
 
@@ -149,7 +149,7 @@ def test_looked_up_drafts_change_no_text_and_save_cycles(options: dict[str, Any]
     assert cycles[3] < cycles[0]
 
 
-def test_looked_up_drafts_that_stand_alone_change_no_text(tmp_path: Path) -> None:
+def test_looked_up_drafts_without_draft_pass_change_no_text(tmp_path: Path) -> None:
     """However many of them are verified, beside other modes, and when the cache is full."""
     model = random_model(small_config(eos_token_id=None, block_size=8), seed=3)
     prompts = [ids * 4 for ids in random_prompts([12, 20, 31, 5, 9, 3], 24, seed=7)] * 2

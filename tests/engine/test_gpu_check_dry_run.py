@@ -28,7 +28,7 @@ FIGURES = {
 
 
 @pytest.mark.timeout(600)  # a minute on two free cores
-def test_a_dry_run_measures_every_figure(tmp_path: Path) -> None:
+def test_dry_run_measures_every_figure(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     environment.pop("VLLM_LOGGING_LEVEL", None)  # what vLLM warns of is a figure
     command = [ROOT / "scripts" / "gpu_check.sh", "--dry-run", "--minutes", "9", "--out", tmp_path]

@@ -63,13 +63,13 @@ def test_texts_equal_the_reference(
         assert generate(llm, PROMPTS, extra_args={"nld": nld}) == denoised
 
 
-def test_an_unknown_implementation_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
+def test_unknown_implementation_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
     fresh_choice.setenv(ops.ENVIRONMENT_VARIABLE, "fortran")
     with pytest.raises(NLDError, match="VLLM_NLD_OPS=fortran: allowed are cpp, cuda, triton, xformers, torch"):
         ops.implementation("block_attention", "cpu")
 
 
-def test_an_implementation_for_another_device_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
+def test_implementation_for_another_device_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
     fresh_choice.setenv(ops.ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(NLDError, match="VLLM_NLD_OPS=cuda does not run on cpu: it serves cuda, not cpu"):
         ops.implementation("block_attention", "cpu")
@@ -100,7 +100,7 @@ def test_causal_steps_agree_with_vllms_attention(folder: Path, fresh_choice: pyt
     torch.testing.assert_close(found[0], found[1], atol=0.08, rtol=0)
 
 
-def test_ar_needs_no_known_page_layout(folder: Path, fresh_choice: pytest.MonkeyPatch) -> None:
+def test_ar_works_with_unknown_page_layout(folder: Path, fresh_choice: pytest.MonkeyPatch) -> None:
     """Where the layout is unknown, causal steps must stay with vLLM's attention, and AR must work."""
 
     def unknown(_: Any) -> Any:
@@ -159,7 +159,7 @@ def prompt_logprobs(llm: Any) -> torch.Tensor:
 
 @needs_float8_cache
 @pytest.mark.parametrize("cache", ["fp8", "fp8_e5m2"])
-def test_a_float8_cache_stays_lossless(cache: str, folder: Path) -> None:
+def test_float8_cache_stays_lossless(cache: str, folder: Path) -> None:
     """AR and verify passes read the same quantized cache, so their texts are equal; drafts read it, too."""
     settings: dict[str, Any] = {"kv_cache_dtype": cache, "dtype": "float32"}
     with engine(folder, **settings) as llm:

@@ -132,7 +132,7 @@ def expect(model: ReferenceModel, prompt: list[int], budget: int, nld: dict[str,
 PROMPTS = random_prompts([40, 3, 90, 17, 64, 130, 1, 30], 24, seed=5)
 
 
-def test_a_fast_request_ends_while_a_slow_one_denoises_its_first_block(watched: Watched, model: ReferenceModel) -> None:
+def test_fast_request_ends_while_slow_one_denoises_its_first_block(watched: Watched, model: ReferenceModel) -> None:
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.add("fast", PROMPTS[1], 49, FAST)
     ended: list[str] = []
@@ -147,7 +147,7 @@ def test_a_fast_request_ends_while_a_slow_one_denoises_its_first_block(watched: 
     assert watched.tokens["fast"] == expect(model, PROMPTS[1], 49, FAST)
 
 
-def test_ar_decodes_a_token_per_step_beside_an_open_block(watched: Watched, model: ReferenceModel) -> None:
+def test_ar_decodes_a_token_per_step_next_to_an_open_block(watched: Watched, model: ReferenceModel) -> None:
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.add("ar", PROMPTS[1], 60, None)
     watched.step()
@@ -175,7 +175,7 @@ MIX: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_every_depth_in_one_batch(watched: Watched, model: ReferenceModel) -> None:
+def test_blocks_of_every_depth_in_one_batch(watched: Watched, model: ReferenceModel) -> None:
     """Texts and forwards are those of the request alone, and none waits for the slowest."""
     for index, (prompt, nld) in enumerate(zip(PROMPTS, MIX, strict=True)):
         watched.add(str(index), prompt, 50, nld)
@@ -187,7 +187,7 @@ def test_every_depth_in_one_batch(watched: Watched, model: ReferenceModel) -> No
         assert watched.denoised(str(index)) + commits == expected.nfe, nld
 
 
-def test_a_new_request_is_served_while_all_others_are_parked(watched: Watched, model: ReferenceModel) -> None:
+def test_new_request_is_served_while_all_others_are_parked(watched: Watched, model: ReferenceModel) -> None:
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.step()
     assert watched.parked() == {"slow"}
@@ -202,7 +202,9 @@ def test_a_new_request_is_served_while_all_others_are_parked(watched: Watched, m
 
 
 @pytest.mark.parametrize("how", ["abort", "max_tokens"])
-def test_denoising_goes_on_when_the_only_other_request_ends(watched: Watched, model: ReferenceModel, how: str) -> None:
+def test_denoising_continues_when_the_only_other_request_ends(
+    watched: Watched, model: ReferenceModel, how: str
+) -> None:
     """The next step has nothing to schedule, and vLLM asks for drafts only after steps that had."""
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.add("slower", PROMPTS[2], 40, SLOW)
@@ -258,7 +260,7 @@ def test_preemption_of_a_parked_request(watched: Watched, model: ReferenceModel,
         assert watched.denoised("slow") > 15 + 15 + 7
 
 
-def test_a_full_cache_preempts_parked_requests(folder: Path, model: ReferenceModel) -> None:
+def test_full_cache_preempts_parked_requests(folder: Path, model: ReferenceModel) -> None:
     prompts = random_prompts([60, 61, 62, 63], 24, seed=21)
     kinds: list[dict[str, Any] | None] = [None, SLOW, {"threshold": 0.3}, SLOW]
     with engine(folder, spec=True, block_size=32, num_gpu_blocks_override=14, max_model_len=224) as llm:
@@ -280,7 +282,7 @@ def test_a_full_cache_preempts_parked_requests(folder: Path, model: ReferenceMod
         assert watched.tokens[str(index)] == expect(model, prompt, 120, nld), nld
 
 
-def test_parked_requests_keep_their_places(folder: Path, model: ReferenceModel) -> None:
+def test_parked_requests_keep_their_slots_in_the_batch(folder: Path, model: ReferenceModel) -> None:
     """Two places, six requests: parked requests are running ones, so no more than two are ever at work."""
     kinds = [SLOW, FAST, None, SLOW, {"threshold": 0.3}, SLOW]
     with engine(folder, spec=True, max_num_seqs=2) as llm:
@@ -299,7 +301,7 @@ def test_parked_requests_keep_their_places(folder: Path, model: ReferenceModel) 
         assert watched.tokens[str(index)] == expect(model, PROMPTS[index], 40, nld), nld
 
 
-def test_another_scheduler_means_no_parking(folder: Path, model: ReferenceModel) -> None:
+def test_another_scheduler_turns_parking_off(folder: Path, model: ReferenceModel) -> None:
     with engine(folder, spec=True, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler") as llm:
         watched = Watched(llm)
         assert not watched.drafter.parks

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.alone
 PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=3)
 
 
-def test_two_stages_give_the_tokens_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_pipeline_stages_give_the_tokens_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers, so that the stages differ; more requests than a stage takes at once."""
     folder = save(random_model(small_config(num_hidden_layers=3)), tmp_path)
     settings: dict[str, Any] = {"max_num_seqs": 2}

@@ -66,7 +66,7 @@ def cramped(folder: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("way", LOSSLESS)
-def test_a_seed_gives_ar_s_text(solo: dict[str, list[list[int]]], way: str) -> None:
+def test_seed_gives_the_text_of_ar(solo: dict[str, list[list[int]]], way: str) -> None:
     assert solo[way] == solo["AR"]
     assert len({tuple(text) for text in solo[way]}) == len(PROMPTS)
 
@@ -96,7 +96,7 @@ def test_preemptions_and_cut_budgets_change_no_seeded_text(
     ],
     ids=lambda params: ",".join(params),
 )
-def test_under_every_sampling_parameter(cramped: Any, params: dict[str, Any]) -> None:
+def test_seeded_text_equals_ar_under_every_sampling_parameter(cramped: Any, params: dict[str, Any]) -> None:
     ways = [{"mode": "ar"}, {}, {"mode": "auto"}]
     prompts, seeds = PROMPTS[:2] * len(ways), [3, 4] * len(ways)
     settings = [

@@ -50,7 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nothing", {}, "NLDForCausalLM", "NemotronLabsDiffusionConfig"),
     ],
 )
-def test_who_serves(folder: Path, vllm_serves: str, settings: dict[str, object], model: str, config: str) -> None:
+def test_implementation_that_serves_is_chosen_by_config(
+    folder: Path, vllm_serves: str, settings: dict[str, object], model: str, config: str
+) -> None:
     command = [sys.executable, "-c", SCRIPT, vllm_serves, str(folder), json.dumps(settings)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]

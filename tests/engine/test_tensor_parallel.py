@@ -92,7 +92,7 @@ def test_each_mode_by_itself(llm: Any, expected: list[list[int]]) -> None:
         assert complete(llm, [case]) == expected[index * len(TEXTS) : (index + 1) * len(TEXTS)], case
 
 
-def test_the_draft_adapter_is_shared_out(llm: Any, one_rank: Any) -> None:
+def test_draft_adapter_is_split_over_ranks(llm: Any, one_rank: Any) -> None:
     """The text says nothing of drafts; how many are accepted does."""
     assert accepted_drafts(llm) == one_rank[1]
     assert one_rank[1][True] != one_rank[1][False]
@@ -113,7 +113,7 @@ def forwards(llm: Any) -> list[dict[str, int]]:
     return llm.collective_rpc("nld_counters", timeout=30)
 
 
-def test_auto_mode_is_the_first_rank_s(llm: Any, expected: list[list[int]]) -> None:
+def test_first_rank_decides_for_auto_mode(llm: Any, expected: list[list[int]]) -> None:
     """Ranks whose clocks disagree do the same forwards: the first one's choice, which here is AR."""
     first, second = llm.collective_rpc(skew)
     assert first[1] > 1 > second[1]
@@ -132,7 +132,7 @@ def workers_of(pid: int) -> list[int]:
     return [child.pid for child in sorted(found, key=lambda child: " ".join(child.cmdline()))]
 
 
-def test_requests_fail_soon_when_a_rank_dies(llm: Any) -> None:
+def test_requests_fail_soon_after_a_rank_dies(llm: Any) -> None:
     """In the middle of generation: vLLM notices, says so, and nothing is left running. The last test of this engine."""
     from vllm.v1.engine.exceptions import EngineDeadError
 

@@ -236,7 +236,7 @@ def llm() -> Iterator[Any]:
 
 
 @pytest.mark.timeout(300 + REQUESTS)
-def test_every_text_is_the_one_of_its_request_alone(llm: Any) -> None:
+def test_every_text_equals_that_of_its_request_by_itself(llm: Any) -> None:
     rng = random.Random(SEED)
     torture = Torture(llm, rng)
     prompts = prompts_of(llm)

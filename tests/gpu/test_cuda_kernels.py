@@ -43,13 +43,13 @@ def test_best_tokens(name: str) -> None:
     cases.check_best(cuda_ops, cases.BEST_SPECS[name], "cuda")
 
 
-def test_best_tokens_of_rows_anywhere() -> None:
+def test_best_tokens_of_unaligned_rows() -> None:
     cases.check_best_anywhere(cuda_ops, "cuda")
     cases.check_best_alone(cuda_ops, "cuda")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])
-def test_a_captured_graph_follows_the_lengths(name: str) -> None:
+def test_captured_graph_follows_the_lengths(name: str) -> None:
     """Captured once, replayed with other prefix lengths: the grid is one of padded sizes."""
     batch = cuda_cases.BATCHES[name]
     arguments, expected, _ = cuda_cases.build(batch)

@@ -36,7 +36,7 @@ def test_every_instruction_set(forced: str, name: str, dtype: torch.dtype) -> No
     cases.check(cpp_ops, (cases.EDGE_SPECS | cases.TILED_SPECS)[name], dtype)
 
 
-def test_the_fastest_instruction_set_is_chosen() -> None:
+def test_fastest_instruction_set_is_chosen() -> None:
     """Intel's products of bfloat16 pairs are slower than those of float32 (csrc/cpu/instruction_sets.cpp)."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
@@ -49,7 +49,7 @@ def test_the_fastest_instruction_set_is_chosen() -> None:
     assert cpp_ops.instruction_set("") == wanted
 
 
-def test_a_very_long_row_beside_short_ones() -> None:
+def test_very_long_row_next_to_short_ones() -> None:
     """32k cached tokens, split over all threads, beside rows that fit a tile."""
     spec = cases.AttentionSpec((32_700, 0, 40), (16, 3, 1), (0, 1, 0), heads=(4, 1), page_size=128, layout=0)
     cases.check(cpp_ops, spec, torch.bfloat16)
@@ -87,7 +87,7 @@ def test_every_float16_is_widened(forced: str) -> None:
         torch.testing.assert_close(largest, values.float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_best_tokens_are_the_same_whatever_the_threads_and_the_batch(forced: str) -> None:
+def test_best_tokens_do_not_depend_on_threads_or_batch(forced: str) -> None:
     logits = cases.BestSpec(9, 3 * cases.SEGMENT + 77, torch.bfloat16).logits()
     expected = cpp_ops.best_tokens(logits)
     before = torch.get_num_threads()
@@ -227,7 +227,7 @@ def test_torch_accepts_the_operators() -> None:
             torch.library.opcheck(library.best_tokens.default, (torch.randn(3, 100), with_normaliser))
 
 
-def test_compiled_code_may_call_them() -> None:
+def test_compiled_code_can_call_the_operators() -> None:
     arguments = cases.attention_arguments(cases.EDGE_SPECS["whole pages"], torch.float32)
     expected = arguments["output"].clone()
     cpp_ops.block_attention(**(arguments | {"output": expected}))
@@ -240,7 +240,7 @@ def test_compiled_code_may_call_them() -> None:
     assert torch.equal(double(arguments), expected * 2)
 
 
-def test_a_library_of_another_version_is_a_reason_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_of_another_version_is_reported_without_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """An editable install keeps its compiled part until it is installed again."""
 
     def lacks(*_: Any) -> None:

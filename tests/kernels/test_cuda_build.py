@@ -85,7 +85,7 @@ def test_random_attention(emulated: ModuleType, library: Path, seed: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])
-def test_the_order_of_threads_does_not_matter(emulated: ModuleType, library: Path, name: str) -> None:
+def test_order_of_threads_does_not_matter(emulated: ModuleType, library: Path, name: str) -> None:
     outputs = []
     batch = cuda_cases.small(cuda_cases.BATCHES[name])
     for seed in range(3):
@@ -128,7 +128,7 @@ def test_random_best_tokens(emulated: ModuleType, library: Path, seed: int) -> N
     run_examples(10, cases.best_specs(2 * cases.GPU_SEGMENT), lambda spec: cases.check_best(emulated, spec))
 
 
-def test_best_tokens_of_rows_anywhere(emulated: ModuleType) -> None:
+def test_best_tokens_of_unaligned_rows(emulated: ModuleType) -> None:
     cases.check_best_anywhere(emulated)
     cases.check_best_alone(emulated)
 

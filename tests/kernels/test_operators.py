@@ -77,7 +77,7 @@ def test_best_tokens_edges(implementation: Implementation, device: str, name: st
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
-def test_best_tokens_of_rows_anywhere(implementation: Implementation, device: str) -> None:
+def test_best_tokens_of_unaligned_rows(implementation: Implementation, device: str) -> None:
     module = implementation.load(device)
     cases.check_best_anywhere(module, device)
     cases.check_best_alone(module, device)

@@ -59,7 +59,7 @@ BATCHES: dict[str, list[tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_sizes_of_a_batch_make_no_new_attention_kernel(compiled: list[Compilation], name: str) -> None:
+def test_batch_sizes_compile_no_new_attention_kernel(compiled: list[Compilation], name: str) -> None:
     """Rows, tiles, splits, and how far the rows of tables lie apart: none may be compiled in."""
     first, *others = BATCHES[name]
     attend(*first)
@@ -70,7 +70,7 @@ def test_sizes_of_a_batch_make_no_new_attention_kernel(compiled: list[Compilatio
     assert names(compiled) == expected
 
 
-def test_sizes_of_a_batch_make_no_new_kernel_of_the_others(compiled: list[Compilation]) -> None:
+def test_batch_sizes_compile_no_new_kernel_of_other_operators(compiled: list[Compilation]) -> None:
     for rows, drafts in product((1, 2, 16, 33), (1, 5, 16)):
         accept(rows, drafts)
     assert names(compiled) == ["count_kernel", "pack_kernel"]

@@ -111,7 +111,7 @@ def test_attention(compiled: list[Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 100], ids="sm_{}".format)
-def test_attention_elsewhere(compiled: list[Any], capability: int) -> None:
+def test_attention_compiles_for_other_shapes(compiled: list[Any], capability: int) -> None:
     spec, dtype = ATTENTION["split"]
     triton_ops.block_attention(**cases.attention_arguments(spec, dtype))
 

@@ -17,7 +17,7 @@ from tests.kernels.implementations import INTERPRETING
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this process interprets")
-def test_in_a_process_that_interprets() -> None:
+def test_operators_in_an_interpreting_process() -> None:
     pytest.importorskip("triton")
     command = [
         sys.executable,

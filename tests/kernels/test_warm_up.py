@@ -104,7 +104,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compilation]]:
 
 
 @pytest.mark.parametrize("cache", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_serving_compiles_nothing_that_warm_up_has_not(compiled: list[Compilation], cache: torch.dtype) -> None:
+def test_serving_compiles_nothing_after_warm_up(compiled: list[Compilation], cache: torch.dtype) -> None:
     dtype = torch.bfloat16
     engine = a_draft_pass(dtype, cache, max_model_len=32768)
     warm_up(engine, BLOCK)
@@ -123,7 +123,7 @@ def test_serving_compiles_nothing_that_warm_up_has_not(compiled: list[Compilatio
     assert compiled[warm:] == []
 
 
-def test_warm_up_compiles_no_more_than_there_is(compiled: list[Compilation]) -> None:
+def test_warm_up_compiles_only_existing_variants(compiled: list[Compilation]) -> None:
     """Three tile sizes, with and without split prefixes; then one kernel of each kind and flag."""
     warm_up(a_draft_pass(torch.bfloat16, torch.bfloat16, max_model_len=4096), BLOCK)
     names = [compilation.kernel for compilation in compiled]
@@ -182,7 +182,7 @@ def test_operators_are_warm_before_vllm_watches(monkeypatch: pytest.MonkeyPatch)
     assert knobs.runtime.jit_post_compile_hook == recorder.watch
 
 
-def test_the_watch_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_watch_resumes_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", print)

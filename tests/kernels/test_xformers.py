@@ -102,7 +102,7 @@ def test_pages_read_in_place() -> None:
     assert not xformers_ops.in_place(layouts[3][0], torch.bfloat16)
 
 
-def test_every_kernel_says_why_not() -> None:
+def test_every_kernel_reports_why_it_cannot_run() -> None:
     """For real: xformers is asked, and refuses CPU tensors."""
     query = torch.zeros(1, 4, 2, 1, 64, dtype=torch.float16)
     bias = xformers_ops._biases().BlockDiagonalMask.from_seqlens([4], device=torch.device("cpu"))
@@ -116,7 +116,7 @@ def test_split_k_steps_through_small_pages() -> None:
     assert [xformers_ops._operators(size)[1].BLOCK_N for size in (None, 128, 32, 16, 48)] == [64, 64, 32, 16, 16]
 
 
-def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA" in str(xformers_ops.unavailable(torch.device("cpu")))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     assert "8.0" in str(xformers_ops.unavailable(torch.device("cuda")))

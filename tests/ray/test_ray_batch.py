@@ -89,13 +89,13 @@ def interrupted(batch: Batch) -> Iterator[list[dict[str, Any]]]:
         driver.kill()
 
 
-def test_an_interrupted_batch_keeps_whole_results(interrupted: list[dict[str, Any]]) -> None:
+def test_interrupted_batch_keeps_complete_results(interrupted: list[dict[str, Any]]) -> None:
     assert 0 < len(interrupted) < ROWS
     assert max(Counter(row["id"] for row in interrupted).values()) == 1
     assert all(row["tokens"] and not row["error"] for row in interrupted)
 
 
-def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
+def test_same_command_finishes_the_batch_after_its_engine_hangs(
     batch: Batch, interrupted: list[dict[str, Any]]
 ) -> None:
     driver = batch.start(1, "--hang-timeout", "4")
@@ -134,7 +134,7 @@ def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
     assert all(float(line[3]) > 0 and float(line[4]) > 1 for line in ours)  # tokens/s, TPF
 
 
-def test_a_row_that_kills_every_engine_is_tried_no_more_than_a_few_times(ray_cluster: Any) -> None:
+def test_row_that_kills_every_engine_is_tried_only_a_few_times(ray_cluster: Any) -> None:
     import asyncio
     import importlib.util
 

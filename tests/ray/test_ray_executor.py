@@ -37,7 +37,7 @@ def expected_tokens(folder: Path) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def test_two_ray_workers_give_the_tokens_of_one_rank_until_one_is_killed(ray_cluster: Cluster, tmp_path: Path) -> None:
+def test_two_ray_workers_give_the_tokens_of_one_until_one_is_killed(ray_cluster: Cluster, tmp_path: Path) -> None:
     """One KV head, which both ranks hold, and a vocabulary that lies in the first rank's shard alone.
 
     The driver starts in a folder that has nothing to do with this project.

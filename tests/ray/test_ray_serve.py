@@ -91,7 +91,7 @@ def test_every_mode_streamed_and_not(client: OpenAI) -> None:
     assert answer.choices[0].message.content
 
 
-def test_an_unsuitable_mode_is_http_400(client: OpenAI) -> None:
+def test_unsuitable_mode_is_http_400(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="'self_speculation'"):
         client.completions.create(model=MODEL, prompt="x", extra_body={"vllm_xargs": {"nld.mode": "fast"}})
 
@@ -139,7 +139,7 @@ class Load:
             assert not thread.is_alive(), "a request hangs"
 
 
-def test_load_adds_a_replica_and_killed_ones_are_replaced(client: OpenAI, service: Service) -> None:
+def test_load_adds_a_replica_and_killed_replicas_are_replaced(client: OpenAI, service: Service) -> None:
     load = Load(client, threads=4, max_tokens=200)
     try:
         wait_for(lambda: len(replicas_that("STARTING", "RUNNING")) == 2, STARTS, "a second replica starts", states)

@@ -129,7 +129,7 @@ def test_completions_streamed_and_not(client: OpenAI, model: str, base_url: str)
     assert whole.choices[0].text == tokenizer.decode(reference)
 
 
-def test_a_cut_off_stream_leaves_the_server_healthy(client: OpenAI, model: str) -> None:
+def test_aborted_stream_leaves_the_server_healthy(client: OpenAI, model: str) -> None:
     ((_, prompt),) = held_out_prompts(1)
     settings = {"model": model, "prompt": prompt, "temperature": 0.0}
     stream = client.completions.create(**settings, max_tokens=1000, stream=True)
@@ -183,7 +183,7 @@ def test_chat_in_every_mode(client: OpenAI, model: str) -> None:
     assert found["ar"] == found["self_speculation"] == found["auto"] != found["diffusion"]
 
 
-def test_the_reasoning_parser_works_in_every_mode(client: OpenAI, model: str) -> None:
+def test_reasoning_parser_works_in_every_mode(client: OpenAI, model: str) -> None:
     """The embedded model never stops thinking by itself, so a budget makes it."""
     messages = [{"role": "user", "content": "Write the Python function read."}]
     think = {"chat_template_kwargs": {"enable_thinking": True}, "thinking_token_budget": 20}
@@ -223,7 +223,7 @@ def test_tools_are_called_in_every_mode(client: OpenAI, model: str, choice: str,
         assert not parsed.content, mode
 
 
-def test_optional_tools_leave_the_text_alone(client: OpenAI, model: str) -> None:
+def test_optional_tools_do_not_change_the_text(client: OpenAI, model: str) -> None:
     """The embedded model knows no tools: hermes finds no call, and the text is what it is without tools."""
     plain = {"messages": [{"role": "user", "content": "Write the Python function read."}], "max_tokens": 40}
     tools = {"tools": [{"type": "function", "function": {"name": "pick"}}], "tool_choice": "auto"}
@@ -231,7 +231,7 @@ def test_optional_tools_leave_the_text_alone(client: OpenAI, model: str) -> None
         assert chat(client, model, mode, **plain, **tools) == chat(client, model, mode, **plain), mode
 
 
-def test_a_request_s_figures_are_in_its_response_and_in_the_log(client: OpenAI, model: str, log: Path) -> None:
+def test_request_figures_are_in_its_response_and_in_the_log(client: OpenAI, model: str, log: Path) -> None:
     ((_, prompt),) = held_out_prompts(1)
     settings = {"model": model, "prompt": prompt, "max_tokens": 40, "temperature": 0.0}
     for mode, words in {
@@ -263,7 +263,7 @@ def test_a_request_s_figures_are_in_its_response_and_in_the_log(client: OpenAI, 
         ({"nld": "diffusion"}, ["'diffusion'", "JSON"]),
     ],
 )
-def test_an_unsuitable_mode_is_http_400(client: OpenAI, model: str, xargs: dict[str, Any], words: list[str]) -> None:
+def test_unsuitable_mode_is_http_400(client: OpenAI, model: str, xargs: dict[str, Any], words: list[str]) -> None:
     from openai import BadRequestError
 
     for create, ask in (
@@ -303,7 +303,7 @@ def test_json_schemas_are_kept_in_every_mode(client: OpenAI, model: str) -> None
         assert json.loads(answer.choices[0].message.content or "")["n"] in (1, 2, 3), mode
 
 
-def test_metrics_tell_the_modes_apart(client: OpenAI, model: str, base_url: str) -> None:
+def test_metrics_distinguish_the_modes(client: OpenAI, model: str, base_url: str) -> None:
     ((_, prompt),) = held_out_prompts(1)
 
     def tokens_of(mode: str) -> float:
@@ -327,7 +327,7 @@ def test_metrics_tell_the_modes_apart(client: OpenAI, model: str, base_url: str)
     assert metric(base_url, "vllm:nld_denoising_passes") > 0
 
 
-def test_the_example_client(base_url: str) -> None:
+def test_example_client_runs(base_url: str) -> None:
     command = [sys.executable, str(EXAMPLES / "openai_client.py"), "--base-url", f"{base_url}/v1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -54,7 +54,7 @@ def test_unsuitable_rows_are_named(tmp_path: Path, line: str, words: str) -> Non
         list(read_rows([path], "prompt", "name"))
 
 
-def test_a_later_run_goes_on_and_no_row_stands_twice(tmp_path: Path) -> None:
+def test_later_run_continues_and_writes_no_row_twice(tmp_path: Path) -> None:
     rows = [Row(str(number), f"prompt {number}") for number in range(5)]
     output = Output(tmp_path, SETTINGS)
     assert output.add(map(result, rows[:2])) == 2

@@ -88,7 +88,7 @@ def takes_operator(layer: Layer, metadata: Any) -> bool:
     return backend.verify_blocks(metadata, torch.zeros(10, 4, HEAD_DIM, dtype=layer.dtype), layer) is not None
 
 
-def test_bfloat16_steps_of_several_tokens(kind: Kind) -> None:
+def test_bfloat16_steps_of_several_tokens_use_the_operator(kind: Kind) -> None:
     """The operator where it multiplies fast, but for AMX, with which vLLM's attention outruns it."""
     layer = Layer(torch.bfloat16)
     assert backend.page_layout(layer) is (TILED if kind.amx else STRIDED[0])
@@ -110,6 +110,6 @@ def test_steps_over_a_float8_cache_stay_with_vllm(kind: Kind) -> None:
         assert not takes_operator(Layer(torch.bfloat16, "fp8"), step())
 
 
-def test_only_the_cpp_operators_take_causal_steps(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_cpp_operators_run_causal_steps(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "implementation", lambda *_: SimpleNamespace(name="torch"))
     assert not takes_operator(Layer(torch.bfloat16), step())

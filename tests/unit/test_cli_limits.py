@@ -65,7 +65,7 @@ def refusal(name: str, data: str, *options: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "option", "value"), list(numeric()))
-def test_absurd_numbers(name: str, option: str, value: str, data: str) -> None:
+def test_absurd_numbers_are_refused(name: str, option: str, value: str, data: str) -> None:
     assert option in refusal(name, data, f"{option}={value}")
 
 
@@ -95,14 +95,14 @@ def test_absurd_numbers(name: str, option: str, value: str, data: str) -> None:
         ("plan", ["--plot", "/no/such/folder/x.png"], ["--plot"]),
     ],
 )
-def test_what_does_not_fit(name: str, options: list[str], words: list[str], data: str) -> None:
+def test_sizes_that_do_not_fit_are_reported(name: str, options: list[str], words: list[str], data: str) -> None:
     line = refusal(name, data, *options)
     assert len(line) < 700
     for word in words:
         assert word in line
 
 
-def test_the_defaults_fit() -> None:
+def test_defaults_fit() -> None:
     from vllm_nld.checkpoints.held_out import held_out_prompts
     from vllm_nld.cli import bench_auto, bench_cycle, limits
 

@@ -78,7 +78,7 @@ def test_graphs_are_cut_at_the_adapter(monkeypatch: pytest.MonkeyPatch, settings
     assert len(pieces) == 3
 
 
-def test_an_engine_that_is_not_cut_into_pieces_stays_so() -> None:
+def test_engine_without_graph_pieces_stays_without() -> None:
     """Then there are graphs of whole forwards at most, and those are of causal passes."""
     config = compiled(splitting_ops=[], cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY)
     leave_adapter_out_of_graphs(config)
@@ -86,7 +86,7 @@ def test_an_engine_that_is_not_cut_into_pieces_stays_so() -> None:
     assert not config.cudagraph_mode.has_piecewise_cudagraphs()
 
 
-def test_a_capture_with_the_adapter_in_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_with_an_active_adapter_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     none = torch.zeros(0, dtype=torch.int32)
     adapted = DraftMetadata(none, none, none, none, 3, 0, slice(None))
     context = SimpleNamespace(attn_metadata={"layer": adapted})

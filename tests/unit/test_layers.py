@@ -83,7 +83,7 @@ def test_imports_go_down() -> None:
     assert not wrong
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_no_import_cycles() -> None:
     """Within a room, too; what is exported on demand is left out."""
     known = modules()
     edges = {module: imported(tree, known) - {module} for module, tree in known.items() if "." in module}
@@ -103,7 +103,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         visit(module, ())
 
 
-def test_names_that_users_type_resolve() -> None:
+def test_public_names_resolve() -> None:
     """Where they were before the package had rooms, too."""
     for name in (
         "vllm_nld.SelfSpeculation",

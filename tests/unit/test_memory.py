@@ -90,7 +90,7 @@ def chosen_blocks(lengths: list[int], rule: CommitRule) -> list[Block]:
     return [Block(0, [1] + [MASK] * (length - 1), rule, choice=TokenChoice(vocab_size=VOCAB)) for length in lengths]
 
 
-def test_a_forward_looks_like_vllm_s_to_the_compiled_model(contexts: list[Any]) -> None:
+def test_draft_forward_has_the_inputs_of_a_vllm_forward(contexts: list[Any]) -> None:
     """vLLM compiles for int32 ids and int64 positions and drops the guards; and it may have captured graphs."""
     model = Model()
     make(model).run([Block(0, [1, MASK, MASK])])
@@ -119,7 +119,7 @@ def test_logits_come_in_chunks_of_blocks(
 
 
 @pytest.mark.parametrize("choose", [True, False])
-def test_rows_of_logits_are_no_more_than_a_step_has_tokens(contexts: list[Any], choose: bool) -> None:
+def test_rows_of_logits_do_not_exceed_tokens_of_a_step(contexts: list[Any], choose: bool) -> None:
     """What LoRAs need to know of each row is made for so many."""
     filler, seen = make(Model()), list[tuple[int, int]]()
     filler.max_tokens = 44
@@ -131,7 +131,7 @@ def test_rows_of_logits_are_no_more_than_a_step_has_tokens(contexts: list[Any], 
     assert seen == [(44, 44)]
 
 
-def test_a_chunk_holds_as_many_positions_as_the_learned_sampler_sees(contexts: list[Any]) -> None:
+def test_chunk_holds_the_positions_of_the_learned_sampler(contexts: list[Any]) -> None:
     """It is given whole blocks, of which a few positions may be masked."""
     filler = make(Model())
     rule = CommitRule("learned", {"threshold": 0.9})
@@ -163,7 +163,7 @@ def test_drafting_is_profiled_before_there_is_a_cache(contexts: list[Any], monke
     assert (filler.forwards, filler.block_forwards) == (0, 0)
 
 
-def test_a_profiled_draft_takes_what_a_drawn_one_takes() -> None:
+def test_profiled_draft_takes_the_memory_of_a_drawn_one() -> None:
     """Its probabilities, in float32, are kept; so is the class that says which they are."""
     draft = ProfiledDraft()
     assert isinstance(draft, DraftChoice)
@@ -212,7 +212,7 @@ def test_profiling_verifies_as_many_drafts_as_serving_may(
     assert runner.profiled == 1
 
 
-def test_a_gpu_worker_profiles_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_worker_profiles_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(self: Any) -> int:
         self.model_runner.profile_run()
         return 7
@@ -226,7 +226,7 @@ def test_a_gpu_worker_profiles_with_drafts(monkeypatch: pytest.MonkeyPatch) -> N
     assert worker.model_runner.profiled == 1
 
 
-def test_operators_are_warmed_up_before_vllm_s_warm_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_are_warmed_up_before_vllm_ends_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends by watching for kernels that are compiled from then on. Forwards are timed when all is compiled."""
     order: list[str] = []
 
@@ -245,7 +245,7 @@ def test_operators_are_warmed_up_before_vllm_s_warm_up_ends(monkeypatch: pytest.
     assert order == ["operators", "vLLM", "costs"]
 
 
-def test_memory_limits_drafts_only_where_probabilities_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_limits_drafts_only_if_probabilities_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     by_argmax = True
     monkeypatch.setattr(memory.sampling, "decides_by_argmax", lambda *_: by_argmax)
     runner = SimpleNamespace(rejection_sampler=None, input_batch=SimpleNamespace(sampling_metadata=None))
@@ -256,7 +256,7 @@ def test_memory_limits_drafts_only_where_probabilities_are_computed(monkeypatch:
     assert drafts_allowed(runner, 4000, 131072) == 0
 
 
-def test_the_limits_in_rows_of_131072_tokens() -> None:
+def test_limits_in_rows_of_131072_tokens() -> None:
     assert rows_in(memory.CHUNK_BYTES, 131072) == 512
     assert rows_in(memory.DRAWN_BYTES, 131072) == 1024
     assert drafts_per_request(1, 131072) == 1024

@@ -54,7 +54,7 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield mode.seen
 
 
-def test_what_counts_as_a_crossing(crossings: list[str]) -> None:
+def test_device_syncs_are_detected(crossings: list[str]) -> None:
     torch.zeros(3, device=GPU) + 1
     assert crossings == []
     torch.tensor([1.0, 2.0]).to(GPU)
@@ -65,7 +65,7 @@ def test_what_counts_as_a_crossing(crossings: list[str]) -> None:
 
 
 @pytest.mark.parametrize("columns", [64, 0])
-def test_the_head_s_choice(crossings: list[str], columns: int) -> None:
+def test_choice_of_tokens_does_not_wait(crossings: list[str], columns: int) -> None:
     """Whole logits, and those of a rank; a small vocabulary leaves some ranks none."""
     logits = torch.empty(5, columns, dtype=torch.bfloat16, device=GPU)
     summary = shard_summary(logits, 64)
@@ -75,7 +75,7 @@ def test_the_head_s_choice(crossings: list[str], columns: int) -> None:
     assert crossings == []
 
 
-def test_greedy_verification(crossings: list[str]) -> None:
+def test_greedy_verification_does_not_wait(crossings: list[str]) -> None:
     metadata = SimpleNamespace(
         cu_num_draft_tokens=torch.empty(3, dtype=torch.int32, device=GPU),
         draft_token_ids=torch.empty(9, dtype=torch.int32, device=GPU),

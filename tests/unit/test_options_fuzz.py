@@ -112,7 +112,7 @@ def options_of(draw: Any, engine: EngineTraits, params: Any) -> NLDOptions:
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_what_is_admitted_can_be_acted_on(sampler: LearnedSampler, data: Any) -> None:
+def test_admitted_options_can_be_used(sampler: LearnedSampler, data: Any) -> None:
     mask = data.draw(st.sampled_from([MASK, 0]))
     try:
         params = SamplingParams(**data.draw(VLLMS))

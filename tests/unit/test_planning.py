@@ -78,7 +78,7 @@ def test_released_sizes(name: str, parameters: int, kv_bytes: int) -> None:
     assert sum(math.prod(sizes) for sizes in expected_tensors(config).values()) == parameters
 
 
-def test_a_forward_by_hand() -> None:
+def test_forward_equals_manual_result() -> None:
     """2 layers of 100 x 10 x 2 x 6 + 3 x 100 x 200 = 72 000 weights, an output layer of 100 000; 3 x 4 rows."""
     found = forward(Setup(ROUND, PLAIN, context=96), requests=3, rows=4, logit_rows=2, logit_bytes=10)
     assert ROUND.parameters == 2 * 72_000 + 2 * 100_000 + 5 * 100
@@ -95,14 +95,14 @@ def test_a_forward_by_hand() -> None:
     assert found.longest == "layers"
 
 
-def test_an_all_reduce_by_hand() -> None:
+def test_all_reduce_equals_manual_result() -> None:
     """Two per layer and the embedding's, each moving twice half of 12 rows; and half of the logits, gathered."""
     found = forward(Setup(ROUND, PLAIN, tp=2, context=96), requests=3, rows=4, logit_rows=2, logit_bytes=10)
     assert found.all_reduce == pytest.approx(6 * 1e-4 + (5 * 12 * 100 * 2 + 0.5 * 6 * 1000 * 2) / 1e8)
     assert found.layers == pytest.approx(math.hypot(2 * 12 * 72_000 / 1e12, 144_000 / 1e9))
 
 
-def test_the_8b_on_an_h100_by_hand() -> None:
+def test_cost_of_8b_on_h100_equals_manual_result() -> None:
     """34 layers of 218 103 808 weights are 14.83 GB, and the output layer 1.07 GB, at 0.85 x 3.35 TB/s."""
     ((_, _, step),) = passes(Setup(EIGHT, H100, context=2048), AR, 1)
     assert step.layers * 1e3 == pytest.approx(5.2086, abs=1e-3)
@@ -112,7 +112,7 @@ def test_the_8b_on_an_h100_by_hand() -> None:
     assert estimate(Setup(EIGHT, H100), AR, 1).tokens_per_request == pytest.approx(1 / 0.00722, rel=2e-3)
 
 
-def test_a_diffusion_block_is_denoised_and_committed() -> None:
+def test_diffusion_block_is_denoised_and_committed() -> None:
     """A TPF of 2.5 over 8 tokens: 3.2 forwards, the last one the commit."""
     setup, mode = Setup(ROUND, PLAIN, context=96), PlannedMode("diffusion", 8, 2.5)
     (denoise, times, cheap), (commit, once, causal) = passes(setup, mode, 3)
@@ -124,7 +124,7 @@ def test_a_diffusion_block_is_denoised_and_committed() -> None:
     assert found.tokens_per_request == pytest.approx(8 / found.step_seconds)
 
 
-def test_a_short_block_takes_two_forwards() -> None:
+def test_short_block_takes_two_forwards() -> None:
     """The published TPF is of long blocks: one of 2 cannot yield more than one token a forward."""
     report = json.loads(invoke("8b", "--block-length", "2", "--concurrency", "1", "--json").stdout)
     _, cycle, block = report["estimates"][0]["modes"]
@@ -132,7 +132,7 @@ def test_a_short_block_takes_two_forwards() -> None:
     assert block["step_ms"] == pytest.approx(cycle["step_ms"], rel=0.01)
 
 
-def test_memory_by_hand() -> None:
+def test_memory_equals_manual_result() -> None:
     setup = Setup(EIGHT, H100, context=2048)
     found = memory(setup, AR, 1)
     assert found.weights == 2 * EIGHT.parameters
@@ -147,7 +147,7 @@ def test_memory_by_hand() -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
-def test_what_grows_with_what(tp: int) -> None:
+def test_costs_grow_with_sizes(tp: int) -> None:
     setup = Setup(EIGHT, H100, tp=tp)
     for mode in (AR, SPECULATION, PlannedMode("diffusion", 32, 2.57)):
         found = [estimate(setup, mode, count) for count in (1, 2, 8, 64, 128)]
@@ -168,7 +168,7 @@ def test_fewer_kv_heads_than_gpus_are_repeated() -> None:
     assert ROUND.kv_bytes_per_token(2, tp=2) == ROUND.kv_bytes_per_token(2, tp=4) == 80
 
 
-def test_fp8_halves_the_layers_alone() -> None:
+def test_fp8_halves_only_the_layers() -> None:
     wide, narrow = Setup(EIGHT, H100), Setup(EIGHT, H100, dtype="fp8")
     assert wide.weight_bytes - narrow.weight_bytes == EIGHT.layers * EIGHT.layer_weights
     assert forward(narrow, 1, 1, 1, 12).head == forward(wide, 1, 1, 1, 12).head
@@ -176,7 +176,7 @@ def test_fp8_halves_the_layers_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["3b", "8b", "14b"])
-def test_the_crossover_is_the_first(name: str) -> None:
+def test_crossover_is_the_lowest_concurrency(name: str) -> None:
     setup = Setup(RELEASED[name].shape, GPUS["b200"], context=512)
     count, limit = crossover(setup, SPECULATION)
     assert count is not None and 2 < count < limit
@@ -190,7 +190,7 @@ def test_the_crossover_is_the_first(name: str) -> None:
     assert gain(count - 1) > 1 >= gain(count)
 
 
-def test_crossovers_at_the_ends() -> None:
+def test_crossovers_at_the_ends_of_the_search() -> None:
     setup = Setup(EIGHT, H100)
     assert crossover(setup, PlannedMode("self_speculation", 32, 1.0))[0] == 1
     none, limit = crossover(dataclasses.replace(setup, context=65536), SPECULATION)
@@ -198,7 +198,7 @@ def test_crossovers_at_the_ends() -> None:
     assert crossover(Setup(RELEASED["14b"].shape, GPUS["l4"]), SPECULATION) == (None, 0)
 
 
-def test_acceptance_of_other_blocks() -> None:
+def test_acceptance_of_other_block_lengths() -> None:
     assert acceptance_at(11.92, 32, 32) == pytest.approx(11.92)
     assert acceptance_at(11.92, 32, 16) == pytest.approx(2 * 4.7464, rel=0.05)  # published
     assert acceptance_at(11.92, 32, 8) == pytest.approx(2 * 3.2095, rel=0.05)
@@ -254,7 +254,7 @@ def test_json(tmp_path: Path) -> None:
     assert plot.stat().st_size > 5000
 
 
-def test_what_does_not_fit() -> None:
+def test_sizes_that_do_not_fit_are_reported() -> None:
     report = json.loads(invoke("14b", "--gpu", "l4", "--tp", "1,4", "--concurrency", "1000", "--json").stdout)
     small, large = (row for row in report["memory"] if row["mode"] == "ar")
     assert not small["fits"] and small["kv_tokens"] == 0
@@ -307,7 +307,7 @@ def test_errors(arguments: list[str], words: list[str]) -> None:
         assert word in result.stderr
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 
     def fail(*_: Any, **__: Any) -> str:
@@ -323,7 +323,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "model_type='llama'" in invoke("someone/model").stderr
 
 
-def test_a_folder(tmp_path: Path) -> None:
+def test_folder_is_accepted(tmp_path: Path) -> None:
     assert "no config.json" in invoke(str(tmp_path)).stderr
     NemotronLabsDiffusionConfig().save_pretrained(tmp_path)  # sizes of the 8B
     found = find_model(str(tmp_path))
@@ -336,7 +336,7 @@ def test_a_folder(tmp_path: Path) -> None:
     assert "acceptance length 3 (given)" in result.stdout
 
 
-def test_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(this_machine, "SHAPE", (256, 128))
     monkeypatch.setattr(this_machine, "BUDGET", 0.01)
     found = this_machine.find_gpu("here", "bfloat16")
@@ -346,7 +346,7 @@ def test_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         Setup(EIGHT, found, tp=2)
 
 
-def test_beside_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_predictions_next_to_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(this_machine, "calibrate", lambda dtype: dataclasses.replace(PLAIN, memory=1e11))
     parts = {"verify forward": 800.0, "sampling": 4.0}
     row = {"model": "3b", "block": 32, "ar_step_ms": 163.0, "draft_ms": 340.0, "cycle_ms": 690.0, "parts_ms": parts}

@@ -11,7 +11,7 @@ from torch import nn
 from vllm_nld.model.draft_adapter import DraftAdapter
 
 
-def test_a_reload_keeps_the_adapter_and_reports_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+def test_reload_keeps_the_adapter_and_reports_no_failure(caplog: pytest.LogCaptureFixture) -> None:
     reload = pytest.importorskip("vllm.model_executor.model_loader.reload.layerwise")
     model = nn.ModuleList([DraftAdapter(2, 6, 4)])
     reload.record_metadata_for_reloading(model)

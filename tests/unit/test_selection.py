@@ -72,14 +72,14 @@ def test_rows_follow_their_own_rules(seed: int, rows: list[tuple[CommitRule, int
         ({"max_steps": 4}, 3, 9, 3),
     ],
 )
-def test_quota(rule: dict[str, Any], masked: int, passes: int, quota: int) -> None:
+def test_quota_is_committed(rule: dict[str, Any], masked: int, passes: int, quota: int) -> None:
     rows = torch.ones(1, masked, dtype=torch.bool)
     given = {"tokens_per_step": rule.get("tokens_per_step")}
     own = Rows(rows, rows.float(), None, None, [given], [passes], [rule.get("max_steps")])
     assert own.quotas().tolist() == [[quota]]
 
 
-def test_the_reference_has_a_twin_of_every_policy() -> None:
+def test_reference_has_every_policy() -> None:
     """Written independently, on purpose: add one to ``reference/diffusion.py`` with every new policy."""
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
     for name, policy in POLICIES.items():
@@ -102,7 +102,7 @@ def test_ties_go_left() -> None:
     assert select([block], masked, torch.full((1, 4), 0.5)).tolist() == [[False, True, True, False]]
 
 
-def test_a_block_is_done() -> None:
+def test_block_is_finished_without_masks() -> None:
     assert Block(0, [1, 2, 3]).is_done(MASK)
     assert not Block(0, [1, MASK, 3]).is_done(MASK)
     assert Block(0, [1, 9, MASK], stop_ids=frozenset({9})).is_done(MASK)

@@ -36,7 +36,7 @@ def logits(seed: int = 0) -> torch.Tensor:
     return values
 
 
-def test_draws_follow_the_distribution_that_is_told() -> None:
+def test_draws_follow_the_reported_distribution() -> None:
     counts = torch.zeros(len(POSITIONS), VOCAB)
     for seed in range(4000):
         own = choice(seed)
@@ -57,7 +57,7 @@ def test_positions_are_drawn_independently() -> None:
     assert abs(same / 2000 - expected) < 0.05
 
 
-def test_what_top_k_rules_out_is_neither_drawn_nor_claimed() -> None:
+def test_tokens_outside_top_k_are_neither_drawn_nor_reported() -> None:
     own = choice(3, top_k=2)
     ids = own.choose(logits(), POSITIONS, [])
     assert own.probs is not None
@@ -66,7 +66,7 @@ def test_what_top_k_rules_out_is_neither_drawn_nor_claimed() -> None:
     torch.testing.assert_close(own.peak, own.probs.max(-1).values)
 
 
-def test_a_seed_s_draws_do_not_depend_on_what_is_beside_it() -> None:
+def test_draws_of_a_seed_do_not_depend_on_other_requests() -> None:
     alone, again = choice(9), choice(9)
     first = alone.choose(logits(), POSITIONS, [])
     other = choice(10)
@@ -74,7 +74,7 @@ def test_a_seed_s_draws_do_not_depend_on_what_is_beside_it() -> None:
     assert again.choose(logits(), POSITIONS, []).tolist() == first.tolist()
 
 
-def test_confidence_says_nothing_of_the_draw() -> None:
+def test_confidence_does_not_depend_on_the_draw() -> None:
     """Else the number of drafts that are verified would depend on it, and the text would not be AR's."""
     peaks = []
     draws = set()
@@ -108,7 +108,7 @@ def test_extreme_repetition_penalties_leave_a_distribution(repetition: float) ->
         assert (own.probs[:, 4] == 0).all()
 
 
-def test_a_barred_token_is_neither_drawn_nor_claimed() -> None:
+def test_barred_token_is_neither_drawn_nor_reported() -> None:
     """Not even where the request allows nothing else."""
     for constraints in ({}, {"top_k": 1}, {"allowed": [4]}):
         peaked = logits()
@@ -122,7 +122,7 @@ def test_a_barred_token_is_neither_drawn_nor_claimed() -> None:
 
 
 @pytest.mark.parametrize("kind", [TokenChoice, SeededDraftChoice])
-def test_noise_belongs_to_a_position(kind: type[TokenChoice]) -> None:
+def test_noise_depends_on_the_position(kind: type[TokenChoice]) -> None:
     """Not to the block, nor to what else is drawn with it."""
     rows = logits()
     whole = of_seed(kind, 9).choose(rows, POSITIONS, [], 2)
@@ -130,7 +130,7 @@ def test_noise_belongs_to_a_position(kind: type[TokenChoice]) -> None:
     assert one == whole[2]
 
 
-def test_a_seeded_draft_agrees_with_the_causal_pass() -> None:
+def test_seeded_draft_agrees_with_the_causal_pass() -> None:
     """Where the two distributions are alike, it nearly always is what the causal pass draws; and it has its own."""
     rows = logits()
     near = rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5))
@@ -146,7 +146,7 @@ def test_a_seeded_draft_agrees_with_the_causal_pass() -> None:
     assert statistic < 20.5, "0.1 % of fair draws exceed this with 5 degrees of freedom"
 
 
-def test_every_forward_draws_afresh() -> None:
+def test_every_forward_draws_new_numbers() -> None:
     equal = torch.zeros(len(POSITIONS), VOCAB)
     drawn = {tuple(of_seed(TokenChoice, 3).choose(equal, POSITIONS, [], n).tolist()) for n in range(5)}
     assert len(drawn) == 5
