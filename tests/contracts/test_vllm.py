@@ -1,6 +1,6 @@
-"""What this extension assumes about vLLM: one test an assumption, from vLLM's source only, so no engine is started.
+"""What this extension assumes about vLLM: one test per assumption, from vLLM's source only, without an engine.
 
-A test that fails names the assumption; ``docs/patches.md`` says which code leans on it, and why.
+A failing test names the assumption; ``docs/patches.md`` says which code relies on it, and why.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class TestWorker:
         assert "class CPUWorker(Worker)" in vllm.text("v1/worker/cpu_worker.py", "CPUWorker")
 
     def test_shared_memory_of_cpu_worker_patches_torch(self, vllm: VllmSource) -> None:
-        """Why nothing on the GPU path may import it; once this fails, that rule can go."""
+        """This is why nothing on the GPU path may import it. If this fails, that rule can go."""
         assert "torch.cuda.Event" in vllm.text("v1/worker/cpu/shm.py")
 
 
@@ -102,7 +102,7 @@ class TestSchedulerAndStep:
         assert text.index("self.current_step += 1") < text.index("request.next_decode_eligible_step")
 
     def test_scheduler_without_drafts_pads_no_request(self, vllm: VllmSource) -> None:
-        """``padding.schedule_unpadded``; nothing else in planning a step looks at the number of drafts."""
+        """Needed by ``padding.schedule_unpadded``: nothing else that plans a step reads the number of drafts."""
         text = vllm.text(SCHEDULER, "Scheduler.schedule")
         assert "self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None" in text
         assert "num_spec_tokens_to_schedule = self.num_spec_tokens" in text
@@ -114,7 +114,7 @@ class TestSchedulerAndStep:
         assert "request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens" in text
 
     def test_bitmask_has_a_row_for_every_draft_and_one_more(self, vllm: VllmSource) -> None:
-        """Or, from 0.33 on, as many rows for every request, of which the first ones are read."""
+        """From 0.33 on, every request has an equal number of rows, of which the first ones are read."""
         assert {"structured_output_request_ids", "grammar_bitmask"} <= vllm.fields(STEP, "GrammarOutput")
         reader = vllm.text("v1/structured_output/utils.py", "apply_grammar_bitmask")
         if vllm.release < FIXED_BITMASK_ROWS:
@@ -126,7 +126,7 @@ class TestSchedulerAndStep:
             assert "cumulative_index += mask_stride" in reader
 
     def test_random_numbers_of_dropped_samples_are_taken_back(self, vllm: VllmSource) -> None:
-        """``cpu_repairs.repair_seeded_prefills``; once there is no ``set_offset``, that can go."""
+        """Needed by ``cpu_repairs.repair_seeded_prefills``, which can go if there is no ``set_offset``."""
         text = vllm.text(RUNNER, "GPUModelRunner._bookkeeping_sync")
         assert "set_offset" in text
         assert "self.discard_request_mask.np[:num_reqs]" in text
@@ -173,7 +173,7 @@ class TestSampling:
         assert "PLACEHOLDER_TOKEN_ID: tl.constexpr = -1" in vllm.text(REJECTION)
 
     def test_fields_that_change_greedy_logits_are_known(self, vllm: VllmSource) -> None:
-        """``sampling.decides_by_argmax`` must know every field; a new one may ask for more than an argmax."""
+        """``sampling.decides_by_argmax`` must know every field, because a new one may need more than an argmax."""
         known = {
             "temperature",
             "all_greedy",

@@ -1,4 +1,5 @@
-"""What cannot work is refused before any weight loads, in one sentence that names the option, the value, the choice."""
+"""Unsuitable settings are refused before any weight loads, in one line that names the option, its value and what is
+allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block diffusion in vLLM: token for token and forward for forward what the reference does, in float32."""
+"""Block diffusion in vLLM equals the reference, token for token and forward for forward, in float32."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def llm(folder: Path) -> Any:
 
 
 def watch_tallies(llm: Any) -> dict[tuple[int, ...], Tally]:
-    """Collect what each request has cost, by its prompt, as requests end."""
+    """Collect the counts of each request, by its prompt, as requests end."""
     tallies: dict[tuple[int, ...], Tally] = {}
     requests = runner(llm).drafter._requests
     if not hasattr(requests, "original"):
@@ -55,7 +55,7 @@ def run(llm: Any, prompts: list[list[int]], budget: int, **nld: Any) -> tuple[li
     """Return texts and, per request, denoising forwards + commits."""
     tallies = watch_tallies(llm)
     texts = generate(llm, prompts, max_tokens=budget, extra_args={"nld": {"mode": "diffusion", **nld}})
-    generate(llm, [[1, 2]], max_tokens=1)  # vLLM tells the worker of finished requests with the next step
+    generate(llm, [[1, 2]], max_tokens=1)  # vLLM reports finished requests to the worker with the next step
     return texts, [tallies[tuple(p)].forwards["denoise"] + tallies[tuple(p)].forwards["commit"] for p in prompts]
 
 
@@ -79,7 +79,7 @@ POLICIES: list[dict[str, Any]] = [
 
 
 def test_random_options_do_not_end_the_engine(llm: Any, model: ReferenceModel) -> None:
-    """Random options with extremes of ours and vLLM's: refused when they are added, or served to the end."""
+    """Random options with extreme values of ours and vLLM's are refused when they are added, or served to the end."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
@@ -135,7 +135,7 @@ def test_single_request_equals_its_result_in_a_batch(llm: Any, model: ReferenceM
 
 
 def test_stop_token_ends_block_early(llm: Any, model: ReferenceModel) -> None:
-    """Some block must end with masks after its stop token, or nothing was tested."""
+    """Some block must end with masks after its stop token, or the test shows nothing."""
     prompts = random_prompts(LENGTHS, 24, seed=11)
     unfinished: list[bool] = []
     watch_blocks(llm, lambda block: unfinished.append(5 in block.tokens))
@@ -160,7 +160,7 @@ def test_ignore_eos_continues_after_eos(llm: Any, model: ReferenceModel) -> None
 
 
 def test_finished_blocks_leave_the_pass(llm: Any) -> None:
-    """The forwards shrink to the blocks that still need one, also where the step waits for all of them."""
+    """The forwards shrink to the blocks that still need one, also if the step waits for all of them."""
     prompts = random_prompts(LENGTHS, 24, seed=7)
     drafter = runner(llm).drafter
     draft_pass, drafter.parks = drafter.draft_pass, False
@@ -188,7 +188,7 @@ def test_modes_mix_in_one_batch(llm: Any, model: ReferenceModel) -> None:
 
 
 def test_preemption_does_not_change_the_text(folder: Path, model: ReferenceModel) -> None:
-    """A cache too small for all: blocks are dropped half way, and go on where they were."""
+    """The cache is too small for all requests: blocks are interrupted half way, and continue where they were."""
     prompts = random_prompts([60, 61, 62, 63], 24, seed=21)
     expected = [reference_generate(model, ids, 120, threshold=0.3, eos_token_id=-1) for ids in prompts]
     pages = 14
@@ -203,7 +203,7 @@ def test_preemption_does_not_change_the_text(folder: Path, model: ReferenceModel
 def test_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: ReferenceModel) -> None:
     """The scheduler drops drafts that a step has no room for; the rest of the block is committed by the next.
 
-    At threshold 0 every block takes one forward, so that all of them want to be committed in one step.
+    At threshold 0 every block takes one forward, so that all of them are ready for the same step.
     """
     prompts = random_prompts([20, 21, 22, 23], 24, seed=22)
     expected = [reference_generate(model, ids, 60, threshold=0.0) for ids in prompts]
@@ -224,7 +224,8 @@ def test_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: Refer
 
 @pytest.mark.parametrize("pads", [False, True])
 def test_prompt_cached_except_its_last_token(folder: Path, model: ReferenceModel, pads: bool) -> None:
-    """vLLM's scheduler pads such a request with drafts of -1 where others decode already; this extension's does not."""
+    """vLLM's scheduler pads such a request with drafts of -1 if others already decode; this extension's scheduler does
+    not."""
     from vllm import SamplingParams
 
     prompt, other = random_prompts([65, 20], 24, seed=5)

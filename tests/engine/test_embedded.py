@@ -1,4 +1,4 @@
-"""The embedded checkpoint: loads without remote code, stops where it should, accepts enough drafts."""
+"""The embedded checkpoint: it loads without remote code, stops where it should, and accepts enough drafts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_greedy_text_equals_reference_and_acceptance_pays() -> None:
 
 
 def test_auto_mode_looks_up_repeated_text() -> None:
-    """By measured time alone: code repeats itself, and a verify pass is cheaper than a draft and a verify pass."""
+    """It decides only by measured time: code repeats itself, and a verify pass is cheaper than a draft and a verify
+    pass."""
     from vllm import SamplingParams
 
     texts = [text for _, text in held_out_prompts(8)]

@@ -30,7 +30,7 @@ FIGURES = {
 @pytest.mark.timeout(600)  # a minute on two free cores
 def test_dry_run_measures_every_figure(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
-    environment.pop("VLLM_LOGGING_LEVEL", None)  # what vLLM warns of is a figure
+    environment.pop("VLLM_LOGGING_LEVEL", None)  # vLLM's warnings are a figure
     command = [ROOT / "scripts" / "gpu_check.sh", "--dry-run", "--minutes", "9", "--out", tmp_path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
     logs = "\n".join(log.read_text()[-4000:] for log in tmp_path.glob("*.log"))

@@ -34,7 +34,7 @@ def llm() -> Iterator[Any]:
         "max_model_len": 1024,
         "enable_prefix_caching": True,
         "block_size": 32,
-        # A model this small would fill its answer with white space, which a JSON grammar allows without end.
+        # A model this small would fill its answer with white space, which a JSON grammar allows without limit.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
         "reasoning_config": ReasoningConfig(
             reasoning_parser="deepseek_r1", reasoning_start_str="<think>", reasoning_end_str="</think>"
@@ -155,7 +155,7 @@ def test_structured_output_is_always_valid(llm: Any, kind: str, temperature: flo
 
 @pytest.mark.parametrize("mode", MODES)
 def test_logprobs_come_from_the_causal_pass(llm: Any, mode: str, model: ReferenceModel) -> None:
-    """Also of diffusion's tokens: what the causal pass gives the token, everything before it known."""
+    """Also for diffusion's tokens: the causal pass's value for the token after everything before it."""
     (output,) = complete(llm, TEXTS[:1], mode, logprobs=2, max_tokens=30)
     prompt, tokens = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
     expected = model.causal(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -188,7 +188,7 @@ def test_diffusion_equals_the_reference_on_real_weights(llm: Any, model: Referen
 
 
 def test_diffusion_obeys_penalties_and_allowed_tokens(llm: Any) -> None:
-    """One position per forward, left to right: every token sees all that came before."""
+    """One position per forward, left to right: every token attends to all earlier ones."""
     serial = {"sampler": "left_to_right", "tokens_per_step": 1}
     plain = ids_of(complete(llm, TEXTS, "diffusion", serial))
     assert any(len(set(ids)) < len(ids) for ids in plain)
@@ -199,7 +199,7 @@ def test_diffusion_obeys_penalties_and_allowed_tokens(llm: Any) -> None:
 
 
 def test_diffusion_uses_its_own_temperature(llm: Any) -> None:
-    """Seeds at temperature 0, denoising at 1: the first token is AR's, the rest differs from run to run."""
+    """Seeds at temperature 0, denoising at 1: the first token equals AR's, the rest differs from run to run."""
     runs = [ids_of(complete(llm, TEXTS[:1], "diffusion", {"temperature": 1.0}, temperature=0))[0] for _ in range(3)]
     assert len({ids[0] for ids in runs}) == 1
     assert len({tuple(ids) for ids in runs}) > 1
@@ -211,7 +211,7 @@ def test_diffusion_uses_its_own_temperature(llm: Any) -> None:
 
 @pytest.mark.parametrize("budget", [0, 7, 16])
 def test_thinking_budget_forces_the_end_token(llm: Any, budget: int, model: ReferenceModel) -> None:
-    """The end token comes exactly where the budget ends, and the text is the reference's, in every mode."""
+    """The end token comes exactly where the budget ends, and the text equals the reference's, in every mode."""
     prompts = [[*output.prompt_token_ids, THINK] for output in complete(llm, TEXTS, "ar", max_tokens=1)]
     settings = {"max_thinking_tokens": budget, "end_think_token_id": END_THINK}
     causal = [ar_generate(model, ids, 32, **settings).ids[len(ids) :] for ids in prompts]
@@ -228,7 +228,7 @@ def test_thinking_budget_forces_the_end_token(llm: Any, budget: int, model: Refe
 def test_thinking_may_end_just_before_its_budget(llm: Any, model: ReferenceModel, mode: str) -> None:
     """Then no end is forced, though the drafts reached the budget's end.
 
-    Only tokens about as likely as the end of thinking are allowed, so that this model says it at all.
+    Only tokens about as likely as the end of thinking are allowed, so that this model emits it.
     """
     from vllm import SamplingParams
 

@@ -1,4 +1,4 @@
-"""Nobody waits for another request's diffusion block. Asserted on steps and forwards, never on time."""
+"""No request waits for another request's diffusion block. Asserted on steps and forwards, never on time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def watched(shared: Any) -> Iterator[Watched]:
 
 
 class Watched:
-    """An engine that is driven step by step, and what its steps did.
+    """An engine that runs step by step, with a record of its steps.
 
     ``scheduled`` holds the requests of every step, ``forwards`` the denoising forwards of every step, ``tokens`` all
     tokens so far.
@@ -99,7 +99,7 @@ class Watched:
             self.step()
 
     def drain(self) -> None:
-        """Run to the end, and one step more, by which the worker learns of the last request's end."""
+        """Run to the end, and one more step, in which the worker learns of the last request's end."""
         self.until(lambda: not self.engine.has_unfinished_requests())
         self.add("last", [1, 2], 1, None)
         self.until(lambda: not self.engine.has_unfinished_requests())
@@ -110,7 +110,7 @@ class Watched:
         return {name(request_id) for request_id in self.drafter.parked.ids}
 
     def denoised(self, request_id: str) -> int:
-        """Denoising forwards that are booked for a request which ended."""
+        """Denoising forwards counted for a request that ended."""
         return int(self.tallies[request_id].forwards["denoise"])
 
     def passes(self) -> list[int]:
@@ -176,7 +176,7 @@ MIX: list[dict[str, Any]] = [
 
 
 def test_blocks_of_every_depth_in_one_batch(watched: Watched, model: ReferenceModel) -> None:
-    """Texts and forwards are those of the request alone, and none waits for the slowest."""
+    """Texts and forwards equal those of the request by itself, and no request waits for the slowest."""
     for index, (prompt, nld) in enumerate(zip(PROMPTS, MIX, strict=True)):
         watched.add(str(index), prompt, 50, nld)
     watched.drain()
@@ -205,7 +205,7 @@ def test_new_request_is_served_while_all_others_are_parked(watched: Watched, mod
 def test_denoising_continues_when_the_only_other_request_ends(
     watched: Watched, model: ReferenceModel, how: str
 ) -> None:
-    """The next step has nothing to schedule, and vLLM asks for drafts only after steps that had."""
+    """The next step has nothing to schedule, and vLLM asks for drafts only after steps with tokens."""
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.add("slower", PROMPTS[2], 40, SLOW)
     watched.add("ar", PROMPTS[1], 100 if how == "abort" else 3, None)
@@ -242,7 +242,7 @@ def test_abort_of_a_parked_request(watched: Watched, model: ReferenceModel) -> N
 
 @pytest.mark.parametrize("logprobs", [None, 1])
 def test_preemption_of_a_parked_request(watched: Watched, model: ReferenceModel, logprobs: int | None) -> None:
-    """The open block goes on where it was; with log-probabilities it is dropped, and another one opened."""
+    """The open block continues where it was; with log-probabilities it is dropped, and another one is opened."""
     watched.add("slow", PROMPTS[0], 40, SLOW, logprobs=logprobs)
     watched.add("ar", PROMPTS[1], 20, None)
     for _ in range(6):
@@ -283,7 +283,7 @@ def test_full_cache_preempts_parked_requests(folder: Path, model: ReferenceModel
 
 
 def test_parked_requests_keep_their_slots_in_the_batch(folder: Path, model: ReferenceModel) -> None:
-    """Two places, six requests: parked requests are running ones, so no more than two are ever at work."""
+    """Two slots, six requests: parked requests count as running, so at most two run at a time."""
     kinds = [SLOW, FAST, None, SLOW, {"threshold": 0.3}, SLOW]
     with engine(folder, spec=True, max_num_seqs=2) as llm:
         watched = Watched(llm)

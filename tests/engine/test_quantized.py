@@ -1,4 +1,4 @@
-"""Packed int4 weights: the checkpoint starts, and self-speculation's text is AR's."""
+"""Packed int4 weights: the checkpoint starts, and self-speculation's text equals AR's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engine options under which self-speculation could not be right are refused by name, before any weight loads."""
+"""Engine options under which self-speculation would be wrong are refused by name, before any weight loads."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_connector_can_declare_that_it_works_layer_by_layer(layerwise: bool) -> 
 
 
 class WaitingConnector(KVConnectorBase_V1):  # type: ignore[misc]
-    """One of a user's own."""
+    """A user's own connector."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Do something."""
@@ -108,7 +108,7 @@ def test_custom_connector_is_checked() -> None:
 
 
 def test_attention_accepts_no_fused_operation() -> None:
-    """A draft pass could not run it: its attention neither quantizes its output nor writes rotated keys."""
+    """A draft pass could not run it, because its attention neither quantizes its output nor writes rotated keys."""
     own = _with_draft_passes(TritonAttentionBackend).get_impl_cls()
     vllms = own.__mro__[1]
     asked = [name for name in dir(vllms) if name.startswith("fused_") and name.endswith("_supported")]

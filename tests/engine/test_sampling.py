@@ -23,7 +23,7 @@ def second_and_third_token_probabilities(
 ) -> torch.Tensor:
     """Exact AR probabilities of (token 2, token 3), float64 ``[vocab, vocab]``, summed over token 1.
 
-    Those two are decided by verifying drafts: token 1 comes from the prefill.
+    Verification of drafts decides these two; token 1 comes from the prefill.
     """
 
     def next_probabilities(ids: list[int]) -> torch.Tensor:
@@ -52,7 +52,7 @@ def chi_square_p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def tempered(probabilities: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
-    """What vLLM samples from."""
+    """The distribution that vLLM samples from."""
     powered = probabilities ** (1 / temperature)
     kept = powered >= powered.sort(descending=True).values[top_k - 1] if top_k else powered > 0
     return powered * kept / (powered * kept).sum()
@@ -74,7 +74,7 @@ def test_every_draft_method_keeps_the_distribution_of_ar(temperature: float, top
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
     (start,) = random_prompts([9], 8, seed=1)
-    prompt = ar_generate(model, start, 20).ids  # of the model's own text, so that some of what is looked up is accepted
+    prompt = ar_generate(model, start, 20).ids  # the model's own text, so that some looked-up drafts are accepted
     expected = REQUESTS * second_and_third_token_probabilities(model, prompt, temperature, top_k)
     greedy_ids = ar_generate(model, prompt, TOKENS).ids[len(prompt) :]
     p_values = {}
@@ -108,7 +108,7 @@ def test_every_draft_method_keeps_the_distribution_of_ar(temperature: float, top
 def test_thinking_budget_changes_no_distribution(
     multiple: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drafts are cut where they open a thinking section. Its start is what this model says most, here."""
+    """Drafts are cut where they open a thinking section. Its start is the most frequent token here."""
     from vllm import SamplingParams
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
@@ -143,7 +143,7 @@ def test_chi_square_detects_a_wrong_distribution() -> None:
 
 
 def test_top_k_without_top_p_in_a_step_without_drafts(tmp_path: Path) -> None:
-    """A prefill has none; vLLM 0.32's rejection sampler dies of it."""
+    """A prefill has no drafts; vLLM 0.32's rejection sampler fails on it."""
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
     with engine(save(model, tmp_path), spec=True) as llm:
         for mode in ("ar", "self_speculation"):
@@ -152,7 +152,7 @@ def test_top_k_without_top_p_in_a_step_without_drafts(tmp_path: Path) -> None:
 
 
 def test_padding_of_a_cached_prompt_changes_no_distribution(tmp_path: Path) -> None:
-    """vLLM pads a request that comes with one token to compute with drafts of -1, beside others' drawn drafts."""
+    """vLLM pads a request with one token to compute with drafts of -1, next to the drawn drafts of others."""
     from vllm import SamplingParams
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
@@ -180,7 +180,7 @@ def test_constraints_without_any_allowed_token_do_not_end_the_engine(tmp_path: P
 
 @pytest.mark.parametrize("mode", ["ar", "self_speculation", "diffusion"])
 def test_seeded_request_with_one_token_to_compute_ignores_other_requests(mode: str, tmp_path: Path) -> None:
-    """vLLM pads it if others decode when it comes."""
+    """vLLM pads it if others decode when it arrives."""
     from vllm import SamplingParams
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)

@@ -1,4 +1,4 @@
-"""A seeded request's text is AR's with that seed: whatever is preempted, cut short, drafted, or next to it."""
+"""A seeded request's text equals AR's with that seed, for any preemptions, cut budgets, drafts and other requests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def solo(folder: Path) -> Iterator[dict[str, list[list[int]]]]:
-    """Every prompt's text by every way, with nothing in its way and one at a time."""
+    """Every prompt's text in every mode, undisturbed and one at a time."""
     with engine(folder, spec=True, max_num_seqs=4, max_model_len=256) as llm:
         shun_ar(llm)
         yield {

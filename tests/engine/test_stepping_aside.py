@@ -1,4 +1,5 @@
-"""When vLLM itself serves the architecture, this extension leaves plain use alone and takes over only when asked."""
+"""When vLLM itself serves the architecture, this extension does not change plain use, and takes over only when
+asked."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nothing", {}, "NLDForCausalLM", "NemotronLabsDiffusionConfig"),
     ],
 )
-def test_implementation_that_serves_is_chosen_by_config(
+def test_own_model_serves_only_if_needed_or_asked_for(
     folder: Path, vllm_serves: str, settings: dict[str, object], model: str, config: str
 ) -> None:
     command = [sys.executable, "-c", SCRIPT, vllm_serves, str(folder), json.dumps(settings)]

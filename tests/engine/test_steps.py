@@ -1,4 +1,4 @@
-"""What a step holds: chunks of seeded prompts, cached prompts next to grammars, and shares of the budget."""
+"""Contents of a step: chunks of seeded prompts, cached prompts next to grammars, and shares of the budget."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def add(llm: Any, name: str, prompt: list[int], budget: int, mode: str, **params
 
 
 def drain(llm: Any, limit: int = 2000) -> dict[str, list[int]]:
-    """Run to the end, and fail where an engine hangs; return the texts."""
+    """Run to the end, and fail if the engine hangs; return the texts."""
     core, texts = llm.llm_engine, {}
     for _ in range(limit):
         if not core.has_unfinished_requests():
@@ -96,9 +96,9 @@ class LeftOut:
 
 @pytest.mark.parametrize("speculates", [False, True])
 def test_seeded_request_may_be_chunked_and_preempted(folder: Path, speculates: bool, request: Any) -> None:
-    """vLLM takes back the random numbers of samples that it discards by ``set_offset``, which CPUs lack.
+    """vLLM takes back the random numbers of discarded samples with ``set_offset``, which CPUs lack.
 
-    The text is the one of a prompt in one piece: nothing but tokens that are kept moves a request's generator.
+    The text equals that of an unchunked prompt, because only kept tokens advance a request's generator.
     """
     prompts = random_prompts([40, 44, 36, 42], 24, seed=6)
     each: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": 80, "extra_args": {"nld": {"mode": "ar"}}}
@@ -116,7 +116,7 @@ def test_seeded_request_may_be_chunked_and_preempted(folder: Path, speculates: b
 
 
 def test_block_counts_when_it_is_verified(cramped: Any) -> None:
-    """Those of requests that end or are preempted before are none of the acceptance length's business."""
+    """Blocks of requests that end or are preempted before do not count for the acceptance length."""
     prompts = random_prompts([40, 44, 36, 42, 30], 24, seed=8)
     before, drafts = _tally(cramped), metric(cramped, "vllm:spec_decode_num_drafts")
     preemptions = metric(cramped, "vllm:num_preemptions")
@@ -179,7 +179,7 @@ def test_budget_below_a_block_admits_a_cached_prompt(model: ReferenceModel, fold
 
 @pytest.mark.parametrize("settings", [{}, {"scheduler_cls": VLLM_S}, {"enable_lora": True}], ids=str)
 def test_grammars_hold_next_to_a_cached_prompt(settings: dict[str, Any]) -> None:
-    """Of vLLM's padding neither a step nor a grammar's bitmask may keep rows that the other lacks."""
+    """A step and a grammar's bitmask must drop the same rows of vLLM's padding."""
     from vllm import SamplingParams
     from vllm.config import StructuredOutputsConfig
     from vllm.sampling_params import StructuredOutputsParams

@@ -1,6 +1,6 @@
 """The CUDA operators on a GPU, on the batches that ``tests/kernels/test_cuda_build.py`` runs emulated.
 
-Needs ``libnld_cuda.so`` (``scripts/build_cuda.sh``). Never run so far: there was no GPU.
+Needs ``libnld_cuda.so`` (``scripts/build_cuda.sh``). Never run so far, because no GPU was available.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_best_tokens_of_unaligned_rows() -> None:
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])
 def test_captured_graph_follows_the_lengths(name: str) -> None:
-    """Captured once, replayed with other prefix lengths: the grid is one of padded sizes."""
+    """Captured once, replayed with other prefix lengths: the grid depends only on padded sizes."""
     batch = cuda_cases.BATCHES[name]
     arguments, expected, _ = cuda_cases.build(batch)
     moved = {k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}

@@ -1,4 +1,4 @@
-"""The C++ operators beyond what all implementations share: instruction sets, unsuitable input, torch's checks."""
+"""Tests only for the C++ operators: instruction sets, unsuitable input, torch's checks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_fastest_instruction_set_is_chosen() -> None:
 
 
 def test_very_long_row_next_to_short_ones() -> None:
-    """32k cached tokens, split over all threads, beside rows that fit a tile."""
+    """32k cached tokens, split over all threads, next to rows that fit a tile."""
     spec = cases.AttentionSpec((32_700, 0, 40), (16, 3, 1), (0, 1, 0), heads=(4, 1), page_size=128, layout=0)
     cases.check(cpp_ops, spec, torch.bfloat16)
     cases.check_deterministic(cpp_ops, spec, torch.bfloat16)
@@ -58,7 +58,7 @@ def test_very_long_row_next_to_short_ones() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_threads(threads: int) -> None:
-    """Stretches of work end inside items, several times in one item with many threads."""
+    """Threads' ranges of work end inside items, several times in one item with many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -214,7 +214,7 @@ def test_unsuitable_moves_are_an_error(sources: Any, targets: Any, message: str)
 
 
 def test_torch_accepts_the_operators() -> None:
-    """Schemas, fake implementations and aliasing; under torch.compile, too."""
+    """Schemas, fake implementations and aliasing, also under torch.compile."""
     arguments = cases.attention_arguments(cases.EDGE_SPECS["all masks"], torch.float32)
     accept = torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3, 4, 9]), torch.tensor([0, 2, 3], dtype=torch.int32)
     moves = [torch.randn(4, 2, 16, 32)], torch.tensor([0, 1]), torch.tensor([5, 6])
@@ -247,7 +247,7 @@ def test_library_of_another_version_is_reported_without_traceback(monkeypatch: p
         raise RuntimeError("operator vllm_nld_cpu::best_tokens does not exist")
 
     monkeypatch.setattr(cpp_ops, "_register_fakes", lacks)
-    reason = cpp_ops._load.__wrapped__()  # what it says is kept once a process
+    reason = cpp_ops._load.__wrapped__()  # its result is cached once per process
     assert "install vllm-nld again" in reason
     monkeypatch.setattr(cpp_ops, "_load", lambda: reason)
     with pytest.raises(RuntimeError, match="install vllm-nld again"):

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run_examples(count: int, strategy: st.SearchStrategy, body) -> None:  # type: ignore[no-untyped-def]
-    """Run ``body`` on drawn examples; how many is only known inside a test, per implementation."""
+    """Run ``body`` on drawn examples. Their number depends on the implementation, so only the test knows it."""
     quiet = settings(
         max_examples=count,
         deadline=None,
@@ -40,7 +40,7 @@ def test_attention_edges(implementation: Implementation, device: str, dtype: tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", cases.TILED_SPECS)
 def test_attention_over_tiles(implementation: Implementation, device: str, dtype: torch.dtype, name: str) -> None:
-    """Pages in tiles are read by the implementations of CPUs alone, and refused in words by the others."""
+    """Only the implementations for CPUs read pages in tiles; the others refuse them with a message."""
     module, spec = implementation.load(device), cases.TILED_SPECS[name]
     if implementation.tiles:
         cases.check(module, spec, dtype, device)

@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: splitting of prefixes, and reasons why they cannot run."""
+"""Tests only for the Triton kernels: splitting of prefixes, and reasons why they cannot run."""
 
 from __future__ import annotations
 

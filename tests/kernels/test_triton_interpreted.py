@@ -1,4 +1,4 @@
-"""Triton's kernels on CPU, through its interpreter, in a process of their own.
+"""Triton's kernels on CPU, through its interpreter, in a separate process.
 
 Triton decides whether it is interpreted when it is imported, and in a run of several tiers vLLM has imported it long
 before these tests. With TRITON_INTERPRET=1 in the environment from the start, the tests run without this detour.

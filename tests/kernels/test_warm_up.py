@@ -1,4 +1,4 @@
-"""Warm-up compiles every kernel that serving runs, before anybody watches for compilations."""
+"""Warm-up compiles every kernel that serving runs, before vLLM watches for compilations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADS, KV_HEADS, VOCAB, BLOCK = 32, 8, 131072, 32
 
 
 class Head:
-    """A vocabulary head of one rank, of which the hidden states are the logits' first columns."""
+    """A vocabulary head of one rank, whose first columns of logits are the hidden states."""
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return hidden.new_empty(len(hidden), VOCAB)  # never read
@@ -54,7 +54,7 @@ def attention_layer(cache: torch.dtype, head_dim: int = 64) -> Any:
 
 
 def a_draft_pass(dtype: torch.dtype, cache: torch.dtype, max_model_len: int) -> Any:
-    """What :func:`warm_up` asks of a draft pass."""
+    """The part of a draft pass that :func:`warm_up` uses."""
     model_config = SimpleNamespace(dtype=dtype, get_hidden_size=lambda: 16)
     return SimpleNamespace(
         layers={"first": attention_layer(cache), "other": attention_layer(cache), "wide": attention_layer(dtype)},
@@ -68,7 +68,7 @@ def a_draft_pass(dtype: torch.dtype, cache: torch.dtype, max_model_len: int) -> 
 
 
 def draft(layer: Any, dtype: torch.dtype, lengths: list[int], prefixes: list[int]) -> None:
-    """Attend as a draft pass over such blocks does, with query, key and value in one tensor."""
+    """Attend as a draft pass over these blocks does, with query, key and value in one tensor."""
     size, tokens, rows = layer.head_size, sum(lengths), len(lengths)
     joined = torch.zeros(tokens, (HEADS + 2 * KV_HEADS) * size, dtype=dtype)
     query, key, value = joined.split([HEADS * size, KV_HEADS * size, KV_HEADS * size], -1)
@@ -85,7 +85,7 @@ def draft(layer: Any, dtype: torch.dtype, lengths: list[int], prefixes: list[int
 
 
 def verify(rows: int, drafts: int, dtype: torch.dtype) -> None:
-    """Verify drafts greedily, as many for every request."""
+    """Verify drafts greedily, with an equal number for every request."""
     metadata = SimpleNamespace(
         cu_num_draft_tokens=torch.arange(drafts, (rows + 1) * drafts, drafts, dtype=torch.int32),
         draft_token_ids=torch.zeros(rows * drafts, dtype=torch.int32),
@@ -148,7 +148,7 @@ def test_lengths_have_all_tile_sizes(block_length: int, group: int) -> None:
 
 
 class Recorder:
-    """vLLM's worker and the proposer, of which only the order of calls is kept."""
+    """vLLM's worker and the proposer, reduced to the order of calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(900)
 
 ACTORS = "ray::ServeReplica:nld:NLDServer"
 LONGEST = 30.0
-"""Seconds that no request may take, whatever dies."""
+"""Limit of a request's seconds, also when processes die."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One replica, of which there may be two under load."""
+    """One replica, or two under load."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -97,9 +97,9 @@ def test_unsuitable_mode_is_http_400(client: OpenAI) -> None:
 
 
 class Load:
-    """Streams that follow each other in several threads; of each its seconds and its error, or None.
+    """Successive streams in several threads, with the seconds and the error (or None) of each.
 
-    Only the first ``active`` threads ask.
+    Only the first ``active`` threads send requests.
     """
 
     def __init__(self, client: OpenAI, threads: int, max_tokens: int) -> None:
@@ -160,7 +160,7 @@ def test_load_adds_a_replica_and_killed_replicas_are_replaced(client: OpenAI, se
 
 
 def states() -> list[tuple[str, int | None]]:
-    """Return the state of every replica, as Ray Serve calls it, and its process id; None until it serves."""
+    """Return the state of every replica in Ray Serve's words, and its process id (None until it serves)."""
     from ray.serve.context import _get_global_client
 
     application = _get_global_client().get_serve_details()["applications"]["nld"]
@@ -174,10 +174,10 @@ def replicas_that(*wanted: str) -> list[int | None]:
 
 
 def _wait_for_two(load: Load, service: Service, gone: int | None = None) -> None:
-    """Wait until two replicas serve, neither of them ``gone``, which Ray may not have missed yet.
+    """Wait until two replicas serve other than ``gone``, whose end Ray may not have noticed yet.
 
-    Meanwhile one thread keeps asking. All of them would leave a start little of two cores, and take minutes from it;
-    Ray keeps the number of replicas it has decided on for 300 s (``--downscale-delay``).
+    Meanwhile one thread keeps sending requests. All threads would leave little of two cores for the start, which would
+    then take minutes. Ray keeps its number of replicas for 300 s (``--downscale-delay``).
     """
     load.active = 1
     wait_for(

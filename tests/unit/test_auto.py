@@ -17,7 +17,7 @@ from vllm_nld.ops.sizes import round_size
 
 
 def made(clock: list[float] | None = None, slope: float = 0.01, cap: int = 512) -> AutoMode:
-    """A machine on which a forward takes 1 s + ``slope`` s a token; AR's price is known."""
+    """A machine on which a forward takes 1 s + ``slope`` s per token; AR's price is known."""
     auto = AutoMode(16, clock=(lambda: clock[0]) if clock is not None else lambda: 0.0)
     for size in range(1, cap):
         auto.costs.start(size, 1 + slope * size)
@@ -41,7 +41,7 @@ def test_good_drafts_are_chosen_and_bad_ones_are_not() -> None:
 
 
 def test_block_length_follows_acceptance() -> None:
-    """Where tokens cost, a long block pays only if it is accepted."""
+    """If tokens have a price, a long block pays only if it is accepted."""
     lengths = [made(slope=0.08).plan(candidates(rate), 1, 1).choice.blocks.get(0, 1) for rate in (0.3, 0.8, 0.9, 0.98)]
     assert lengths == sorted(lengths)
     assert lengths[0] == 1
@@ -54,7 +54,7 @@ def test_only_promising_requests_draft() -> None:
 
 
 def test_busy_device_decodes_one_token_at_a_time() -> None:
-    """Where every token has its full price, as at high concurrency, drafts cannot pay."""
+    """If every token has its full price, as at high concurrency, drafts cannot pay."""
     auto = AutoMode(16, clock=lambda: 0.0)
     for size in range(1, 600):
         auto.costs.start(size, 0.01 * size)
@@ -94,7 +94,7 @@ def test_choice_of_ar_is_kept_for_some_steps() -> None:
 
 
 def test_looked_up_drafts_are_verified_without_drafting() -> None:
-    """At 1 s + 0.01 s a token, 15 drafts of which 10 are accepted are well worth 0.15 s; poor ones are not."""
+    """At 1 s + 0.01 s per token, 15 drafts of which 10 are accepted are well worth 0.15 s; poor ones are not."""
     (good,), (poor,) = candidates(0.1), candidates(0.1)
     good.found, poor.found = [0.9] * 15, [0.02] * 15
     assert made().plan([good], 1, 1).choice == Choice({}, {0: 15})
@@ -117,7 +117,7 @@ def test_looked_up_drafts_are_chosen_by_chance_up_to_sizes_with_a_kernel() -> No
 
 
 def test_lookups_are_considered_in_every_step() -> None:
-    """A choice of AR holds for some steps as far as drafting goes, but a lookup may find something at any token."""
+    """For drafting, a choice of AR holds for some steps, but a lookup may find something at any token."""
     auto = made()
     auto.plan(candidates(0.1, 0.1), 2, 2)
     poor, found = (auto.replan([0, 1], 2, 2, {1: chances}) for chances in ([0.02] * 15, [0.95] * 14))
@@ -128,7 +128,7 @@ def test_lookups_are_considered_in_every_step() -> None:
 
 
 def test_lookup_does_not_delay_drafting() -> None:
-    """Where drafting pays, the step after a looked-up one is planned anew; where it does not, AR is settled."""
+    """If drafting pays, the step after a looked-up one is planned again; if it does not, AR is kept."""
     for rate, settled in ((0.8, 0), (0.1, STEPS_PER_CHOICE)):
         auto = made()
         (candidate,) = candidates(rate)
@@ -173,7 +173,7 @@ def test_rare_long_runs_are_not_counted_as_shortfall() -> None:
 
 
 def test_probes_stay_within_their_budget() -> None:
-    """Requests whose acceptance is unknown are tried, but for a small share of the time."""
+    """Requests with unknown acceptance are tried, but only in a small share of the time."""
     auto, idle, probing, busy = made(), 0, 0.0, 0.0
     for _ in range(20_000):
         (candidate,) = candidates(0.05)
@@ -192,7 +192,7 @@ def test_probes_stay_within_their_budget() -> None:
 
 
 def test_probes_with_a_dropped_causal_pass_are_charged() -> None:
-    """A pass that also prefilled is no measurement, but the draft forwards before it were run."""
+    """A pass that also prefilled gives no measurement, but the draft forwards before it took time."""
     auto = AutoMode(16, clock=lambda: 0.0)
     for size in range(1, 64):
         auto.costs.start(size, 0.01 + 1e-4 * size)
@@ -224,7 +224,8 @@ def test_no_request_is_probed_if_good_drafts_would_not_pay() -> None:
 
 
 def test_overestimated_gains_are_corrected() -> None:
-    """Expected gains of 10 tokens a cycle that never come: drafting ends, though each request's own rate looks good."""
+    """If expected gains of 10 tokens per cycle never come, drafting ends, although each request's own rate looks
+    good."""
     auto = made(slope=0.05)
     cycles = 0
     for _ in range(800):
@@ -271,7 +272,7 @@ def test_cost_curve() -> None:
 
 
 def test_host_time_of_one_size_is_expected_at_other_sizes() -> None:
-    """Start-up times bare forwards; a step also schedules and samples, whatever its size."""
+    """Start-up times bare forwards; a step of any size also schedules and samples."""
     curve = CostCurve()
     for size in (4, 8, 16, 32):
         curve.start(size, 1.0 * size)
@@ -287,7 +288,7 @@ def test_host_time_of_one_size_is_expected_at_other_sizes() -> None:
 
 
 def test_interruption_does_not_change_a_price() -> None:
-    """The time between two steps in which nobody asked for one must not make AR, or drafting, look dear."""
+    """Idle time between two steps must not make AR, or drafting, look expensive."""
     auto = made()
     for _ in range(2 * KNOWN):
         auto.idle().finish(4, 4, 0, 1.04)
@@ -348,7 +349,7 @@ def test_confidence_is_calibrated_by_outcome() -> None:
 
 
 def test_new_request_is_tried_if_good_ones_are_common() -> None:
-    """Half of the requests draft well: a new one is worth two blocks. Where none does, it is not."""
+    """If half of the requests draft well, a new one is worth two blocks. If none does, it is not."""
     for accepted, expected in ((3, True), (0, False)):
         prior = Prior()
         for number in range(64):

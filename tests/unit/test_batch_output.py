@@ -1,4 +1,4 @@
-"""The files of examples/ray_batch.py: what is read, and that a folder holds every row once, whatever happens."""
+"""The files of examples/ray_batch.py: what is read, and that a folder always has every row once."""
 
 from __future__ import annotations
 

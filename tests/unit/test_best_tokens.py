@@ -1,4 +1,4 @@
-"""The head split over ranks: the same token as one rank's argmax, ties included, and the same probability."""
+"""The head split over ranks gives the token of one rank's argmax, also with ties, and its probability."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_nld.model.best_tokens import best_of, combine, shard_summary
 
 
 def split(logits: Tensor, columns: int, shards: int) -> Tensor:
-    """Summaries of shards of so many columns; the last ones may have fewer, or none."""
+    """Summaries of shards with this many columns; the last ones may have fewer, or none."""
     starts = [min(shard * columns, logits.shape[1]) for shard in range(shards)]
     return torch.stack([shard_summary(logits[:, start : start + columns], start) for start in starts])
 
@@ -21,7 +21,7 @@ def split(logits: Tensor, columns: int, shards: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("vocab", "columns", "shards"), [(1000, 500, 2), (24, 32, 2), (1000, 256, 4), (130, 64, 4)])
 def test_combined_shards_equal_the_whole(dtype: torch.dtype, vocab: int, columns: int, shards: int) -> None:
-    """In bfloat16 many logits are equal; (24, 32, 2) and (130, 64, 4) leave shards of padding alone."""
+    """In bfloat16 many logits are equal; (24, 32, 2) and (130, 64, 4) have shards with only padding."""
     logits = (torch.randn(256, vocab, generator=torch.Generator().manual_seed(vocab)) * 3).to(dtype)
     logits[:, 5] = -torch.inf  # the mask token
     found, whole = combine(split(logits, columns, shards)), best_of(logits)

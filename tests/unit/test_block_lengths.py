@@ -1,4 +1,4 @@
-"""How long a request's next block is, and when there is none."""
+"""The length of a request's next block, and when there is none."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def test_drafts_open_no_thinking_section(start: list[int], text: list[int], draf
 
 @pytest.mark.parametrize("start", [[3], [6, 3]])
 def test_cutting_drawn_drafts_before_a_start_changes_no_distribution(start: list[int]) -> None:
-    """The exact distribution of the next token, over all draws: of a cut draft's place the causal pass decides."""
+    """The exact distribution of the next token, over all draws: the causal pass decides the position of a cut draft."""
     vocab = 8
     draft, target = torch.randn(2, vocab, generator=torch.Generator().manual_seed(4))
-    draft[3] = target[3] = 2.0  # what would open the section is likely
+    draft[3] = target[3] = 2.0  # the token that would open the section is likely
     made = state([7, 6], ThinkingBudget(50, start, [13]), temperature=1.0)
     block = made.draft_block(6, 4, 2, MASK, vocab)
     assert isinstance(block.choice, DraftChoice)

@@ -1,4 +1,4 @@
-"""Every command refuses options out of range by one line that names the option, before anything is measured."""
+"""Every command refuses options out of range with one line that names the option, before anything is measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARGUMENTS = {"sol": ["tiny"], "plan": ["8b"], "path": ["tiny"]}
 
 
 def numeric() -> Iterator[tuple[str, str, str]]:
-    """Every numeric option of every command, with values that no code could bear."""
+    """Every numeric option of every command, with values that no code could handle."""
     for name, callback in COMMANDS.items():
         for parameter, hint in get_type_hints(callback).items():
             kinds = {hint, *get_args(hint), *(kind for part in get_args(hint) for kind in get_args(part))}
@@ -51,7 +51,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(name: str, data: str, *options: str) -> str:
-    """What the command prints; it must end in a refusal, and neither run nor raise."""
+    """The command's output; it must end in a refusal, and neither run nor raise."""
     arguments = ARGUMENTS.get(name, [])
     if name == "train-draft-lora":
         arguments = ["tiny", "--data", data, "--output", str(Path(data).parent / "adapter")]

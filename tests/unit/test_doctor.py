@@ -1,4 +1,4 @@
-"""What ``vllm-nld doctor`` says of the plugin and of parking."""
+"""The report of ``vllm-nld doctor`` on the plugin and on parking."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_doctor_says_whether_this_vllm_parks(monkeypatch: pytest.MonkeyPatch) ->
     assert doctor.parking() == "off: this vLLM's SchedulerOutput has no preempted_req_ids"
 
 
-def test_report_names_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_has_plugin_problem_and_parking(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     report = doctor.examine()
     assert any("VLLM_PLUGINS=other" in problem for problem in report["missing"])
@@ -57,7 +59,7 @@ def config(**parts: Any) -> Any:
     return SimpleNamespace(lora_config=parts.get("lora"), scheduler_config=scheduler)
 
 
-def test_engine_logs_why_it_does_not_park(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reason_for_no_parking_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scheduling.why_not_parked(config(lora=object())).startswith("--enable-lora")
     assert "--scheduler-cls 'my.Scheduler'" in scheduling.why_not_parked(config(scheduler="my.Scheduler"))
     monkeypatch.setattr(scheduling, "parking_obstacle", lambda: "SchedulerOutput has no preempted_req_ids")

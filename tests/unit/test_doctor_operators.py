@@ -27,6 +27,6 @@ def test_implementation_of_all_operators_is_named_once(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["cuda", "triton", "torch"])
 def test_gpu_implementations_have_all_operators(name: str) -> None:
-    """The drafts' logits are largest there: no operator may fall back to PyTorch."""
+    """The drafts' logits are largest there, so no operator may fall back to PyTorch."""
     module = next(one for one in ops.IMPLEMENTATIONS if one.name == name).load()
     assert [operator for operator in ops.OPERATORS if not hasattr(module, operator)] == []

@@ -1,4 +1,4 @@
-"""No CUDA graph may hold the draft adapter: one that was captured without it would be replayed without it."""
+"""No CUDA graph may contain the draft adapter, because a graph captured without it would be replayed without it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ assert vllms_attention, "defines the operators that vLLM splits at"
 
 
 def compiled(**settings: Any) -> CompilationConfig:
-    """A configuration as the GPU platform leaves it."""
+    """A configuration as set by the GPU platform."""
     config = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, **settings)
     config.set_splitting_ops_for_v1(all2all_backend="allgather_reducescatter")
     return config
@@ -42,7 +42,7 @@ class Layer(nn.Module):
 
 
 def graph_of(layer: nn.Module) -> torch.fx.GraphModule:
-    """What vLLM's backend is given by Dynamo."""
+    """The graph that Dynamo gives to vLLM's backend."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -79,7 +79,7 @@ def test_graphs_are_cut_at_the_adapter(monkeypatch: pytest.MonkeyPatch, settings
 
 
 def test_engine_without_graph_pieces_stays_without() -> None:
-    """Then there are graphs of whole forwards at most, and those are of causal passes."""
+    """Then there are at most graphs of whole forwards, and only for causal passes."""
     config = compiled(splitting_ops=[], cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY)
     leave_adapter_out_of_graphs(config)
     assert config.splitting_ops == []

@@ -1,4 +1,4 @@
-"""Adapters on disk: what is found, and what is refused."""
+"""Adapters on disk: which are found, and which are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def engine_config(model: str, **options: Any) -> Any:
-    """What ``adapter_of`` reads of vLLM's config."""
+    """The part of vLLM's config that ``adapter_of`` reads."""
     return SimpleNamespace(
         speculative_config=SimpleNamespace(model="vllm_nld.SelfSpeculation"),
         additional_config={"nld": options},
@@ -51,7 +51,7 @@ def test_adapter_of_the_checkpoint_is_the_default(folder: Path, tmp_path: Path) 
 
 
 def test_adapter_of_a_hub_checkpoint_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's own download leaves sub-folders out."""
+    """vLLM's own download does not fetch subfolders."""
     import huggingface_hub
 
     asked: list[Any] = []

@@ -126,7 +126,7 @@ def test_lk_hybrid_equals_manual_result() -> None:
 
 
 def test_lk_hybrid_holds_the_share_fixed() -> None:
-    """The weight between KL and total variation gives no gradient of its own."""
+    """The weight between KL and total variation has no gradient."""
     generator = torch.Generator().manual_seed(0)
     wanted, found = (torch.randn(4, 12, generator=generator) for _ in range(2))
     found.requires_grad_()
@@ -161,7 +161,7 @@ def counted_by_hand(
 
 @pytest.mark.parametrize("own", [True, False])
 def test_loss_equals_that_of_single_cycles(own: bool) -> None:
-    """Many blocks in one pass give what single drafts over a cached prefix give, on own text and on any."""
+    """Many blocks in one pass give the loss of single drafts over a cached prefix, on own text and on other text."""
     model = model_of(1)
     adapter = random_adapter(model, rank=4)
     ids = torch.randint(6, 24, (3, 30), generator=torch.Generator().manual_seed(4))
@@ -212,7 +212,7 @@ def test_measured_acceptance_equals_self_speculation(seed: int) -> None:
     found = measure(model, adapter, continue_greedily(model, prefixes, 40), 8, BLOCK, blocks=5)
     model.draft_adapter = adapter
     for prefix, cycles in zip(prefixes.tolist(), found.cycles, strict=True):
-        expected = linear_spec_generate(model, prefix, 41, BLOCK).accepted  # the last token: a bonus behind the text
+        expected = linear_spec_generate(model, prefix, 41, BLOCK).accepted  # the last token is a bonus after the text
         assert cycles == expected[: len(cycles)]
         assert sum(cycles) > 40 - BLOCK, "cycles whose block would leave the text are left out, no others"
     assert found.length == sum(map(sum, found.cycles)) / sum(map(len, found.cycles))

@@ -1,4 +1,4 @@
-"""The bookkeeping of ``scripts/gpu_check.sh``: what a step that hangs or crashes costs the others."""
+"""The bookkeeping of ``scripts/gpu_check.sh``: how a step that hangs or crashes affects the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_check.plan import Step
 from gpu_check.steps.forwards import covered
 from gpu_check.supervise import Supervisor
 
-# Stands in for gpu_check.child: runs the same arguments, and does what a step's name says.
+# Replaces gpu_check.child: takes the same arguments, and does what a step's name says.
 CHILD = """
 import os, sys, time
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Greedy steps verified in one pass over the logits: vLLM's own rejection sampler is the oracle, and keeps the rest."""
+"""Greedy steps are verified in one pass over the logits, and compared with vLLM's own rejection sampler, which runs all
+other steps."""
 
 from __future__ import annotations
 
@@ -37,14 +38,14 @@ CONFIG: Any = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    """As vLLM's worker does it."""
+    """As in vLLM's worker."""
     current_platform.import_kernels()
     if hasattr(current_platform, "register_triton_kernel_overrides"):
         current_platform.register_triton_kernel_overrides()
 
 
 def greedy(requests: int, **changes: Any) -> SamplingMetadata:
-    """Sampling metadata of greedy requests without any options, but for the changes."""
+    """Sampling metadata of greedy requests without any options except the changes."""
     none = torch.zeros(requests)
     metadata = SamplingMetadata(
         temperature=None,
@@ -86,14 +87,14 @@ def spec_metadata(drafts: Sequence[Sequence[int]], places: Tensor | None = None)
 
 @dataclass
 class Guided:
-    """A rejection sampler, guided, and how often vLLM's own way was taken."""
+    """A guided rejection sampler, and the number of calls of vLLM's own code."""
 
     sampler: Any
     own: int = 0
 
 
 def guided(diffusion_rows: Sequence[int] = (), answer: Any = None) -> Guided:
-    """A guided sampler; ``answer`` is what vLLM's own way gives instead of running."""
+    """A guided sampler; ``answer`` replaces the result of vLLM's own code."""
     made = Guided(RejectionSampler(Sampler()))
     original = made.sampler.forward
 
@@ -169,7 +170,7 @@ def logit_bias(biases: dict[int, dict[int, float]]) -> Any:
 
 
 class NewProcessor(MinTokensLogitsProcessor):
-    """One that nobody knows; of what it does without requests, nothing is known."""
+    """An unknown processor, whose effect without requests is also unknown."""
 
 
 def thinking(tracked: bool) -> Any:
@@ -230,7 +231,7 @@ def test_synthetic_acceptance_uses_vllm(present: bool) -> None:
 
 
 def test_committed_blocks_use_vllm() -> None:
-    """All of a diffusion row's drafts are accepted, whatever the logits; a row without drafts is like any other."""
+    """All of a diffusion row's drafts are accepted, for any logits; a row without drafts is like any other."""
     logits = torch.zeros(5, VOCAB)
     logits[:, 7] = 1.0
     made = guided(diffusion_rows=[1])
@@ -272,7 +273,7 @@ def test_unknown_rejection_sampler_is_an_error() -> None:
     "logits", [torch.randn(VOCAB, 4).t(), torch.randn(4, 2 * VOCAB)[:, ::2], torch.randn(4, VOCAB).double()]
 )
 def test_logits_that_the_operator_cannot_read_use_vllm(logits: Tensor) -> None:
-    """The model's own logits never are so; were they, the step should not fail."""
+    """The model's own logits always can be read, but the step must not fail if they cannot."""
     drafts = [[int(logits[0].argmax()), 3], []]
     expected = RejectionSampler(Sampler())(spec_metadata(drafts), None, logits.clone(), greedy(2))
     made = guided()

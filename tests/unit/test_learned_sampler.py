@@ -103,7 +103,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, broken: str) -> None:
 
 @dataclass
 class HeldOut:
-    """Blocks of 16 behind held-out text, as serial denoising fills them, and its states on the way."""
+    """Blocks of 16 after held-out text, filled by serial denoising, and its states on the way."""
 
     model: ReferenceModel
     cache: KVCache
@@ -149,7 +149,7 @@ def held_out() -> HeldOut:
 
 
 def test_trained_sampler_beats_confidence_of_the_model(held_out: HeldOut) -> None:
-    """Log loss of "the most probable token is what serial denoising ends with"."""
+    """Log loss of "the most probable token equals the result of serial denoising"."""
     sampler, losses = LearnedSampler.load(FOLDER), []
     for blocks, logits in held_out.states:
         masked = blocks == held_out.model.config.mask_token_id
@@ -165,7 +165,7 @@ def test_trained_sampler_beats_confidence_of_the_model(held_out: HeldOut) -> Non
 
 @torch.inference_mode()
 def test_trained_sampler_is_faster_and_closer_to_serial_denoising(held_out: HeldOut) -> None:
-    """An untrained sampler fails this: it is the confidence threshold, and a higher threshold is slower."""
+    """An untrained sampler would fail, because it equals the confidence threshold, and a higher threshold is slower."""
     accuracy, forwards = held_out.fill(lambda logits, _, masked: logits.softmax(-1).amax(-1), 0.8)
     better, fewer = held_out.fill(LearnedSampler.load(FOLDER).scores, 0.85)
     assert better > accuracy + 0.02

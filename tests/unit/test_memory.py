@@ -1,4 +1,5 @@
-"""Rows over the vocabulary are large: a draft handles them in chunks, keeps few, and vLLM's profiling run sees them."""
+"""Rows over the vocabulary are large, so a draft processes them in chunks, keeps few, and vLLM's profiling run covers
+them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ VOCAB, MASK, TOKENS = 24, 5, 64
 
 
 class Model(nn.Module):
-    """Predicts token (position + 7) % VOCAB, and remembers what it was asked."""
+    """Predicts token (position + 7) % VOCAB, and records its calls."""
 
     draft_lora = None
     lm_head = SimpleNamespace(tp_size=1)
@@ -50,7 +51,7 @@ class Model(nn.Module):
         return hidden * 20
 
     def shard_logits(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """Return the same; there is one rank."""
+        """As ``compute_logits``, because there is one rank."""
         return self.compute_logits(hidden), None
 
 
@@ -120,7 +121,7 @@ def test_logits_come_in_chunks_of_blocks(
 
 @pytest.mark.parametrize("choose", [True, False])
 def test_rows_of_logits_do_not_exceed_tokens_of_a_step(contexts: list[Any], choose: bool) -> None:
-    """What LoRAs need to know of each row is made for so many."""
+    """The LoRA data of rows is made for this many rows."""
     filler, seen = make(Model()), list[tuple[int, int]]()
     filler.max_tokens = 44
     filler.activate_tasks = lambda blocks, tokens, logits: seen.append((tokens, logits))
@@ -132,7 +133,7 @@ def test_rows_of_logits_do_not_exceed_tokens_of_a_step(contexts: list[Any], choo
 
 
 def test_chunk_holds_the_positions_of_the_learned_sampler(contexts: list[Any]) -> None:
-    """It is given whole blocks, of which a few positions may be masked."""
+    """It gets whole blocks, of which a few positions may be masked."""
     filler = make(Model())
     rule = CommitRule("learned", {"threshold": 0.9})
     few = [Block(0, [1] * 7 + [MASK], rule) for _ in range(4)]
@@ -164,7 +165,7 @@ def test_drafting_is_profiled_before_there_is_a_cache(contexts: list[Any], monke
 
 
 def test_profiled_draft_takes_the_memory_of_a_drawn_one() -> None:
-    """Its probabilities, in float32, are kept; so is the class that says which they are."""
+    """Its float32 probabilities are kept, and so is the class that selects them."""
     draft = ProfiledDraft()
     assert isinstance(draft, DraftChoice)
     draft.choose(torch.randn(3, VOCAB), [1, 2, 3], [])
@@ -173,7 +174,7 @@ def test_profiled_draft_takes_the_memory_of_a_drawn_one() -> None:
 
 
 class Runner:
-    """vLLM's, as far as profiling goes: it verifies one draft for each of ``requests``."""
+    """The profiling part of vLLM's runner, which verifies one draft for each of ``requests``."""
 
     def __init__(self, requests: int, vocab_size: int = VOCAB) -> None:
         self.requests, self.vocab_size = requests, vocab_size
@@ -192,7 +193,7 @@ class Runner:
         pass
 
     def profile_run(self) -> None:
-        """Verify one draft a request."""
+        """Verify one draft per request."""
         drafts = SpecDecodeMetadata.make_dummy([[0]] * self.requests, torch.device("cpu"))
         self.rejection_sampler(drafts, None, torch.zeros(2 * self.requests, self.vocab_size), None)
 
@@ -227,7 +228,7 @@ def test_gpu_worker_profiles_with_drafts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_operators_are_warmed_up_before_vllm_ends_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends by watching for kernels that are compiled from then on. Forwards are timed when all is compiled."""
+    """At its end it starts to watch for compiled kernels. Forwards are timed when everything is compiled."""
     order: list[str] = []
 
     class Warm:

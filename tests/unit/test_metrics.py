@@ -77,7 +77,7 @@ def test_reader_never_gets_a_partial_file(tmp_path: Path, monkeypatch: pytest.Mo
     original = Path.replace
 
     def replace(self: Path, target: Path) -> Path:
-        seen.append(read_samples(publisher.path))  # the new text is written, but not in place
+        seen.append(read_samples(publisher.path))  # the new text is written, but not yet renamed
         return original(self, target)
 
     monkeypatch.setattr(Path, "replace", replace)
@@ -122,7 +122,7 @@ def collectors() -> list[Any]:
 
 @pytest.fixture
 def warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the API process warns of, in an environment of its own; what was registered is taken back."""
+    """The API process's warnings, in a separate environment; registrations are undone."""
     from prometheus_client.registry import REGISTRY
 
     from vllm_nld.serving import collector
@@ -219,7 +219,7 @@ def test_nothing_is_registered_for_other_models(model_type: str, model: str | No
 
 
 def test_no_stat_logger_is_registered() -> None:
-    """With one, it would keep statistics for every model, even with --disable-log-stats."""
+    """With one, vLLM would keep statistics for every model, even with --disable-log-stats."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     assert list(groups) == ["vllm.general_plugins"]
 
@@ -229,7 +229,7 @@ def test_worker_samples_follow_the_table() -> None:
     ledger.causal(request, "prefill", "self_speculation", 1, 0)
     ledger.drafted(request, 1)
     ledger.causal(request, "verify", "self_speculation", 4, 3)
-    ledger.drafted(request, 1)  # a block that the request's end leaves unverified
+    ledger.drafted(request, 1)  # a block that is never verified because the request ends
     ledger.denoised(Tally(), 5)
     ledger.causal(Tally(), "commit", "diffusion", 16, 15)
     auto = SimpleNamespace(decisions={("ar", 1): 3, ("self_speculation", 8): 2})
@@ -248,7 +248,7 @@ def test_worker_samples_follow_the_table() -> None:
 
 
 def test_dashboard_uses_existing_metrics() -> None:
-    """By their whole names, and by labels and label values that they carry."""
+    """By their whole names, labels and label values."""
     text = (ROOT / "examples/grafana/nld_dashboard.json").read_text()
     dashboard = json.loads(text)
     assert len(dashboard["panels"]) >= 8

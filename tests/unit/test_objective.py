@@ -39,7 +39,7 @@ def test_masking_follows_the_recipe() -> None:
 
 
 def test_ar_part_equals_a_language_model_loss() -> None:
-    """The clean stream must not see the noise: whatever is masked, the AR loss is the same."""
+    """The clean stream must not depend on the noise: the AR loss is equal for any mask."""
     model, batch = models.random_model(models.small_config()), draw()
     with torch.no_grad():
         plain = ar_loss_sum(model, batch.ids)
@@ -146,7 +146,7 @@ def test_own_text_equals_greedy_continuation() -> None:
     text = "".join(map(chr, stream))
     for row in rows.tolist():
         assert "".join(map(chr, row[:prefix])) in text
-        # Own text is made under bfloat16 autocast, the reference in float32: a near-tie may end the agreement.
+        # Own text is made under bfloat16 autocast, the reference in float32, so a near-tie may end the agreement.
         assert row[prefix] == ar_generate(model, row[:prefix], new_tokens, eos_token_id=-1).ids[prefix]
 
 

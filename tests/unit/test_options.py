@@ -61,7 +61,7 @@ def test_options_are_read_from_vllm_config() -> None:
 
 @pytest.mark.parametrize("key", ["nld.mode", "nld_mode", "NLD.draft_threshold", "nld-mode", "Nld"])
 def test_misplaced_key_is_refused(key: str) -> None:
-    """vLLM ignores what it does not know in ``additional_config``; a default that was meant must not be lost so."""
+    """vLLM ignores unknown keys of ``additional_config``, so a misspelled default would be lost."""
     config = SimpleNamespace(additional_config={key: "ar", "nld": {"mode": "diffusion"}, "nldx": 1, "other.nld": 2})
     with pytest.raises(NLDError) as caught:
         NLDOptions.from_vllm_config(config)
@@ -95,7 +95,7 @@ def test_every_number_has_bounds() -> None:
     "value",
     [2**63 - 1, 2**63, 10**400, pytest.param(10**5000, id="5001 digits"), 1e308, math.inf, -math.inf, math.nan, -1],
 )
-def test_largest_allowed_numbers_work(key: str, value: float) -> None:
+def test_numbers_out_of_bounds_are_refused(key: str, value: float) -> None:
     with pytest.raises(NLDError, match=rf'^additional_config\["nld"\]\.{key}=.*: input should be') as caught:
         NLDOptions.parse({key: value})
     assert len(str(caught.value)) < 300

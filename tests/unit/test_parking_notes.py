@@ -1,4 +1,4 @@
-"""When denoising stops for a causal pass, and the notes that worker and scheduler send each other."""
+"""When denoising stops for a causal pass, and the notes that worker and scheduler exchange."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_finished_blocks_are_taken_once() -> None:
 
 
 def test_notes_are_carried_by_vllm_objects() -> None:
-    """They are pickled between processes, and an empty step's output is one object for all."""
+    """They are pickled between processes, and all empty steps share one output object."""
     from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
     note = WorkerNote(frozenset({"a"}), {"b": [1, 2]})

@@ -1,4 +1,4 @@
-"""The cost model behind ``vllm-nld plan``: arithmetic by hand, what must grow with what, errors, and the command."""
+"""The cost model of ``vllm-nld plan``: manual results, monotonicity, errors, and the command."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_forward_equals_manual_result() -> None:
 
 
 def test_all_reduce_equals_manual_result() -> None:
-    """Two per layer and the embedding's, each moving twice half of 12 rows; and half of the logits, gathered."""
+    """Two per layer and one for the embedding, each moving twice half of 12 rows; and half of the logits, gathered."""
     found = forward(Setup(ROUND, PLAIN, tp=2, context=96), requests=3, rows=4, logit_rows=2, logit_bytes=10)
     assert found.all_reduce == pytest.approx(6 * 1e-4 + (5 * 12 * 100 * 2 + 0.5 * 6 * 1000 * 2) / 1e8)
     assert found.layers == pytest.approx(math.hypot(2 * 12 * 72_000 / 1e12, 144_000 / 1e9))
@@ -125,7 +125,7 @@ def test_diffusion_block_is_denoised_and_committed() -> None:
 
 
 def test_short_block_takes_two_forwards() -> None:
-    """The published TPF is of long blocks: one of 2 cannot yield more than one token a forward."""
+    """The published TPF is for long blocks; a block of 2 cannot yield more than one token per forward."""
     report = json.loads(invoke("8b", "--block-length", "2", "--concurrency", "1", "--json").stdout)
     _, cycle, block = report["estimates"][0]["modes"]
     assert block["tokens_per_step"] == 2
@@ -212,11 +212,11 @@ def test_every_published_figure_can_be_predicted() -> None:
     from vllm_nld.cli.plan import against_published
 
     for figure in PUBLISHED:
-        assert 0.3 < against_published(figure)["ratio"] < 4  # not a claim of accuracy: no unit is mistaken
+        assert 0.3 < against_published(figure)["ratio"] < 4  # only checks the units, not the accuracy
 
 
 def test_vendor_figures_at_one_request() -> None:
-    """The efficiencies were set with these in view, so this guards the docs, and proves nothing."""
+    """The efficiencies were set with knowledge of these, so this only guards the docs."""
     from vllm_nld.cli.plan import against_published
 
     stated = [figure for figure in PUBLISHED if figure.gpu in ("gb200", "b200") and "vendor, S" in figure.source]
@@ -323,7 +323,7 @@ def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "model_type='llama'" in invoke("someone/model").stderr
 
 
-def test_folder_is_accepted(tmp_path: Path) -> None:
+def test_checkpoint_folder_is_planned(tmp_path: Path) -> None:
     assert "no config.json" in invoke(str(tmp_path)).stderr
     NemotronLabsDiffusionConfig().save_pretrained(tmp_path)  # sizes of the 8B
     found = find_model(str(tmp_path))

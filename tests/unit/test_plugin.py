@@ -1,4 +1,4 @@
-"""What vLLM pays for having this plugin installed, and which vLLM it accepts."""
+"""The cost of this plugin for vLLM, and the versions of vLLM that it accepts."""
 
 from __future__ import annotations
 

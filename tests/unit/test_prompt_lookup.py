@@ -1,4 +1,4 @@
-"""Drafts that are looked up: where they go, and where they come from."""
+"""Looked-up drafts: their positions, and their sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed weights pass the check of tensor headers, and a float8 cache is refused where it cannot be read."""
+"""Packed weights pass the check of tensor headers, and a float8 cache is refused if it cannot be read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_the_hook_finds_it(folder: Path, quantization: str | None) -> Any:
-    """vLLM's config at the time of the hook: the model config knows the method, ``quant_config`` is not made yet."""
+    """vLLM's config at the time of the hook: the model config has the method, but ``quant_config`` does not exist
+    yet."""
     return SimpleNamespace(
         model_config=SimpleNamespace(model=str(folder), hf_config=CONFIG, quantization=quantization),
         load_config=SimpleNamespace(load_format="auto"),

@@ -190,7 +190,7 @@ def test_only_layer_zero_shares_keys_and_values() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_mask_token_is_never_emitted(temperature: float) -> None:
-    """With the head's mask row made to win everywhere, only the explicit rule keeps the token out."""
+    """The head's mask row would win everywhere, so only the explicit rule excludes the token."""
     model = models.random_model(models.small_config(), 4)
     mask_id = model.config.mask_token_id
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_mask_token_is_never_emitted(temperature: float) -> None:
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 8, 13])
 def test_thinking_budget(limit: int) -> None:
-    """The head never says the end token by itself (a zero row loses), so each occurrence was forced."""
+    """The head never predicts the end token (a zero row loses), so each occurrence was forced."""
     model = models.random_model(models.small_config(), 5)
     with torch.no_grad():
         model.diffusion_head.weight[END] = 0

@@ -1,4 +1,4 @@
-"""vLLM's reload of weights leaves the draft adapter, which is none of the checkpoint's tensors, where it is."""
+"""vLLM's reload of weights keeps the draft adapter, which is not one of the checkpoint's tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cores of one's own, and processes that end with the one that started them: with real processes."""
+"""Claimed cores, and processes that end with their parent, tested with real processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may ask for: ``extra_args["nld"]`` and its HTTP spellings."""
+"""Options of a request: ``extra_args["nld"]`` and its HTTP forms."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_every_key_except_mode_has_its_modes() -> None:
 
 
 def test_booleans_may_be_numbers() -> None:
-    """``vllm_xargs`` has none."""
+    """``vllm_xargs`` has no booleans."""
     options = read({"nld.mode": "self_speculation", "nld.draft_adapter": 0, "nld.sampled_drafts": 0})
     assert (options.draft_adapter, options.sampled_drafts) == (False, False)
 

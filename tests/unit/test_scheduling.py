@@ -51,9 +51,9 @@ def step(**drafted: list[int]) -> Any:
 def test_padding_is_removed_from_step_and_grammar(
     release: tuple[int, int], kept: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order of a bitmask is its own; requests without drafts have one row.
+    """A bitmask has its own order; requests without drafts have one row.
 
-    vLLM 0.33 gives every request the same number of rows, and reads the first ones, so all stay.
+    vLLM 0.33 gives every request an equal number of rows, and reads the first ones, so all stay.
     """
     monkeypatch.setattr(padding, "installed_release", lambda: release)
     planned = step(a=[7, 8], b=[-1, -1, -1], c=[9])
@@ -133,7 +133,7 @@ DIFFUSION = {"extra_args": {"nld": {"mode": "diffusion"}}}
 def test_verified_rows_are_limited_by_requests_of_the_next_step(
     monkeypatch: pytest.MonkeyPatch, running: Any, waiting: Any, places: int, drafts: int
 ) -> None:
-    """A request that joins a batch of greedy ones makes all their drafts go through the rejection sampler."""
+    """If a request joins a batch of greedy ones, all their drafts go through the rejection sampler."""
     monkeypatch.setattr(own_scheduler, "DRAWN_BYTES", 8 * 4 * 100)
     made = NLDScheduler.__new__(NLDScheduler)
     made.vllm_config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 100))

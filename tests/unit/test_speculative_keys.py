@@ -31,7 +31,7 @@ MEANT_FOR_OTHERS = {
     "use_heterogeneous_vocab",
     "use_local_argmax_reduction",
 }
-"""Refused without a hint: they belong to ways of drafting by name."""
+"""Refused without a hint, because they belong to named draft methods."""
 
 
 def given(**values: Any) -> Any:
@@ -44,14 +44,14 @@ def given(**values: Any) -> Any:
 
 
 def another(value: Any) -> Any:
-    """Some value that is not the default."""
+    """A value that is not the default."""
     if isinstance(value, bool):
         return not value
     return value + 1 if isinstance(value, int | float) else "other"
 
 
 def test_every_field_of_vllm_is_known() -> None:
-    """A new one is refused until somebody has looked at it: honour it, or add it to the refused ones by name."""
+    """A new field is refused until it is checked: honor it, or add it to the fields that are refused by name."""
     known = {*HONORED, *CHECKED_ELSEWHERE, *FILLED_BY_VLLM, *_INSTEAD, *MEANT_FOR_OTHERS}
     assert set(FIELDS) <= known
 

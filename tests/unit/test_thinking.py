@@ -22,7 +22,7 @@ def counted_from_scratch(limit: int, start: list[int], end: list[int], tokens: l
 
 @pytest.mark.parametrize(("start", "end"), [([1], [2]), ([1, 1], [2]), ([1, 2], [2, 1, 1])])
 def test_incremental_reading_equals_whole_reading(start: list[int], end: list[int]) -> None:
-    """Tokens come one by one and in blocks, the last one is replaced now and then, and some are taken back."""
+    """Tokens come one by one and in blocks, the last one is sometimes replaced, and some are removed."""
     generator = random.Random(0)
 
     def some(most: int) -> list[int]:

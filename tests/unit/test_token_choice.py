@@ -1,4 +1,4 @@
-"""Drafts that are drawn: from the very distribution that the rejection sampler is told, or by the seed's own noise."""
+"""Drawn drafts: from exactly the distribution that the rejection sampler gets, or with the seed's own noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = TypeVar("Kind", bound=TokenChoice)
 
 
 def exponential(logits: Tensor, generators: dict[int, torch.Generator], *_: Any) -> tuple[Tensor, None]:
-    """Stands for vLLM's sampler: Gumbel-max in its exponential form, with every row's own generator."""
+    """Replaces vLLM's sampler: Gumbel-max in its exponential form, with every row's own generator."""
     noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=g) for g in generators.values()])
     return (logits.softmax(-1) / noise).argmax(-1), None
 
@@ -75,7 +75,7 @@ def test_draws_of_a_seed_do_not_depend_on_other_requests() -> None:
 
 
 def test_confidence_does_not_depend_on_the_draw() -> None:
-    """Else the number of drafts that are verified would depend on it, and the text would not be AR's."""
+    """Otherwise the number of verified drafts would depend on it, and the text would not have AR's distribution."""
     peaks = []
     draws = set()
     for seed in range(5):
@@ -109,7 +109,7 @@ def test_extreme_repetition_penalties_leave_a_distribution(repetition: float) ->
 
 
 def test_barred_token_is_neither_drawn_nor_reported() -> None:
-    """Not even where the request allows nothing else."""
+    """Not even if the request allows no other token."""
     for constraints in ({}, {"top_k": 1}, {"allowed": [4]}):
         peaked = logits()
         peaked[:, 4] = 50.0
@@ -123,7 +123,7 @@ def test_barred_token_is_neither_drawn_nor_reported() -> None:
 
 @pytest.mark.parametrize("kind", [TokenChoice, SeededDraftChoice])
 def test_noise_depends_on_the_position(kind: type[TokenChoice]) -> None:
-    """Not to the block, nor to what else is drawn with it."""
+    """Not on the block, nor on other draws."""
     rows = logits()
     whole = of_seed(kind, 9).choose(rows, POSITIONS, [], 2)
     one = of_seed(kind, 9, prefix=PREFIX + 2).choose(rows[2:3], [POSITIONS[2] - 2], [], 2)
@@ -131,7 +131,8 @@ def test_noise_depends_on_the_position(kind: type[TokenChoice]) -> None:
 
 
 def test_seeded_draft_agrees_with_the_causal_pass() -> None:
-    """Where the two distributions are alike, it nearly always is what the causal pass draws; and it has its own."""
+    """If the two distributions are alike, it nearly always equals the causal pass's draw; but it has its own
+    distribution."""
     rows = logits()
     near = rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5))
     agreed, counts = 0, torch.zeros(VOCAB)
