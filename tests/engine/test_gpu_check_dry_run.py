@@ -41,7 +41,7 @@ def test_dry_run_measures_every_figure(tmp_path: Path) -> None:
         assert events == ["started", "done"], step
         found = {line["figure"] for line in lines if line["step"] == step and "figure" in line}
         assert set(names) <= found, f"{step} lacks {set(names) - found}"
-        assert f"{step:>12}  {names[0]}" in done.stdout, "figures are printed, too"
+        assert f"{step:>12}  {names[0]}" in done.stdout, "figures are also printed"
     for requests in (1, 2):
         cycle = record.value(tmp_path, "cycle", "cycle", requests=requests)
         step = record.value(tmp_path, "baseline", "AR step", requests=requests)

@@ -191,7 +191,7 @@ def test_new_request_is_served_while_all_others_are_parked(watched: Watched, mod
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.step()
     assert watched.parked() == {"slow"}
-    assert watched.forwards == [FORWARDS_PER_LOOK], "nobody else had anything to do"
+    assert watched.forwards == [FORWARDS_PER_LOOK], "no other request had work"
     watched.add("new", PROMPTS[1], 5, None)
     watched.step()
     assert watched.scheduled[-1] == {"new"}
@@ -231,7 +231,7 @@ def test_abort_of_a_parked_request(watched: Watched, model: ReferenceModel) -> N
     watched.engine.abort_request(["gone"])
     watched.step()
     assert not watched.parked()
-    assert watched.denoised("gone") == passes, "forwards that were run are booked, though the block was dropped"
+    assert watched.denoised("gone") == passes, "forwards that ran count, although the block was dropped"
     watched.add("new", PROMPTS[2], 40, SLOW)
     watched.drain()
     assert watched.tokens["ar"] == expect(model, PROMPTS[1], 20, None)

@@ -63,7 +63,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "most probable drafts": {"sampled_drafts": False},
     "drawn drafts": {},
     "drawn drafts, trimmed": {"mode": "auto"},
-    "looked-up drafts alone": {"mode": "auto", "prompt_lookup": 1},
+    "only looked-up drafts": {"mode": "auto", "prompt_lookup": 1},
 }
 SEEDED = {f"{way}, seeded": WAYS[way] for way in ("AR", "drawn drafts", "most probable drafts")}
 

@@ -136,7 +136,7 @@ def attention_specs(
 
 # What random drawing may miss in a short run; every implementation gets these as well.
 EDGE_SPECS = {
-    "long row beside short ones": AttentionSpec((1100, 3, 0, 16), (4, 1, 7, 0), (0, 1, 2, 0), heads=(4, 1), layout=0),
+    "long row next to short ones": AttentionSpec((1100, 3, 0, 16), (4, 1, 7, 0), (0, 1, 2, 0), heads=(4, 1), layout=0),
     "one long row": AttentionSpec((1500,), (1,), (1,), heads=(4, 2), padding=1),
     "all masks": AttentionSpec((20, 33, 5), (9, 40, 36), (0, 1, 2), padding=2, quadratic=True),
     "random words": AttentionSpec((0, 19), (35, 64), (2, 2), padding=2, seed=3),
@@ -337,7 +337,7 @@ def check(implementation: Any, spec: AttentionSpec, dtype: torch.dtype, device: 
         assert torch.equal(bits(x), before[name]), f"{name} was written"
     used = sum(spec.lengths)
     found = arguments["output"].cpu()
-    assert found[used:].isnan().all(), "tokens behind the last row were written"
+    assert found[used:].isnan().all(), "tokens after the last row were written"
     assert not found[:used].isnan().any(), "NaN: unused slots or padding were read, or tokens were not written"
     if used == 0:
         return
@@ -541,9 +541,9 @@ BEST_SPECS = {
     "NaN after a larger one": BestSpec(3, 2 * SEGMENT, torch.float32, nans=(90, 70, SEGMENT)),
     "NaN in the second segment": BestSpec(3, 2 * SEGMENT, torch.float16, nans=(SEGMENT + 9,)),
     "NaN in the rest of a step": BestSpec(2, 130, torch.bfloat16, nans=(129,)),
-    "NaN behind infinity": BestSpec(2, 200, torch.bfloat16, infinities=(3,), nans=(150, 160)),
+    "NaN after infinity": BestSpec(2, 200, torch.bfloat16, infinities=(3,), nans=(150, 160)),
     "infinity": BestSpec(2, 2 * SEGMENT, torch.bfloat16, infinities=(99, SEGMENT + 3)),
-    "minus infinity alone": BestSpec(1, 2 * SEGMENT, torch.bfloat16, hidden=2 * SEGMENT),
+    "only minus infinity": BestSpec(1, 2 * SEGMENT, torch.bfloat16, hidden=2 * SEGMENT),
     "first segment hidden": BestSpec(2, 2 * SEGMENT, torch.float32, hidden=SEGMENT),
     "only the last seen": BestSpec(2, 2 * SEGMENT + 1, torch.float16, hidden=2 * SEGMENT),
     "float16 with subnormals": BestSpec(2, 5000, torch.float16, scale=1e-5),

@@ -62,7 +62,7 @@ def test_any_number_of_threads(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for name in ("one long row", "long row beside short ones", "all masks", "nothing fresh"):
+        for name in ("one long row", "long row next to short ones", "all masks", "nothing fresh"):
             cases.check(cpp_ops, cases.EDGE_SPECS[name], torch.float32)
     finally:
         torch.set_num_threads(before)

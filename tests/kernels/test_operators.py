@@ -58,7 +58,7 @@ def test_attention(implementation: Implementation, device: str) -> None:
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
-@pytest.mark.parametrize("name", ["long row beside short ones", "all masks"])
+@pytest.mark.parametrize("name", ["long row next to short ones", "all masks"])
 def test_attention_is_deterministic(implementation: Implementation, device: str, name: str) -> None:
     module = implementation.load(device)
     cases.check_deterministic(module, cases.EDGE_SPECS[name], torch.bfloat16, device, implementation.repeats)

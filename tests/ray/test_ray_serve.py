@@ -203,7 +203,7 @@ def _kill_a_replica(load: Load, service: Service) -> float:
     wait_for(lambda: not alive(engine), 10, "the engine of a killed replica ends")
     wait_for(lambda: load.count(failed=True) > 0, 10, "its requests fail")
     _finish(load, 8)
-    assert load.count(failed=True) < len(load.threads), "the requests of the other replica failed, too"
+    assert load.count(failed=True) < len(load.threads), "requests of the other replica also failed"
     assert psutil.pid_exists(other)
     _wait_for_two(load, service, gone=victim)
     return time.monotonic() - started

@@ -42,7 +42,7 @@ def test_rows_of_jsonl_and_parquet_are_numbered_or_named(tmp_path: Path) -> None
     [
         ('{"prompt": 3, "name": 1}', "line 2: --prompt-column prompt must be a text, not 3"),
         ('{"prompt": "b"}', "line 2: --id-column name must be a text or a number, not None"),
-        ('{"prompt": "b", "name": "x"}', "line 2: --id-column name must be unique, and 'x' is there twice"),
+        ('{"prompt": "b", "name": "x"}', "line 2: --id-column name must be unique, but 'x' occurs twice"),
         ('{"prompt": "b"', "line 2: not JSON"),
         ("[1]", "line 2: must be a JSON object"),
     ],
