@@ -23,8 +23,7 @@ from ray import serve
 
 
 def vllm_arguments(argv: list[str]) -> argparse.Namespace:
-    """Return the arguments of ``vllm serve`` after its own checks; a wrong one ends the process with its usage
-    message."""
+    """Return the arguments of ``vllm serve`` after its own checks; a wrong one ends the process."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     try:

@@ -90,8 +90,7 @@ def show_plainly() -> None:
 
 
 def find(error: BaseException | None) -> NLDError | None:
-    """Return the :class:`NLDError` that caused ``error``: itself, its cause or context, or one that pydantic
-    wrapped."""
+    """Return the :class:`NLDError` in ``error``: itself, its cause or context, or one that pydantic wrapped."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, NLDError):

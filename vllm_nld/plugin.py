@@ -43,8 +43,7 @@ def register() -> None:
 
 
 def admit(vllm_config: Any, params: Any) -> None:
-    """Check a request before its engine gets it. The first request of an engine with self-speculation starts its
-    metrics.
+    """Check a request before its engine gets it. The first one of an engine with self-speculation starts its metrics.
 
     Raises:
         NLDError: the request is not suitable.

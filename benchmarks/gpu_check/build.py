@@ -42,8 +42,7 @@ class Build:
             )
 
     def wait(self, seconds: float) -> None:
-        """Wait for it, and end it if it takes longer, because else some steps would run with the library, and some
-        without."""
+        """Wait for it, and end it if it takes longer, so that all later steps run with the same library."""
         if self._process is None:
             return
         try:

@@ -16,8 +16,7 @@ from gpu_check.record import Record
 
 
 def main() -> int:
-    """Run the named steps. A failed step may have broken the device's context, so no step runs after it in this
-    process."""
+    """Run the named steps. A failed step may have broken the device's context, so this process stops after it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("steps", nargs="+")
     parser.add_argument("--out", type=Path, required=True)

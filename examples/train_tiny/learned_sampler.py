@@ -87,8 +87,7 @@ def loss_of(sampler: LearnedSampler, states: States) -> Tensor:
 
 
 def trial_loss(forecast: Forecast, states: States) -> Tensor:
-    """Cross-entropy of the share of tokens that a trial kept; shares of positions that are committed together
-    multiply."""
+    """Cross-entropy of the share of tokens that a trial kept; shares of positions committed together multiply."""
     tried = states.lost != UNTRIED
     kept = F.logsigmoid(torch.where(states.right, forecast.kept_if_right, forecast.kept_if_wrong))
     together = (kept[:, None] * states.trials).sum(-1)[tried]

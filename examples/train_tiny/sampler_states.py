@@ -109,8 +109,7 @@ def choose(logits: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class Visitor:
-    """The sampler whose states are collected: thresholds drawn per block, and scores with noise, so that states
-    vary."""
+    """The sampler whose states are collected. Thresholds are drawn per block and scores have noise, to vary states."""
 
     sampler: LearnedSampler | None
     generator: torch.Generator

@@ -162,8 +162,7 @@ def prepare_data(output: Path, vocab_size: int) -> tuple[Tokenizer, np.ndarray]:
 
 
 def step_generator(step: int, args: argparse.Namespace) -> torch.Generator:
-    """Return a generator that depends only on the step, so that a resumed run draws the same as an uninterrupted
-    one."""
+    """Return a generator that depends only on the step, so that a resumed run draws as an uninterrupted one."""
     return torch.Generator().manual_seed(args.seed * 1_000_003 + step)
 
 

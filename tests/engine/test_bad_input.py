@@ -1,5 +1,4 @@
-"""Unsuitable settings are refused before any weight loads, in one line that names the option, its value and what is
-allowed."""
+"""Unsuitable settings are refused before weights load, in one line that names option, value and what is allowed."""
 
 from __future__ import annotations
 

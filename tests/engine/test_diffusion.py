@@ -224,8 +224,7 @@ def test_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: Refer
 
 @pytest.mark.parametrize("pads", [False, True])
 def test_prompt_cached_except_its_last_token(folder: Path, model: ReferenceModel, pads: bool) -> None:
-    """vLLM's scheduler pads such a request with drafts of -1 if others already decode; this extension's scheduler does
-    not."""
+    """vLLM's scheduler pads such a request with drafts of -1 if others already decode; ours does not."""
     from vllm import SamplingParams
 
     prompt, other = random_prompts([65, 20], 24, seed=5)

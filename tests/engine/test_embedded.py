@@ -36,8 +36,7 @@ def test_greedy_text_equals_reference_and_acceptance_pays() -> None:
 
 
 def test_auto_mode_looks_up_repeated_text() -> None:
-    """It decides only by measured time: code repeats itself, and a verify pass is cheaper than a draft and a verify
-    pass."""
+    """Only by measured time: code repeats itself, and a verify pass is cheaper than a draft and a verify pass."""
     from vllm import SamplingParams
 
     texts = [text for _, text in held_out_prompts(8)]

@@ -1,5 +1,4 @@
-"""When vLLM itself serves the architecture, this extension does not change plain use, and takes over only when
-asked."""
+"""If vLLM itself serves the architecture, this extension takes over only when asked."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Random requests of every mode in one cramped engine, with each text compared with that of the same request run by
-itself.
+"""Random requests of every mode in one cramped engine. Each text must equal that of the request run by itself.
 
 The short run belongs to the suite. By hand, for an hour or a night:
 

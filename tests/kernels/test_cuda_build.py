@@ -1,5 +1,4 @@
-"""The CUDA kernels without a GPU: they compile, their plans are correct, and emulated on the CPU they agree with the
-reference.
+"""The CUDA kernels without a GPU: they compile, their plans are correct, and their emulation agrees with the reference.
 
 The emulation (``cuda_host/simt.h``) runs the kernels' own source, a fiber per thread, with mma, ldmatrix and cp.async
 implemented as PTX defines them. It cannot show speed, or instructions whose hardware differs from that implementation.

@@ -1,5 +1,4 @@
-"""Tensor parallelism under Ray gives the tokens of one rank, with workers that load the installed plugin; one is
-killed."""
+"""Tensor parallelism under Ray gives the tokens of one rank, with workers that load the installed plugin."""
 
 from __future__ import annotations
 

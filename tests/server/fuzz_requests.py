@@ -1,5 +1,4 @@
-"""Random requests over HTTP, most of them unsuitable: every answer must be a 2xx or a 4xx, and the server must stay
-alive.
+"""Random requests over HTTP, most of them unsuitable: every answer is a 2xx or a 4xx, and the server stays alive.
 
 By hand, against a server of its own (about five minutes for 2000 requests on two cores)::
 

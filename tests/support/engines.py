@@ -71,8 +71,7 @@ NEAR_TIE = 0.2
 
 
 def far_from_best(llm: Any, prompt: list[int], text: list[int]) -> float:
-    """The largest difference, in AR's log probabilities, of a token of the text to the likeliest one at its
-    position."""
+    """The largest gap, in AR's log probabilities, between a token of the text and the likeliest one at its place."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=1, detokenize=False, extra_args={"nld": {"mode": "ar"}})

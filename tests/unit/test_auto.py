@@ -224,8 +224,7 @@ def test_no_request_is_probed_if_good_drafts_would_not_pay() -> None:
 
 
 def test_overestimated_gains_are_corrected() -> None:
-    """If expected gains of 10 tokens per cycle never come, drafting ends, although each request's own rate looks
-    good."""
+    """If expected gains of 10 tokens per cycle never come, drafting ends, although each request's rate looks good."""
     auto = made(slope=0.05)
     cycles = 0
     for _ in range(800):

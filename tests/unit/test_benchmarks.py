@@ -36,8 +36,7 @@ def test_benchmark_starts(script: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_attention_is_measured_on_this_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Compared with vLLM's own attention from the build for this CPU, because another build's ends in an illegal
-    instruction."""
+    """Compared with vLLM's attention from the build for this CPU; another build's is an illegal instruction."""
     reason = cpp_ops.unavailable(torch.device("cpu"))
     if reason:
         pytest.skip(f"C++ operators: {reason}")

@@ -1,5 +1,4 @@
-"""Greedy steps are verified in one pass over the logits, and compared with vLLM's own rejection sampler, which runs all
-other steps."""
+"""Greedy steps are verified in one pass over the logits, as by vLLM's rejection sampler, which runs all other steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows over the vocabulary are large, so a draft processes them in chunks, keeps few, and vLLM's profiling run covers
+"""Rows over the vocabulary are large: a draft processes them in chunks and keeps few, and vLLM's profiling covers
 them."""
 
 from __future__ import annotations

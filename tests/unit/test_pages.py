@@ -132,8 +132,7 @@ def test_unknown_layout_is_refused(shape: tuple[int, ...], put: Put) -> None:
 
 
 class TiledLayer:
-    """An attention layer of a CPU with AMX. Writing its cache does not need AMX: ``write`` is vLLM's operator, or
-    ours."""
+    """An attention layer of a CPU with AMX. Writing its cache needs no AMX: ``write`` is vLLM's operator, or ours."""
 
     def __init__(self, page_size: int, head_dim: int, write: Write) -> None:
         self.kv_cache = torch.zeros(5, HEADS, page_size, 2 * head_dim, dtype=torch.bfloat16)

@@ -26,8 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_the_hook_finds_it(folder: Path, quantization: str | None) -> Any:
-    """vLLM's config at the time of the hook: the model config has the method, but ``quant_config`` does not exist
-    yet."""
+    """vLLM's config at the time of the hook: the model config has the method, but there is no ``quant_config`` yet."""
     return SimpleNamespace(
         model_config=SimpleNamespace(model=str(folder), hf_config=CONFIG, quantization=quantization),
         load_config=SimpleNamespace(load_format="auto"),

@@ -131,7 +131,7 @@ def test_noise_depends_on_the_position(kind: type[TokenChoice]) -> None:
 
 
 def test_seeded_draft_agrees_with_the_causal_pass() -> None:
-    """If the two distributions are alike, it nearly always equals the causal pass's draw; but it has its own
+    """If the two distributions are alike, it nearly always equals the causal pass's draw; it keeps its own
     distribution."""
     rows = logits()
     near = rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5))

@@ -130,8 +130,7 @@ def _check_speculation(vllm_config: Any) -> None:
 
 
 def _check_budget(vllm_config: Any) -> None:
-    """Refuse a token budget below a block if a cached prompt would never be admitted, or a draft forward would not
-    fit."""
+    """Refuse a budget below a block if a cached prompt would never be admitted, or a draft forward would not fit."""
     scheduler = vllm_config.scheduler_config
     block = 1 + vllm_config.speculative_config.num_speculative_tokens
     if scheduler.max_num_batched_tokens < block and not scheduling.schedules_blocks(scheduler):

@@ -73,8 +73,7 @@ class NLDAttention(nn.Module):
         )
 
     def add_draft_adapter(self, rank: int) -> None:
-        """Make room for an adapter. With tensor parallelism, one sum over ranks follows the projection and the
-        adapter."""
+        """Make room for an adapter. With tensor parallelism, one sum over ranks follows projection and adapter."""
         self.draft_adapter = DraftAdapter(rank, self.q_size, self.o_proj.output_size)
         self.sums_itself = self.o_proj.tp_size > 1
         self.o_proj.reduce_results = not self.sums_itself

@@ -39,8 +39,7 @@ _INSTEAD = {
 
 
 def check_speculative_keys(speculative: Any) -> None:
-    """Refuse keys of vLLM's ``SpeculativeConfig`` that the user set without effect. Call it before vLLM fills the
-    config.
+    """Refuse keys of vLLM's ``SpeculativeConfig`` that the user set without effect. Call it before vLLM fills it.
 
     A field that this extension does not know counts as one without effect.
 

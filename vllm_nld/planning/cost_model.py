@@ -70,8 +70,7 @@ class ModelShape:
         return matrices + self.norm_weights
 
     def kv_bytes_per_token(self, bytes_per_value: int, tp: int = 1) -> int:
-        """Bytes of keys and values of one token on one of ``tp`` GPUs. Heads are repeated if there are fewer than
-        GPUs."""
+        """Bytes of keys and values of one token on one of ``tp`` GPUs. Fewer heads than GPUs are repeated."""
         return 2 * self.layers * max(1, self.kv_heads // tp) * self.head_dim * bytes_per_value
 
 
@@ -197,8 +196,7 @@ def forward(setup: Setup, requests: int, rows: int, logit_rows: float, logit_byt
 
 
 def _collectives(setup: Setup, tokens: float, logits: float) -> float:
-    """Return seconds of the all-reduces (two per layer, one for the embedding), and of gathering the logits on one
-    GPU."""
+    """Return seconds of the all-reduces (two per layer, one for the embedding), and of gathering the logits."""
     if setup.tp == 1:
         return 0.0
     others = (setup.tp - 1) / setup.tp

@@ -25,8 +25,7 @@ CPU_HOST_SECONDS = 1e-3
 
 
 def calibrate(dtype: str) -> Gpu:
-    """Measure this machine: memory bandwidth by products with one row, FLOP/s by products with many rows, and a
-    kernel's start.
+    """Measure this machine: memory bandwidth by products with one row, FLOP/s with many rows, and a kernel's start.
 
     On a CPU the products are vLLM's, if it is installed, since the model will run those. All cores that PyTorch uses
     take part. Links between devices are not measured.
@@ -110,8 +109,7 @@ def _kernel_seconds(torch: Any, device: str) -> float:
 
 
 def _median_seconds(call: Callable[[], Any], device: str) -> float:
-    """Return the seconds of a call: the median of at least five, over ``BUDGET`` seconds, after a first that is not
-    counted.
+    """Return the seconds of a call: the median of at least five, over ``BUDGET`` seconds, after one warm-up call.
 
     The median, because benchmarks of the engine also state it. On a shared machine the fastest call is rare.
     """

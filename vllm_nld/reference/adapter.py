@@ -44,7 +44,7 @@ class DraftAdapter:
         return [*self.a, *self.b]
 
     def delta(self, layer: int, x: Tensor) -> Tensor:
-        """Return the term that ``o_proj`` of ``layer`` gains for its input ``x`` ``[..., heads * head_dim]``, in x's
+        """Return the term that ``o_proj`` of ``layer`` gains for its input ``x`` ``[..., heads * head_dim]``, in its
         dtype."""
         low = x.to(self.a[layer].dtype) @ self.a[layer].T
         return (self.scale * (low @ self.b[layer].T)).to(x.dtype)

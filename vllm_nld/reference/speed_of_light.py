@@ -143,8 +143,7 @@ class _Simulator:
         return order, [int(token) for token in tokens[0]]
 
     def _look(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for states ``[rows, length]``: the surest masked position, the most probable tokens, and their
-        confidence."""
+        """Return, for states ``[rows, length]``: surest masked position, most probable tokens, and their confidence."""
         rows = len(states)
         self.spent += rows
         expanded = KVCache(

@@ -75,8 +75,7 @@ def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
 
 
 def _check_integers(params: Any) -> None:
-    """Refuse integers that vLLM cannot send to the engine. It checks most of them, but answers HTTP 500 for the
-    others."""
+    """Refuse integers that vLLM cannot send to the engine. It checks most, but answers HTTP 500 for the others."""
     for name in getattr(params, "__struct_fields__", ()):
         value = getattr(params, name)
         if isinstance(value, int) and not -(2**63) <= value < 2**64:

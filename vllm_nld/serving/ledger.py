@@ -6,8 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 DECODE_KINDS = {"ar": ("ar",), "self_speculation": ("draft", "verify"), "diffusion": ("denoise", "commit")}
-"""Kinds of forwards that count for a mode's tokens. As in the published TPF of AR and diffusion, the prefill is
-free."""
+"""Kinds of forwards that count for a mode's tokens. The prefill is free, as in AR's and diffusion's published TPF."""
 
 
 @dataclass

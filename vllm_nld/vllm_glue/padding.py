@@ -41,8 +41,7 @@ def _padded(scheduler_output: Any) -> dict[str, int]:
 
 
 def without_padding(scheduler_output: Any) -> Any:
-    """Return a ``SchedulerOutput`` whose requests run only their own tokens, for engines with another scheduler, which
-    pads.
+    """Return a ``SchedulerOutput`` whose requests run only their own tokens, if another scheduler padded them.
 
     The CPU kernels of vLLM 0.32 even use a draft of -1 as an index. The scheduler's own copy is not changed, because
     the scheduler later counts the padding as rejected drafts. The grammar that it sends with the step goes through

@@ -31,8 +31,7 @@ def use_worker_subclass(parallel_config: Any) -> None:
 
 
 def ray_executor_runs_workers() -> bool:
-    """Whether the chosen Ray executor runs a step with ``Worker.execute_model``, as the multiprocessing executor
-    does."""
+    """Whether the chosen Ray executor runs a step with ``Worker.execute_model``, like the multiprocessing executor."""
     from vllm import envs
 
     return bool(getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False))
