@@ -46,6 +46,7 @@ def test_ranks_add_up(
     made = random_adapter(CONFIG, targets=targets)
     made.write(tmp_path, "somewhere")
     lora = DraftLoRA.open(tmp_path, CONFIG)
+    total = torch.zeros(5, CONFIG.hidden_size)
     x = torch.randn(5, len(shares_of(CONFIG, linear, 0, 1)[0].inputs), generator=torch.Generator().manual_seed(0))
     for rank in range(shards):
         own = shares_of(CONFIG, linear, rank, shards)
@@ -53,7 +54,7 @@ def test_ranks_add_up(
         inputs = x[:, own[0].inputs.start : own[0].inputs.stop]
         found = added(loaded(lora, CONFIG, linear, rank, shards), inputs, width if linear not in ROW_PARALLEL else 64)
         if linear in ROW_PARALLEL:
-            total = found if rank == 0 else total + found
+            total += found
             continue
         for share in own:
             # vLLM gives a rank whole heads: rank r of 4 has the KV head r // 2.

@@ -1,4 +1,4 @@
-"""Adapters on disk: what is found, and what is refused."""
+"""Adapters on disk: which are found, and which are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def engine_config(model: str, **options: Any) -> Any:
-    """What ``adapter_of`` reads of vLLM's config."""
+    """The part of vLLM's config that ``adapter_of`` reads."""
     return SimpleNamespace(
         speculative_config=SimpleNamespace(model="vllm_nld.SelfSpeculation"),
         additional_config={"nld": options},
@@ -69,7 +69,7 @@ def test_both_spellings_of_the_mask_token_s_row(tmp_path: Path, tokens: Any) -> 
     assert DraftAdapter.read(tmp_path).mask_token_id == 5
 
 
-def test_the_checkpoint_s_own_is_the_default(folder: Path, tmp_path: Path) -> None:
+def test_adapter_of_the_checkpoint_is_the_default(folder: Path, tmp_path: Path) -> None:
     checkpoint = str(folder.parent)
     assert adapter_of(engine_config(checkpoint)) == DraftLoRA(folder, 4, 2.0)
     assert adapter_of(engine_config(checkpoint, draft_lora="off")) is None
@@ -81,8 +81,8 @@ def test_the_checkpoint_s_own_is_the_default(folder: Path, tmp_path: Path) -> No
     assert adapter_of(config) is None, "an engine that never drafts needs no adapter"
 
 
-def test_a_hub_checkpoint_s_adapter_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's own download leaves sub-folders out."""
+def test_adapter_of_a_hub_checkpoint_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own download does not fetch subfolders."""
     import huggingface_hub
 
     asked: list[Any] = []

@@ -1,4 +1,4 @@
-"""vLLM's reload of weights leaves the draft adapter, which is none of the checkpoint's tensors, where it is."""
+"""vLLM's reload of weights keeps the draft adapter, which is not one of the checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_nld.model.adapter_shares import Share
 from vllm_nld.model.draft_adapter import DraftAdapter, MaskRow
 
 
-def test_a_reload_keeps_the_adapter_and_reports_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+def test_reload_keeps_the_adapter_and_reports_no_failure(caplog: pytest.LogCaptureFixture) -> None:
     reload = pytest.importorskip("vllm.model_executor.model_loader.reload.layerwise")
     shares = [Share("k_proj", range(6), range(4), 0), Share("v_proj", range(6), range(4), 4)]
     model = nn.ModuleList([DraftAdapter(2, shares), MaskRow(6, 3)])

@@ -1,4 +1,4 @@
-"""The speed-of-light analysis: its runs replay to the target, and are the longest that do."""
+"""The speed-of-light analysis: its runs lead to the target, and are the longest that do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def simulator(model: ReferenceModel, prompt: list[int], safety: Safety) -> tuple
 
 @torch.inference_mode()
 def serial(model: ReferenceModel, cache: KVCache, state: list[int]) -> list[int]:
-    """Serial denoising, written out again."""
+    """Serial denoising, implemented independently."""
     state = list(state)
     while MASK in state:
         logits = model.bidirectional(torch.tensor([state]), cache)[0]
@@ -95,10 +95,10 @@ def test_greedy_acceptance_commits_all_that_is_right(seed: int) -> None:
     assert MASK not in state
 
 
-def test_positions_that_do_not_depend_on_each_other_take_one_forward() -> None:
+def test_independent_positions_take_one_forward() -> None:
     model = random_model(small_config(), seed=1)
     with torch.no_grad():
-        for layer in model.encoder.layers:  # nothing but the token itself decides
+        for layer in model.encoder.layers:  # only the token itself matters
             layer.self_attn.o_proj.weight.zero_()
     found = analyse(model, [7, 8, 9], 32, 8)
     assert (found.blocks, found.denoising, found.commits, found.serial) == (4, 4, 4, 28)
@@ -115,7 +115,7 @@ def test_no_more_forwards_than_serial(length: int) -> None:
     assert found.incomplete == 0
 
 
-def test_a_spent_budget_is_told() -> None:
+def test_spent_budget_is_reported() -> None:
     model = random_model(small_config(), seed=3)
     full, cut = (analyse(model, [7, 8, 9], 32, 16, budget, safety=Safety.SERIAL) for budget in (5000, 20))
     assert cut.incomplete == 2
@@ -133,7 +133,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["sol", *arguments])
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_sol_command_reports(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("def read(self):\n\nimport os\n")
     plot = tmp_path / "plot.png"

@@ -1,12 +1,12 @@
 """The draft adapter: a LoRA on some of the layers' projections that is active only while self-speculation drafts.
 
-Released checkpoints bring one on ``o_proj`` in the folder ``linear_spec_lora``, in the layout of PEFT; any other
-projections will do, and the mask token may have an input row of its own. It makes the bidirectional pass predict what
-the causal pass is going to say. Prefill, verify, AR and diffusion never see it, so the text stays that of the untouched
-weights. A layer adds ``B (A x)`` to its projection instead of keeping a merged second weight: that works over quantized
-weights and next to per-request LoRAs, and takes 0.4 % more memory at 8B (``o_proj``, rank 128) instead of 7 %.
+Released checkpoints contain one on ``o_proj`` in the folder ``linear_spec_lora``, in the layout of PEFT. An adapter can
+change any other projections, and have an input row of its own for the mask token. It makes the bidirectional pass
+predict what the causal pass will say. Prefill, verify, AR and diffusion do not use it, so the text is that of the
+unchanged weights. A layer adds ``B (A x)`` to its projection instead of keeping a merged second weight. That works with
+quantized weights and with per-request LoRAs, and takes 0.4 % more memory at 8B (``o_proj``, rank 128) instead of 7 %.
 
-Here: finding and checking it. The layers' part is :mod:`vllm_nld.model.draft_adapter`.
+This module finds and checks it. The layers' part is :mod:`vllm_nld.model.draft_adapter`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODULES = {
 TARGETS = tuple(MODULES)
 RELEASED_TARGETS = ("o_proj",)
 MASK_ROW = "base_model.model.encoder.embed_tokens.token_adapter.trainable_tokens_delta"
-"""The tensor ``[1, hidden]`` that replaces the mask token's input row; PEFT calls it a delta, but it is the row itself."""
+"""The tensor ``[1, hidden]`` that replaces the mask token's input row; PEFT calls it a delta, but it is the row."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DraftLoRA:
         rank: rows of A, columns of B.
         scale: ``lora_alpha / r``, which multiplies ``B A x``.
         targets: the projections that it changes, in the order of :data:`TARGETS`.
-        mask_row: whether it brings the mask token's input row.
+        mask_row: whether it has an input row for the mask token.
     """
 
     folder: Path
@@ -66,7 +66,7 @@ class DraftLoRA:
         """Read an adapter's configuration and compare its tensors' headers with the model's config.
 
         Raises:
-            NLDError: a file or tensor is missing or misshapen, or the adapter asks for what is not supported.
+            NLDError: a file or tensor is missing or misshapen, or the adapter uses a feature that is not supported.
         """
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
@@ -172,16 +172,18 @@ def _check_headers(adapter: DraftLoRA, config: NemotronLabsDiffusionConfig) -> N
         raise NLDError(f"{where} cannot be read: {error}") from None
     problems = differences(found, expected, f"this model and r={adapter.rank} ask for")
     asked = " or ".join(adapter.targets)
-    complain(where, problems + [f"{name} belongs to no {asked} of this model" for name in found if name not in expected])
+    complain(
+        where, problems + [f"{name} belongs to no {asked} of this model" for name in found if name not in expected]
+    )
 
 
 def adapter_of(vllm_config: Any) -> DraftLoRA | None:
     """Return the adapter that an engine drafts with, or None.
 
-    ``draft_lora`` is ``"auto"`` (the checkpoint's own, if it brings one), ``"off"``, or a folder.
+    ``draft_lora`` is ``"auto"`` (the checkpoint's own, if it has one), ``"off"``, or a folder.
 
     Raises:
-        NLDError: the adapter is unsuitable, or a folder was asked for that does not exist.
+        NLDError: the adapter is not suitable, or the folder does not exist.
     """
     from vllm_nld.names import PROPOSER_PATHS
     from vllm_nld.options import NLDOptions
@@ -195,7 +197,9 @@ def adapter_of(vllm_config: Any) -> DraftLoRA | None:
     if choice != "auto":
         folder = Path(choice)
         if not folder.is_dir():
-            raise NLDError(f"draft_lora={choice!r} is no folder; allowed: 'auto', 'off', or the path of a PEFT folder")
+            raise NLDError(
+                f"draft_lora={choice!r} is not a folder; allowed: 'auto', 'off', or the path of a PEFT folder"
+            )
     else:
         folder = checkpoint_folder(model.model, model.revision, vllm_config.load_config.download_dir) / FOLDER
         if not folder.is_dir():
@@ -205,9 +209,9 @@ def adapter_of(vllm_config: Any) -> DraftLoRA | None:
 
 @cache
 def checkpoint_folder(model: str, revision: str | None, cache_dir: str | None) -> Path:
-    """Return the local folder of a checkpoint; of one on the hub, the adapter's files are fetched first.
+    """Return the local folder of a checkpoint. If it is on the hub, the adapter's files are fetched first.
 
-    vLLM's own download takes the weights at the top of a repository and leaves its sub-folders out.
+    vLLM's own download fetches the weights at the top of a repository, but not its subfolders.
     """
     if Path(model).is_dir():
         return Path(model)

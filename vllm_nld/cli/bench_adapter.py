@@ -1,7 +1,7 @@
 """``vllm-nld bench adapter``: what a draft adapter adds to a draft pass, and to a causal step that does not use it.
 
-Two adapters: the released layout, and one of all projections with the mask token's row. One engine with random weights
-each; forwards with and without the adapter alternate, so a drifting machine harms both alike.
+Two adapters: the released layout, and one on all projections with the mask token's row. One engine with random weights
+for each. Forwards with and without the adapter alternate, so that drift affects both equally.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _causal(llm: Any, parts: list[tuple[nn.Module, str, nn.Module]]) -> Callable
 
 
 def _alternate(call: Callable[[bool], None], repeats: int) -> dict[str, float]:
-    """Return median milliseconds with and without, and the median ratio of neighbours."""
+    """Return median milliseconds with and without, and the median ratio of adjacent forwards."""
     taken: dict[bool, list[float]] = {True: [], False: []}
     for number in range(-2, repeats):
         for on in (number % 2 == 0, number % 2 != 0):
@@ -165,4 +165,4 @@ def _show(rows: list[dict[str, Any]], repeats: int) -> None:
             )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(f"medians of {repeats} alternating forwards, bfloat16; an AR step has it loaded, but off")
+    console.print(f"medians of {repeats} alternating forwards, bfloat16; in an AR step it is loaded but inactive")

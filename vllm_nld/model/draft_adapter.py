@@ -1,9 +1,9 @@
-"""The draft adapter inside the model: thin matrices for projections, the mask token's own row, and when they count.
+"""The draft adapter inside the model: thin matrices for projections, the mask token's row, and when they apply.
 
-On disk it is :mod:`vllm_nld.checkpoints.draft_lora`.
+:mod:`vllm_nld.checkpoints.draft_lora` handles its files.
 
-Whether a forward drafts is known from its metadata alone, as the attention mode is (:func:`adapted_tokens`). The
-operators below are opaque to torch.compile, so one compiled graph serves both, and in a causal pass they return at once.
+Only a forward's metadata says whether it drafts, as for the attention mode (:func:`adapted_tokens`). The operators
+below are opaque to torch.compile, so one compiled graph serves both. In a causal pass they return at once.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from vllm_nld.model.adapter_shares import Share
 class DraftAdapter(nn.Module):
     """What the adapter adds to one linear layer's output: one change per projection that the layer packs.
 
-    Its matrices are buffers: vLLM's loader would miss parameters that are not among the checkpoint's tensors. With
-    tensor parallelism A is cut along its input as the weight of a row-parallel layer is, B along its output as that of
-    a column-parallel one; a row-parallel layer's sum over the ranks is taken after both.
+    Its matrices are buffers, because vLLM's loader would report parameters that are not in the checkpoint as missing.
+    With tensor parallelism A is split along its input like the weight of a row-parallel layer, B along its output like
+    that of a column-parallel layer. A row-parallel layer sums over ranks after both.
 
     Args:
-        rank: of the adapter.
+        rank: rank of the adapter.
         shares: of the projections that it changes; all read the same input.
     """
 
@@ -84,9 +84,9 @@ class MaskRow(nn.Module):
 
 
 def _keep(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Register a buffer that is none of the checkpoint's."""
+    """Register a buffer that is not in the checkpoint."""
     module.register_buffer(name, tensor, persistent=False)
-    # vLLM's reload expects so many elements from the checkpoint, and calls it a failure when they do not come.
+    # vLLM's reload expects this many elements from the checkpoint, and reports a failure if they are missing.
     tensor.weight_loader_numel = 0  # type: ignore[attr-defined]
 
 
@@ -115,15 +115,16 @@ def adapted_tokens(tensor: Tensor) -> Tensor | slice | None:
 
 
 def add_draft_adapter(hidden: Tensor, down: Tensor, up: list[Tensor], starts: list[int], output: Tensor) -> None:
-    """Add ``hidden @ down @ up`` to the adapted tokens of ``output``, the i-th B's part from column ``starts[i]`` on."""
+    """Add ``hidden @ down @ up`` to the adapted tokens of ``output``; the i-th part begins at column ``starts[i]``."""
     adapted = adapted_tokens(output)
     if adapted is None:
         return
-    everywhere = isinstance(adapted, slice)
-    parts = ((hidden if everywhere else hidden[adapted]) @ down).split(up[0].shape[0], dim=1)
-    for part, own, start in zip(parts, up, starts, strict=True):
+    low = hidden[adapted] @ down
+    rank = up[0].shape[0]
+    for index, (own, start) in enumerate(zip(up, starts, strict=True)):
+        part = low[:, index * rank : (index + 1) * rank]
         columns = output[:, start : start + own.shape[1]]
-        if everywhere:
+        if isinstance(adapted, slice):
             columns.addmm_(part, own)
         else:
             columns.index_add_(0, adapted, part @ own)
@@ -156,20 +157,21 @@ for _name, (_schema, _function) in OPERATORS.items():
     for _device in ("CPU", "CUDA"):
         _library.impl(_own_name, _function, dispatch_key=_device)
     torch.library.register_fake(_name, lambda *_: None)
-# Not torch.library.custom_op: its wrapper takes longer than all else that a causal pass does here.
+# Not torch.library.custom_op, whose wrapper takes longer than everything else that a causal pass does here.
 
 
 def is_being_captured(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured of what is done with a tensor."""
+    """Whether operations on a tensor are being captured in a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def leave_adapter_out_of_graphs(compilation_config: Any) -> None:
-    """Have vLLM cut the model's graph at the operators, so that no piecewise CUDA graph holds them; idempotent.
+    """Have vLLM split the model's graph at the operators, so that no piecewise CUDA graph contains them; idempotent.
 
-    Whether they do anything is decided whenever they run; captured in a causal pass, they would never do anything again.
-    vLLM fills ``splitting_ops`` after the config hook and reads it when it compiles, so this is called in between,
-    when the model is made. Where it is empty, there are no piecewise graphs; a draft pass runs no graph at all.
+    The operators decide in every run whether to do anything. If they were captured in a causal pass, they would never
+    do anything again. vLLM fills ``splitting_ops`` after the config hook and reads it when it compiles, so this is
+    called in between, when the model is made. If it is empty, there are no piecewise graphs; a draft pass runs no graph
+    at all.
     """
     operators = compilation_config.splitting_ops
     if operators:

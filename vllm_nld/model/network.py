@@ -1,7 +1,7 @@
-"""The NLD network on vLLM's own layers: quantization, tensor parallelism and torch.compile come from them.
+"""The NLD network, made of vLLM's own layers, which bring quantization, tensor parallelism and torch.compile.
 
-Only two things differ from vLLM's Mistral: the attention layer's backend knows draft passes
-(:mod:`vllm_nld.attention`), and the mask token is never a possible answer.
+Only two things differ from vLLM's Mistral: the attention backend also runs draft passes (:mod:`vllm_nld.attention`),
+and the mask token is never an answer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from vllm_nld.attention.backend import block_attention_backend
@@ -35,7 +35,7 @@ from vllm_nld.vllm_glue import cpu_repairs, layers
 class NLDAttention(nn.Module):
     """Grouped-query attention with YaRN and the llama-4 query scale.
 
-    The signature is what ``vllm.model_executor.models.llama.LlamaDecoderLayer`` passes.
+    Takes the arguments that ``vllm.model_executor.models.llama.LlamaDecoderLayer`` passes.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class NLDAttention(nn.Module):
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Map ``positions`` int64 ``[tokens]`` and ``hidden_states`` ``[tokens, hidden]`` to ``[tokens, hidden]``."""
         qkv = project(self.qkv_proj, hidden_states, self.qkv_adapter)
-        query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)  # type: ignore[no-untyped-call]
         query, key = self.rotary_emb(positions, query, key)
         if self.scaling_config is not None:
             turns = torch.floor(positions / self.scaling_config["original_max_position_embeddings"])
@@ -107,7 +107,7 @@ class AdaptedMLP(nn.Module):
         config: of the model.
     """
 
-    def __init__(self, mlp: nn.Module, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
+    def __init__(self, mlp: LlamaMLP, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj, self.act_fn = mlp.gate_up_proj, mlp.down_proj, mlp.act_fn
         self.gate_up_adapter = draft_adapter(lora, config, "gate_up_proj")
@@ -122,7 +122,7 @@ class AdaptedMLP(nn.Module):
         return tensor_model_parallel_all_reduce(projected) if self.sums_itself else projected
 
 
-def project(linear: nn.Module, x: Tensor, adapter: DraftAdapter | None) -> Tensor:
+def project(linear: LinearBase, x: Tensor, adapter: DraftAdapter | None) -> Tensor:
     """Return a linear layer's output ``[tokens, outputs]``, in a draft with what the adapter adds."""
     output: Tensor = linear(x)[0]
     if adapter is not None:
@@ -137,7 +137,7 @@ def draft_adapter(lora: DraftLoRA, config: NemotronLabsDiffusionConfig, linear: 
     return DraftAdapter(lora.rank, shares) if shares else None
 
 
-def takes_over_sum(linear: nn.Module, adapter: DraftAdapter | None) -> bool:
+def takes_over_sum(linear: RowParallelLinear, adapter: DraftAdapter | None) -> bool:
     """Have a row-parallel layer leave its sum over the ranks to its caller, who adds the adapter's part first.
 
     Returns:
@@ -145,7 +145,7 @@ def takes_over_sum(linear: nn.Module, adapter: DraftAdapter | None) -> bool:
     """
     if adapter is None or linear.tp_size == 1:
         return False
-    linear.reduce_results = False  # type: ignore[assignment]
+    linear.reduce_results = False
     return True
 
 
@@ -160,9 +160,9 @@ class NLDDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     def add_draft_adapter(self, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
         """Make room for an adapter's matrices."""
         self.self_attn.add_draft_adapter(lora, config)
-        mlp = AdaptedMLP(self.mlp, lora, config)
-        if mlp.gate_up_adapter is not None or mlp.down_adapter is not None:
-            self.mlp = mlp
+        adapted = AdaptedMLP(self.mlp, lora, config)
+        if adapted.gate_up_adapter is not None or adapted.down_adapter is not None:
+            self.mlp: nn.Module = adapted
 
 
 class NLDModel(LlamaModel):  # type: ignore[misc]
@@ -184,7 +184,7 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """NLD as vLLM's causal language model; the same object serves draft passes (:mod:`vllm_nld.draft_pass`).
 
     Attributes:
-        draft_lora: the adapter that drafts run with, on disk; the draft pass loads it.
+        draft_lora: the files of the adapter for drafts; the draft pass loads it.
     """
 
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"encoder.": "model.", "diffusion_head.": "lm_head."})
@@ -199,7 +199,9 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             self._add_draft_adapter(self.draft_lora, vllm_config.model_config.hf_config)
             leave_adapter_out_of_graphs(vllm_config.compilation_config)
 
-    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = NLDDecoderLayer) -> NLDModel:
+    def _init_model(
+        self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = NLDDecoderLayer
+    ) -> NLDModel:
         return NLDModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     def _add_draft_adapter(self, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
@@ -220,8 +222,8 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def shard_logits(self, hidden_states: Tensor) -> tuple[Tensor, int | None]:
         """Return this tensor-parallel rank's logits ``[tokens, columns]``, and the token id of their first column.
 
-        The mask token is at minus infinity. Padding is cut off: a small vocabulary may lie in the first shard alone.
-        Where all ranks have all logits, these are whole, and None is returned. See :mod:`vllm_nld.model.best_tokens`.
+        The mask token is at minus infinity. Padding is cut off; a small vocabulary may fill only the first shard. If
+        all ranks have all logits, the result is all of them, and None. See :mod:`vllm_nld.model.best_tokens`.
         """
         logits = layers.ungathered_logits(self, hidden_states) if self.lm_head.tp_size > 1 else None
         if logits is None:

@@ -1,4 +1,4 @@
-"""The draft adapter: a low-rank change of the layers' projections that only draft passes of self-speculation see."""
+"""The draft adapter: a low-rank change of the layers' projections that only draft passes of self-speculation apply."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _A_NAME = re.compile(r"\.layers\.(\d+)\.\w+\.(\w+)\.lora_A\.weight$")
 
 @dataclass
 class DraftAdapter:
-    """What is added to projections: ``scale * B A x`` at each place; and the mask token's own input row.
+    """The terms that projections gain, ``scale * B A x`` at each place, and the mask token's own input row.
 
     Attributes:
         a: by place, ``[rank, inputs]``; layer by layer, each in the order of ``TARGETS``.
@@ -98,19 +98,20 @@ class DraftAdapter:
 
     def embed(self, ids: Tensor, embedded: Tensor) -> Tensor:
         """Return the ``embedded`` ``[..., hidden]`` of token ``ids`` ``[...]``, with the mask token's own row."""
-        if self.mask_row is None:
+        if self.mask_row is None or self.mask_token_id is None:
             return embedded
-        return torch.where((ids == self.mask_token_id)[..., None], self.mask_row.to(embedded.dtype), embedded)
+        masked = torch.eq(ids, self.mask_token_id).unsqueeze(-1)
+        return torch.where(masked, self.mask_row.to(embedded.dtype), embedded)
 
     def to(self, device: str | torch.device) -> DraftAdapter:
-        """Return it on another device."""
+        """Return the adapter on another device."""
         a, b = ({place: x.to(device) for place, x in matrices.items()} for matrices in (self.a, self.b))
         row = None if self.mask_row is None else self.mask_row.to(device)
         return DraftAdapter(a, b, self.scale, row, self.mask_token_id)
 
     @classmethod
     def read(cls, folder: str | Path) -> DraftAdapter:
-        """Read what :meth:`write` writes; for the dense reference, which trusts its files."""
+        """Read what :meth:`write` wrote. For the dense reference, which does not check its files."""
         config = json.loads((Path(folder) / CONFIG_FILE).read_text())
         tensors = load_file(Path(folder) / WEIGHTS_FILE)
         named = [match.groups() for match in map(_A_NAME.search, tensors) if match]
@@ -135,7 +136,7 @@ class DraftAdapter:
         if self.mask_row is not None:
             named[MASK_ROW] = self.mask_row[None]
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in named.items()}
-        # save_file would make a file that only its owner may read.
+        # save_file would make a file that only its owner can read.
         (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         (folder / CONFIG_FILE).write_text(json.dumps(self._settings(base_model), indent=2) + "\n")
 

@@ -39,9 +39,9 @@ class OracleBlock:
     """One block's analysis.
 
     Attributes:
-        target: the block that serial denoising ends with, seed first.
+        target: the result of serial denoising, seed first.
         commits: positions committed by each forward of the oracle, in order.
-        complete: False if the simulation budget ran out: the rest was committed serially then.
+        complete: False if the simulation budget ran out; the rest was then committed serially.
     """
 
     target: list[int]
@@ -51,7 +51,7 @@ class OracleBlock:
 
 @dataclass
 class SpeedOfLight:
-    """A prompt's analysis, or that of several prompts together.
+    """The analysis of one prompt, or of several prompts together.
 
     Attributes:
         tokens: tokens of the filled blocks, seeds included.
@@ -59,7 +59,7 @@ class SpeedOfLight:
         commits: causal forwards, one per block.
         serial: forwards of serial denoising, for comparison.
         simulated: forwards that the analysis itself took.
-        blocks: blocks analysed.
+        blocks: analyzed blocks.
         incomplete: blocks for which the budget ran out.
     """
 
@@ -72,18 +72,18 @@ class SpeedOfLight:
     incomplete: int = 0
 
     def add(self, other: SpeedOfLight) -> None:
-        """Add another analysis' counts."""
+        """Add the counts of another analysis."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     @property
     def tpf_denoising(self) -> float:
-        """Tokens per denoising forward; commits are left out."""
+        """Tokens per denoising forward, without commits."""
         return self.tokens / self.denoising if self.denoising else float(self.tokens)
 
     @property
     def tpf(self) -> float:
-        """Tokens per forward, each block's causal commit counted."""
+        """Tokens per forward, with each block's causal commit."""
         return self.tokens / max(1, self.denoising + self.commits)
 
 
@@ -97,7 +97,7 @@ def analyse(
     progress: Callable[[int], None] | None = None,
     safety: Safety = Safety.ACCEPTANCE,
 ) -> SpeedOfLight:
-    """Analyse the blocks of one prompt; the text goes on with each block's target.
+    """Analyze the blocks of one prompt. The text continues with each block's target.
 
     Args:
         model: the dense model.
@@ -137,7 +137,7 @@ class _Simulator:
         self.spent = 0
 
     def analyse(self, seed: int, length: int) -> OracleBlock:
-        """Return the oracle's way through one block."""
+        """Return the analysis of one block."""
         state = [seed] + [self.mask_id] * (length - 1)
         order, target = self._serial(state)
         block = OracleBlock(target)
@@ -163,7 +163,7 @@ class _Simulator:
         return order, [int(token) for token in tokens[0]]
 
     def _look(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for states ``[rows, length]``: surest masked position, most probable tokens, their confidence."""
+        """Return, for states ``[rows, length]``: surest masked position, most probable tokens, and their confidence."""
         rows = len(states)
         self.spent += rows
         expanded = KVCache(

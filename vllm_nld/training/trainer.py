@@ -24,12 +24,12 @@ from vllm_nld.training.text import Corpus, Rows, digest, own_text, save
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run is cut up; changes nothing of what it computes.
+    """How a run is divided. Does not change what it computes.
 
     Attributes:
         save_every: steps between saves.
         measure_every: steps between measurements of the curve.
-        minutes: stop (and save) after so long; None: at the end.
+        minutes: stop (and save) after this time; None: at the end.
     """
 
     save_every: int = 50
@@ -38,11 +38,11 @@ class Schedule:
 
 
 def load_frozen(folder: Path, dtype: torch.dtype, device: str | torch.device) -> ReferenceModel:
-    """Return the model of ``folder``, whose weights take no gradients."""
+    """Return the model of ``folder``, without gradients for its weights."""
     model = load_reference(folder, dtype, device).requires_grad_(False)
     model.config.name_or_path = folder.resolve().name
     if dtype != torch.float32:
-        # Angles are computed from these: they must not be rounded with the weights.
+        # Angles are computed from these, so they must not be rounded with the weights.
         model.inverse_frequencies = load_reference(folder).inverse_frequencies.to(device)
     return model
 
@@ -86,7 +86,7 @@ class Trainer:
 
     @property
     def state_folder(self) -> Path:
-        """Where a run keeps what it needs to go on; not part of the adapter."""
+        """Where a run keeps what it needs to continue; not part of the adapter."""
         return self.output / "training"
 
     @property
@@ -94,10 +94,11 @@ class Trainer:
         return self.state_folder / "state.pt"
 
     def begin(self, resume: bool) -> None:
-        """Make sure that nothing is overwritten, or take up an earlier run.
+        """Make sure that nothing is overwritten, or resume an earlier run.
 
         Raises:
-            NLDError: there is a run that is not to be resumed, none to resume, or one with other settings.
+            NLDError: the folder holds a run but ``resume`` is False, or there is no run to resume, or its settings
+                differ.
         """
         begun = self.state_folder.is_dir() or (self.output / WEIGHTS_FILE).is_file()
         if not resume:
@@ -108,7 +109,7 @@ class Trainer:
             save(self._state_file, self._state())
             return
         if not self._state_file.is_file():
-            raise NLDError(f"--resume: {self.output} holds no run to go on with; leave --resume out, or mend --output")
+            raise NLDError(f"--resume: {self.output} holds no run to continue; leave --resume out, or correct --output")
         state = torch.load(self._state_file, map_location=self.device)
         self.settings.check_same(state["settings"])
         for name, found in self._fingerprints().items():
@@ -124,7 +125,7 @@ class Trainer:
         self.step, self.curve = state["step"], state["curve"]
 
     def run(self, schedule: Schedule, progress: Progress) -> bool:
-        """Train until the end, or until the time is up; returns whether the end is reached."""
+        """Train until the end, or until time runs out; returns whether training is complete."""
         until = time.monotonic() + 60 * schedule.minutes if schedule.minutes else None
         rows, held_out = self._rows(progress)
         if not self.curve:
@@ -144,15 +145,16 @@ class Trainer:
         return True
 
     def train_step(self, rows: Rows) -> dict[str, float]:
-        """Do one step on a batch drawn from ``rows``; returns what is logged.
+        """Do one step on a batch drawn from ``rows``; returns the values to log.
 
-        That is the loss, in nats per block, and the blocks' mean of accepted + 1 before the step.
+        These are the loss, in nats per block, and the mean of accepted + 1 over the blocks, before the step.
         """
         settings = self.settings
         chosen = rows[self._turn(len(rows))]
         starts = self._starts(chosen)
+        count, blocks = starts.shape
         before, own = (
-            Draws.of(*starts.shape, self.block_length, settings.drawn_share, self.generator) for _ in range(2)
+            Draws.of(count, blocks, self.block_length, settings.drawn_share, self.generator) for _ in range(2)
         )
         size = settings.micro_batch or settings.batch
         total = emitted = 0.0
@@ -182,14 +184,14 @@ class Trainer:
         return figures
 
     def _starts(self, rows: Rows) -> Tensor:
-        """Draw where blocks begin, int64 ``[rows, blocks]``: anywhere in the texts, and after a text only to fill up."""
+        """Draw where blocks begin, int64 ``[rows, blocks]``: anywhere in a text; after a short one only to fill up."""
         room = self.settings.new_tokens - self.block_length + 1
         after = torch.arange(room) >= rows.lengths(self.eos)[:, None]
         order = (torch.rand(len(rows), room, generator=self.generator) + after).argsort(1)
         return rows.begins[:, None] + order[:, : self.settings.blocks].sort(1).values
 
     def _turn(self, count: int) -> Tensor:
-        """Return the rows of this step, int64 ``[batch]``: all take their turn, in another order each time round."""
+        """Return the rows of this step, int64 ``[batch]``: every row once per round, in a new order each round."""
         turns = torch.arange(self.settings.batch) + self.step * self.settings.batch
         chosen = torch.empty_like(turns)
         for lap in sorted(set((turns // count).tolist())):
@@ -200,8 +202,8 @@ class Trainer:
     def _rows(self, progress: Progress) -> tuple[Rows, Rows]:
         """Return the text to train on and to measure on.
 
-        What it draws depends on the seed alone, so that a resumed run draws the same. The measurement is always on own
-        text, which is what drafts meet in use.
+        The draws depend only on the seed, so that a resumed run repeats them. Measurements always use own text, because
+        drafts continue own text when serving.
         """
         settings, corpus = self.settings, self.corpus
         generator = torch.Generator().manual_seed(settings.seed + 1)
@@ -252,7 +254,7 @@ class Trainer:
         }
 
     def _fingerprints(self) -> dict[str, str]:
-        """Identify what a run cannot go on without."""
+        """Identify the inputs that a resumed run needs unchanged."""
         return {
             "MODEL": digest(self.model.diffusion_head.weight.float().cpu()),
             "--data": self.corpus.digest(self.corpus.train),
