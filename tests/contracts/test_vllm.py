@@ -238,6 +238,17 @@ class TestModelAndAttention:
         assert "attn_layer_type" in vllm.parameters(file, "LlamaDecoderLayer.__init__")
         assert "layer_type" in vllm.parameters(file, "LlamaForCausalLM.__init__")
 
+    def test_llama_embeds_and_computes_in_known_parts(self, vllm: VllmSource) -> None:
+        """A mask token's row goes into ``embed_input_ids``; an adapter's feed-forward layer uses ``LlamaMLP``'s parts."""
+        file = "model_executor/models/llama.py"
+        assert {"vllm_config", "prefix", "layer_type"} <= set(vllm.parameters(file, "LlamaForCausalLM._init_model"))
+        assert {"vllm_config", "prefix", "layer_type"} <= set(vllm.parameters(file, "LlamaModel.__init__"))
+        assert "self.embed_input_ids(input_ids)" in vllm.text(file, "LlamaModel.forward")
+        made = vllm.text(file, "LlamaMLP.__init__")
+        assert all(f"self.{part} = " in made for part in ("gate_up_proj", "down_proj", "act_fn"))
+        reduces = vllm.text("model_executor/layers/linear.py", "RowParallelLinear.forward")
+        assert "if self.reduce_results and self.tp_size > 1" in reduces
+
     def test_yarn_attention_scaling_can_be_turned_off(self, vllm: VllmSource) -> None:
         file = "model_executor/layers/rotary_embedding/__init__.py"
         text = vllm.text(file)
