@@ -239,7 +239,7 @@ class TestModelAndAttention:
         assert "layer_type" in vllm.parameters(file, "LlamaForCausalLM.__init__")
 
     def test_llama_embeds_and_computes_in_known_parts(self, vllm: VllmSource) -> None:
-        """A mask token's row goes into ``embed_input_ids``; an adapter's feed-forward layer uses ``LlamaMLP``'s parts."""
+        """A mask token's row goes into ``embed_input_ids``; an adapter's MLP takes over ``LlamaMLP``'s parts."""
         file = "model_executor/models/llama.py"
         assert {"vllm_config", "prefix", "layer_type"} <= set(vllm.parameters(file, "LlamaForCausalLM._init_model"))
         assert {"vllm_config", "prefix", "layer_type"} <= set(vllm.parameters(file, "LlamaModel.__init__"))
