@@ -19,19 +19,19 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm_nld import ops
 from vllm_nld.attention.layout import find_layout, scales, typed_cache
 from vllm_nld.errors import NLDError
+from vllm_nld.ops.arguments import CAUSAL, BlockAttention
 from vllm_nld.ops.pages import PageLayout
-from vllm_nld.ops.torch_ops import CAUSAL
 
 
 @dataclass(frozen=True)
 class DraftMetadata:
-    """Attention metadata of one draft pass, shared by all layers: what ``ops.block_attention`` asks for.
+    """Attention metadata of one draft pass, shared by all layers: what of :class:`BlockAttention` is not a layer's own.
 
     Attributes:
         block_table: int32 ``[rows, pages]``, the pages that hold each row's prefix (padding is never read).
         prefix_lens: int32 ``[rows]``, cached tokens.
         block_starts: int32 ``[rows + 1]``, where each row's tokens start.
-        mask_kinds: int32 ``[rows]``, see ``docs/operators.md``.
+        mask_kinds: int32 ``[rows]``, ``ops.BIDIRECTIONAL`` or ``ops.CAUSAL``.
         max_length: tokens of the longest block.
         max_prefix: tokens of the longest prefix.
         adapted: the tokens that the draft adapter applies to: all, or int64 indices; None: none.
@@ -188,7 +188,7 @@ def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | N
             block_table=metadata.block_table[:rows].int(),
             prefix_lens=metadata.seq_lens[:rows].int() - starts.diff(),
             block_starts=starts,
-            mask_kinds=torch.full((rows,), CAUSAL, dtype=torch.int32),
+            mask_kinds=torch.full((rows,), CAUSAL, dtype=torch.int32, device=starts.device),
             max_length=metadata.max_query_len,
             max_prefix=metadata.max_seq_len,
         )
@@ -198,14 +198,8 @@ def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | N
 
 @cache
 def fast_causal(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether causal steps of several queries a row should use the operator."""
-    if device_type != "cpu" or dtype != torch.bfloat16:
-        return False
-    if ops.implementation("block_attention", device_type).name != "cpp":
-        return False
-    from vllm_nld.ops.cpp_ops import instruction_set
-
-    return instruction_set() in ("avx512bf16", "avx512")
+    """Whether causal steps of several queries a row should use the operator: its implementation says so."""
+    return ops.implementation("block_attention", device_type).fast_causal(dtype)
 
 
 def block_forward(
@@ -214,7 +208,9 @@ def block_forward(
     """Write attention over cached prefixes and blocks into ``output`` ``[tokens, heads, head_dim]`` and return it."""
     head_dim = layer.head_size
     key_pages, value_pages = page_layout(layer).split(typed_cache(layer), head_dim)
-    ops.function("block_attention", query.device.type)(
+    k_scale, v_scale = scales(layer)
+    # By position, in the order of the fields: keywords take longer, and this runs once a layer.
+    call = BlockAttention(
         query.view(len(query), -1, head_dim),
         key.view(len(key), -1, head_dim),
         value.view(len(value), -1, head_dim),
@@ -224,13 +220,14 @@ def block_forward(
         blocks.prefix_lens,
         blocks.block_starts,
         blocks.mask_kinds,
-        None,
         scale,
-        *scales(layer),
+        k_scale,
+        v_scale,
         blocks.max_length,
         blocks.max_prefix,
         output.view(len(output), -1, head_dim),
     )
+    ops.function("block_attention", query.device.type)(call)
     if blocks.tokens is not None and blocks.tokens < len(output):
         output[blocks.tokens :] = 0  # a quantization with one scale for all tokens would look at what was there before
     return output

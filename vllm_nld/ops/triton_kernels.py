@@ -80,19 +80,17 @@ def _load_page_tile(
 
 
 @_kernel(
-    "block_table", "prefix_lens", "block_starts", "mask_kinds", "mask_words",
-    "table_row", "words_token", "tiles", "splits",
+    "block_table", "prefix_lens", "block_starts", "mask_kinds", "table_row", "tiles", "splits",
 )  # fmt: skip
 def attention_kernel(
-    query, key, value, key_pages, value_pages, block_table, prefix_lens, block_starts, mask_kinds, mask_words, output,
+    query, key, value, key_pages, value_pages, block_table, prefix_lens, block_starts, mask_kinds, output,
     part_acc, part_top, part_total,
     q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head,
     kp_page, kp_head, kp_place, kp_dim, vp_page, vp_head, vp_place, vp_dim,
-    table_row, words_token,
-    tiles, splits, scale_log2, page_scale_log2, page_value_scale,
+    table_row, tiles, splits, scale_log2, page_scale_log2, page_value_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    WORDS: tl.constexpr, FP8: tl.constexpr, E5M2: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    FP8: tl.constexpr, E5M2: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of a row's queries for one KV head, over one part of the prefix and (part 0) the block.
 
@@ -159,11 +157,6 @@ def attention_kernel(
             v_at = value + kv_head * v_head + (there * v_token)[:, None] + dim[None, :]
             v = tl.load(v_at, mask=exists[:, None] & in_head[None, :], other=0.0)
             visible = (kinds != 1)[:, None] | (other[None, :] <= token[:, None])
-            if WORDS:
-                words_at = mask_words + (at * words_token)[:, None] + (other // 32)[None, :]
-                need = ((kinds == 2) & in_block)[:, None] & exists[None, :]
-                word = tl.load(words_at, mask=need, other=-1)
-                visible = visible & (((word >> (other % 32)[None, :]) & 1) != 0)
             acc, top, total = _attend(acc, top, total, q, k, v, visible & exists[None, :], scale_log2, UPCAST)
 
     if SPLIT:
@@ -233,28 +226,6 @@ def pack_kernel(targets, starts, accepted, tokens, token_starts, seeds, BLOCK: t
         tl.store(tokens + before + place, tl.load(source + place, mask=place < count), mask=place < count)
     tl.store(token_starts + row + 1, before + count)
     tl.store(seeds + row, tl.load(source + count - 1))
-
-
-@_kernel("table", "sources", "targets")
-def move_kernel(table, sources, targets, FIELDS: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy one slot of one cache. Grid: (moves, caches).
-
-    table int64 [caches, FIELDS]: address, KV heads, page size, head size, and the strides of page, head, place and
-    component. One table for all layers makes it one launch.
-    """
-    entry = table + tl.program_id(1) * FIELDS
-    base = tl.load(entry).to(tl.pointer_type(TYPE))
-    heads, size, dims = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-    s_page, s_head, s_place, s_dim = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
-    source = tl.load(sources + tl.program_id(0))
-    target = tl.load(targets + tl.program_id(0))
-    from_slot = base + (source // size) * s_page + (source % size) * s_place
-    to_slot = base + (target // size) * s_page + (target % size) * s_place
-    for offset in range(0, heads * dims, BLOCK):
-        element = offset + tl.arange(0, BLOCK)
-        inside = (element // dims) * s_head + (element % dims) * s_dim
-        mask = element < heads * dims
-        tl.store(to_slot + inside, tl.load(from_slot + inside, mask=mask), mask=mask)
 
 
 @triton.jit
