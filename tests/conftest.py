@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))
 
 ALONE = ("server", "ray", "gpu")
 """Tiers whose tests start processes of their own, or measure: they want the whole machine (``scripts/test.sh``)."""

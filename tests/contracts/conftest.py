@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from vllm_source import VllmSource
+from tests.contracts.vllm_source import VllmSource
 
 
 def _folders() -> list[Path]:

@@ -6,7 +6,10 @@ A test that fails names the assumption; ``docs/patches.md`` says which code lean
 from __future__ import annotations
 
 import pytest
-from vllm_source import VllmSource
+
+from tests.contracts.vllm_source import VllmSource
+
+from vllm_nld.vllm_glue.versions import FIXED_BITMASK_ROWS
 
 SCHEDULER = "v1/core/sched/scheduler.py"
 STEP = "v1/core/sched/output.py"
@@ -112,9 +115,16 @@ class TestSchedulerAndStep:
         assert "request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens" in text
 
     def test_a_bitmask_has_a_row_for_every_draft_and_one_more(self, vllm: VllmSource) -> None:
+        """Or, from 0.33 on, as many rows for every request, of which the first ones are read."""
         assert {"structured_output_request_ids", "grammar_bitmask"} <= vllm.fields(STEP, "GrammarOutput")
-        text = vllm.text("v1/structured_output/utils.py", "apply_grammar_bitmask")
-        assert "cumulative_index += 1 + num_spec_tokens" in text
+        reader = vllm.text("v1/structured_output/utils.py", "apply_grammar_bitmask")
+        if vllm.release < FIXED_BITMASK_ROWS:
+            assert "cumulative_index += 1 + num_spec_tokens" in reader
+        else:
+            writer = vllm.text("v1/structured_output/__init__.py", "StructuredOutputManager.grammar_bitmask")
+            assert "cumulative_index = grammar_idx * mask_stride" in writer
+            assert "cumulative_index:cumulative_index + num_rows" in reader
+            assert "cumulative_index += mask_stride" in reader
 
     def test_a_dropped_sample_s_random_numbers_are_taken_back(self, vllm: VllmSource) -> None:
         """``cpu_repairs.repair_seeded_prefills``; once there is no ``set_offset``, that can go."""

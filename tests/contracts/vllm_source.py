@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from vllm_nld.vllm_glue.versions import release_of
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,11 @@ class VllmSource:
     """One version's package folder, the one that holds ``__init__.py``."""
 
     folder: Path
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """(major, minor) of the version."""
+        return release_of(re.search(r"version = '(.+?)'", (self.folder / "_version.py").read_text())[1])  # type: ignore[index]
 
     def parameters(self, file: str, name: str) -> list[str]:
         """Return the parameters of a function, or of ``Class.method`` (without ``self``)."""

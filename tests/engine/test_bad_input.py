@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import random_model, save, small_config
 from safetensors.torch import load_file, save_file
 
+from tests.support.models import random_model, save, small_config
 from vllm_nld.errors import NLDError, find
 
 
@@ -81,7 +81,7 @@ def test_the_older_ray_executor_is_refused(folder: Path, monkeypatch: pytest.Mon
 
 def test_positions_past_the_rotary_table(tmp_path: Path) -> None:
     """YaRN with factor < 1, as in the released 3B-Base: the table is shorter than max_position_embeddings."""
-    from models import yarn
+    from tests.support.models import yarn
 
     config = small_config(rope_parameters=yarn(factor=0.25, original=1024), max_position_embeddings=512)
     from vllm import EngineArgs

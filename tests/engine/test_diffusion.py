@@ -6,11 +6,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-import extremes
 import pytest
-from engines import engine, generate, metric, random_prompts, runner, watch_blocks
-from models import random_model, save, small_config
 
+from tests.support import extremes
+from tests.support.engines import engine, generate, metric, random_prompts, runner, watch_blocks
+from tests.support.models import random_model, save, small_config
 from vllm_nld.reference import ReferenceModel, ar_generate
 from vllm_nld.reference import generate as reference_generate
 from vllm_nld.serving.ledger import Tally

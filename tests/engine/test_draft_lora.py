@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import random_adapter, save_task_lora
-from cpus import needs_float32_int8
-from engines import NEAR_TIE, accepted, engine, far_from_best, generate, random_prompts, runner, watch_blocks
-from models import random_model, save, small_config
 
+from tests.support.adapters import random_adapter, save_task_lora
+from tests.support.cpus import needs_float32_int8
+from tests.support.engines import (
+    NEAR_TIE,
+    accepted,
+    engine,
+    far_from_best,
+    generate,
+    random_prompts,
+    runner,
+    watch_blocks,
+)
+from tests.support.models import random_model, save, small_config
 from vllm_nld.checkpoints.draft_lora import FOLDER
 from vllm_nld.reference import DraftAdapter, ReferenceModel, ar_generate, linear_spec_generate
 from vllm_nld.reference import generate as diffuse

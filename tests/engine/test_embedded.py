@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from engines import accepted, engine, metric
 
+from tests.support.engines import accepted, engine, metric
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import ar_generate, linear_spec_generate, load_reference

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import (
+
+from tests.support.engines import (
     accepted,
     counters,
     engine,
@@ -18,8 +19,7 @@ from engines import (
     runner,
     watch_blocks,
 )
-from models import random_model, save, small_config
-
+from tests.support.models import random_model, save, small_config
 from vllm_nld.draft_pass import memory
 from vllm_nld.draft_pass.memory import profiling_drafts
 from vllm_nld.reference import ReferenceModel, ar_generate

@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import accepted, counters, engine, generate, metric, random_prompts, runner, shun_ar, watch_blocks
-from models import random_model, save, small_config, yarn
 
+from tests.support.engines import (
+    accepted,
+    counters,
+    engine,
+    generate,
+    metric,
+    random_prompts,
+    runner,
+    shun_ar,
+    watch_blocks,
+)
+from tests.support.models import random_model, save, small_config, yarn
 from vllm_nld.reference import ar_generate, linear_spec_generate
 from vllm_nld.serving.ledger import Tally
 

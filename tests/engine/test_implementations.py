@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from cpus import needs_float8_cache, vllm_writes_tiles, write_tiles
-from engines import accepted, counters, engine, generate, random_prompts
-from models import random_model, save, small_config
 
+from tests.support.cpus import needs_float8_cache, vllm_writes_tiles, write_tiles
+from tests.support.engines import accepted, counters, engine, generate, random_prompts
+from tests.support.models import random_model, save, small_config
 from vllm_nld import ops
 from vllm_nld.attention import backend
 from vllm_nld.errors import NLDError

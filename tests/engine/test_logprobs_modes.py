@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import accepted, engine
 from torch import Tensor
 
+from tests.support.engines import accepted, engine
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import load_reference

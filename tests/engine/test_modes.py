@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, metric
 
+from tests.support.engines import engine, metric
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.draft_pass.learned_sampler import LearnedSampler

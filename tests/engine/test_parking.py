@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import engine, random_prompts, runner
-from models import random_model, save, small_config
 
+from tests.support.engines import engine, random_prompts, runner
+from tests.support.models import random_model, save, small_config
 from vllm_nld.proposer.parking import FORWARDS_PER_LOOK
 from vllm_nld.reference import ReferenceModel, ar_generate
 from vllm_nld.reference import generate as reference_generate

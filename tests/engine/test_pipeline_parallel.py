@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import engine, generate, random_prompts
-from models import random_model, save, small_config
+
+from tests.support.engines import engine, generate, random_prompts
+from tests.support.models import random_model, save, small_config
 
 pytestmark = pytest.mark.alone
 PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=3)

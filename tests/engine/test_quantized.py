@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import accepted, engine, generate, random_prompts
-from models import random_model, save, small_config
-from quantized import quantize
 from vllm.platforms import current_platform
+
+from tests.support.engines import accepted, engine, generate, random_prompts
+from tests.support.models import random_model, save, small_config
+from tests.support.quantized import quantize
 
 
 def has_int4_product() -> bool:

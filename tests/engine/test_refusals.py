@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import random_model, save, small_config
 from vllm import EngineArgs
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
+from tests.support.models import random_model, save, small_config
 from vllm_nld.attention.backend import _with_draft_passes
 from vllm_nld.errors import NLDError, find
 from vllm_nld.vllm_glue import workers

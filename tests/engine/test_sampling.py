@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import accepted, engine, generate, random_prompts, shun_ar
-from models import random_model, save, small_config
 
+from tests.support.engines import accepted, engine, generate, random_prompts, shun_ar
+from tests.support.models import random_model, save, small_config
 from vllm_nld.proposer.requests import Requests
 from vllm_nld.proposer.thinking import ThinkingBudget
 from vllm_nld.reference import ReferenceModel, ar_generate

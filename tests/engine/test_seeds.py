@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import accepted, engine, metric, random_prompts, shun_ar
-from models import random_model, save, small_config
+
+from tests.support.engines import accepted, engine, metric, random_prompts, shun_ar
+from tests.support.models import random_model, save, small_config
 
 PROMPTS = random_prompts([60, 70, 80, 90], 24, seed=6)
 TOKENS = 100

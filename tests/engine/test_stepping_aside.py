@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import random_model, save, small_config
+
+from tests.support.models import random_model, save, small_config
 
 # A vLLM that serves the architecture: its own config class and model class are registered before any plugin loads.
 SCRIPT = """

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import engine, generate, metric, random_prompts
-from models import random_model, save, small_config
 
+from tests.support.engines import engine, generate, metric, random_prompts
+from tests.support.models import random_model, save, small_config
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import ReferenceModel, ar_generate

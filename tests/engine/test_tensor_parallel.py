@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from engines import engine
 
+from tests.support.engines import engine
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 

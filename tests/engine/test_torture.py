@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from engines import accepted, engine, metric, runner, shun_ar
 
+from tests.support.engines import accepted, engine, metric, runner, shun_ar
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 

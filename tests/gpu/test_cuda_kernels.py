@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels import cases, cuda_cases
 
+from tests.kernels import cases, cuda_cases
 from vllm_nld.ops import cuda_ops
 
 pytestmark = [

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import counters, engine, generate, random_prompts
-from models import random_model, save, small_config
 
+from tests.support.engines import counters, engine, generate, random_prompts
+from tests.support.models import random_model, save, small_config
 from vllm_nld.reference import ar_generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
 import torch
-from test_operators import run_examples
 
+from tests.kernels import cases
+from tests.kernels.test_operators import run_examples
 from vllm_nld import ops
 from vllm_nld.ops import cpp_ops
 

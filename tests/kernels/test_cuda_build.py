@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-import cases
-import cuda_cases
 import pytest
 import torch
-from test_operators import run_examples
 
+from tests.kernels import cases, cuda_cases
+from tests.kernels.test_operators import run_examples
 from vllm_nld.errors import NLDError
 from vllm_nld.ops import cuda_ops
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from implementations import Implementation, having
 
+from tests.kernels import cases
+from tests.kernels.implementations import Implementation, having
 from vllm_nld.errors import NLDError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

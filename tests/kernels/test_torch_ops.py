@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.kernels import cases
 from vllm_nld.ops import torch_ops
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
 from hypothesis import given, settings
-from implementations import DEVICES, INTERPRETING
 
+from tests.kernels import cases
+from tests.kernels.implementations import DEVICES, INTERPRETING
 from vllm_nld.ops import triton_ops
 
 NATIVE_OR_INTERPRETED = DEVICES if INTERPRETING else DEVICES[1:]

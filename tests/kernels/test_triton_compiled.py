@@ -7,9 +7,9 @@ from itertools import product
 
 import pytest
 import torch
-from implementations import INTERPRETING
-from triton_compiler import Compilation, pretended_gpu
 
+from tests.kernels.implementations import INTERPRETING
+from tests.kernels.triton_compiler import Compilation, pretended_gpu
 from vllm_nld.ops import triton_ops
 
 pytest.importorskip("triton")

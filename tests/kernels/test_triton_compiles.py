@@ -9,11 +9,11 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-import cases
 import pytest
 import torch
-from implementations import INTERPRETING
 
+from tests.kernels import cases
+from tests.kernels.implementations import INTERPRETING
 from vllm_nld.ops import triton_ops
 
 pytestmark = [

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from implementations import INTERPRETING
+
+from tests.kernels.implementations import INTERPRETING
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this process interprets")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from implementations import INTERPRETING
 from torch import Tensor
-from triton_compiler import Compilation, pretended_gpu
 
+from tests.kernels.implementations import INTERPRETING
+from tests.kernels.triton_compiler import Compilation, pretended_gpu
 from vllm_nld import ops
 from vllm_nld.attention.backend import DraftMetadata, block_forward
 from vllm_nld.attention.layout import typed_cache

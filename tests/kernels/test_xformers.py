@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from implementations import HALF, INTERPRETING
 from torch import Tensor
 
+from tests.kernels import cases
+from tests.kernels.implementations import HALF, INTERPRETING
 from vllm_nld.errors import NLDError
 from vllm_nld.ops import xformers_ops
 

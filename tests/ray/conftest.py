@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clusters import Cluster, install
+
+from tests.support.clusters import Cluster, install
 
 SHIM = Path(__file__).parent / "installed_shim"
 
@@ -15,7 +16,7 @@ SHIM = Path(__file__).parent / "installed_shim"
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start Ray; this process is connected to it, and so is a process with its address."""
-    pytest.importorskip("ray.util")  # "ray" alone would be this very folder
+    pytest.importorskip("ray")
     import ray
 
     site = tmp_path_factory.mktemp("site")

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import EXAMPLES, SMALL_REPLICA, STARTS, address_of, alive, engine_processes, wait_for
 
+from tests.ray.processes import EXAMPLES, SMALL_REPLICA, STARTS, address_of, alive, engine_processes, wait_for
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
@@ -140,7 +140,6 @@ def test_a_row_that_kills_every_engine_is_tried_no_more_than_a_few_times(ray_clu
 
     import pyarrow as pa
 
-    sys.path.insert(0, str(EXAMPLES))
     spec = importlib.util.spec_from_file_location("ray_batch", EXAMPLES / "ray_batch.py")
     assert spec is not None and spec.loader is not None
     ray_batch = importlib.util.module_from_spec(spec)

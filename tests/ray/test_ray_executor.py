@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clusters import Cluster
-from engines import engine, random_prompts
-from models import random_model, save, small_config
+from tests.support.clusters import Cluster
+from tests.support.engines import engine, random_prompts
+from tests.support.models import random_model, save, small_config
 
 DRIVER = Path(__file__).parent / "tensor_parallel_driver.py"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 40, "detokenize": False}

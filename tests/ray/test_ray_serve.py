@@ -18,8 +18,8 @@ import openai
 import psutil
 import pytest
 from openai import OpenAI
-from processes import EXAMPLES, SMALL_REPLICA, STARTS, address_of, alive, engine_processes, replicas, wait_for
 
+from tests.ray.processes import EXAMPLES, SMALL_REPLICA, STARTS, address_of, alive, engine_processes, replicas, wait_for
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 

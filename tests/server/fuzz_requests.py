@@ -2,7 +2,7 @@
 
 By hand, against a server of its own (about five minutes for 2000 requests on two cores)::
 
-    python tests/server/fuzz_requests.py --requests 2000 --seed 1
+    python -m tests.server.fuzz_requests --requests 2000 --seed 1
 
 or against a running one, with ``--base-url http://127.0.0.1:8000``.
 """
@@ -26,10 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import extremes
-from extremes import FLOATS, INTEGERS, JUNK
-
+from tests.support import extremes
+from tests.support.extremes import FLOATS, INTEGERS, JUNK
 from vllm_nld.checkpoints import checkpoint_path
 
 RAW = [  # what json.dumps would not write

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz_requests import fuzz, is_alive
 from openai import OpenAI
 
+from tests.server.fuzz_requests import fuzz, is_alive
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 

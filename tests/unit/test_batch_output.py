@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from batch_output import BatchError, Output, Row, read_rows
 
 SETTINGS = {"engine": {"model": "m"}, "sampling": {"max_tokens": 4}}

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cpus import write_columns, write_tiles
 from torch import Tensor
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.attention.backends import cpu_attn  # before any pretending: it loads vLLM's build for the CPU at hand
 
+from tests.support.cpus import write_columns, write_tiles
 from vllm_nld import ops
 from vllm_nld.attention import backend
 from vllm_nld.ops import cpp_ops

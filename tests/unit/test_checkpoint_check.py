@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import models
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.support import models
 from vllm_nld.checkpoints.headers import check_tensors, expected_tensors
 from vllm_nld.errors import NLDError
 from vllm_nld.reference import load_reference

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import change_settings, change_tensors, random_adapter
-from models import small_config
 
+from tests.support.adapters import change_settings, change_tensors, random_adapter
+from tests.support.models import small_config
 from vllm_nld.checkpoints import draft_lora
 from vllm_nld.checkpoints.draft_lora import FOLDER, DraftLoRA, adapter_of, tensor_names
 from vllm_nld.errors import NLDError

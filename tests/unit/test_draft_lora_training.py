@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 from rich.progress import Progress
@@ -18,6 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from typer.testing import CliRunner
 
+from tests.support import models
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli import app

@@ -7,9 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from gpu_check import plan, record, report
 from gpu_check.plan import Step
 from gpu_check.steps.forwards import covered

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-import models
 import numpy as np
 import pytest
 import torch
-
-from vllm_nld.reference import KVCache, ar_generate
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_tiny"))
-
 from objective import Batch, ar_loss_sum, draft_loss_sum, draft_weights, dual_stream_mask, joint_loss_sum
 from self_text import DraftStage, own_text
+
+from tests.support import models
+from vllm_nld.reference import KVCache, ar_generate
 
 LENGTH, BLOCK = 16, 4
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cpus import vllm_writes_tiles, write_tiles
 from torch import Tensor
 
+from tests.support.cpus import vllm_writes_tiles, write_tiles
 from vllm_nld.attention.layout import find_layout
 from vllm_nld.errors import NLDError
 from vllm_nld.ops.pages import LAYOUTS, STRIDED, TILED, PageLayout

@@ -6,11 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import models
 import pytest
-from quantized import FORMATS, quantize
 from safetensors.torch import load_file, save_file
 
+from tests.support import models
+from tests.support.quantized import FORMATS, quantize
 from vllm_nld.checkpoints.headers import check_tensors
 from vllm_nld.errors import NLDError
 from vllm_nld.model.engine_config import _check_cache, _check_weights

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 from types import SimpleNamespace
 
-import models
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support import models
 from vllm_nld.reference import KVCache, ReferenceModel, ar_generate, generate, linear_spec_generate
 from vllm_nld.reference.generate import Generation, draft_block
 

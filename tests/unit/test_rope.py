@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import models
 import pytest
 import torch
 
+from tests.support import models
 from vllm_nld.reference.model import query_scale, rotate, yarn_inverse_frequencies
 
 RELEASED = [

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_greedy_verify import greedy, kernels, spec_metadata  # noqa: F401
 from torch import Tensor
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
+from tests.unit.test_greedy_verify import greedy, kernels, spec_metadata  # noqa: F401
 from vllm_nld.ops.noise import Noise
 from vllm_nld.vllm_glue import cpu_repairs
 from vllm_nld.vllm_glue.rejection_sampler import accept_diffusion, draw_seeded, guide_verification

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import random_model, small_config
 from typer.testing import CliRunner
 
+from tests.support.models import random_model, small_config
 from vllm_nld.cli import app
 from vllm_nld.reference import KVCache, ReferenceModel
 from vllm_nld.reference.speed_of_light import SpeedOfLight, _Simulator, analyse

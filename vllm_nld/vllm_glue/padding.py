@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_nld.errors import NLDError
-from vllm_nld.vllm_glue.versions import SUPPORTED
+from vllm_nld.vllm_glue.versions import FIXED_BITMASK_ROWS, SUPPORTED, installed_release
 
 
 def schedule_unpadded(scheduler: Any, schedule: Callable[[], Any]) -> Any:
@@ -61,11 +61,17 @@ def without_padding(scheduler_output: Any) -> Any:
 def grammar_without_padding(grammar_output: Any, scheduler_output: Any) -> Any:
     """Return a ``GrammarOutput`` without the rows of padding, of a step that ran by :func:`without_padding`.
 
+    The runner finds a request's rows in one of two ways (``v1/structured_output/utils.py: apply_grammar_bitmask``).
+    Up to vLLM 0.32 it counts the drafts of the requests before, so rows of padding must go. From 0.33 on, every request
+    has as many rows as the longest block takes, of which the first ones are read, so none may go.
+
     Args:
         grammar_output: the scheduler's; its bitmask is int32 ``[rows, words]``, a row for every draft of a request
             with a grammar and one more for the token after them. None where no request has a grammar.
         scheduler_output: the step as the scheduler made it.
     """
+    if installed_release() >= FIXED_BITMASK_ROWS:
+        return grammar_output
     padded = _padded(scheduler_output)
     if grammar_output is None or not any(name in padded for name in grammar_output.structured_output_request_ids):
         return grammar_output

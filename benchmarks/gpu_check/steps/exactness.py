@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_check.build import ROOT
 from gpu_check.check import Check
 
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -49,7 +47,6 @@ def run(check: Check) -> None:
     Raises:
         AssertionError: a text differs where none may.
     """
-    sys.path.insert(0, str(ROOT / "tests"))
     # vLLM's Triton attention leaves float32 products to Triton, whose default is TF32: 10 bits of mantissa.
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
     cases = CASES if not check.dry else CASES[:2]  # eager and with graphs are the same there
@@ -58,8 +55,7 @@ def run(check: Check) -> None:
 
 
 def _agrees(check: Check, case: Case) -> bool:
-    from engines import counters, engine, generate, random_prompts
-
+    from tests.support.engines import counters, engine, generate, random_prompts
     from vllm_nld.checkpoints import checkpoint_path
 
     folder = checkpoint_path("tiny") if case.tiny else _random(check)
@@ -96,7 +92,7 @@ def _common(a: list[int], b: list[int]) -> int:
 
 def _random(check: Check) -> Path:
     """Write a checkpoint of random weights, once."""
-    from models import random_model, save, small_config, yarn
+    from tests.support.models import random_model, save, small_config, yarn
 
     folder = check.scratch / "heads_of_128"
     if not folder.exists():

@@ -1,0 +1,1 @@
+"""What the tests share: models, engines, clusters, and what a machine must have."""
