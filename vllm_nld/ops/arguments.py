@@ -75,7 +75,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def empty_best(logits: Tensor, with_normaliser: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return uninitialised results of ``best_tokens``: int64 ``[rows]``, float32 ``[rows]``, float32 ``[rows or 0]``."""
+    """Return uninitialized results of ``best_tokens``: tokens, largest, normaliser (``docs/operators.md``)."""
     rows = logits.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.int64),

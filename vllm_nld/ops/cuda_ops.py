@@ -98,7 +98,9 @@ def _load(path: Path) -> ctypes.CDLL:
     version = library.nld_cuda_abi_version() if hasattr(library, "nld_cuda_abi_version") else 1
     if version != ABI_VERSION:
         found = f"its operators have version {version}, needed is {ABI_VERSION}"
-        raise NLDError(f"{path} was compiled for another version of vllm-nld ({found}); scripts/build_cuda.sh builds it")
+        raise NLDError(
+            f"{path} was compiled for another version of vllm-nld ({found}); scripts/build_cuda.sh builds it"
+        )
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = arguments
     library.nld_cuda_message.restype = c_char_p
@@ -246,9 +248,7 @@ def _check_attention(call: BlockAttention) -> None:
         raise NLDError(f"the cache is {keys.dtype} and {values.dtype}; both must be the same known dtype")
     if table.dtype != torch.int32 or (table.shape[1] > 1 and table.stride(1) != 1):
         raise NLDError("block_table must be int32 with contiguous rows")
-    _check_lists(
-        torch.int32, prefix_lens=call.prefix_lens, block_starts=call.block_starts, mask_kinds=call.mask_kinds
-    )
+    _check_lists(torch.int32, prefix_lens=call.prefix_lens, block_starts=call.block_starts, mask_kinds=call.mask_kinds)
 
 
 def _check_lists(dtype: torch.dtype, **lists: Tensor) -> None:

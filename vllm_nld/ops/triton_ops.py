@@ -111,7 +111,8 @@ def block_attention(call: BlockAttention) -> None:
         parts = (tokens, heads, splits)
         scratch = [query.new_empty(size, dtype=torch.float32) for size in ((*parts, head_dim), parts, parts)]
     kernels.attention_kernel[(rows * tiles, kv_heads, splits)](
-        query, key, value, *pages, call.block_table, call.prefix_lens, call.block_starts, call.mask_kinds, output, *scratch,
+        query, key, value, *pages, call.block_table, call.prefix_lens, call.block_starts, call.mask_kinds,
+        output, *scratch,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *output.stride()[:2],
         *key_pages.stride(), *call.value_pages.stride(), call.block_table.stride(0),
         tiles, splits, call.scale * _LOG2E, call.scale * k_scale * _LOG2E, v_scale,
