@@ -119,7 +119,8 @@ void run_in_parallel(int count, void (*body)(int, void*), void* context) {
 }
 
 void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor block_table,
-                     Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, double scale, double k_scale, double v_scale, int64_t, int64_t, Tensor output) {
+                     Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, double scale, double k_scale,
+                     double v_scale, int64_t, int64_t, Tensor output) {
     STD_TORCH_CHECK(query.dim() == 3, "block_attention: query has ", query.dim(), " dimensions; needed: 3");
     STD_TORCH_CHECK(key.dim() == 3, "block_attention: key has ", key.dim(), " dimensions; needed: 3");
     STD_TORCH_CHECK(prefix_lens.dim() == 1, "block_attention: prefix_lens must have 1 dimension(s)");

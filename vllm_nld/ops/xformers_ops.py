@@ -80,8 +80,8 @@ def block_attention(call: BlockAttention) -> None:
     for kind in {kinds[row] for row in filled}:
         chosen = rows([row for row in filled if kinds[row] == kind])
         bias = _biases().BlockDiagonalMask.from_seqlens(chosen.lengths, device=query.device)
-        fresh = (x[chosen.tokens] for x in (query, key, value))
-        part = _attend(*fresh, bias.make_causal() if kind == CAUSAL else bias, call.scale)
+        q, k, v = (x[chosen.tokens] for x in (query, key, value))
+        part = _attend(q, k, v, bias.make_causal() if kind == CAUSAL else bias, call.scale)
         with_prefix = [row for row in chosen.numbers if cached[row]]
         output[chosen.tokens] = part.output
         if with_prefix:
