@@ -34,7 +34,7 @@ def test_what_computes_all_is_named_once(implementation: Implementation, monkeyp
 
 
 def test_packages_of_implementations_are_named() -> None:
-    assert _operator_packages() == ["triton", "xformers"]
+    assert {"triton", "xformers"} <= set(_operator_packages())
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton", "torch"])

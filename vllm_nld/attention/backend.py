@@ -209,11 +209,12 @@ def block_forward(
     head_dim = layer.head_size
     key_pages, value_pages = page_layout(layer).split(typed_cache(layer), head_dim)
     k_scale, v_scale = scales(layer)
+    tokens = query.shape[0]  # padding included
     # By position, in the order of the fields: keywords take longer, and this runs once a layer.
     call = BlockAttention(
-        query.view(len(query), -1, head_dim),
-        key.view(len(key), -1, head_dim),
-        value.view(len(value), -1, head_dim),
+        query.view(tokens, -1, head_dim),
+        key.view(tokens, -1, head_dim),
+        value.view(tokens, -1, head_dim),
         key_pages,
         value_pages,
         blocks.block_table,
@@ -225,9 +226,9 @@ def block_forward(
         v_scale,
         blocks.max_length,
         blocks.max_prefix,
-        output.view(len(output), -1, head_dim),
+        output.view(tokens, -1, head_dim),
     )
     ops.function("block_attention", query.device.type)(call)
-    if blocks.tokens is not None and blocks.tokens < len(output):
+    if blocks.tokens is not None and blocks.tokens < tokens:
         output[blocks.tokens :] = 0  # a quantization with one scale for all tokens would look at what was there before
     return output

@@ -26,7 +26,7 @@ def typed_cache(layer: Any) -> Tensor:
 
 def scales(layer: Any) -> tuple[float, float]:
     """Return what an attention layer's cached keys and values are multiplied by; 1 unless the cache is float8."""
-    if typed_cache(layer).element_size() > 1:
+    if layer.kv_cache.element_size() > 1:
         return 1.0, 1.0
     return float(layer._k_scale_float), float(layer._v_scale_float)
 
