@@ -16,8 +16,9 @@ BIDIRECTIONAL, CAUSAL = 0, 1
 class BlockAttention(NamedTuple):
     """One call of ``block_attention``: R rows, each a cached prefix in KV pages and a block of fresh tokens.
 
-    A named tuple and not a dataclass: it is as immutable, but costs 1.1 instead of 2.6 microseconds per call (of 7), and
-    there is one per layer and draft pass. The fields stand in the order of the C++ operator's schema, which takes them as they are.
+    A named tuple and not a dataclass: it is as immutable, but costs 1.1 instead of 2.6 microseconds per call (of 7),
+    and there is one per layer and draft pass. The fields stand in the order of the C++ operator's schema, which takes
+    them as they are.
 
     T tokens, H query heads, Hkv KV heads (H is a multiple of it), D head size (a multiple of 16, 32 to 256), P pages of
     S tokens. All tensors are on one device. Query, key, value and output have a contiguous last dimension, and any
