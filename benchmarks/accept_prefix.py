@@ -1,4 +1,4 @@
-"""Accept-prefix compaction on the CPU: C++ against the same thing in PyTorch, medians of one run.
+"""accept_prefix on the CPU: C++ compared with PyTorch, medians of one run.
 
 python benchmarks/accept_prefix.py --json results.json
 """

@@ -1,4 +1,4 @@
-// What a CTA of either attention kernel has to do, and where its results go.
+// The work of a CTA of either attention kernel, and where its results go.
 #pragma once
 
 #include "attention_params.h"

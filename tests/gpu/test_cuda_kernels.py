@@ -1,6 +1,6 @@
 """The CUDA operators on a GPU, on the batches that ``tests/kernels/test_cuda_build.py`` runs emulated.
 
-Needs ``libnld_cuda.so`` (``scripts/build_cuda.sh``). Never run so far: there was no GPU.
+Needs ``libnld_cuda.so`` (``scripts/build_cuda.sh``). Never run so far, because no GPU was available.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ def test_best_tokens(name: str) -> None:
     cases.check_best(cuda_ops, cases.BEST_SPECS[name], "cuda")
 
 
-def test_best_tokens_of_rows_anywhere() -> None:
+def test_best_tokens_of_unaligned_rows() -> None:
     cases.check_best_anywhere(cuda_ops, "cuda")
     cases.check_best_alone(cuda_ops, "cuda")

@@ -1,4 +1,4 @@
-"""The implementations of the operators as the tests of this folder run them: the registry's, on the devices at hand."""
+"""The implementations of the operators that the tests of this folder run: the registry's, on this machine's devices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Effort:
 
     Attributes:
         examples: batches that hypothesis draws.
-        longest_prefix: of a drawn batch.
+        longest_prefix: longest prefix of a drawn batch.
         repeats: runs that must give the same bits.
     """
 

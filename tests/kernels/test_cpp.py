@@ -1,4 +1,4 @@
-"""The C++ operators beyond what all implementations share: instruction sets, unsuitable input, torch's checks."""
+"""Tests only for the C++ operators: instruction sets, unsuitable input, torch's checks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_instruction_set(forced: str, name: str, dtype: torch.dtype) -> No
     cases.check(cpp_ops, (cases.EDGE_SPECS | cases.TILED_SPECS)[name], dtype)
 
 
-def test_the_fastest_instruction_set_is_chosen() -> None:
+def test_fastest_instruction_set_is_chosen() -> None:
     """Intel's products of bfloat16 pairs are slower than those of float32 (csrc/cpu/instruction_sets.cpp)."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
@@ -48,8 +48,8 @@ def test_the_fastest_instruction_set_is_chosen() -> None:
     assert cpp_ops.instruction_set("") == wanted
 
 
-def test_a_very_long_row_beside_short_ones() -> None:
-    """32k cached tokens, split over all threads, beside rows that fit a tile."""
+def test_very_long_row_next_to_short_ones() -> None:
+    """32k cached tokens, split over all threads, next to rows that fit a tile."""
     spec = cases.AttentionSpec((32_700, 0, 40), (16, 3, 1), (0, 1, 0), heads=(4, 1), page_size=128, layout=0)
     cases.check(cpp_ops, spec, torch.bfloat16)
     cases.check_deterministic(cpp_ops, spec, torch.bfloat16)
@@ -57,11 +57,11 @@ def test_a_very_long_row_beside_short_ones() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_threads(threads: int) -> None:
-    """Stretches of work end inside items, several times in one item with many threads."""
+    """Threads' ranges of work end inside items, several times in one item with many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for name in ("one long row", "long row beside short ones", "both masks", "nothing fresh"):
+        for name in ("one long row", "long row next to short ones", "both masks", "nothing fresh"):
             cases.check(cpp_ops, cases.EDGE_SPECS[name], torch.float32)
     finally:
         torch.set_num_threads(before)
@@ -86,7 +86,7 @@ def test_every_float16_is_widened(forced: str) -> None:
         torch.testing.assert_close(largest, values.float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_best_tokens_are_the_same_whatever_the_threads_and_the_batch(forced: str) -> None:
+def test_best_tokens_do_not_depend_on_threads_or_batch(forced: str) -> None:
     logits = cases.BestSpec(9, 3 * cases.SEGMENT + 77, torch.bfloat16).logits()
     expected = cpp_ops.best_tokens(logits)
     before = torch.get_num_threads()
@@ -193,7 +193,7 @@ def test_unsuitable_drafts_are_an_error(drafts: Any, targets: Any, starts: Any, 
         cpp_ops.accept_prefix(*arguments)
 
 
-def test_what_the_operators_write_is_in_their_schemas() -> None:
+def test_operators_write_only_what_their_schemas_declare() -> None:
     call = cases.attention_arguments(cases.EDGE_SPECS["both masks"], torch.float32)
     accept = torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3, 4, 9]), torch.tensor([0, 2, 3], dtype=torch.int32)
     call.output.zero_()  # NaN is unequal to itself
@@ -205,16 +205,16 @@ def test_what_the_operators_write_is_in_their_schemas() -> None:
         torch.library.opcheck(library.best_tokens.default, arguments, test_utils="test_schema")
 
 
-def test_the_schema_has_the_arguments_fields_in_their_order() -> None:
+def test_schema_has_the_fields_of_the_arguments_in_order() -> None:
     """They are passed by position."""
     schema = torch.ops.vllm_nld_cpu.block_attention.default._schema
     assert tuple(argument.name for argument in schema.arguments) == BlockAttention._fields
 
 
-def test_a_library_of_another_version_is_a_reason_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_of_another_version_is_reported_without_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """An editable install keeps its compiled part until it is installed again."""
     monkeypatch.setattr(cpp_ops, "ABI_VERSION", cpp_ops.ABI_VERSION + 1)
-    reason = cpp_ops._load.__wrapped__()  # what it says is kept once a process
+    reason = cpp_ops._load.__wrapped__()  # its result is cached once per process
     assert f"have version {cpp_ops.ABI_VERSION - 1}, needed is {cpp_ops.ABI_VERSION}" in reason
     assert reason.endswith("install vllm-nld again")
     monkeypatch.setattr(cpp_ops, "_load", lambda: reason)

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run_examples(count: int, strategy: st.SearchStrategy, body) -> None:  # type: ignore[no-untyped-def]
-    """Run ``body`` on drawn examples; how many is only known inside a test, per implementation."""
+    """Run ``body`` on drawn examples. Their number depends on the implementation, so only the test knows it."""
     quiet = settings(
         max_examples=count,
         deadline=None,
@@ -45,7 +45,7 @@ def test_attention_edges(implementation: Implementation, device: str, dtype: tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", cases.TILED_SPECS)
 def test_attention_over_tiles(implementation: Implementation, device: str, dtype: torch.dtype, name: str) -> None:
-    """Pages in tiles are read by some implementations, and refused with a message by the others."""
+    """Some implementations read pages in tiles; the others refuse them with a message."""
     spec = cases.TILED_SPECS[name]
     if implementation.reads_tiles:
         cases.check(implementation, spec, dtype, device)
@@ -63,7 +63,7 @@ def test_attention(implementation: Implementation, device: str) -> None:
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
-@pytest.mark.parametrize("name", ["long row beside short ones", "both masks"])
+@pytest.mark.parametrize("name", ["long row next to short ones", "both masks"])
 def test_attention_is_deterministic(implementation: Implementation, device: str, name: str) -> None:
     runs = effort(implementation).repeats
     cases.check_deterministic(implementation, cases.EDGE_SPECS[name], torch.bfloat16, device, runs)
@@ -82,7 +82,7 @@ def test_best_tokens_edges(implementation: Implementation, device: str, name: st
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
-def test_best_tokens_of_rows_anywhere(implementation: Implementation, device: str) -> None:
+def test_best_tokens_of_unaligned_rows(implementation: Implementation, device: str) -> None:
     cases.check_best_anywhere(implementation, device)
     cases.check_best_alone(implementation, device)
 

@@ -1,4 +1,4 @@
-"""The reference itself, in float64, against attention written out slot by slot; the other tests trust it."""
+"""The reference itself, in float64, compared with attention written out slot by slot; the other tests rely on it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_reference_equals_attention_slot_by_slot(name: str) -> None:
 
 
 class LargestResult(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that any operation makes."""
+    """Records the bytes of the largest tensor that any operation makes."""
 
     def __init__(self) -> None:
         super().__init__()

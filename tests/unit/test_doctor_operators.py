@@ -14,7 +14,7 @@ from vllm_nld.ops import Implementation, torch_ops, xformers_ops
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "operators.md"
 
 
-def test_an_operator_that_something_else_computes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_with_another_implementation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {"block_attention": xformers_ops.IMPLEMENTATION}
     monkeypatch.setattr(ops, "implementation", lambda operator, _: chosen.get(operator, torch_ops.IMPLEMENTATION))
     assert "xformers (accept_prefix, best_tokens: torch)" in _operators()
@@ -25,7 +25,7 @@ def names(implementation: Implementation) -> str:
 
 
 @pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS, ids=names)
-def test_what_computes_all_is_named_once(implementation: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_implementation_of_all_operators_is_named_once(implementation: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     if implementation.unavailable(torch.device("cpu")) or implementation.operators != ops.OPERATORS:
         pytest.skip(f"{implementation.name} does not compute all of them here")
     monkeypatch.setattr(ops, "implementation", lambda operator, _: implementation)
@@ -38,12 +38,12 @@ def test_packages_of_implementations_are_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton", "torch"])
-def test_whatever_serves_a_gpu_has_all_operators(name: str) -> None:
-    """The drafts' logits are largest there: no operator may fall back to PyTorch."""
+def test_gpu_implementations_have_all_operators(name: str) -> None:
+    """The drafts' logits are largest there, so no operator may fall back to PyTorch."""
     assert next(one for one in ops.IMPLEMENTATIONS if one.name == name).operators == ops.OPERATORS
 
 
-def test_the_last_implementation_takes_whatever_the_others_leave() -> None:
+def test_last_implementation_has_all_operators_on_every_device() -> None:
     last = ops.IMPLEMENTATIONS[-1]
     assert last.operators == ops.OPERATORS
     assert set(last.devices) == {device for one in ops.IMPLEMENTATIONS for device in one.devices}
@@ -51,11 +51,11 @@ def test_the_last_implementation_takes_whatever_the_others_leave() -> None:
 
 
 @pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS, ids=names)
-def test_each_implementation_has_its_line_in_the_documentation(implementation: Implementation) -> None:
+def test_implementation_has_its_line_in_the_documentation(implementation: Implementation) -> None:
     assert row(implementation) in DOCUMENTATION.read_text().splitlines()
 
 
-def test_implementations_are_documented_in_their_order() -> None:
+def test_implementations_are_documented_in_order_of_preference() -> None:
     lines = DOCUMENTATION.read_text().splitlines()
     places = [lines.index(row(implementation)) for implementation in ops.IMPLEMENTATIONS]
     assert places == list(range(places[0], places[0] + len(places)))
