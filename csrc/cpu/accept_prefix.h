@@ -1,4 +1,4 @@
-// Accept-prefix compaction. docs/operators.md says what the arguments mean.
+// Which drafts each row accepts. docs/operators.md says what the arguments mean.
 #pragma once
 
 #include <cstdint>

@@ -13,7 +13,7 @@
 
 namespace {
 
-// Raised with every change of a schema below or of what its arguments mean; cpp_ops.py asks for its own number.
+// Raised with every change of a schema below or of what its arguments mean; cpp_ops.py compares it with its own number.
 constexpr int64_t kAbiVersion = 2;
 
 using torch::headeronly::ScalarType;
@@ -167,7 +167,7 @@ void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, T
     nld::block_attention(call, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel, workspace);
 }
 
-std::tuple<Tensor, Tensor, Tensor> best_tokens(Tensor logits, bool with_normaliser) {
+std::tuple<Tensor, Tensor, Tensor> best_tokens(Tensor logits, bool with_normalizer) {
     STD_TORCH_CHECK(logits.dim() == 2, "best_tokens: logits has ", logits.dim(), " dimensions; needed: 2");
     const int64_t rows = logits.size(0), vocab = logits.size(1);
     STD_TORCH_CHECK(vocab > 0, "best_tokens: logits has no columns; needed: 1 or more");
@@ -175,16 +175,16 @@ std::tuple<Tensor, Tensor, Tensor> best_tokens(Tensor logits, bool with_normalis
                     "; needed: 1");
     Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long),
            largest = torch::stable::new_empty(logits, {rows}, ScalarType::Float),
-           normalisers = torch::stable::new_empty(logits, {with_normaliser ? rows : 0}, ScalarType::Float);
+           normalizers = torch::stable::new_empty(logits, {with_normalizer ? rows : 0}, ScalarType::Float);
     nld::BestTokens call;
     call.logits = logits.data_ptr();
     call.dtype = dtype_of(logits, "best_tokens", "logits", false);
     call.rows = rows, call.vocab = vocab, call.row_stride = logits.stride(0);
     call.tokens = static_cast<int64_t*>(tokens.data_ptr());
     call.largest = static_cast<float*>(largest.data_ptr());
-    call.normalisers = with_normaliser ? static_cast<float*>(normalisers.data_ptr()) : nullptr;
+    call.normalizers = with_normalizer ? static_cast<float*>(normalizers.data_ptr()) : nullptr;
     nld::best_tokens(call, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel);
-    return {tokens, largest, normalisers};
+    return {tokens, largest, normalizers};
 }
 
 int64_t abi_version() { return kAbiVersion; }
@@ -238,7 +238,7 @@ STABLE_TORCH_LIBRARY(vllm_nld_cpu, m) {
         "block_table, "
         "Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, float scale, float k_scale, "
         "float v_scale, int max_length, int max_prefix, Tensor(a!) output) -> ()");
-    m.def("best_tokens(Tensor logits, bool with_normaliser=True) -> (Tensor, Tensor, Tensor)");
+    m.def("best_tokens(Tensor logits, bool with_normalizer=True) -> (Tensor, Tensor, Tensor)");
     m.def("accept_prefix(Tensor drafts, Tensor targets, Tensor starts) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("instruction_set(str force) -> str");
     m.def("abi_version() -> int");

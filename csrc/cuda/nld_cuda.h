@@ -85,7 +85,7 @@ struct NldBestTokens {
     int64_t row_stride;  // counts elements
     int64_t* tokens;     // [rows]
     float* largest;      // [rows]
-    float* normalisers;  // [rows], or null if not needed
+    float* normalizers;  // [rows], or null if not needed
     int32_t rows;
     int32_t vocab;
     int32_t type;     // NldType of the logits: not a float8 one
@@ -100,7 +100,7 @@ int nld_best_tokens(const struct NldBestTokens* call, cudaStream_t stream);
 // A static text for a return value of the functions above.
 const char* nld_cuda_message(int status);
 
-// Raised with every change of a function or struct above; vllm_nld/ops/cuda_ops.py asks for its own number.
+// Raised with every change of a function or struct above; vllm_nld/ops/cuda_ops.py compares it with its own number.
 int nld_cuda_abi_version(void);
 
 // 1 when this library is the emulation on the CPU that the tests build (tests/kernels/cuda_host), 0 when it is CUDA.

@@ -31,18 +31,18 @@ namespace {
 using BestKernel = void (*)(nld::BestParams);
 
 template <typename T>
-BestKernel best_segment_kernel(bool with_normaliser) {
-    return with_normaliser ? nld::best_segment<T, true> : nld::best_segment<T, false>;
+BestKernel best_segment_kernel(bool with_normalizer) {
+    return with_normalizer ? nld::best_segment<T, true> : nld::best_segment<T, false>;
 }
 
-BestKernel best_segment_kernel(int type, bool with_normaliser) {
+BestKernel best_segment_kernel(int type, bool with_normalizer) {
     switch (type) {
         case NLD_FLOAT32:
-            return best_segment_kernel<float>(with_normaliser);
+            return best_segment_kernel<float>(with_normalizer);
         case NLD_BFLOAT16:
-            return best_segment_kernel<nld::BFloat16>(with_normaliser);
+            return best_segment_kernel<nld::BFloat16>(with_normalizer);
         case NLD_FLOAT16:
-            return best_segment_kernel<nld::Float16>(with_normaliser);
+            return best_segment_kernel<nld::Float16>(with_normalizer);
         default:
             return nullptr;
     }
@@ -54,7 +54,7 @@ int nld_best_tokens(const NldBestTokens* call, cudaStream_t stream) {
     size_t bytes = 0;
     const int status = nld_best_tokens_workspace(call, &bytes);
     if (status != NLD_OK) return status;
-    const BestKernel segment_kernel = best_segment_kernel(call->type, call->normalisers != nullptr);
+    const BestKernel segment_kernel = best_segment_kernel(call->type, call->normalizers != nullptr);
     if (segment_kernel == nullptr) return NLD_BAD_TYPE;
     if (call->rows == 0) return NLD_OK;
     if (call->logits == nullptr || call->tokens == nullptr || call->largest == nullptr || call->workspace == nullptr)
@@ -64,7 +64,7 @@ int nld_best_tokens(const NldBestTokens* call, cudaStream_t stream) {
     const bool aligned = (static_cast<int64_t>(reinterpret_cast<uintptr_t>(call->logits)) | row_bytes) % 16 == 0;
     const int segments = nld::ceil_div(call->vocab, nld::kBestSegment);
     const nld::BestParams params = {call->logits, call->row_stride, static_cast<nld::BestPart*>(call->workspace),
-                                    call->tokens, call->largest,    call->normalisers,
+                                    call->tokens, call->largest,    call->normalizers,
                                     call->vocab,  segments,         aligned};
     const int shared_bytes = nld::kBestWarps * static_cast<int>(sizeof(nld::BestPart));
     const int launched =

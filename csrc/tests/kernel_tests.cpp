@@ -280,7 +280,7 @@ struct Logits {
             put(&buffer.data[i * bytes_of(dtype)], dtype, value);
     }
 
-    bool right(const int64_t* tokens, const float* largest, const float* normalisers) const {
+    bool right(const int64_t* tokens, const float* largest, const float* normalizers) const {
         for (int64_t row = 0; row < rows; ++row) {
             const double* logits = &buffer.values[row * vocab];
             int64_t best = 0;
@@ -291,7 +291,7 @@ struct Logits {
             const double expected = std::isinf(logits[best]) ? logits[best] : logits[best] + std::log(sum);
             auto same = [](double a, double b) { return a == b || std::fabs(a - b) < 1e-5 || (a != a && b != b); };
             if (tokens[row] != best || !same(largest[row], logits[best])) return false;
-            if (normalisers != nullptr && !same(normalisers[row], expected)) return false;
+            if (normalizers != nullptr && !same(normalizers[row], expected)) return false;
         }
         return true;
     }
@@ -303,10 +303,10 @@ void test_best_tokens(const char* isa, int cases) {
         const int64_t sizes[] = {1, 15, 64, 67, 1000, nld::kSegment - 1, nld::kSegment + 5};
         const Logits logits(static_cast<DType>(random() % 3), 1 + random() % 3, sizes[random() % 7], random);
         for (int threads : {1, 2, 7}) {
-            for (bool with_normalisers : {true, false}) {
+            for (bool with_normalizers : {true, false}) {
                 std::vector<int64_t> tokens(logits.rows);
-                std::vector<float> largest(logits.rows), normalisers(logits.rows);
-                float* wanted = with_normalisers ? normalisers.data() : nullptr;
+                std::vector<float> largest(logits.rows), normalizers(logits.rows);
+                float* wanted = with_normalizers ? normalizers.data() : nullptr;
                 nld::best_tokens({logits.buffer.data.get(), logits.dtype, logits.rows, logits.vocab, logits.vocab,
                                   tokens.data(), largest.data(), wanted},
                                  threads, run_threads);

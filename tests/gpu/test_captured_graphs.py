@@ -1,4 +1,4 @@
-"""Implementations that say they are graph-safe, captured in a CUDA graph. Never run so far: there was no GPU."""
+"""Graph-safe implementations, captured in a CUDA graph. Never run so far: there was no GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ GRAPH_SAFE = [one for one in IMPLEMENTATIONS if one.graph_safe]
 
 @pytest.mark.parametrize("name", ["both masks", "one long row", "whole pages"])
 @pytest.mark.parametrize("implementation", GRAPH_SAFE, ids=lambda one: one.name)
-def test_a_captured_graph_follows_the_lengths(implementation: Implementation, name: str) -> None:
-    """Captured once, replayed with other prefix lengths: the grid is one of padded sizes."""
+def test_captured_graph_follows_the_lengths(implementation: Implementation, name: str) -> None:
+    """Captured once, replayed with other prefix lengths: the grid depends only on padded sizes."""
     reason = implementation.unavailable(torch.device("cuda"))
     if reason:
         pytest.skip(f"{implementation.name}: {reason}")

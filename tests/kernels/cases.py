@@ -473,7 +473,7 @@ def check_best(implementation: Any, spec: BestSpec, device: str = "cpu") -> None
     logits = spec.logits()
     expected = logits.float().argmax(-1)
     largest = logits.gather(1, expected[:, None]).squeeze(1).float()
-    normaliser = torch.logsumexp(logits.double(), -1)
+    normalizer = torch.logsumexp(logits.double(), -1)
     given = torch.full((spec.rows, spec.vocab + spec.padding), torch.inf, dtype=spec.dtype, device=device)
     given = given[:, : spec.vocab].copy_(logits)
     for wanted in (True, False):
@@ -483,7 +483,7 @@ def check_best(implementation: Any, spec: BestSpec, device: str = "cpu") -> None
         torch.testing.assert_close(found[1], largest, rtol=0, atol=0, equal_nan=True)
         # Half a unit of the result's last place, and the float32 error of the sum of exponentials.
         torch.testing.assert_close(
-            found[2].double(), normaliser if wanted else torch.empty(0).double(), rtol=1e-7, atol=3e-6, equal_nan=True
+            found[2].double(), normalizer if wanted else torch.empty(0).double(), rtol=1e-7, atol=3e-6, equal_nan=True
         )
     assert torch.equal(bits(given), bits(logits)), "logits were written"
 

@@ -14,7 +14,7 @@ from vllm_nld.ops import IMPLEMENTATIONS, Implementation
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED = ("triton",)
-"""Run on the CPU, too, where Triton interprets; ``test_triton_interpreted.py`` starts that process."""
+"""Also run on the CPU if Triton interprets; ``test_triton_interpreted.py`` starts that process."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Effort:
 
 
 SLOW = {"torch": Effort(examples=20, repeats=3), "triton": Effort(examples=20, longest_prefix=200, repeats=3)}
-"""Less for those that take long for one batch; every other implementation gets the default."""
+"""Fewer for those that take long for one batch; every other implementation gets the default."""
 
 
 def effort(implementation: Implementation) -> Effort:
-    """Return how much to test it."""
+    """Return how much to test an implementation."""
     return SLOW.get(implementation.name, Effort())
 
 
@@ -53,7 +53,7 @@ def having(operator: str) -> list[Any]:
 
 
 def skip_unless_usable(implementation: Implementation, device: str) -> None:
-    """Skip the test, with the implementation's own reason, where it does not run."""
+    """Skip the test, with the implementation's own reason, if it cannot run."""
     reason = implementation.obstacle(torch.device(device))
     if reason:
         pytest.skip(f"{implementation.name}: {reason}")

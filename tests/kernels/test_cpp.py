@@ -200,8 +200,8 @@ def test_operators_write_only_what_their_schemas_declare() -> None:
     library = torch.ops.vllm_nld_cpu
     torch.library.opcheck(library.block_attention.default, tuple(call), test_utils="test_schema")
     torch.library.opcheck(library.accept_prefix.default, accept, test_utils="test_schema")
-    for with_normaliser in (True, False):
-        arguments = torch.randn(3, 100), with_normaliser
+    for with_normalizer in (True, False):
+        arguments = torch.randn(3, 100), with_normalizer
         torch.library.opcheck(library.best_tokens.default, arguments, test_utils="test_schema")
 
 
@@ -222,6 +222,6 @@ def test_library_of_another_version_is_reported_without_traceback(monkeypatch: p
         cpp_ops.instruction_set()
 
 
-def test_a_library_without_a_version_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_without_a_version_counts_as_version_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "vllm_nld_cpu", object())
     assert "have version 1, needed" in cpp_ops._load.__wrapped__()

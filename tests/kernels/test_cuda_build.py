@@ -152,16 +152,16 @@ def test_mistakes_have_messages(emulated: ModuleType, monkeypatch: pytest.Monkey
         cuda_ops.accept_prefix(*(torch.zeros(1, dtype=d) for d in (torch.int64, torch.int64, torch.int32)))
 
 
-def test_a_library_of_another_version_is_a_reason_not_a_crash(
+def test_library_of_another_version_is_reported_without_crash(
     library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its structs would be read wrongly."""
-    other = shutil.copy(library, tmp_path)  # a library is looked at once
+    """It would read the structs wrongly."""
+    other = shutil.copy(library, tmp_path)  # a library is loaded once per path
     monkeypatch.setenv(cuda_ops.LIBRARY, str(other))
     monkeypatch.setattr(cuda_ops, "ABI_VERSION", cuda_ops.ABI_VERSION + 1)
     reason = cuda_ops.unavailable(torch.device("cuda"))
     assert f"have version {cuda_ops.ABI_VERSION - 1}, needed is {cuda_ops.ABI_VERSION}" in str(reason)
-    monkeypatch.setenv(cuda_ops.LIBRARY, str(Path(torch.__file__).parent / "lib/libc10.so"))  # says no version
+    monkeypatch.setenv(cuda_ops.LIBRARY, str(Path(torch.__file__).parent / "lib/libc10.so"))  # has no version
     assert "have version 1, needed" in str(cuda_ops.unavailable(torch.device("cuda")))
 
 

@@ -68,15 +68,15 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("with_normaliser", [True, False])
+@pytest.mark.parametrize("with_normalizer", [True, False])
 @pytest.mark.parametrize(("rows", "vocab"), [(300, 20_000), (3, 1_500_000)])
-def test_best_tokens_takes_little_memory(rows: int, vocab: int, with_normaliser: bool) -> None:
+def test_best_tokens_takes_little_memory(rows: int, vocab: int, with_normalizer: bool) -> None:
     """A few rows at a time become float32: at least one, at most 4 MiB."""
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)).bfloat16()
     with LargestResult() as largest:
-        tokens, best, normaliser = torch_ops.best_tokens(logits, with_normaliser)
+        tokens, best, normalizer = torch_ops.best_tokens(logits, with_normalizer)
     assert largest.bytes <= max(4 << 20, 4 * vocab)
     assert torch.equal(tokens, logits.argmax(-1))
     assert torch.equal(best, logits.amax(-1).float())
-    if with_normaliser:
-        torch.testing.assert_close(normaliser, logits.float().logsumexp(-1))
+    if with_normalizer:
+        torch.testing.assert_close(normalizer, logits.float().logsumexp(-1))

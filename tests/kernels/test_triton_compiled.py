@@ -77,7 +77,7 @@ def test_batch_sizes_compile_no_new_kernel_of_other_operators(compiled: list[Com
         triton_ops.best_tokens(torch.zeros(rows, VOCAB, dtype=torch.bfloat16))
     assert names(compiled)[2:] == ["best_kernel", "best_merge_kernel"]
     for rows in (1, 2, 16, 33):
-        triton_ops.best_tokens(torch.zeros(rows, VOCAB, dtype=torch.bfloat16), with_normaliser=False)
+        triton_ops.best_tokens(torch.zeros(rows, VOCAB, dtype=torch.bfloat16), with_normalizer=False)
     assert len(compiled) == 6, names(compiled)
 
 

@@ -25,7 +25,9 @@ def names(implementation: Implementation) -> str:
 
 
 @pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS, ids=names)
-def test_implementation_of_all_operators_is_named_once(implementation: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_implementation_of_all_operators_is_named_once(
+    implementation: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if implementation.unavailable(torch.device("cpu")) or implementation.operators != ops.OPERATORS:
         pytest.skip(f"{implementation.name} does not compute all of them here")
     monkeypatch.setattr(ops, "implementation", lambda operator, _: implementation)

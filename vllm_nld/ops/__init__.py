@@ -1,7 +1,7 @@
 """The operators of ``docs/operators.md``, whichever implementation computes them.
 
-One interface, several implementations: C++ (CPU), CUDA, Triton, xformers, and PyTorch as the reference. Which one
-serves a device is decided once, by what is installed; ``VLLM_NLD_OPS`` forces one by name. To add one:
+One interface, several implementations: C++ (CPU), CUDA, Triton, xformers, and PyTorch as the reference. The choice for
+a device is made once, from what is installed; ``VLLM_NLD_OPS`` forces one by name. To add one:
 ``docs/add_an_operator_implementation.md``.
 """
 
@@ -45,7 +45,7 @@ __all__ = [
 
 @cache
 def implementation(operator: str, device_type: str) -> Implementation:
-    """Return what computes an operator on a device.
+    """Return the implementation that computes an operator on a device.
 
     Raises:
         NLDError: ``VLLM_NLD_OPS`` names an implementation that is unknown or does not run here.

@@ -1,4 +1,4 @@
-"""What the operators of ``docs/operators.md`` are given, and the empty results that some implementations fill."""
+"""Arguments of the operators of ``docs/operators.md``, and the empty results that some implementations fill."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from vllm_nld.errors import NLDError
 
 BIDIRECTIONAL, CAUSAL = 0, 1
-"""Mask kinds: which fresh tokens of its own block a query sees. All, or those up to itself."""
+"""Mask kinds: which fresh tokens of its own block a query attends to. All, or those up to itself."""
 
 
 class BlockAttention(NamedTuple):
     """One call of ``block_attention``: R rows, each a cached prefix in KV pages and a block of fresh tokens.
 
     A named tuple and not a dataclass: it is as immutable, but costs 1.1 instead of 2.6 microseconds per call (of 7),
-    and there is one per layer and draft pass. The fields stand in the order of the C++ operator's schema, which takes
-    them as they are.
+    and there is one per layer and draft pass. The fields are in the order of the C++ operator's schema, which takes
+    them by position.
 
     T tokens, H query heads, Hkv KV heads (H is a multiple of it), D head size (a multiple of 16, 32 to 256), P pages of
     S tokens. All tensors are on one device. Query, key, value and output have a contiguous last dimension, and any
@@ -42,8 +42,8 @@ class BlockAttention(NamedTuple):
         v_scale: multiplies cached values if they are float8; ignored otherwise.
         max_length: tokens of the longest block, or more. On the host, for the grids of GPU kernels: C++ and PyTorch
             do not read it.
-        max_prefix: tokens of the longest prefix, or more; read by GPU kernels only, to decide how prefixes are split.
-        output: ``[T, H, D]`` in the query's dtype; written for the rows' tokens, padding is left alone.
+        max_prefix: tokens of the longest prefix, or more; only GPU kernels read it, to decide how prefixes are split.
+        output: ``[T, H, D]`` in the query's dtype; written for the rows' tokens; padding is not changed.
     """
 
     query: Tensor
@@ -75,11 +75,11 @@ def check_logits(logits: Tensor) -> None:
         raise NLDError(f"best_tokens: logits is {logits.dtype}; allowed: float32, bfloat16, float16")
 
 
-def empty_best(logits: Tensor, with_normaliser: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return uninitialized results of ``best_tokens``: tokens, largest, normaliser (``docs/operators.md``)."""
+def empty_best(logits: Tensor, with_normalizer: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uninitialized results of ``best_tokens``: tokens, largest, normalizer (``docs/operators.md``)."""
     rows = logits.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.int64),
         logits.new_empty(rows, dtype=torch.float32),
-        logits.new_empty(rows if with_normaliser else 0, dtype=torch.float32),
+        logits.new_empty(rows if with_normalizer else 0, dtype=torch.float32),
     )

@@ -18,7 +18,7 @@ ABI_VERSION = 2
 
 
 def native_library() -> Path | None:
-    """Return the compiled CPU library's path, or None where the install is pure Python.
+    """Return the compiled CPU library's path, or None if the install is pure Python.
 
     An editable install keeps it in site-packages, next to the package that is in the source tree.
     """
@@ -31,7 +31,7 @@ def native_library() -> Path | None:
 
 @cache
 def _load() -> str | None:
-    """Load the library once; returns why that failed, or None."""
+    """Load the library once; return why that failed, or None."""
     path = native_library()
     if path is None:
         return "it was not compiled at installation (no C++ compiler, or torch was not installed before)"
@@ -71,7 +71,7 @@ def block_attention(call: BlockAttention) -> None:
     """Write attention over paged prefixes and fresh blocks into ``call.output``.
 
     Raises:
-        RuntimeError: the arguments are unsuitable; says which one, and what is allowed.
+        RuntimeError: an argument is unsuitable; the message names it and what is allowed.
     """
     torch.ops.vllm_nld_cpu.block_attention.default(*call)
 
@@ -84,14 +84,14 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
     return accepted
 
 
-def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, largest and normaliser (``docs/operators.md``); errors as of ``block_attention``."""
-    best: tuple[Tensor, Tensor, Tensor] = torch.ops.vllm_nld_cpu.best_tokens.default(logits, with_normaliser)
+def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, largest and normalizer (``docs/operators.md``); errors as of ``block_attention``."""
+    best: tuple[Tensor, Tensor, Tensor] = torch.ops.vllm_nld_cpu.best_tokens.default(logits, with_normalizer)
     return best
 
 
 def _fast_causal(dtype: torch.dtype) -> bool:
-    """Whether it outruns vLLM's attention in causal steps: in bfloat16, with AVX-512."""
+    """Whether it is faster than vLLM's attention in causal steps: in bfloat16, with AVX-512."""
     return dtype == torch.bfloat16 and instruction_set() in ("avx512bf16", "avx512")
 
 

@@ -65,7 +65,7 @@ class _BestTokens(Structure):
     _fields_ = [
         ("logits", c_void_p),
         ("row_stride", c_int64),
-        *[(name, c_void_p) for name in ("tokens", "largest", "normalisers")],
+        *[(name, c_void_p) for name in ("tokens", "largest", "normalizers")],
         *[(name, c_int32) for name in ("rows", "vocab", "type")],
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
@@ -85,7 +85,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 
 def library_path() -> Path:
-    """Return where the library is looked for."""
+    """Return the path at which the library is expected."""
     if os.environ.get(LIBRARY):
         return Path(os.environ[LIBRARY])
     places = [Path(folder, "native", "libnld_cuda.so") for folder in vllm_nld.__path__]
@@ -201,32 +201,32 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
     return accepted, tokens, token_starts, seeds
 
 
-def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's most probable token, its logit and the row's normaliser, as ``docs/operators.md`` says.
+def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's most probable token, its logit and the row's normalizer (``docs/operators.md``).
 
     Args:
         logits: float32, bfloat16 or float16 ``[rows, vocab]``, inner stride 1.
-        with_normaliser: whether the normaliser is wanted; without, the third result is ``[0]``.
+        with_normalizer: whether to compute the normalizer; without it, the third result is ``[0]``.
     """
     check_logits(logits)
-    tokens, largest, normalisers = empty_best(logits, with_normaliser)
+    tokens, largest, normalizers = empty_best(logits, with_normalizer)
     struct = _BestTokens(
         logits=logits.data_ptr(),
         row_stride=logits.stride(0),
         tokens=tokens.data_ptr(),
         largest=largest.data_ptr(),
-        normalisers=normalisers.data_ptr() if with_normaliser else None,
+        normalizers=normalizers.data_ptr() if with_normalizer else None,
         rows=logits.shape[0],
         vocab=logits.shape[1],
         type=_TYPES[logits.dtype],
     )
     if logits.shape[0] > 0:
         _run("nld_best_tokens", struct, logits.device)
-    return tokens, largest, normalisers
+    return tokens, largest, normalizers
 
 
 def _run(name: str, struct: _BlockAttention | _BestTokens, device: torch.device) -> None:
-    """Give an operator the workspace that it asks for, and enqueue it."""
+    """Allocate the workspace that an operator needs, and enqueue the operator."""
     library, size = _library(), c_size_t()
     with _on(device):
         _check(library, getattr(library, f"{name}_workspace")(byref(struct), byref(size)))

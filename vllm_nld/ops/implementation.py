@@ -1,4 +1,4 @@
-"""What an implementation of the operators says of itself: everything that other modules need to know about it."""
+"""The description of one implementation of the operators: everything that other modules need to know about it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ class Implementation:
         best_tokens: called for the logits of each draft pass and of greedy verification; None: another does it.
         needs: what makes it available, in a few words, for the documentation.
         package: the distribution whose version ``doctor`` shows, if it needs one.
-        obstacle: asked once, when implementations are chosen, for one of ``devices``: says why it cannot serve there,
-            or None. Must not raise where its package is missing.
+        obstacle: returns why it cannot serve one of ``devices``, or None. Called once, when implementations are chosen;
+            must not raise if its package is missing.
         dtypes: of the query.
-        reads_tiles: reads KV pages in tiles (``ops.pages.TILED``). Without it, such pages have to be refused with
-            NLDError.
+        reads_tiles: reads KV pages in tiles (``ops.pages.TILED``). If not, it must refuse such pages with NLDError.
         graph_safe: its calls never wait for the device, so a CUDA graph may capture them.
-        fast_causal: asked once per dtype: whether causal steps with several tokens of a request (verify, commit,
-            prefill) should use its ``block_attention`` instead of vLLM's attention.
-        details: what ``doctor`` says in brackets after the name.
+        fast_causal: called once per dtype; returns whether causal steps with several tokens of a request (verify,
+            commit, prefill) should use its ``block_attention`` instead of vLLM's attention.
+        details: returns what ``doctor`` prints in brackets after the name.
     """
 
     name: str

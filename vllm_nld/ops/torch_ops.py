@@ -1,4 +1,4 @@
-"""The operators of ``docs/operators.md`` in plain PyTorch: what every other implementation is measured against.
+"""The operators of ``docs/operators.md`` in plain PyTorch: the reference for every other implementation.
 
 Given float64 tensors, everything is computed in float64: the tests' oracle. Otherwise matrix products are in the
 input's dtype and softmax is float32, as PyTorch users write attention.
@@ -15,7 +15,7 @@ from vllm_nld.ops.pages import page_size, whole_pages
 
 _ONE_BYTE = 1
 _LOGITS_AT_A_TIME = 1 << 20
-"""That become float32 together: 8 rows of a vocabulary of 131072, 4 MiB."""
+"""Logits that are converted to float32 together: 8 rows of a vocabulary of 131072, 4 MiB."""
 
 
 def block_attention(call: BlockAttention) -> None:
@@ -40,7 +40,7 @@ def block_attention(call: BlockAttention) -> None:
 
 
 def _prefix(pages: Tensor, table: Tensor, tokens: int, scale: float, like: Tensor) -> Tensor:
-    """Return the first ``tokens`` cached tokens of one row, ``[Hkv, tokens, D]``, dequantised to ``like``'s dtype."""
+    """Return the first ``tokens`` cached tokens of one row, ``[Hkv, tokens, D]``, dequantized to ``like``'s dtype."""
     used = whole_pages(pages, table[: -(-tokens // page_size(pages))].long())  # [pages, Hkv, S, D]
     flat = used.transpose(0, 1).flatten(1, 2)[:, :tokens]
     if flat.element_size() > _ONE_BYTE:
@@ -61,7 +61,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
 
 
 def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return how many drafts each row accepts, the tokens that go out, where each row's begin, and each row's last.
+    """Return how many drafts each row accepts, the tokens it emits, where they begin, and the last of them.
 
     Args:
         drafts: int64 ``[N]``, draft tokens of all rows end to end.
@@ -69,7 +69,7 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
         starts: int32 ``[R + 1]``.
 
     Returns:
-        accepted int32 ``[R]``; tokens int64 ``[N + R]``, -1 behind the last; token_starts int32 ``[R + 1]``;
+        accepted int32 ``[R]``; tokens int64 ``[N + R]``, -1 after the last; token_starts int32 ``[R + 1]``;
         seeds int64 ``[R]``.
     """
     rows = starts.shape[0] - 1
@@ -88,10 +88,10 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
     token_starts = torch.zeros_like(starts)
     token_starts[1:] = torch.cumsum(accepted + 1, 0)
     offsets = torch.arange(targets.shape[0], device=targets.device) - firsts[row_of_target]
-    # What is not accepted goes to one place behind the end, so that no size depends on the data.
-    behind = targets.shape[0]
-    to = torch.where(offsets <= accepted[row_of_target], token_starts.long()[row_of_target] + offsets, behind)
-    tokens = targets.new_full((behind + 1,), -1).scatter(0, to, targets)[:behind]
+    # Tokens that are not accepted go to one place after the end, so that no size depends on the data.
+    end = targets.shape[0]
+    to = torch.where(offsets <= accepted[row_of_target], token_starts.long()[row_of_target] + offsets, end)
+    tokens = targets.new_full((end + 1,), -1).scatter(0, to, targets)[:end]
     return accepted.int(), tokens, token_starts, targets[firsts + accepted]
 
 
@@ -100,30 +100,30 @@ def _row_of(ends: Tensor, count: int) -> Tensor:
     return torch.searchsorted(ends.long(), torch.arange(count, device=ends.device), right=True)
 
 
-def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's most probable token, its logit and the row's normaliser.
+def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's most probable token, its logit and the row's normalizer.
 
     Args:
         logits: ``[rows, vocab]``, any float dtype; at least one column.
-        with_normaliser: whether the normaliser is wanted.
+        with_normalizer: whether to compute the normalizer.
 
     Returns:
         tokens int64 ``[rows]``, of equal logits the first, or the first NaN; largest float32 ``[rows]``; the
-        log-sum-exp float32 ``[rows]``, or nothing, ``[0]``. The latter two are float64 for float64 logits.
+        log-sum-exp float32 ``[rows]``, or ``[0]`` without it. The latter two are float64 for float64 logits.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     rows = logits.shape[0]
     tokens = logits.new_empty(rows, dtype=torch.int64)
     largest = logits.new_empty(rows, dtype=wide)
-    normaliser = logits.new_empty(rows if with_normaliser else 0, dtype=wide)
+    normalizer = logits.new_empty(rows if with_normalizer else 0, dtype=wide)
     step = max(1, _LOGITS_AT_A_TIME // logits.shape[1])
     for some in (slice(first, first + step) for first in range(0, rows, step)):
         chunk = logits[some].to(wide)
         torch.argmax(chunk, -1, out=tokens[some])
         torch.gather(chunk, 1, tokens[some, None], out=largest[some, None])
-        if with_normaliser:
-            torch.logsumexp(chunk, -1, out=normaliser[some])
-    return tokens, largest, normaliser
+        if with_normalizer:
+            torch.logsumexp(chunk, -1, out=normalizer[some])
+    return tokens, largest, normalizer
 
 
 IMPLEMENTATION = Implementation(

@@ -1,4 +1,4 @@
-"""The operators of ``docs/operators.md`` as Triton kernels: for GPUs without a compiler at hand.
+"""The operators of ``docs/operators.md`` as Triton kernels: for GPUs without nvcc.
 
 Nothing here waits for the GPU: launch sizes come from shapes and the host-side bounds, so that calls can be captured in
 a CUDA graph (after one call outside, which compiles the kernels).
@@ -20,16 +20,16 @@ from vllm_nld.ops.pages import refuse_tiles
 
 _LOG2E = math.log2(math.e)
 _E4M3_SHIFT = 256.0
-"""What decoding float8_e4m3fn leaves to the scale; see ``_float8_to_half``."""
+"""Factor that decoding float8_e4m3fn leaves to the scale; see ``_float8_to_half``."""
 _LEAST_SPLIT = 256
-"""Cached tokens that are worth a program of their own."""
+"""Fewest cached tokens for a program of their own."""
 _MOST_SPLITS = 32
 _SEGMENT = 4096
 """Logits that one program searches: a row of 131072 makes 32 programs. Independent of the batch, as results must be."""
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Say why these functions cannot run on a device; None if they can."""
+    """Return why these functions cannot run on a device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'vllm-nld[triton]')"
     if device.type == "cuda":
@@ -43,14 +43,14 @@ def unavailable(device: torch.device) -> str | None:
 
 @cache
 def _interpreted() -> bool:
-    """Whether Triton's own library came up interpreted: what counts is the environment when Triton was imported."""
+    """Whether Triton interprets its kernels. The environment at Triton's import decides that."""
     import triton.language as tl
 
     return type(tl.sum).__name__ == "InterpretedFunction"
 
 
 def _kernels() -> Any:
-    """Import on first use: without Triton, this module must still say why it is unavailable."""
+    """Import on first use: without Triton, this module must still explain that."""
     from vllm_nld.ops import triton_kernels
 
     return triton_kernels
@@ -74,7 +74,7 @@ def _tile_sizes(pairs: int, head_dim: int, element_size: int) -> tuple[int, int,
 
 
 def split_count(programs: int, max_prefix: int, processors: int) -> int:
-    """Return into how many parts prefixes are cut, so that a small batch with a long prefix fills the GPU."""
+    """Return the number of parts of each prefix, so that a small batch with a long prefix fills the GPU."""
     wanted = -(-2 * processors // programs)
     return max(1, min(wanted, max_prefix // _LEAST_SPLIT, _MOST_SPLITS))
 
@@ -105,7 +105,7 @@ def block_attention(call: BlockAttention) -> None:
         k_scale, v_scale = k_scale * _E4M3_SHIFT, v_scale * _E4M3_SHIFT
     pages = [pool.view(torch.uint8) if float8 else pool for pool in (key_pages, call.value_pages)]
 
-    # Without splitting, the parts are never touched, but a kernel wants pointers.
+    # Without splitting, the parts are never accessed, but a kernel needs pointers.
     scratch: list[Tensor] = [output] * 3
     if splits > 1:
         parts = (tokens, heads, splits)
@@ -142,8 +142,8 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
     return accepted, tokens, token_starts, seeds
 
 
-def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's most probable token, its logit and the row's normaliser (``docs/operators.md``).
+def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's most probable token, its logit and the row's normalizer (``docs/operators.md``).
 
     Raises:
         NLDError: the logits are not two-dimensional, contiguous within rows, and of an allowed dtype.
@@ -151,21 +151,21 @@ def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, T
     check_logits(logits)
     kernels = _kernels()
     rows, vocab = logits.shape
-    tokens, largest, normalisers = empty_best(logits, with_normaliser)
+    tokens, largest, normalizers = empty_best(logits, with_normalizer)
     if rows == 0:
-        return tokens, largest, normalisers
+        return tokens, largest, normalizers
     segments = -(-vocab // _SEGMENT)
     tops = logits.new_empty(rows, segments, dtype=torch.float32)
     places = logits.new_empty(rows, segments, dtype=torch.int32)
-    totals = torch.empty_like(tops) if with_normaliser else tops
+    totals = torch.empty_like(tops) if with_normalizer else tops
     kernels.best_kernel[(rows, segments)](
-        logits, tops, places, totals, logits.stride(0), vocab, BLOCK=_SEGMENT, SUM=with_normaliser
+        logits, tops, places, totals, logits.stride(0), vocab, BLOCK=_SEGMENT, SUM=with_normalizer
     )
     kernels.best_merge_kernel[(rows,)](
-        tops, places, totals, tokens, largest, normalisers if with_normaliser else largest,
-        SEGMENTS=segments, BLOCK=_power_of_two(segments), SUM=with_normaliser,
+        tops, places, totals, tokens, largest, normalizers if with_normalizer else largest,
+        SEGMENTS=segments, BLOCK=_power_of_two(segments), SUM=with_normalizer,
     )  # fmt: skip
-    return tokens, largest, normalisers
+    return tokens, largest, normalizers
 
 
 IMPLEMENTATION = Implementation(

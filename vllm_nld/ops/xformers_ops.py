@@ -1,8 +1,7 @@
 """``block_attention`` of ``docs/operators.md`` by xformers: its kernels over the prefix and over the block, merged.
 
 Each part is one of xformers' own attention biases over tokens laid end to end, so nothing is padded and no mask exists.
-The biases hold lengths on the host, so every call waits for the GPU once:
-this cannot be captured in a CUDA graph.
+The biases hold lengths on the host, so every call waits for the GPU once, and cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _PAGE = 16
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Say why this function cannot run on a device; None if it can."""
+    """Return why this function cannot run on a device; None if it can."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install 'vllm-nld[xformers]')"
     if device.type != "cuda":
@@ -63,7 +62,7 @@ def block_attention(call: BlockAttention) -> None:
     """Write attention of every fresh token over its row's cached prefix and its own block into ``call.output``.
 
     Raises:
-        NLDError: the pages are in tiles, or none of xformers' kernels takes these tensors; says what each objects to.
+        NLDError: the pages are in tiles, or none of xformers' kernels takes these tensors; the message says why.
     """
     refuse_tiles(call.key_pages, "xformers")
     query, key, value, output = call.query, call.key, call.value, call.output
@@ -118,7 +117,7 @@ def _grouped(x: Tensor, kv_heads: int, heads: int) -> Tensor:
 def _prefix(call: BlockAttention, rows: Rows, cached: list[int]) -> tuple[Tensor, Tensor, Any]:
     """Return keys, values ``[K, Hkv, D]`` and the bias that shows every row its prefix, of ``cached`` tokens, in them.
 
-    Pages are read in place where xformers can; otherwise the used ones are copied, dequantised, row after row.
+    Pages are read in place where xformers can; otherwise the used ones are copied, dequantized, row after row.
     """
     pools, scales = (call.key_pages, call.value_pages), (call.k_scale, call.v_scale)
     table, query = call.block_table, call.query
@@ -126,7 +125,7 @@ def _prefix(call: BlockAttention, rows: Rows, cached: list[int]) -> tuple[Tensor
     width = -(-max(cached) // size)
     used = torch.tensor([-(-n // size) for n in cached], device=table.device)
     ids = table[torch.tensor(rows.numbers, device=table.device), :width]
-    # Entries behind the prefix may be anything; xformers wants ids of pages that exist.
+    # Entries after the prefix may be anything; xformers needs ids of pages that exist.
     ids = ids.masked_fill(torch.arange(width, device=table.device) >= used[:, None], 0)
     if all(in_place(pool, query.dtype) for pool in pools):
         bias = biases.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
@@ -156,7 +155,7 @@ def in_place(pages: Tensor, dtype: torch.dtype) -> bool:
 def _partial(query: Tensor, keys: Tensor, values: Tensor, bias: Any, scale: float) -> tuple[Tensor, Tensor]:
     """Call the first of xformers' kernels that takes the input; output and log-sum-exp in its own shapes.
 
-    By itself, xformers looks for partial attention among the kernels with a backward pass only.
+    By itself, xformers looks for partial attention only among the kernels with a backward pass.
     """
     objections = []
     page_size = getattr(bias, "page_size", None)
@@ -194,7 +193,7 @@ def _operators(page_size: int | None) -> tuple[Any, ...]:
 
 
 def _fmha() -> Any:
-    """Import on first use: without xformers, this module must still say why it is unavailable."""
+    """Import on first use: without xformers, this module must still explain that."""
     from xformers.ops import fmha
 
     return fmha
