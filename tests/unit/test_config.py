@@ -144,10 +144,16 @@ def test_theta_beside_the_dictionary() -> None:
         ({"num_attention_heads": 30}, ["num_attention_heads=30", "num_key_value_heads=8"]),
         ({"mask_token_id": 131072}, ["mask_token_id=131072", "[0, 131072)"]),
         ({"mask_token_id": -1}, ["mask_token_id=-1"]),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}, ["'dynamic'", "'default', 'linear', 'llama3', 'yarn'"]),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}},
+            ["'dynamic'", "'default', 'linear', 'llama3', 'yarn'"],
+        ),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor=None", "llama3"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["factor=None", "linear"]),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.1}}, ["llama_4_scaling_beta"]),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
+            ["llama_4_scaling_beta"],
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, ["original_max_position_embeddings=None"]),
         ({"rope_parameters": released_rope_parameters() | {"factor": 0}}, ["factor=0"]),
         ({"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, ["llama_4_scaling_beta"]),

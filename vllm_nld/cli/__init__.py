@@ -220,6 +220,27 @@ def train_draft_lora(
 
 @app.command()
 @_plainly
+def convert(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder or .gguf file of a Llama or Mistral model.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    mask_token: Annotated[
+        str | None,
+        typer.Option(help="Special token to take over, or new: a row of its own. Default: one that is free."),
+    ] = None,
+    block_length: Annotated[int, typer.Option(min=2, max=128, help="Tokens of a block.")] = 16,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the source's.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare logits with the source's (the model in float32).")] = True,
+    json: Json = False,
+) -> None:
+    """Make an NLD checkpoint of a Llama model: AR text stays as it is, self-speculation becomes possible."""
+    from vllm_nld.cli.convert import run
+    from vllm_nld.conversion import Options
+
+    run(source, folder, Options(mask_token, block_length, dtype, check), json)
+
+
+@app.command()
+@_plainly
 def plan(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, Hugging Face id, or 3b, 8b, 14b, tiny.")],
     gpu: Annotated[str, typer.Option(help="h100, b200, ... or here: this machine, measured now.")] = "h100",
