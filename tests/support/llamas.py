@@ -115,7 +115,7 @@ def save_gguf(
 ) -> Path:
     """Write a GGUF file by the library's own writer.
 
-    ``metadata`` are added or changed (None leaves one out), ``tensors`` added. Matrices are quantized, norms stay float32.
+    ``metadata`` are added or changed (None leaves one out), ``tensors`` added. Matrices are quantized, norms are not.
     """
     import gguf
 

@@ -26,7 +26,7 @@ def vocabulary(*texts: str, used: tuple[int, ...] = (0,), size: int = 50) -> Voc
     ("known", "rows", "id", "text"),
     [
         # A name that says so, "mask" before all others, and never one in use.
-        (vocabulary("<s>", "<|python|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"), 50, 2, "<|reserved_special_token_0|>"),
+        (vocabulary("<s>", "<|python|>", "<|reserved_0|>", "<|reserved_1|>"), 50, 2, "<|reserved_0|>"),
         (vocabulary("<s>", "<unused0>", "<MASK>"), 50, 2, "<MASK>"),
         (vocabulary("<mask>", "<extra_id_7>"), 50, 1, "<extra_id_7>"),
         (vocabulary("<s>", "[PAD151]"), 50, 1, "[PAD151]"),

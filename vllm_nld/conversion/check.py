@@ -54,10 +54,7 @@ def prompts(folder: Path, mask: MaskToken, rows: int, longest: int) -> list[Tens
 
 @torch.inference_mode()
 def source_logits(network: nn.Module, dtype: torch.dtype, ids: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the logits of the source as it is, and with its weights rounded to ``dtype`` (the same ones if that is nothing).
-
-    The network is rounded in place.
-    """
+    """Return the logits of the source as it is, and with its weights rounded to ``dtype``, which is done in place."""
     plain = [network(row) for row in ids]
     changed = False
     for parameter in network.parameters():
@@ -88,7 +85,7 @@ def compare(folder: Path, plain: list[Tensor], rounded: list[Tensor], ids: list[
         positions += len(row)
     if not exact <= TOLERANCE * max(1.0, largest):
         raise NLDError(
-            f"the converted model does not compute what its source does: logits differ by up to {exact:.3g} (the largest is "
+            f"the converted model does not compute what its source does: logits differ by up to {exact:.3g} (largest: "
             f"{largest:.3g}), allowed is {TOLERANCE:g} of that; nothing was written. Please report the model"
         )
     return Agreement(positions, exact, largest, loss, same)

@@ -69,8 +69,8 @@ def convert(source: Source, folder: Path, options: Options, progress: Progress =
     """Write an NLD checkpoint of ``source``.
 
     Raises:
-        NLDError: the folder exists, an option does not suit, or the result does not compute what the source does. The
-            folder is then not there.
+        NLDError: the folder exists, an option does not suit, or the result does not compute what the source does.
+            Nothing is written then.
     """
     if options.dtype is not None and options.dtype not in DTYPES:
         raise NLDError(f"--dtype {shown_key(options.dtype)}: allowed are {', '.join(DTYPES)}")
@@ -100,7 +100,7 @@ def convert(source: Source, folder: Path, options: Options, progress: Progress =
 
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder next to ``folder``; it takes that place in the end, or is removed if anything goes wrong."""
+    """Yield an empty folder next to ``folder``; it takes that place in the end, or is removed if that fails."""
     if folder.exists():
         raise NLDError(f"FOLDER={folder}: is there already; allowed: a folder that does not exist yet")
     try:
@@ -151,6 +151,7 @@ def _write_weights(
             done += 1
             progress("converting", done, total)
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes it for its owner alone
         homes |= dict.fromkeys(names, file)
         written += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
@@ -179,12 +180,12 @@ def shards_of(shapes: Shapes, itemsize: int, limit: int) -> list[list[str]]:
 
 
 def _compare(source: Source, folder: Path, mask: MaskToken, dtype: torch.dtype, progress: Progress) -> Agreement:
-    progress("comparing: the source's logits", 0, 2)
+    progress("comparing", 0, 2)
     ids = check.prompts(folder, mask, source.settings["vocab_size"], source.settings["max_position_embeddings"])
     plain, rounded = check.source_logits(source.network(), dtype, ids)
-    progress("comparing: the converted model's", 1, 2)
+    progress("comparing", 1, 2)
     agreement = check.compare(folder, plain, rounded, ids, mask)
-    progress("compared", 2, 2)
+    progress("comparing", 2, 2)
     return agreement
 
 

@@ -41,7 +41,9 @@ class GGUFNetwork(nn.Module):
         self.frequencies = frequencies if divisors is None else frequencies / divisors.double()
 
     def weight(self, name: str) -> Tensor:
-        return self.weights[f"{name}.weight".replace(".", "/")]
+        """Return a weight by its name in the file, without the end ``.weight``."""
+        weight: Tensor = self.weights[f"{name}.weight".replace(".", "/")]
+        return weight
 
     def forward(self, ids: Tensor) -> Tensor:
         x = F.embedding(ids, self.weight("token_embd"))

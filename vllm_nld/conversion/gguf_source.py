@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vllm_nld.checkpoints.headers import HEAD, expected_tensors
+from vllm_nld.checkpoints.headers import expected_tensors
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.conversion import gguf_tokenizer, rope
 from vllm_nld.conversion.gguf_network import GGUFNetwork
@@ -86,8 +85,8 @@ class GGUFSource(Source):
             data = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             raise NLDError(
-                f"SOURCE={self.path}: {name} is quantized to {tensor.tensor_type.name}, which the installed gguf library "
-                "cannot read; allowed: F32, F16, BF16, Q8_0, Q4_0 to Q5_1, the K types, and what else that library reads"
+                f"SOURCE={self.path}: {name} is quantized to {tensor.tensor_type.name}, which the installed gguf "
+                "library cannot read; allowed: F32, F16, BF16, Q8_0, Q4_0 to Q5_1, the K types, and what else it reads"
             ) from None
         return torch.from_numpy(np.array(data, dtype=np.float32))
 
@@ -96,9 +95,8 @@ class GGUFSource(Source):
 
     def network(self) -> nn.Module:
         shape = NemotronLabsDiffusionConfig(**self.settings, mask_token_id=0)
-        divisors = self.dequantized(_DIVISORS) if _DIVISORS in self.raw else None
         tensors = {name: self.dequantized(name) for name in self.raw if name != _DIVISORS}
-        return GGUFNetwork(shape, tensors, divisors, self._linear_factor())
+        return GGUFNetwork(shape, tensors, self._divisors(), self._linear_factor())
 
     def _check_architecture(self) -> None:
         found = self.value("general.architecture")
@@ -110,6 +108,9 @@ class GGUFSource(Source):
         experts = self.value("llama.expert_count", 0)
         if experts:
             raise NLDError(f"SOURCE={self.path}: llama.expert_count={experts}; allowed: none, NLD has one MLP a layer")
+
+    def _divisors(self) -> Tensor | None:
+        return self.dequantized(_DIVISORS) if _DIVISORS in self.raw else None
 
     def _linear_factor(self) -> float:
         scaled = self.value("llama.rope.scaling.type", "none") == "linear"
@@ -124,13 +125,9 @@ class GGUFSource(Source):
         for key in ("rope.dimension_count", "attention.value_length"):
             if self.size(key, head_dim) != head_dim:
                 raise NLDError(f"SOURCE={self.path}: llama.{key}={self.size(key)}; allowed: the head size, {head_dim}")
-        if _DIVISORS in self.raw:
-            divisors = self.dequantized(_DIVISORS)
-        else:
-            divisors = None
         theta = _shortest(self.size("rope.freq_base", 10_000.0))
         kind = self.value("llama.rope.scaling.type", "none")
-        parameters = rope.of_gguf(self.path, head_dim, theta, kind, self._linear_factor(), divisors)
+        parameters = rope.of_gguf(self.path, head_dim, theta, kind, self._linear_factor(), self._divisors())
         embedding = self.raw.get("token_embd.weight")
         return {
             "vocab_size": int(embedding.shape[1]) if embedding is not None else self.size("vocab_size"),
@@ -158,7 +155,7 @@ class GGUFSource(Source):
         found = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.raw.items()}
         problems = [f"{name} is missing" for name in expected if name not in found]
         problems += [
-            f"{name} has shape {list(found[name])}, the metadata ask for {list(shape)}"
+            f"{name} has shape {list(found[name])}, metadata asks for {list(shape)}"
             for name, shape in expected.items()
             if name in found and found[name] != shape
         ]

@@ -66,8 +66,8 @@ def rebuild(source: object, value: Value) -> Tokenizer:
     kind = value("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama") or not value("tokenizer.ggml.tokens") or not value("tokenizer.ggml.token_type"):
         raise NLDError(
-            f"SOURCE={source}: tokenizer.ggml.model={shown(kind)}, or its tokens or token_type are missing; allowed: gpt2 "
-            "(byte pairs) or llama (SentencePiece), with both"
+            f"SOURCE={source}: tokenizer.ggml.model={shown(kind)}, or its tokens or token_type are missing; allowed: "
+            "gpt2 (byte pairs) or llama (SentencePiece), with both"
         )
     tokenizer = _byte_pairs(source, value) if kind == "gpt2" else _sentence_pieces(source, value)
     kinds = list(zip(value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type"), strict=True))

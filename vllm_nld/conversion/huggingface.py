@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vllm_nld.checkpoints.headers import HEAD, expected_tensors, tensor_shapes
+from vllm_nld.checkpoints.headers import HEAD, Shapes, expected_tensors, tensor_shapes
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.conversion import rope
 from vllm_nld.conversion.source import NEEDED, Source, Vocabulary
@@ -56,7 +56,8 @@ class HuggingFaceSource(Source):
     def tensor(self, name: str) -> Tensor:
         theirs = _their_name(name)
         with safe_open(self.files[theirs], framework="pt") as handle:
-            return handle.get_tensor(theirs)
+            tensor: Tensor = handle.get_tensor(theirs)
+        return tensor
 
     def write_tokenizer(self, folder: Path) -> None:
         for pattern in _CARRIED:
@@ -78,8 +79,8 @@ class HuggingFaceSource(Source):
         )
         if before.encode(_TOKENIZER_TEXT) != after.encode(_TOKENIZER_TEXT):
             raise NLDError(
-                f"SOURCE={self.path}: its tokenizer cuts text differently once it is loaded for an NLD model; allowed: one "
-                "that tokenizer.json describes completely (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+                f"SOURCE={self.path}: its tokenizer cuts text differently once it is loaded for an NLD model; allowed: "
+                "one that tokenizer.json describes completely (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
             )
 
     def network(self) -> nn.Module:
@@ -139,7 +140,8 @@ class HuggingFaceSource(Source):
             raise NLDError(
                 f"SOURCE={self.path}: no *.safetensors there (pickled weights are not read); allowed: {NEEDED}"
             )
-        shapes, homes = {}, {}
+        shapes: Shapes = {}
+        homes: dict[str, Path] = {}
         for file in files:
             try:
                 found = tensor_shapes(file)

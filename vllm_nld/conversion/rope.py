@@ -75,8 +75,8 @@ def of_gguf(source: object, head_dim: int, theta: float, kind: str, factor: floa
     plain = {"rope_type": "default", "rope_theta": theta}
     if kind not in ("none", "linear"):
         raise NLDError(
-            f"SOURCE={source}: rope.scaling.type={shown(kind)}; allowed: none, linear (llama.cpp's YaRN has an attention "
-            "factor, which NLD's has not)"
+            f"SOURCE={source}: rope.scaling.type={shown(kind)}; allowed: none, linear (llama.cpp's YaRN has an "
+            "attention factor, which NLD's has not)"
         )
     linear = kind == "linear" and factor != 1
     if divisors is None:
@@ -91,7 +91,7 @@ def of_gguf(source: object, head_dim: int, theta: float, kind: str, factor: floa
     expected = inverse_frequencies(head_dim, plain) / inverse_frequencies(head_dim, guess)
     if linear or divisors.shape != expected.shape or not torch.allclose(divisors.double(), expected, rtol=1e-3):
         raise NLDError(
-            f"SOURCE={source}: the tensor rope_freqs.weight is not Llama 3's scaling (original length {LLAMA3_ORIGINAL}, "
-            f"factors {LLAMA3_LOW:g} and {LLAMA3_HIGH:g}); allowed: that, or none"
+            f"SOURCE={source}: the tensor rope_freqs.weight is not Llama 3's scaling (original length "
+            f"{LLAMA3_ORIGINAL}, factors {LLAMA3_LOW:g} and {LLAMA3_HIGH:g}); allowed: that, or none"
         )
     return guess

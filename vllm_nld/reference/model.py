@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 class ReferenceModel(nn.Module):
     """Dense NLD model whose parameter names are the released tensor names.
 
-    With tied embeddings ``diffusion_head.weight`` is ``encoder.embed_tokens.weight``, one parameter under the latter name.
+    With tied embeddings ``diffusion_head.weight`` is ``encoder.embed_tokens.weight``: one parameter, by that name.
 
     Attributes:
         draft_adapter: changes what :meth:`draft` predicts, and nothing else; not among the model's parameters.
