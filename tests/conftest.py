@@ -12,7 +12,7 @@ import pytest
 TESTS = Path(__file__).parent
 
 ALONE = ("ray", "gpu")
-"""Tiers whose tests keep several processes busy at once, or measure. They need the whole machine (``scripts/test.sh``)."""
+"""Tiers whose tests keep several processes busy at once, or measure: they need all cores (``scripts/test.sh``)."""
 
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
 # the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
