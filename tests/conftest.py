@@ -43,6 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.alone)
 
 
+_unfreeze = gc.unfreeze  # tests.support.engines takes it away from vLLM
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported out of garbage collections: it is most of all objects, and never is garbage."""
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter free everything when it ends: compiled modules report what is left as leaks."""
+    _unfreeze()
