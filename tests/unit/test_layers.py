@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planning", "model"),
     ("draft_pass",),
     ("auto", "reference"),
-    ("proposer", "training"),
+    ("proposer", "training", "conversion"),
     ("worker", "scheduler"),
     ("cli", "plugin", *OLD_NAMES),
 )
