@@ -25,7 +25,7 @@ _POSITIVE_SIZES = (
 class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
     """Configuration of one NLD text model; the defaults are those of the released 8B instruct model.
 
-    Two things are rearranged on the way in, and put back by :meth:`to_dict`:
+    Two things are rearranged on input, and restored by :meth:`to_dict`:
 
     - ``rope_parameters.llama_4_scaling_beta`` is not a rotary parameter (it scales queries), so it moves to
       ``llama_4_scaling = {"original_max_position_embeddings", "beta"}``, where vLLM's Mistral attention reads it.
@@ -89,7 +89,7 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
         self.sliding_window = sliding_window
         self.rope_parameters, self.llama_4_scaling = _split_rope_parameters(
             rope_parameters or kwargs.pop("rope_scaling", None) or released_rope_parameters(),
-            # Older exports keep theta beside the dictionary; transformers' fallback of 1e4 would be silently wrong.
+            # Older exports keep theta next to the dictionary; transformers' fallback of 1e4 would be silently wrong.
             kwargs.pop("rope_theta", 1e6),
         )
         self._check()
@@ -127,7 +127,7 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
         return min(self.max_position_embeddings, int(rope["original_max_position_embeddings"] * rope["factor"]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the released layout, so that a saved config reads back, here and by other readers."""
+        """Return the released layout, so that a saved config can be read here and by other programs."""
         output: dict[str, Any] = super().to_dict()
         scaling = output.pop("llama_4_scaling", None)
         rope = dict(output["rope_parameters"])

@@ -13,7 +13,7 @@ from vllm_nld.reference import ReferenceModel
 
 
 def yarn(factor: float = 4.0, original: int = 64, theta: float = 1e4, beta: float = 0.1) -> dict[str, Any]:
-    """YaRN parameters in the released layout, with an original context short enough to be left in a test."""
+    """YaRN parameters in the released layout, with an original context so short that a test can exceed it."""
     return {
         "rope_type": "yarn",
         "rope_theta": theta,

@@ -1,4 +1,4 @@
-"""Tensor names and shapes against the config, from file headers."""
+"""Tensor names and shapes compared with the config, from file headers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def folder(tmp_path: Path) -> Path:
     return models.save(models.random_model(CONFIG), tmp_path / "model")
 
 
-def test_expected_tensors_are_the_models() -> None:
+def test_expected_tensors_equal_those_of_the_model() -> None:
     model = models.random_model(CONFIG)
     assert expected_tensors(CONFIG) == {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
-def test_good_folder(folder: Path) -> None:
+def test_good_folder_passes(folder: Path) -> None:
     check_tensors(folder, CONFIG)
     load_reference(folder)
 
 
-def test_shards_and_foreign_folders(folder: Path, tmp_path: Path) -> None:
+def test_shards_and_folders_without_weights_pass(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({HEAD: tensors.pop(HEAD)}, folder / "model-2.safetensors")
     save_file(tensors, folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Every command refuses options out of range by one line that names the option, before anything is measured."""
+"""Every command refuses options out of range with one line that names the option, before anything is measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARGUMENTS = {"sol": ["tiny"], "plan": ["8b"], "path": ["tiny"]}
 
 
 def numeric() -> Iterator[tuple[str, str, str]]:
-    """Every numeric option of every command, with values that no code could bear."""
+    """Every numeric option of every command, with values that no code could handle."""
     for name, callback in COMMANDS.items():
         for parameter, hint in get_type_hints(callback).items():
             kinds = {hint, *get_args(hint), *(kind for part in get_args(hint) for kind in get_args(part))}
@@ -51,7 +51,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(name: str, data: str, *options: str) -> str:
-    """What the command prints; it must end in a refusal, and neither run nor raise."""
+    """The command's output; it must end in a refusal, and neither run nor raise."""
     arguments = ARGUMENTS.get(name, [])
     if name == "train-draft-lora":
         arguments = ["tiny", "--data", data, "--output", str(Path(data).parent / "adapter")]
@@ -65,7 +65,7 @@ def refusal(name: str, data: str, *options: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "option", "value"), list(numeric()))
-def test_absurd_numbers(name: str, option: str, value: str, data: str) -> None:
+def test_absurd_numbers_are_refused(name: str, option: str, value: str, data: str) -> None:
     assert option in refusal(name, data, f"{option}={value}")
 
 
@@ -95,14 +95,14 @@ def test_absurd_numbers(name: str, option: str, value: str, data: str) -> None:
         ("plan", ["--plot", "/no/such/folder/x.png"], ["--plot"]),
     ],
 )
-def test_what_does_not_fit(name: str, options: list[str], words: list[str], data: str) -> None:
+def test_sizes_that_do_not_fit_are_reported(name: str, options: list[str], words: list[str], data: str) -> None:
     line = refusal(name, data, *options)
     assert len(line) < 700
     for word in words:
         assert word in line
 
 
-def test_the_defaults_fit() -> None:
+def test_defaults_fit() -> None:
     from vllm_nld.checkpoints.held_out import held_out_prompts
     from vllm_nld.cli import bench_auto, bench_cycle, limits
 

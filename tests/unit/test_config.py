@@ -43,7 +43,7 @@ def released(name: str) -> NemotronLabsDiffusionConfig:
         ("3B-Base", 26, 3072, 9216, 1e6, 0.25, 2, 4096),
     ],
 )
-def test_released_layouts(
+def test_released_layouts_are_read(
     name: str, layers: int, hidden: int, mlp: int, theta: float, factor: float, eos: int, limit: int
 ) -> None:
     config = released(name)
@@ -57,7 +57,7 @@ def test_released_layouts(
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_rope_parameters_are_rearranged_and_put_back(name: str) -> None:
+def test_rope_parameters_are_rearranged_and_restored(name: str) -> None:
     config = released(name)
     assert config.rope_parameters["attention_factor"] == 1.0
     assert "llama_4_scaling_beta" not in config.rope_parameters
@@ -68,12 +68,12 @@ def test_rope_parameters_are_rearranged_and_put_back(name: str) -> None:
     assert config.rope_parameters["attention_factor"] == 1.0, "to_dict() must not change the config itself"
 
 
-def test_attention_factor_of_the_file_is_overruled() -> None:
+def test_attention_factor_of_the_file_is_overridden() -> None:
     rope = released_rope_parameters() | {"attention_factor": 1.277}
     assert NemotronLabsDiffusionConfig(rope_parameters=rope).rope_parameters["attention_factor"] == 1.0
 
 
-def test_callers_dictionary_is_left_alone() -> None:
+def test_dictionary_of_the_caller_is_not_changed() -> None:
     rope = released_rope_parameters()
     NemotronLabsDiffusionConfig(rope_parameters=rope)
     assert rope == released_rope_parameters()
@@ -105,7 +105,7 @@ def test_absent_head_dim_is_derived() -> None:
     assert NemotronLabsDiffusionConfig(hidden_size=2048, head_dim=None).head_dim == 64
 
 
-def test_theta_beside_the_dictionary() -> None:
+def test_theta_next_to_the_dictionary() -> None:
     rope = {key: value for key, value in released_rope_parameters().items() if key != "rope_theta"}
     assert NemotronLabsDiffusionConfig(rope_parameters=rope, rope_theta=1e9).rope_parameters["rope_theta"] == 1e9
     assert NemotronLabsDiffusionConfig(rope_parameters=rope).rope_parameters["rope_theta"] == 1e6

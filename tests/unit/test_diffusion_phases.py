@@ -57,7 +57,7 @@ TRANSITIONS: dict[str, tuple[Callable[[DiffusionRequest], Any], dict[Phase, Phas
 
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("name", TRANSITIONS)
-def test_a_transition_leads_where_it_should_or_is_refused(name: str, phase: Phase) -> None:
+def test_transition_leads_to_its_phase_or_is_refused(name: str, phase: Phase) -> None:
     transition, allowed = TRANSITIONS[name]
     made = in_phase(phase)
     if phase in allowed:
@@ -75,7 +75,7 @@ def test_every_transition_is_tested() -> None:
 
 
 @pytest.mark.parametrize("phase", Phase)
-def test_a_block_is_open_from_fill_or_park_to_hand_out(phase: Phase) -> None:
+def test_block_is_open_from_fill_or_park_to_hand_out(phase: Phase) -> None:
     made = in_phase(phase)
     if phase in (Phase.FILLING, Phase.PARKED, Phase.INTERRUPTED, Phase.RESUMED):
         assert made.block.tokens == [1, 2, 3, 4]
@@ -85,12 +85,12 @@ def test_a_block_is_open_from_fill_or_park_to_hand_out(phase: Phase) -> None:
 
 
 @pytest.mark.parametrize("phase", Phase)
-def test_which_phases_replace_the_sampled_token(phase: Phase) -> None:
+def test_phases_that_replace_the_sampled_token(phase: Phase) -> None:
     replacing = {Phase.COMMITTING, Phase.INTERRUPTED, Phase.RESUMED}
     assert in_phase(phase).replaces_sampled is (phase in replacing)
 
 
-def test_a_block_is_committed_in_several_steps() -> None:
+def test_block_is_committed_in_several_steps() -> None:
     made = in_phase(Phase.PARKED)
     assert made.hand_out(MASK) == [2, 3, 4], "the first token is decided already"
     made.committed(0)
@@ -102,7 +102,7 @@ def test_a_block_is_committed_in_several_steps() -> None:
     assert made.phase is Phase.IDLE
 
 
-def test_the_last_token_takes_the_place_of_a_sampled_one() -> None:
+def test_last_token_replaces_a_sampled_one() -> None:
     made = in_phase(Phase.PARKED)
     made.hand_out(MASK)
     made.committed(2)
@@ -110,7 +110,7 @@ def test_the_last_token_takes_the_place_of_a_sampled_one() -> None:
     assert made.phase is Phase.IDLE
 
 
-def test_only_what_is_decided_is_handed_out() -> None:
+def test_only_decided_tokens_are_handed_out() -> None:
     made = DiffusionRequest(overrules=True)
     made.fill(Block(0, [1, 7, MASK, 4], stop_ids=frozenset({7})))
     assert made.hand_out(MASK) == [7]
@@ -120,7 +120,7 @@ def test_only_what_is_decided_is_handed_out() -> None:
     assert single.phase is Phase.IDLE, "an unseeded block of one token is decided when it is handed out"
 
 
-def test_an_interrupted_block_has_lost_its_pages_and_goes_on() -> None:
+def test_interrupted_block_loses_its_pages_and_goes_on() -> None:
     made = DiffusionRequest(overrules=True)
     made.park(block(1, 2, MASK, 4))
     assert made.interrupt() is None
@@ -131,7 +131,7 @@ def test_an_interrupted_block_has_lost_its_pages_and_goes_on() -> None:
     assert made.take_next() == (2, [3, 4]), "the resumption sampled after the seed"
 
 
-def test_where_the_causal_pass_is_not_overruled_nothing_is_kept() -> None:
+def test_nothing_is_kept_if_the_causal_pass_is_not_overruled() -> None:
     made = DiffusionRequest(overrules=False)
     made.fill(done())
     assert made.hand_out(MASK) == [2, 3, 4]
@@ -142,6 +142,6 @@ def test_where_the_causal_pass_is_not_overruled_nothing_is_kept() -> None:
 
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.ENDED])
-def test_the_forwards_of_an_open_block_are_known_at_the_end(phase: Phase) -> None:
+def test_end_returns_the_forwards_of_an_open_block(phase: Phase) -> None:
     has_block = phase in (Phase.FILLING, Phase.PARKED, Phase.INTERRUPTED, Phase.RESUMED)
     assert in_phase(phase).end() == (3 if has_block else None)

@@ -38,14 +38,14 @@ def opened(source: type[DraftSource], prior: Prior | None = None) -> DraftSource
     return made
 
 
-def test_sources_have_names_and_one_drafts_by_the_model() -> None:
+def test_source_names_differ_and_one_takes_the_forward() -> None:
     names = [source.name for source in SOURCES]
     assert len(set(names)) == len(names)
     assert "ar" not in names, "the metric's label for no drafts"
     assert sum(source.takes_forward for source in SOURCES) == 1
 
 
-def test_every_source_is_documented() -> None:
+def test_sources_are_documented() -> None:
     docs = Path(__file__).parents[2] / "docs"
     speculation, modes = (docs / "speculation.md").read_text(), (docs / "modes.md").read_text()
     assert not [source.name for source in SOURCES if f"| `{source.name}` |" not in speculation]
@@ -58,7 +58,7 @@ def test_every_source_is_documented() -> None:
     st.integers(-1, 15),
     st.lists(st.sampled_from([0, 1, 2]), max_size=4),
 )
-def test_a_source_keeps_to_what_it_is_asked(
+def test_source_respects_room_and_mask_token(
     source: type[DraftSource], text: list[int], most: int, after: list[int]
 ) -> None:
     """Over a growing text, 5 being the mask token: no more drafts than there is room for, and no mask."""
@@ -83,7 +83,7 @@ def test_a_source_keeps_to_what_it_is_asked(
     made.close()
 
 
-def test_the_model_s_drafts_are_expected_to_be_as_good_as_they_were() -> None:
+def test_model_drafts_are_expected_to_be_as_good_as_before() -> None:
     prior = Prior()
     made = opened(ModelDrafts, prior)
     for _ in range(30):
@@ -105,7 +105,7 @@ def test_the_model_s_drafts_are_expected_to_be_as_good_as_they_were() -> None:
     assert offer.idle_steps == 0
 
 
-def test_a_lookup_is_opened_where_there_is_something_to_look_up() -> None:
+def test_lookup_is_opened_only_if_there_is_something_to_look_up() -> None:
     assert PromptLookup.open(NewRequest({"prompt_lookup": 0}, Prior(), True, MASK)) is None
     assert PromptLookup.open(NewRequest({"prompt_lookup": 3}, Prior(), False, MASK)) is None
 
@@ -180,7 +180,7 @@ def fill(speculation: Speculation, confidence: list[float]) -> None:
     block.confidence[1:], block.passes = confidence, 1
 
 
-def test_the_first_source_that_has_something_follows_an_unsure_draft() -> None:
+def test_first_source_with_drafts_follows_an_unsure_draft() -> None:
     nothing, some, late = Told([]), Told([1, 2]), Told([9, 9, 9])
     made = state("self_speculation", nothing, some, late)
     speculation = step(made, limit=6)
@@ -197,7 +197,7 @@ def test_the_first_source_that_has_something_follows_an_unsure_draft() -> None:
     assert made.prior.calibration.probability(Told.kind) < Told.kind.guess, "of two, the second was rejected"
 
 
-def test_drawn_drafts_are_left_as_they_are() -> None:
+def test_drawn_drafts_are_not_replaced() -> None:
     """What is verified must not depend on what was drawn."""
     source = Told([1, 2])
     speculation = step(state("self_speculation", source), limit=4)
@@ -239,7 +239,7 @@ def test_drafts_at_hand_need_no_block() -> None:
     assert good.closed
 
 
-def test_a_block_by_forward_is_the_model_s() -> None:
+def test_block_by_forward_belongs_to_the_model_source() -> None:
     source = Told([7])
     made = state("auto", source)
     speculation = step(made)
@@ -251,7 +251,7 @@ def test_a_block_by_forward_is_the_model_s() -> None:
     assert source.plans == [(False, 1)]
 
 
-def test_there_is_no_block_without_room() -> None:
+def test_no_block_opens_without_room() -> None:
     made = state("self_speculation")
     speculation = step(made, limit=1)
     speculation.plan(AutoMode(8), 1, 1)

@@ -1,4 +1,4 @@
-"""Drafts that are looked up: where they go, and where they come from."""
+"""Looked-up drafts: their positions, and their sources."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find(tokens: list[int], length: int, most: int = 4, drafts: tuple[int, ...] 
         ([1], 1, None),
     ],
 )
-def test_the_latest_earlier_occurrence_is_followed(tokens: list[int], length: int, expected: Found | None) -> None:
+def test_latest_earlier_occurrence_is_followed(tokens: list[int], length: int, expected: Found | None) -> None:
     assert find(tokens, length) == expected
 
 
@@ -45,7 +45,7 @@ def brute_force(tokens: list[int], length: int, most: int) -> Found | None:
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 4), st.integers(1, 15), st.data())
-def test_a_text_that_grows_is_searched_as_if_it_were_searched_anew(
+def test_growing_text_is_searched_like_a_new_text(
     tokens: list[int], length: int, most: int, data: st.DataObject
 ) -> None:
     lookup, text = Lookup(length, MASK), np.array(tokens, dtype=np.int32)
@@ -57,14 +57,14 @@ def test_a_text_that_grows_is_searched_as_if_it_were_searched_anew(
         assert lookup.find(text[:size], most, drafts) == brute_force(tokens[:size] + drafts, length, most)
 
 
-def test_every_match_has_a_class() -> None:
+def test_match_has_a_class() -> None:
     assert len(FIRST) == len(LATER) == len(MATCH_CLASSES) + 1
     for match, level in ((1, 0), (4, 1), (LONGEST_MATCH, len(MATCH_CLASSES))):
         drafts = Found([7, 8, 9], match).drafts()
         assert (drafts.tokens, drafts.classes) == ([7, 8, 9], [FIRST[level], LATER[level], LATER[level]])
 
 
-def test_auto_mode_learns_what_they_are_worth() -> None:
+def test_auto_mode_learns_value_of_lookups() -> None:
     calibration = Calibration()
     short, long_ = Found([1, 2], 3).drafts().classes, Found([1, 2], LONGEST_MATCH).drafts().classes
     others = chance_classes([0.995]) + long_
@@ -76,7 +76,7 @@ def test_auto_mode_learns_what_they_are_worth() -> None:
     assert calibration.chances(others) == before
 
 
-def test_a_class_that_looked_poor_is_tried_again_some_day() -> None:
+def test_poor_match_class_is_tried_again_later() -> None:
     calibration, classes = Calibration(), Found([1, 2], 3).drafts().classes
     guess = calibration.probability(classes[0])
     for _ in range(1000):
@@ -87,13 +87,13 @@ def test_a_class_that_looked_poor_is_tried_again_some_day() -> None:
     assert calibration.probability(classes[0]) > 0.9 * guess
 
 
-def test_a_confidence_that_is_no_number_ends_no_engine() -> None:
+def test_nan_confidence_does_not_end_the_engine() -> None:
     calibration, classes = Calibration(), chance_classes([float("nan")])
     assert 0 <= calibration.probability(classes[0]) <= 1
     calibration.observe(classes, 0)
 
 
-def test_a_text_that_lost_tokens_is_read_again() -> None:
+def test_shortened_text_is_read_again() -> None:
     lookup = Lookup(2, MASK)
     assert lookup.find(np.array([1, 2, 3, 4, 1, 2]), 1) == Found([3], 2)
     assert lookup.find(np.array([1, 2, 5, 1, 2]), 1) == Found([5], 2)

@@ -104,7 +104,7 @@ def test_rotate_pairs_halves() -> None:
     assert found.flatten().tolist() == pytest.approx([0.0, 2.0, 1.0, 0.0], abs=1e-6)
 
 
-def test_vllms_rope_is_the_references_in_every_supported_version() -> None:
+def test_vllm_rope_equals_the_reference_in_every_supported_version() -> None:
     """vLLM 0.26 ignores ``attention_factor`` and would scale queries and keys by 0.1 ln(factor) + 1."""
     from vllm.config import VllmConfig, set_current_vllm_config
 

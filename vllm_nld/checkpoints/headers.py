@@ -1,4 +1,4 @@
-"""Compare a checkpoint folder's tensor names and shapes with its config, from the file headers alone."""
+"""Compare a checkpoint folder's tensor names and shapes with its config. Reads only the file headers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def expected_tensors(config: NemotronLabsDiffusionConfig) -> Shapes:
-    """Return released tensor name -> shape: 9 tensors a layer and 3 more."""
+    """Return released tensor name -> shape: 9 tensors per layer and 3 more."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -43,13 +43,13 @@ def expected_tensors(config: NemotronLabsDiffusionConfig) -> Shapes:
 
 
 def check_tensors(folder: Path, config: NemotronLabsDiffusionConfig, quantized: bool = False) -> None:
-    """Check the ``*.safetensors`` of ``folder``; a folder without any is left for vLLM to judge.
+    """Check the ``*.safetensors`` of ``folder``; a folder without any is left to vLLM.
 
     Args:
-        folder: the checkpoint's.
-        config: what its ``config.json`` says.
-        quantized: matrices may be packed: under other names (GPTQ ``qweight``, compressed-tensors ``weight_packed``)
-            and in other shapes. Then only the norms' shapes are checked, and that of every matrix something is there.
+        folder: the checkpoint's folder.
+        config: its ``config.json``.
+        quantized: matrices may be packed, under other names (GPTQ ``qweight``, compressed-tensors ``weight_packed``)
+            and in other shapes. Then only the shapes of the norms are checked, and that every matrix has some tensor.
 
     Raises:
         NLDError: tensors are missing or misshapen; the first few are named.
@@ -77,7 +77,7 @@ def tensor_shapes(file: Path) -> Shapes:
 
 
 def differences(found: Shapes, expected: Shapes, wants: str) -> list[str]:
-    """Say which expected tensors are missing, and which have another shape than what ``wants`` it."""
+    """List the expected tensors that are missing or have another shape; ``wants`` says what expects them."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [
         f"{name} has shape {list(found[name])}, {wants} {list(shape)}"

@@ -113,9 +113,9 @@ class PromptLookup(DraftSource):
             int,
             3,
             {"ge": 0, "le": 16},
-            "Self-speculation. After the first unsure draft, draft what followed the last so many tokens at their "
-            "latest earlier occurrence in prompt and text (drawn drafts are left as they are); in auto mode, do so "
-            "also instead of drafting. 0 does not.",
+            "Self-speculation. After the first unsure draft, draft what followed this many last tokens at their latest "
+            "earlier occurrence in prompt and text (drawn drafts are not replaced); in auto mode, also do this instead "
+            "of drafting. 0 turns it off.",
         ),
     )
     takes_forward = False
