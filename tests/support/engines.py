@@ -121,13 +121,14 @@ def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
 
 
 def shun_ar(llm: Any, drafts: Callable[[int], int] = lambda count: count) -> None:
-    """Have auto mode verify ``drafts(n)`` of every n looked-up drafts, and draft if there are none, at any price."""
+    """Have auto mode verify ``drafts(n)`` of every n drafts at hand, and draft if there is none, at any price."""
+    from vllm_nld.auto.candidates import Taken
     from vllm_nld.auto.search import Search
 
     class Eager(Search):
-        def lookups(self, found: Any, requests: int, tokens: int) -> tuple[dict[int, int], float, float]:
-            taken = {row: drafts(len(chances)) for row, chances in found.items()}
-            taken = {row: count for row, count in taken.items() if count}
+        def at_hand(self, offers: Any, requests: int, tokens: int) -> tuple[dict[int, Taken], float, float]:
+            taken = {row: Taken(offer.source, drafts(len(offer.chances))) for row, offer in offers.items()}
+            taken = {row: some for row, some in taken.items() if some.drafts}
             return taken, 0.0, float("inf") if taken else 0.0
 
         def floor(self, requests: int, tokens: int) -> float:

@@ -353,6 +353,6 @@ def _rounded_size(size: int, limit: int) -> int:
 
 
 def _padded(rows: list[list[bool]]) -> Tensor:
-    """Return bool ``[rows, longest]``, False behind the end of a shorter row."""
+    """Return bool ``[rows, longest]``, False after the end of a shorter row."""
     longest = max(len(row) for row in rows)
     return torch.tensor([row + [False] * (longest - len(row)) for row in rows])
