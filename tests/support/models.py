@@ -66,6 +66,7 @@ def random_model(config: NemotronLabsDiffusionConfig, seed: int = 0) -> Referenc
 def save(model: ReferenceModel, folder: Path) -> Path:
     """Write config and weights in the released layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    # Parameters, not the state dict: that has tied weights twice.
+    save_file({k: v.detach().contiguous() for k, v in model.named_parameters()}, folder / "model.safetensors")
     model.config.save_pretrained(folder)
     return folder

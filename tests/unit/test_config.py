@@ -101,6 +101,29 @@ def test_position_limit_of_default_rope() -> None:
     assert config.llama_4_scaling is None
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"), [(LLAMA3, 131072), ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4}, 4 * 131072)]
+)
+def test_ropes_of_other_llamas(rope: dict[str, Any], limit: int, tmp_path: Path) -> None:
+    """Linear scaling leaves ``max_position_embeddings`` unscaled, as transformers and vLLM have it."""
+    config = NemotronLabsDiffusionConfig(rope_parameters=rope | {"unknown": 1}, max_position_embeddings=131072)
+    assert config.rope_parameters == rope
+    assert isinstance(config.rope_parameters["factor"], float), "vLLM asks for one"
+    assert config.position_limit == limit
+    config.save_pretrained(tmp_path)
+    assert NemotronLabsDiffusionConfig.from_pretrained(tmp_path).rope_parameters == rope
+
+
 def test_absent_head_dim_is_derived() -> None:
     assert NemotronLabsDiffusionConfig(hidden_size=2048, head_dim=None).head_dim == 64
 
@@ -121,7 +144,16 @@ def test_theta_next_to_the_dictionary() -> None:
         ({"num_attention_heads": 30}, ["num_attention_heads=30", "num_key_value_heads=8"]),
         ({"mask_token_id": 131072}, ["mask_token_id=131072", "[0, 131072)"]),
         ({"mask_token_id": -1}, ["mask_token_id=-1"]),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'", "'yarn'", "'default'"]),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}},
+            ["'dynamic'", "'default', 'linear', 'llama3', 'yarn'"],
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor=None", "llama3"]),
+        ({"rope_parameters": {"rope_type": "linear"}}, ["factor=None", "linear"]),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
+            ["llama_4_scaling_beta"],
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, ["original_max_position_embeddings=None"]),
         ({"rope_parameters": released_rope_parameters() | {"factor": 0}}, ["factor=0"]),
         ({"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, ["llama_4_scaling_beta"]),

@@ -14,14 +14,14 @@ OLD_NAMES = ("replica", "learned_sampler")
 """Modules that moved, by their old names, for one more release."""
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("names", "errors"),
-    ("policies",),
+    ("names", "errors", "option"),
+    ("policies", "draft_sources"),
     ("config", "options", "ops"),
     ("checkpoints", "serving", "vllm_glue", "attention"),
     ("planning", "model"),
     ("draft_pass",),
     ("auto", "reference"),
-    ("proposer", "training"),
+    ("proposer", "training", "conversion"),
     ("worker", "scheduler"),
     ("cli", "plugin", *OLD_NAMES),
 )

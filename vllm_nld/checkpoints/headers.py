@@ -11,6 +11,9 @@ from vllm_nld.errors import NLDError
 
 _SHOWN = 5
 
+HEAD = "diffusion_head.weight"
+"""There unless embeddings are tied: then ``encoder.embed_tokens.weight`` is both."""
+
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
 
@@ -36,7 +39,7 @@ def expected_tensors(config: NemotronLabsDiffusionConfig) -> Shapes:
         "encoder.norm.weight": (hidden,),
     }
     if not config.tie_word_embeddings:
-        tensors["diffusion_head.weight"] = (config.vocab_size, hidden)
+        tensors[HEAD] = (config.vocab_size, hidden)
     for index in range(config.num_hidden_layers):
         tensors |= {f"encoder.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
     return tensors
@@ -67,7 +70,10 @@ def check_tensors(folder: Path, config: NemotronLabsDiffusionConfig, quantized: 
         absent = [f"{name} is missing, packed or plain" for name in matrices if name.rpartition(".")[0] not in modules]
         complain(f"checkpoint {folder}", absent)
         expected = {name: shape for name, shape in expected.items() if len(shape) == 1}
-    complain(f"checkpoint {folder}", differences(found, expected, "config.json asks for"))
+    problems = differences(found, expected, "config.json asks for")
+    if config.tie_word_embeddings and HEAD in found:
+        problems.append(f"{HEAD} is there, but tie_word_embeddings=true in config.json asks for none")
+    complain(f"checkpoint {folder}", problems)
 
 
 def tensor_shapes(file: Path) -> Shapes:

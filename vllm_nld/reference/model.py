@@ -6,9 +6,7 @@ predict their *own* position. Only causal calls may write the KV cache.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +14,7 @@ from torch import Tensor, nn
 
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.reference.adapter import DraftAdapter
-
-
-def yarn_inverse_frequencies(head_dim: int, rope: dict[str, Any]) -> Tensor:
-    """Return the rotary inverse frequencies, float64 ``[head_dim // 2]``, in radians per position.
-
-    YaRN (arXiv 2309.00071, eq. 17-23): fast components keep their frequency, slow ones are divided by ``factor``,
-    with a linear ramp between the components that turn ``beta_fast`` and ``beta_slow`` times in the original context.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    theta = float(rope["rope_theta"])
-    plain = theta**-exponents
-    if rope["rope_type"] != "yarn":
-        return plain
-    original = float(rope["original_max_position_embeddings"])
-
-    def component_turning(rotations: float) -> float:
-        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = max(math.floor(component_turning(rope.get("beta_fast", 32.0))), 0)
-    high = min(math.ceil(component_turning(rope.get("beta_slow", 1.0))), head_dim - 1)
-    index = torch.arange(head_dim // 2, dtype=torch.float64)
-    ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return plain * ((1 - ramp) + ramp / float(rope["factor"]))
+from vllm_nld.reference.rope import inverse_frequencies
 
 
 def query_scale(positions: Tensor, scaling: dict[str, float] | None) -> Tensor:
@@ -203,6 +179,8 @@ class Encoder(nn.Module):
 class ReferenceModel(nn.Module):
     """Dense NLD model whose parameter names are the released tensor names.
 
+    With tied embeddings ``diffusion_head.weight`` is ``encoder.embed_tokens.weight``: one parameter, by that name.
+
     Attributes:
         draft_adapter: changes only what :meth:`draft` predicts. Not one of the model's parameters.
     """
@@ -212,9 +190,11 @@ class ReferenceModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.diffusion_head.weight = self.encoder.embed_tokens.weight
         self.draft_adapter: DraftAdapter | None = None
         self.inverse_frequencies: Tensor
-        frequencies = yarn_inverse_frequencies(config.head_dim, config.rope_parameters)
+        frequencies = inverse_frequencies(config.head_dim, config.rope_parameters)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
     def hidden(
