@@ -116,7 +116,7 @@ def test_draft_adapter_is_split_over_ranks(llm: Any, one_rank: Any) -> None:
     """On all projections. The text does not depend on drafts, but the number of accepted drafts does."""
     assert accepted_drafts(llm) == one_rank[1]
     assert one_rank[1][True] != one_rank[1][False]
-    assert min(one_rank[1].values()) > 100
+    assert min(one_rank[1].values()) > 40
 
 
 def skew(worker: Any) -> list[float]:
