@@ -10,7 +10,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-ALONE = ("server", "ray", "gpu")
+ALONE = ("server", "ray", "gpu", "v2")
 """Tiers whose tests start processes of their own, or measure: they want the whole machine (``scripts/test.sh``)."""
 
 # Each process of pytest-xdist works on one core: threads that wait for each other do so by spinning, and engines on

@@ -57,10 +57,12 @@ def add_draft_adapter(hidden: Tensor, down: Tensor, up: Tensor, output: Tensor) 
     blocks = next(iter(metadata.values()), None)
     if not isinstance(blocks, DraftMetadata) or blocks.adapted is None:
         return
-    if is_being_captured(output):
+    if is_being_captured(output) and not blocks.in_graph:
         raise NLDError("a draft pass was about to be captured in a CUDA graph; its adapter would follow the capture")
     if isinstance(blocks.adapted, slice):
         output.addmm_(hidden @ down, up)
+    elif blocks.adapted.is_floating_point():  # a CUDA graph has no room for a choice of tokens
+        output.addmm_((hidden @ down).mul_(blocks.adapted), up)
     else:
         output.index_add_(0, blocks.adapted, hidden[blocks.adapted] @ down @ up)
 

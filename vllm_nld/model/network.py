@@ -23,6 +23,7 @@ from vllm_nld.attention.backend import block_attention_backend
 from vllm_nld.checkpoints.draft_lora import adapter_of
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.model.draft_adapter import DraftAdapter, leave_adapter_out_of_graphs
+from vllm_nld.names import MODEL_STATE
 from vllm_nld.vllm_glue import cpu_repairs, layers
 
 
@@ -122,6 +123,14 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             for layer in self.model.layers:
                 layer.self_attn.add_draft_adapter(self.draft_lora.rank)
             leave_adapter_out_of_graphs(vllm_config.compilation_config)
+
+    @classmethod
+    def get_model_state_cls(cls) -> type[Any]:
+        """Return what vLLM's second runner keeps beside the model."""
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        state: type[Any] = resolve_obj_by_qualname(MODEL_STATE)
+        return state
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits ``[tokens, vocab]`` with the mask token at minus infinity, or None off the gathering rank."""

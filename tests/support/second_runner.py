@@ -1,0 +1,33 @@
+"""Engines on vLLM's second model runner (V2) without a GPU: its Triton kernels run in Triton's interpreter.
+
+vLLM's CPU platform switches asynchronous scheduling off, for which there is no reason in a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.support.engines import engine
+
+
+@contextlib.contextmanager
+def second_engine(
+    folder: Path, spec: bool | int = True, options: dict[str, Any] | None = None, asynchronous: bool = True,
+    **settings: Any,
+) -> Iterator[Any]:  # fmt: skip
+    """Yield an LLM as :func:`tests.support.engines.engine` does, on the second runner."""
+    from vllm_nld.vllm_glue import second_runner
+
+    allowed = second_runner.asynchronous_is_possible
+    second_runner.asynchronous_is_possible = lambda _: asynchronous
+    try:
+        with engine(folder, spec, options, **({"max_num_seqs": 4, "max_model_len": 128} | settings)) as llm:
+            config = llm.llm_engine.vllm_config
+            assert config.use_v2_model_runner
+            assert config.scheduler_config.async_scheduling == (asynchronous and bool(spec))
+            yield llm
+    finally:
+        second_runner.asynchronous_is_possible = allowed
