@@ -77,7 +77,8 @@ def allow_asynchronous_scheduling(is_ours: Callable[[Any], bool], settle: Callab
         original(self, *args)
         if self.use_v2_model_runner and wanted is not False and asynchronous_is_possible(self):
             scheduler.async_scheduling = True
-            if synchronize is None:  # what vLLM makes of it in this case
+            self.model_config.disable_cascade_attn = True  # this and the next as vLLM has it in this case
+            if synchronize is None:
                 parallel.disable_nccl_for_dp_synchronization = True
         settle(self)
 
