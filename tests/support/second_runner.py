@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.support.engines import engine
+from tests.support.engines import engine, runner
 
 
 @contextlib.contextmanager
@@ -31,3 +31,27 @@ def second_engine(
             yield llm
     finally:
         second_runner.asynchronous_is_possible = allowed
+
+
+@contextlib.contextmanager
+def watch_drafts(llm: Any) -> Iterator[dict[tuple[tuple[int, ...], int], list[int]]]:
+    """Collect the drafts of every block, by the text's first three tokens and its length, seed included."""
+    own = runner(llm)
+    speculator, states = own.speculator, own.req_states
+    propose, seen = speculator.propose, {}
+
+    def watching(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        drafts = propose(input_batch, *args, **kwargs)
+        for row, index in enumerate(input_batch.idx_mapping_np.tolist()):
+            count = int(speculator.buffers.valid[index])
+            length = int(states.total_len.gpu[index])
+            if count:
+                start = tuple(states.all_token_ids.gpu[index, :3].tolist())
+                seen[start, length] = drafts[row, :count].tolist()
+        return drafts
+
+    speculator.propose = watching
+    try:
+        yield seen
+    finally:
+        speculator.propose = propose
