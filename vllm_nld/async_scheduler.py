@@ -1,8 +1,8 @@
 """Schedulers for vLLM's second model runner, asynchronous and not: each request gets as many drafts as it asks for.
 
 There the scheduler plans a step before the tokens of the one before are known. So it does not get drafts, it grants
-places for them; how many follows from a request's options alone. It learns what became of them when the tokens come, one
-step later, and that is where they are counted.
+places for them; how many follows from a request's options alone. It learns what became of them when the tokens come,
+one step later, and that is where they are counted.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_text_is_the_reference_s_over_mixed_batches(llm: Any, model: ReferenceMo
 def test_the_prefix_cache_changes_nothing(llm: Any, model: ReferenceModel) -> None:
     """Prompts that are cached whole, in part, and up to one token."""
     (prompt,) = random_prompts([64], VOCAB, seed=11)
-    prompts = [prompt, prompt, prompt[:33], prompt[:45] + [7, 8]]
+    prompts = [prompt, prompt, prompt[:33], [*prompt[:45], 7, 8]]
     for _ in range(2):
         assert generate(llm, prompts, max_tokens=9) == texts(model, prompts, 9)
 

@@ -34,10 +34,10 @@ class DraftMetadata:
         mask_kinds: int32 ``[rows]``, see ``docs/operators.md``.
         max_length: tokens of the longest block.
         max_prefix: tokens of the longest prefix.
-        adapted: the tokens that the draft adapter applies to: all, or int64 indices, or a factor of 0 or 1 per token, of
-            the model's dtype, ``[tokens, 1]``; None: none.
+        adapted: the tokens that the draft adapter applies to: all, or int64 indices, or a factor of 0 or 1 per token
+            ``[tokens, 1]`` of the model's dtype; None: none.
         tokens: of all rows; those after are padding. None: there is no padding.
-        mask_words: int32 ``[tokens, words]``, what the queries of rows of mask kind 2 see; None: there are no such rows.
+        mask_words: int32 ``[tokens, words]``, what queries of rows of mask kind 2 see; None: there are no such rows.
         in_graph: whether it names buffers of fixed size, so that a CUDA graph of this draft pass may be captured.
     """
 

@@ -1,7 +1,7 @@
 """Triton kernels of the speculator: a draft pass's inputs, its results' places, and which drafts are accepted.
 
-A *slot* is a place in a draft pass, of as many tokens as the pass gives each request; a *row* is a place in vLLM's batch;
-a request keeps its index in vLLM's tables for as long as it lives.
+A *slot* is a place in a draft pass, of as many tokens as the pass gives each request; a *row* is a place in vLLM's
+batch; a request keeps its index in vLLM's tables for as long as it lives.
 """
 
 from vllm.triton_utils import tl, triton

@@ -43,7 +43,5 @@ class NLDModelState(DefaultModelState):  # type: ignore[misc]
         """Return vLLM's sampler and this extension's rejection sampler."""
         if self._speculator is None:
             return None
-        verifier = NLDRejectionSampler(
-            sampler, self.vllm_config.speculative_config, self.device, self._speculator
-        )
+        verifier = NLDRejectionSampler(sampler, self.vllm_config.speculative_config, self.device, self._speculator)
         return sampler, verifier

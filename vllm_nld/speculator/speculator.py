@@ -8,6 +8,7 @@ and the chosen tokens go to vLLM's next step, all without the host's knowing wha
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from vllm_nld.vllm_glue import second_runner
 logger = init_logger("vllm.nld.speculator")
 
 KEPT_BYTES = 1 << 29
-"""What the logits that drafts were drawn from may take, kept for vLLM's rejection sampler: 512 MiB, allocated at start."""
+"""What the logits that drafts were drawn from may take, kept for vLLM's rejection sampler; allocated at start."""
 
 
 class Speculator(BaseSpeculator):  # type: ignore[misc]
@@ -92,7 +93,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             group = get_tp_group()
             load_adapter(model.draft_lora, model, group.rank_in_group, group.world_size)
         logger.info(
-            "Self-speculation is active: block length %d (1 seed + %d drafts), mode %s, %s; sampled drafts are verified %s",
+            "Self-speculation is active: block length %d (1 seed + %d drafts), mode %s, %s; drawn drafts are verified %s",
             self.block_length,
             self.steps,
             self._traits.defaults.mode,
@@ -151,7 +152,10 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
     def capture(self) -> None:
         """Capture the draft pass, head and choice included, for growing numbers of requests."""
         for drawn, graphs in self._graphs.items():
-            graphs.capture_passes(lambda slots, drawn=drawn: self._draft(0, slots, self.block_length, drawn, graph=True))
+            graphs.capture_passes(functools.partial(self._capture_pass, drawn))
+
+    def _capture_pass(self, drawn: bool, slots: int) -> None:
+        self._draft(0, slots, self.block_length, drawn, graph=True)
 
     def add_request(self, index: int, params: Any) -> None:
         """Note what a request asks for that vLLM has given an index."""

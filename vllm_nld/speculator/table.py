@@ -29,9 +29,8 @@ class RequestTable:
     """
 
     def __init__(self, requests: int, traits: EngineTraits, rejects: bool) -> None:
-        from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
-
         import torch
+        from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
         self._traits, self._rejects = traits, rejects
         self._tables = [UvaBackedTensor(requests, dtype=torch.int32) for _ in range(3)]
@@ -63,8 +62,8 @@ class RequestTable:
     def _kind(self, options: Any, params: Any) -> int:
         """Return how a request's drafts are verified.
 
-        A draft may be anything where it has to be the token that the verifier draws by itself, with the noise of seed and
-        position. That is how seeds are kept, and it also serves drafts that were not drawn. Under a grammar some
+        A draft may be anything where it has to be the token that the verifier draws by itself, with the noise of seed
+        and position. That is how seeds are kept, and it also serves drafts that were not drawn. Under a grammar some
         drafts are never judged, which ones depends on what they are; rejection sampling would be biased by it.
         """
         if options.mode == "diffusion":

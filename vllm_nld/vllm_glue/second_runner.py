@@ -184,13 +184,15 @@ def install_verification(verify: Callable[..., tuple[Tensor, Tensor] | None]) ->
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
     original = getattr(rejection_sampler, "rejection_sample", None)
+    if original is None:
+        raise NLDError(f"this vLLM's second runner has no 'rejection_sample'; vllm-nld supports vLLM {SUPPORTED}")
     if getattr(original, "asks_self_speculation", False):
         return
-    names = list(inspect.signature(original).parameters) if original is not None else []
+    names = list(inspect.signature(original).parameters)
     if tuple(names[: len(VERIFIED)]) != VERIFIED:
         raise NLDError(f"this vLLM's rejection_sample takes {names}; vllm-nld supports vLLM {SUPPORTED}")
 
-    @functools.wraps(original)  # type: ignore[arg-type]
+    @functools.wraps(original)
     def rejection_sample(*args: Any, **others: Any) -> Any:
         arguments = dict(zip(VERIFIED, args, strict=False))
         rest = args[len(VERIFIED) :]

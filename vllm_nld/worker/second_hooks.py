@@ -75,5 +75,3 @@ class IntroducesSpeculator:
     def nld_tally(self) -> dict[str, dict[str, int]]:
         """Return the ledger since start-up, of the steps before the last; the same as on the first runner."""
         return {**self._tally.as_dict(), "decisions": {}}
-
-
