@@ -74,7 +74,8 @@ class TestSpeculator:
         """The runner's uses of ``self.speculator``; those of a draft model's speculator are behind a type check."""
         known = {
             "propose", "capture", "init_cudagraph_manager", "draft_logits", "supports_mm_inputs", "pcp_manager",
-            "model", "num_query_per_req", "num_extra_query_per_req", "prepare_watermarking", "draft_token_confidence_probs",
+            "model", "num_query_per_req", "num_extra_query_per_req", "prepare_watermarking",
+            "draft_token_confidence_probs",
         }  # fmt: skip
         of_draft_models = {
             "load_model", "set_attn", "draft_attn_layer_names", "dcp_size", "observe_verification", "set_eplb_state",

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_nld.names import ASYNC_SCHEDULER, PROPOSER_PATHS, SCHEDULER, SECOND_SCHEDULER
+from vllm_nld.names import ASYNC_SCHEDULER, PROPOSER_PATHS, SECOND_SCHEDULER
 from vllm_nld.options import NLDOptions
 from vllm_nld.vllm_glue import scheduling, second_runner, workers
 
@@ -20,7 +20,7 @@ logger = init_logger("vllm.nld.runner")
 def install() -> None:
     """Let vLLM choose between its runners for self-speculation; idempotent."""
     second_runner.allow_self_speculation(speculates, why_first)
-    second_runner.allow_asynchronous_scheduling(speculates, settle)
+    second_runner.allow_asynchronous_scheduling(speculates, why_first, settle)
 
 
 def speculates(vllm_config: Any) -> bool:
@@ -52,16 +52,9 @@ def why_first(vllm_config: Any) -> list[str]:
     return [f"{reason} with self-speculation" for reason in reasons]
 
 
-def settle(vllm_config: Any) -> None:
-    """Choose the scheduler of an engine on the second runner, and say which runner it is."""
+def settle(vllm_config: Any, reasons: list[str]) -> None:
+    """Choose the scheduler of an engine on the second runner, and say which runner it is, and why."""
     scheduler = vllm_config.scheduler_config
     if vllm_config.use_v2_model_runner and scheduler.scheduler_cls in (None, ASYNC_SCHEDULER, SECOND_SCHEDULER):
         scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SECOND_SCHEDULER
-    logger.info_once("Model runner: %s", second_runner.describe(vllm_config, why_first_now(vllm_config)))
-
-
-def why_first_now(vllm_config: Any) -> list[str]:
-    """Return :func:`why_first` of a config that is filled in: on the first runner, worker and scheduler are ours."""
-    if vllm_config.scheduler_config.scheduler_cls == SCHEDULER:
-        return [r for r in why_first(vllm_config) if not r.startswith(("worker_cls", "scheduler_cls"))]
-    return why_first(vllm_config)
+    logger.info_once("Model runner: %s", second_runner.describe(vllm_config, reasons))

@@ -93,7 +93,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             group = get_tp_group()
             load_adapter(model.draft_lora, model, group.rank_in_group, group.world_size)
         logger.info(
-            "Self-speculation is active: block length %d (1 seed + %d drafts), mode %s, %s; drawn drafts are verified %s",
+            "Self-speculation is active: block length %d (1 seed + %d drafts), mode %s, %s, drawn drafts verified %s",
             self.block_length,
             self.steps,
             self._traits.defaults.mode,

@@ -53,11 +53,14 @@ def allow_self_speculation(is_ours: Callable[[Any], bool], why_first: WhyFirst) 
     VllmConfig._get_v2_model_runner_unsupported_features = missing
 
 
-def allow_asynchronous_scheduling(is_ours: Callable[[Any], bool], settle: Callable[[Any], None]) -> None:
+def allow_asynchronous_scheduling(
+    is_ours: Callable[[Any], bool], why_first: WhyFirst, settle: Callable[[Any, list[str]], None]
+) -> None:
     """Let self-speculation on the second runner be scheduled asynchronously, unless the user said no; idempotent.
 
     Until 0.33 vLLM allows that for speculative methods that it lists by name, in the middle of
-    ``VllmConfig.__post_init__``. So the question is kept from it, and answered behind it. ``settle`` is called then.
+    ``VllmConfig.__post_init__``. So the question is kept from it, and answered behind it. ``settle`` is called then, with
+    what ``why_first`` said of the user's own choices.
     """
     from vllm.config import VllmConfig
 
@@ -70,6 +73,7 @@ def allow_asynchronous_scheduling(is_ours: Callable[[Any], bool], settle: Callab
         if not is_ours(self):
             original(self, *args)
             return
+        reasons = why_first(self)
         scheduler, parallel = self.scheduler_config, self.parallel_config
         wanted, synchronize = scheduler.async_scheduling, parallel.disable_nccl_for_dp_synchronization
         if self.use_v2_model_runner:
@@ -80,7 +84,7 @@ def allow_asynchronous_scheduling(is_ours: Callable[[Any], bool], settle: Callab
             self.model_config.disable_cascade_attn = True  # this and the next as vLLM has it in this case
             if synchronize is None:
                 parallel.disable_nccl_for_dp_synchronization = True
-        settle(self)
+        settle(self, reasons)
 
     fill_in.settles_self_speculation = True  # type: ignore[attr-defined]
     VllmConfig.__post_init__ = fill_in
@@ -115,6 +119,16 @@ def describe(vllm_config: Any, reasons: list[str]) -> str:
     else:
         why = "vLLM's choice"
     return f"V1 ({why}), synchronous scheduling"
+
+
+def expected() -> str:
+    """Say which runner a server with self-speculation and nothing special takes on this machine, and why."""
+    asked = asked_for()
+    if asked is not None:
+        return f"V{2 if asked else 1} (VLLM_USE_V2_MODEL_RUNNER={int(asked)})"
+    if has_triton():
+        return "V2, asynchronous (servers that ask for what docs/runners.md says it lacks take V1)"
+    return "V1 (V2 wants Triton, which has no driver here)"
 
 
 def asked_for() -> bool | None:
