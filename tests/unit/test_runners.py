@@ -88,7 +88,7 @@ def test_the_environment_has_the_last_word(folder: Path, like_cuda: None, monkey
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     assert second_runner.describe(config(folder), []).startswith("V1 (VLLM_USE_V2_MODEL_RUNNER=0)")
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="does not yet support: draft_threshold=0.5 with self-speculation"):
+    with pytest.raises(ValueError, match=r"does not yet support: draft_threshold=0.5 with self-speculation"):
         config(folder, additional_config={"nld": {"draft_threshold": 0.5}})
 
 

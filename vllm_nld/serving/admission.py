@@ -241,8 +241,8 @@ def _check_second_runner(options: NLDOptions, own: dict[str, Any], where: str) -
     ):
         if value is not None:
             raise NLDError(
-                f"{where}.{key}={shown(value)} on vLLM's second model runner; allowed: {allowed} (a server started with "
-                "VLLM_USE_V2_MODEL_RUNNER=0 allows it)"
+                f"{where}.{key}={shown(value)} on vLLM's second model runner; allowed: {allowed} (a server started "
+                "with VLLM_USE_V2_MODEL_RUNNER=0 allows it)"
             )
 
 

@@ -3,8 +3,8 @@
 The verifier's own token of a position is what AR would decide there: the best one, or, for a request with a
 temperature, the one that vLLM draws by the noise of the request's seed and the position. A draft that is this token is
 accepted, and whatever the drafts are, the text is AR's, token for token, with this seed. Drafts drawn with the same
-noise are often that token. Where the distribution that drafts were drawn from is kept, and no seed was asked for, vLLM's
-rejection sampler accepts more of them: it promises AR's distribution.
+noise are often that token. Where the distribution that drafts were drawn from is kept, and no seed was asked for,
+vLLM's rejection sampler accepts more of them: it promises AR's distribution.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def allow_asynchronous_scheduling(
     """Let self-speculation on the second runner be scheduled asynchronously, unless the user said no; idempotent.
 
     Until 0.33 vLLM allows that for speculative methods that it lists by name, in the middle of
-    ``VllmConfig.__post_init__``. So the question is kept from it, and answered behind it. ``settle`` is called then, with
-    what ``why_first`` said of the user's own choices.
+    ``VllmConfig.__post_init__``. So the question is kept from it, and answered behind it. ``settle`` is called then,
+    with what ``why_first`` said of the user's own choices.
     """
     from vllm.config import VllmConfig
 
