@@ -6,11 +6,20 @@ vLLM's CPU platform switches asynchronous scheduling off, for which there is no 
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.support.engines import engine, runner
+
+
+def complete_interpreter() -> None:
+    """Give vLLM's rejection sampler a logarithm: the interpreter has no library of a device."""
+    from triton import language as tl
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
+
+    rejection_sampler_utils.tldevice = types.SimpleNamespace(log1p=lambda x: tl.log(1 + x))
 
 
 @contextlib.contextmanager
@@ -21,6 +30,7 @@ def second_engine(
     """Yield an LLM as :func:`tests.support.engines.engine` does, on the second runner."""
     from vllm_nld.vllm_glue import second_runner
 
+    complete_interpreter()
     allowed = second_runner.asynchronous_is_possible
     second_runner.asynchronous_is_possible = lambda _: asynchronous
     try:
