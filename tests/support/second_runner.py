@@ -15,10 +15,20 @@ from tests.support.engines import engine, runner
 
 
 def complete_interpreter() -> None:
-    """Give vLLM's rejection sampler a logarithm: the interpreter has no library of a device."""
+    """Mend what the interpreter lacks for vLLM's kernels: a device's logarithm, and masks joined from scalars."""
     from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
 
+    store = InterpreterBuilder.create_masked_store
+    if not hasattr(store, "takes_any_mask"):
+
+        def takes_any_mask(self: Any, pointers: Any, values: Any, mask: Any, *others: Any) -> Any:
+            mask.data = mask.data.astype(bool)
+            return store(self, pointers, values, mask, *others)
+
+        takes_any_mask.takes_any_mask = True  # type: ignore[attr-defined]
+        InterpreterBuilder.create_masked_store = takes_any_mask
     rejection_sampler_utils.tldevice = types.SimpleNamespace(log1p=lambda x: tl.log(1 + x))
 
 

@@ -12,7 +12,7 @@ import torch
 from tests.support.interpreted import INTERPRETING
 
 if INTERPRETING:
-    from vllm_nld.ops.torch_ops import BIDIRECTIONAL, WORDS
+    from vllm_nld.ops.torch_ops import BIDIRECTIONAL
     from vllm_nld.speculator import kernels
     from vllm_nld.speculator.buffers import OWN_STREAM, DraftBuffers, Shape, StepTensors
 
@@ -60,8 +60,6 @@ def test_inputs_of_a_pass(step: Any, padded: int) -> None:
         assert metadata.prefix_lens[slot] == prefix
         used = -(-prefix // PAGE)
         assert metadata.block_table[slot, :used].equal(step.block_table[[0, 2, 4][slot], :used])
-        assert metadata.mask_kinds[slot] == (BIDIRECTIONAL if length == BLOCK else WORDS)
-        assert metadata.mask_words[own].flatten().tolist() == [(1 << length) - 1] * BLOCK
         assert metadata.adapted[own].flatten().tolist() == [[0, 1, 1][slot]] * BLOCK
         requests, places, columns = buffers.draws(slot, 1, BLOCK)
         assert requests.tolist() == [[4, 6, 3][slot] if place < length - 1 else -1 for place in range(BLOCK - 1)]
@@ -69,9 +67,15 @@ def test_inputs_of_a_pass(step: Any, padded: int) -> None:
         assert places.tolist() == [prefix + place + own_stream for place in range(BLOCK - 1)]
         assert columns.tolist() == list(range(BLOCK - 1))
     assert metadata.block_starts.tolist() == [BLOCK * slot for slot in range(padded + 1)]
+    parts = buffers.metadata(0, padded, BLOCK, 99, adapts=False, whole=False)
+    lengths += [BLOCK] * (padded - 3)
+    assert parts.block_starts.diff().tolist() == [part for own in lengths for part in (own, BLOCK - own)]
+    assert parts.prefix_lens.tolist() == [part for own in metadata.prefix_lens.tolist() for part in (own, 0)]
+    assert parts.block_table[::2].equal(metadata.block_table) and len(parts.block_table) == 2 * padded
+    assert (parts.mask_kinds == BIDIRECTIONAL).all() and parts.adapted is None
     for slot in range(3, padded):  # padding reads no page, belongs to nobody, and sees itself
         assert ids[slot * BLOCK : (slot + 1) * BLOCK].tolist() == [MASK] * BLOCK
-        assert metadata.prefix_lens[slot] == 0 and metadata.mask_kinds[slot] == BIDIRECTIONAL
+        assert metadata.prefix_lens[slot] == 0
         assert buffers.draws(slot, 1, BLOCK)[0].tolist() == [-1] * (BLOCK - 1)
 
 
@@ -93,7 +97,7 @@ def test_results_go_to_their_rows(step: Any) -> None:
 
 def test_shorter_slots_cut_no_block_that_fits(step: Any) -> None:
     buffers = filled(step, 3, slot_length=4)
-    assert buffers.metadata(0, 3, 4, 99, False).mask_kinds.tolist() == [BIDIRECTIONAL, WORDS, BIDIRECTIONAL]
+    assert buffers.metadata(0, 3, 4, 99, False, whole=False).block_starts.diff().tolist() == [4, 0, 2, 2, 4, 0]
     buffers.hand_out(torch.arange(9) + 100, 0, 3, 4)
     assert buffers.drafts[0, :3].tolist() == [100, 101, 102] and buffers.drafts[4, :3].tolist() == [106, 107, 108]
     assert buffers.draws(1, 2, 4)[2].tolist() == [0, 1, 2] * 2

@@ -37,7 +37,6 @@ class DraftMetadata:
         adapted: the tokens that the draft adapter applies to: all, or int64 indices, or a factor of 0 or 1 per token
             ``[tokens, 1]`` of the model's dtype; None: none.
         tokens: of all rows; those after are padding. None: there is no padding.
-        mask_words: int32 ``[tokens, words]``, what queries of rows of mask kind 2 see; None: there are no such rows.
         in_graph: whether it names buffers of fixed size, so that a CUDA graph of this draft pass may be captured.
     """
 
@@ -49,7 +48,6 @@ class DraftMetadata:
     max_prefix: int
     adapted: Tensor | slice | None = None
     tokens: int | None = None
-    mask_words: Tensor | None = None
     in_graph: bool = False
 
 
@@ -229,7 +227,7 @@ def block_forward(
         blocks.prefix_lens,
         blocks.block_starts,
         blocks.mask_kinds,
-        blocks.mask_words,
+        None,
         scale,
         *scales(layer),
         blocks.max_length,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_nld.attention.backend import DraftMetadata
-from vllm_nld.ops.torch_ops import WORDS
+from vllm_nld.ops.torch_ops import BIDIRECTIONAL
 from vllm_nld.speculator import kernels
 
 OWN_STREAM = 1 << 30
@@ -85,9 +85,10 @@ class DraftBuffers:
 
         # vLLM compiles the model for int32 ids and int64 positions.
         self._ids, self._positions = ints(rows * block), ints(rows * block, wide=True)
-        self._prefix_lens, self._mask_kinds = ints(rows), ints(rows)
-        self._words = -(-block // 32)
-        self._mask_words = ints(rows * block, self._words)
+        self._prefix_lens, self._kinds = (
+            ints(rows),
+            torch.full((2 * rows,), BIDIRECTIONAL, dtype=torch.int32, device=device),
+        )
         self._adapted = torch.zeros(rows * block, 1, dtype=dtype, device=device)
         self._pages = ints(rows, shape.pages)
         self._row_of_slot, self._block_lens = ints(rows), ints(rows)
@@ -117,12 +118,12 @@ class DraftBuffers:
         kernels.prepare_kernel[(rows + padded - used,)](
             slot_of_row, step.requests, step.seq_lens, step.num_rejected, step.last_sampled,
             step.block_table, step.block_table.stride(0), *tables, step.temperature, step.seeds,
-            self._ids, self._positions, self._prefix_lens, self._mask_kinds, self._mask_words, self._adapted,
+            self._ids, self._positions, self._prefix_lens, self._adapted,
             self._pages, self._pages.stride(0), self._row_of_slot, self._block_lens,
             self._draw_requests, self._draw_positions,
             self.temperature, self.seeds, self.valid, self.drafts, self.drafts.stride(0),
             rows, used, slot_length, shape.max_model_len, shape.mask_token_id, shape.page_size, shape.pad_request,
-            OWN_STREAM, WORDS=self._words, TOKENS=power_of_two(slot_length), PAGES=_PAGES_AT_ONCE,
+            OWN_STREAM, TOKENS=power_of_two(slot_length), PAGES=_PAGES_AT_ONCE,
             STEPS=power_of_two(shape.block_length),
         )  # fmt: skip
 
@@ -132,19 +133,39 @@ class DraftBuffers:
         return self._ids[tokens], self._positions[tokens]
 
     def metadata(
-        self, first: int, slots: int, slot_length: int, max_prefix: int, adapts: bool, in_graph: bool = False
-    ) -> DraftMetadata:
-        """Return the attention metadata of some slots."""
+        self, first: int, slots: int, slot_length: int, max_prefix: int, adapts: bool, whole: bool = True,
+        in_graph: bool = False,
+    ) -> DraftMetadata:  # fmt: skip
+        """Return the attention metadata of some slots.
+
+        Args:
+            first: the first slot.
+            slots: how many.
+            slot_length: tokens of each.
+            max_prefix: bound of their prefixes.
+            adapts: whether there is a draft adapter.
+            whole: whether blocks see all of their slots. Else what a shorter one leaves of its slot attends by itself.
+            in_graph: whether a CUDA graph is captured.
+        """
         rows, tokens = slice(first, first + slots), slice(first * slot_length, (first + slots) * slot_length)
-        return DraftMetadata(
+        pages, prefix_lens, starts = (
             self._pages[rows],
             self._prefix_lens[rows],
             self._starts_of(slot_length)[: slots + 1],
-            self._mask_kinds[rows],
+        )
+        if not whole:
+            ends = starts[:-1] + self._block_lens[rows]
+            starts = torch.cat((torch.stack((starts[:-1], ends), 1).flatten(), starts[-1:]))
+            prefix_lens = torch.stack((prefix_lens, torch.zeros_like(prefix_lens)), 1).flatten()
+            pages = pages.repeat_interleave(2, 0, output_size=2 * slots)
+        return DraftMetadata(
+            pages,
+            prefix_lens,
+            starts,
+            self._kinds[: len(prefix_lens)],
             slot_length,
             max_prefix,
             self._adapted[tokens] if adapts else None,
-            mask_words=self._mask_words[tokens],
             in_graph=in_graph,
         )
 
@@ -170,9 +191,6 @@ class DraftBuffers:
             tokens, self._row_of_slot, self._block_lens, self.drafts, self.drafts.stride(0), first, slot_length,
             TOKENS=power_of_two(slot_length),
         )  # fmt: skip
-
-
-assert WORDS == 2, "the kernel writes this mask kind"
 
 
 def to_device(numbers: Any, device: torch.device) -> Tensor:

@@ -17,13 +17,13 @@ def prepare_kernel(
     # tables of requests
     lengths, kinds, adapters, temperature, seeds,
     # inputs of the pass, by slot
-    ids, positions, prefix_lens, mask_kinds, mask_words, adapted, pages, pages_stride, row_of_slot, block_lens,
+    ids, positions, prefix_lens, adapted, pages, pages_stride, row_of_slot, block_lens,
     # inputs of the choice, by draft
     draw_requests, draw_positions,
     # tables that the choice and the next step's verification read, by request; results, by row
     own_temperature, own_seeds, valid, drafts, drafts_stride,
     num_rows, used_slots, slot_length, max_model_len, mask_token, page_size, no_request, own_stream,
-    WORDS: tl.constexpr, TOKENS: tl.constexpr, PAGES: tl.constexpr, STEPS: tl.constexpr,
+    TOKENS: tl.constexpr, PAGES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One program per row of the batch, then one per slot that is padding."""
     program = tl.program_id(0)
@@ -55,14 +55,8 @@ def prepare_kernel(
         position = tl.minimum(prefix + token, max_model_len - 1)
         tl.store(positions + first + token, position.to(tl.int64), mask=inside)
         tl.store(prefix_lens + slot, prefix)
-        tl.store(block_lens + slot, tl.where(is_row, length, 1))
+        tl.store(block_lens + slot, length)
         tl.store(row_of_slot + slot, tl.where(is_row, row, -1))
-        # A block shorter than its slot is seen by mask words: all of the slot's queries see the block's tokens only.
-        tl.store(mask_kinds + slot, tl.where(length == slot_length, 0, 2))
-        for word in range(WORDS):
-            bits = tl.minimum(32, tl.maximum(0, length - 32 * word))
-            seen = ((1 << bits.to(tl.int64)) - 1).to(tl.int32)
-            tl.store(mask_words + (first + token) * WORDS + word, seen + token * 0, mask=inside)
         is_adapted = tl.load(adapters + request) * is_row
         tl.store(adapted + first + token, (is_adapted + token * 0).to(adapted.dtype.element_ty), mask=inside)
 

@@ -216,11 +216,12 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
     def _run(self, drafting: Any, used: int, chosen: Any, step: StepTensors, max_prefix: int) -> None:
         """Prepare and run the passes of a step: one, unless its tokens are more than the model is compiled for."""
         drawn = bool(self.table.drawn[chosen].any())
-        slot_length = self.table.longest(chosen) if used else self.block_length
+        slot_length, whole = self.table.lengths(chosen) if used else (self.block_length, True)
+        whole = whole and max_prefix + slot_length <= self.buffers.shape.max_model_len
         graphs = self._graphs.get(drawn)
         padded = graphs.slots_for(used) if graphs is not None and used else None
         if padded is not None:
-            slot_length = self.block_length
+            slot_length = self.block_length  # a shorter block takes the first drafts of a whole one
         slot_of_row = np.where(drafting, np.cumsum(drafting) - 1, -1).astype(np.int32)
         self.table.upload_changes()
         self.buffers.fill(
@@ -233,11 +234,11 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         most = max(1, self.max_tokens // slot_length)
         for first in range(0, used, most):
             self.forwards += 1
-            self._draft(first, min(most, used - first), slot_length, drawn, max_prefix=max_prefix)
+            self._draft(first, min(most, used - first), slot_length, drawn, max_prefix=max_prefix, whole=whole)
 
     def _draft(
         self, first: int, slots: int, slot_length: int, drawn: bool, *, max_prefix: int | None = None,
-        graph: bool = False,
+        whole: bool = True, graph: bool = False,
     ) -> None:  # fmt: skip
         """Run the model over some slots, choose their tokens, and hand them out: what a CUDA graph holds.
 
@@ -247,11 +248,12 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             slot_length: tokens of each.
             drawn: whether some request's drafts are drawn; else the best tokens are taken from the ranks' own logits.
             max_prefix: bound of the prefixes; None: any.
+            whole: whether blocks see all of their slots.
             graph: whether a graph is captured.
         """
         buffers, model = self.buffers, self.model
         longest = buffers.shape.max_model_len if max_prefix is None else max_prefix
-        metadata = buffers.metadata(first, slots, slot_length, longest, model.draft_lora is not None, graph)
+        metadata = buffers.metadata(first, slots, slot_length, longest, model.draft_lora is not None, whole, graph)
         hidden = self._hidden(*buffers.inputs(first, slots, slot_length), dict.fromkeys(self._layers(), metadata))
         # Row i of a bidirectional pass predicts position i; the seed is decided.
         masked = hidden.view(slots, slot_length, -1)[:, 1:].reshape(slots * (slot_length - 1), -1)

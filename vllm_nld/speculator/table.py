@@ -94,9 +94,10 @@ class RequestTable:
         mask: Numbers = self._lengths.np[indices] > 1
         return mask
 
-    def longest(self, indices: Numbers) -> int:
-        """Return the tokens of the longest block among requests, of which there must be one."""
-        return int(self._lengths.np[indices].max())
+    def lengths(self, indices: Numbers) -> tuple[int, bool]:
+        """Return the tokens of the longest block among requests, of which there must be one, and whether all are so."""
+        lengths = self._lengths.np[indices]
+        return int(lengths.max()), bool((lengths == lengths[0]).all())
 
     def rejections(self, indices: Numbers) -> bool:
         """Whether the drafts of one of these requests are verified by rejection sampling."""
