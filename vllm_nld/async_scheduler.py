@@ -94,13 +94,15 @@ class NLDSecondScheduler(NLDScheduler):
             drafts = len(planned.scheduled_spec_decode_tokens.get(name, ()))
             prefill = planned.num_scheduled_tokens[name] - drafts > 1 or request.num_output_tokens == 0
             kind, own = ("verify", "self_speculation") if drafts else ("ar", "ar")
-            if prefill:
+            if mode == "diffusion":
+                kind, own = "prefill" if prefill else "commit", "diffusion"
+            elif prefill:
                 kind = "prefill"
                 own = "ar" if mode == "ar" else "self_speculation"
             elif mode != "ar" and not drafts:
                 own = "self_speculation"
             self.ledger.causal(Tally(), kind, own, tokens, tokens - 1)
-            if mode != "ar":
+            if mode not in ("ar", "diffusion"):
                 self.ledger.drafted(Tally(), 1)
 
 

@@ -15,9 +15,10 @@ from tests.support.engines import engine, runner
 
 
 def complete_interpreter() -> None:
-    """Mend what the interpreter lacks for vLLM's kernels: a device's logarithm, and masks joined from scalars."""
+    """Mend what the interpreter lacks for vLLM's kernels: a device's logarithm, masks joined from scalars, sorting."""
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder
+    from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
 
     store = InterpreterBuilder.create_masked_store
@@ -29,6 +30,7 @@ def complete_interpreter() -> None:
 
         takes_any_mask.takes_any_mask = True  # type: ignore[attr-defined]
         InterpreterBuilder.create_masked_store = takes_any_mask
+    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
     rejection_sampler_utils.tldevice = types.SimpleNamespace(log1p=lambda x: tl.log(1 + x))
 
 

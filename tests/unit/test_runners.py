@@ -69,7 +69,7 @@ def test_a_user_may_want_it_synchronous(folder: Path, like_cuda: None) -> None:
     [
         ({"enable_lora": True}, "--enable-lora"),
         ({"additional_config": {"nld": {"draft_threshold": 0.5}}}, "draft_threshold=0.5"),
-        ({"additional_config": {"nld": {"mode": "diffusion"}}}, "mode='diffusion'"),
+        ({"additional_config": {"nld": {"seed_first": False}}}, "seed_first=False"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls='vllm.v1.core"),
         ({"worker_cls": "vllm_nld.worker.NLDCPUWorker"}, "worker_cls='vllm_nld.worker.NLDCPUWorker'"),
     ],
@@ -101,10 +101,7 @@ def test_other_proposers_stay_on_the_first(folder: Path, like_cuda: None) -> Non
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        (
-            {"mode": "diffusion"},
-            r'extra_args\["nld"\].mode=.diffusion. on vLLM.s second model runner; allowed: auto, ar',
-        ),
+        ({"mode": "diffusion", "seed_first": False}, r"\.seed_first=False on vLLM's second model runner"),
         ({"draft_threshold": 0.3}, "draft_threshold=0.3 on vLLM's second model runner; allowed: 0"),
         ({"prompt_lookup": 2}, "prompt_lookup=2 on vLLM's second model runner; allowed: 0"),
     ],

@@ -41,8 +41,8 @@ def why_first(vllm_config: Any) -> list[str]:
     defaults = NLDOptions.from_vllm_config(vllm_config)
     if defaults.draft_threshold > 0:
         reasons.append(f"draft_threshold={defaults.draft_threshold}")
-    if defaults.mode == "diffusion":
-        reasons.append("mode='diffusion'")
+    if not defaults.seed_first:
+        reasons.append("seed_first=False")
     worker = vllm_config.parallel_config.worker_cls
     if worker not in ("auto", *workers.SECOND_WORKERS.values()) and not workers.is_for_second_runner(worker):
         reasons.append(f"worker_cls={worker!r}")

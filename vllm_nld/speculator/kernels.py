@@ -97,7 +97,8 @@ def hand_out_kernel(
 
 @triton.jit
 def accept_kernel(
-    sampled, sampled_stride, num_sampled, drafts, targets, starts, request_of_row, kinds, valid, EVERY: tl.constexpr
+    sampled, sampled_stride, num_sampled, drafts, targets, starts, request_of_row, kinds, valid, handed, handed_stride,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
     """One program per row: the drafts that are the verifier's own tokens, and its token behind them.
 
@@ -106,6 +107,8 @@ def accept_kernel(
         drafts: ``[logits]``: a row's drafts lie one place behind the logits that verify them.
         targets: int64 ``[logits]``.
         starts: int32 ``[rows + 1]``.
+        handed: int64 ``[requests, steps]``, all of a request's last drafts. Where a step has no room for all of what it
+            is to commit, the token after them is not the verifier's, but the next of these.
         EVERY: False leaves the rows alone whose drafts vLLM's rejection sampler has judged.
     """
     row = tl.program_id(0)
@@ -125,5 +128,8 @@ def accept_kernel(
                 tl.store(sampled + row * sampled_stride + index, tl.where(going, draft, target))
                 accepted += tl.where(going, 1, 0)
         if going:
-            tl.store(sampled + row * sampled_stride + accepted, tl.load(targets + start + accepted))
+            behind = tl.load(targets + start + accepted)
+            if (kind == 2) & (tl.load(valid + request) > count):
+                behind = tl.load(handed + request * handed_stride + count)
+            tl.store(sampled + row * sampled_stride + accepted, behind)
         tl.store(num_sampled + row, accepted + 1)

@@ -37,7 +37,7 @@ class NLDModelState(DefaultModelState):  # type: ignore[misc]
         """Take in a request."""
         super().add_request(req_index, new_req_data)
         if self._speculator is not None:
-            self._speculator.add_request(req_index, new_req_data.sampling_params)
+            self._speculator.add_request(req_index, new_req_data)
 
     def custom_sampler(self, sampler: Any) -> Any:
         """Return vLLM's sampler and this extension's rejection sampler."""

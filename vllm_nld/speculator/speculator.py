@@ -25,9 +25,11 @@ from vllm_nld.errors import NLDError
 from vllm_nld.model.best_tokens import best_tokens
 from vllm_nld.model.draft_adapter import load_adapter
 from vllm_nld.serving.admission import EngineTraits
+from vllm_nld.serving.ledger import Tally
 from vllm_nld.speculator.buffers import DraftBuffers, Shape, StepTensors, to_device
+from vllm_nld.speculator.diffusion import Diffusing, Diffusion, step_numbers
 from vllm_nld.speculator.graphs import DraftGraphs
-from vllm_nld.speculator.table import RequestTable
+from vllm_nld.speculator.table import Numbers, RequestTable
 from vllm_nld.vllm_glue import second_runner
 
 logger = init_logger("vllm.nld.speculator")
@@ -80,6 +82,16 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         if not fits or not second_runner.divides_draft_logits() or not self._traits.defaults.sampled_drafts:
             return None
         return torch.zeros(size, dtype=dtype, device=self.device)
+
+    @property
+    def all_forwards(self) -> int:
+        """Bidirectional forwards so far: draft passes, and those that denoise."""
+        return self.forwards + (self.diffusion.forwards if "diffusion" in vars(self) else 0)
+
+    @property
+    def denoised(self) -> Tally:
+        """What denoising has cost so far."""
+        return self.diffusion.ledger.total if "diffusion" in vars(self) else Tally()
 
     @property
     def buffers(self) -> DraftBuffers:
@@ -157,10 +169,31 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
     def _capture_pass(self, drawn: bool, slots: int) -> None:
         self._draft(0, slots, self.block_length, drawn, graph=True)
 
-    def add_request(self, index: int, params: Any) -> None:
-        """Note what a request asks for that vLLM has given an index."""
-        if params is not None:
-            self.table.add(index, params)
+    def add_request(self, index: int, new: Any) -> None:
+        """Note what a request (vLLM's ``NewRequestData``) asks for that has been given an index."""
+        params = new.sampling_params
+        if params is None:
+            return
+        self.table.add(index, params)
+        if self.table.denoises(np.array([index])).all():
+            prompt = len(new.prompt_token_ids or ())
+            self.diffusion.add(index, Diffusing(new.req_id, params, self.table.options(params), prompt))
+
+    @functools.cached_property
+    def diffusion(self) -> Diffusion:
+        """What fills diffusion blocks; made for the first request that has any."""
+        sampler = None
+        if self._traits.learned_sampler is not None:
+            from vllm_nld.draft_pass.learned_sampler import LearnedSampler
+
+            sampler = LearnedSampler.load(self._traits.learned_sampler).to(self.device)
+        return Diffusion(self.vllm_config, self.model, self.block_length, self._runner.max_model_len, sampler)
+
+    @property
+    def last_drafts(self) -> Tensor:
+        """int64 ``[requests, steps]``, what was proposed last, by request."""
+        drafts: Tensor = self._runner.req_states.draft_tokens
+        return drafts
 
     @torch.inference_mode()
     def propose(
@@ -192,7 +225,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         drafting = self.drafting_rows(input_batch)
         indices = input_batch.idx_mapping_np
         used = int(drafting.sum())
-        if used or self.table.offered[indices].any():
+        denoising = np.flatnonzero(self._decided(input_batch) & self.table.denoises(indices))
+        if used or len(denoising) or self.table.offered[indices].any():
             step = StepTensors(
                 input_batch.idx_mapping,
                 input_batch.seq_lens,
@@ -205,13 +239,40 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             chosen = indices[drafting]
             self._run(drafting, used, chosen, step, int(input_batch.seq_lens_cpu_upper_bound.numpy()[:rows].max()))
             self.table.offered[indices] = drafting
+            if len(denoising):
+                self._denoise(denoising, input_batch, step, num_sampled)
         return self.buffers.drafts[:rows]
 
-    def drafting_rows(self, input_batch: Any) -> np.ndarray[Any, np.dtype[Any]]:
+    def drafting_rows(self, input_batch: Any) -> Numbers:
         """Return bool per row of the batch: whether it drafts, which the host knows before any token."""
-        decided = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens >= input_batch.prefill_len_np
-        mask: np.ndarray[Any, np.dtype[Any]] = decided & self.table.drafts(input_batch.idx_mapping_np)
-        return mask
+        return self._decided(input_batch) & self.table.drafts(input_batch.idx_mapping_np)
+
+    @staticmethod
+    def _decided(input_batch: Any) -> Numbers:
+        """Return bool per row: whether the step decided a token for it, and did more than a part of its prompt."""
+        computed = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
+        decided: Numbers = computed >= input_batch.prefill_len_np
+        return decided
+
+    def _denoise(self, rows: Numbers, input_batch: Any, step: StepTensors, num_sampled: Tensor) -> None:
+        """Fill the blocks of rows that decode by diffusion, and hand out what the next causal pass is to commit."""
+        chosen = input_batch.idx_mapping_np[rows]
+        offered = input_batch.num_draft_tokens_per_req
+        places = to_device(rows, self.device)
+        numbers = step_numbers(places, step.requests, step.seq_lens, step.num_rejected, step.last_sampled, num_sampled)
+        tokens = self.diffusion.propose(
+            chosen.tolist(),
+            [0] * len(rows) if offered is None else offered[rows].tolist(),
+            numbers,
+            step.block_table[places],
+        )
+        counts = np.array([len(own) for own in tokens], dtype=np.int32)
+        padded = np.zeros((len(rows), self.steps), dtype=np.int64)
+        for row, own in enumerate(tokens):
+            padded[row, : len(own)] = own
+        self.buffers.drafts[places] = to_device(padded, self.device)
+        self.buffers.valid[to_device(chosen, self.device)] = to_device(counts, self.device)
+        self.table.offered[chosen] = True
 
     def _run(self, drafting: Any, used: int, chosen: Any, step: StepTensors, max_prefix: int) -> None:
         """Prepare and run the passes of a step: one, unless its tokens are more than the model is compiled for."""

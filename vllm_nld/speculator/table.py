@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_nld.options import NLDOptions
 from vllm_nld.serving.admission import EngineTraits, request_options
 from vllm_nld.speculator.kernels import COMMIT, EXACT, REJECTION
 
@@ -51,13 +52,17 @@ class RequestTable:
 
     def add(self, index: int, params: Any) -> None:
         """Note what a request asks for; a preempted one comes again. vLLM's warm-up adds requests, too."""
-        options = request_options(params, self._traits)
+        options = self.options(params)
         longest = self._traits.block_length or 1
         self._lengths.np[index] = 1 if options.mode == "ar" else options.block_length or longest
         self._kinds.np[index] = self._kind(options, params)
         self._tables[2].np[index] = options.draft_adapter
         self.drawn[index] = params.temperature > 0 and options.sampled_drafts
         self._changed = True
+
+    def options(self, params: Any) -> NLDOptions:
+        """Return what a request asks of this extension."""
+        return request_options(params, self._traits)
 
     def _kind(self, options: Any, params: Any) -> int:
         """Return how a request's drafts are verified.
@@ -71,6 +76,11 @@ class RequestTable:
         if params.temperature == 0 or params.seed is not None or params.structured_outputs is not None:
             return EXACT
         return REJECTION if self._rejects and options.sampled_drafts else EXACT
+
+    def denoises(self, indices: Numbers) -> Numbers:
+        """Return bool per request: whether it decodes by diffusion."""
+        mask: Numbers = self._kinds.np[indices] == COMMIT
+        return mask
 
     def set_lengths(self, lengths: dict[int, int]) -> None:
         """Change requests' block lengths, by their index."""
@@ -90,8 +100,8 @@ class RequestTable:
             self.upload()
 
     def drafts(self, indices: Numbers) -> Numbers:
-        """Return bool per request: whether it drafts."""
-        mask: Numbers = self._lengths.np[indices] > 1
+        """Return bool per request: whether it drafts, by self-speculation."""
+        mask: Numbers = (self._lengths.np[indices] > 1) & (self._kinds.np[indices] != COMMIT)
         return mask
 
     def lengths(self, indices: Numbers) -> tuple[int, bool]:

@@ -72,9 +72,10 @@ class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
             tempered=True,
             fp64=self.sampler.use_fp64_gumbel,
         )
+        handed = self.speculator.last_drafts
         kernels.accept_kernel[(rows,)](
             sampled, sampled.stride(0), counts, given["draft_sampled"], targets, given["cu_num_logits"],
-            given["idx_mapping"], table.on_device[1], valid, EVERY=not rejections,
+            given["idx_mapping"], table.on_device[1], valid, handed, handed.stride(0), EVERY=not rejections,
         )  # fmt: skip
         return sampled, counts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from vllm_nld.errors import NLDError
@@ -61,17 +62,23 @@ class IntroducesSpeculator:
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def _samples(self) -> Any:
-        forwards = self.model_runner.speculator.forwards
-        return tally_samples(self._tally, self._target_forwards, forwards, {})
+        return tally_samples(self._whole(), self._target_forwards, self.model_runner.speculator.all_forwards, {})
+
+    def _whole(self) -> Tally:
+        """Return the scheduler's counts and, of denoising, the speculator's."""
+        whole = copy.deepcopy(self._tally)
+        for name, counts in self.model_runner.speculator.denoised.as_dict().items():
+            getattr(whole, name).update(counts)
+        return whole
 
     def nld_counters(self) -> dict[str, int]:
         """Return counts since start-up; the same as on the first runner, of the steps before the last."""
         return {
             "target_forwards": self._target_forwards,
-            "draft_forwards": self.model_runner.speculator.forwards,
+            "draft_forwards": self.model_runner.speculator.all_forwards,
             "cycles": self._tally.blocks["self_speculation"],
         }
 
     def nld_tally(self) -> dict[str, dict[str, int]]:
         """Return the ledger since start-up, of the steps before the last; the same as on the first runner."""
-        return {**self._tally.as_dict(), "decisions": {}}
+        return {**self._whole().as_dict(), "decisions": {}}
