@@ -1,8 +1,8 @@
 """Draft attention on the CPU: the C++ operator against its peers, with medians and ratios of one run.
 
 Peers: (a) gather the pages and call PyTorch's SDPA; (b) vLLM's own CPU attention operator, run without a causal mask
-over the same pages, the block written to them first, as its decode path would. The roofline line says what this
-machine reaches: a bf16 product of PyTorch's, and copying.
+over the same pages, after writing the block to them, as its decode path would. The roofline line gives this machine's
+speed: PyTorch's bf16 product, and copying.
 
 python benchmarks/attention.py --json results.json
 """
@@ -30,20 +30,20 @@ from vllm_nld.ops.pages import STRIDED, TILED, PageLayout
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 128
 GPU_PAGE = 16  # vLLM's default there
-COLUMNS = STRIDED[0]  # what vLLM's CPU backend writes without AMX, and all that peer (b) reads on such a CPU
-BESIDE = STRIDED[2]  # keys beside values: what vLLM's GPU backends write
+COLUMNS = STRIDED[0]  # vLLM's CPU backend writes this without AMX; peer (b) reads only this on such a CPU
+SIDE_BY_SIDE = STRIDED[2]  # keys next to values: the layout of vLLM's GPU backends
 
 
 @dataclass
 class Point:
-    """Rows with a prefix each, and a block of fresh tokens each."""
+    """Rows, each with a prefix and a block of fresh tokens."""
 
     prefix: int
     length: int
     rows: int
     dtype: torch.dtype
     causal: bool = False
-    tiles: bool = False  # the pages are those of a CPU with AMX
+    tiles: bool = False  # pages of a CPU with AMX
     device: str = "cpu"
     heads_first: bool = False  # in memory a GPU's page goes by heads, then tokens (vLLM's HND); else NHD
 
@@ -76,14 +76,14 @@ class Point:
 
     @property
     def layout(self) -> PageLayout:
-        """Of the pages."""
+        """Layout of the pages."""
         if self.device != "cpu":
-            return BESIDE
+            return SIDE_BY_SIDE
         return TILED if self.tiles else COLUMNS
 
     @property
     def flops(self) -> float:
-        """Of both products."""
+        """Operations of both products."""
         return 4.0 * HEADS * DIM * self.rows * self.length * (self.prefix + self.length)
 
     @property
@@ -101,7 +101,7 @@ class Point:
         return self.output
 
     def gather_sdpa(self) -> Tensor:
-        """Peer (a); all rows have the same prefix here, so nothing is padded and no mask is needed."""
+        """Peer (a); all rows have prefixes of equal length here, so there is no padding and no mask."""
         pages = self.table[:, : -(-self.prefix // self.page)].long()
         keys, values = self.layout.gather(self.cache, DIM, pages, self.prefix)
         shape = (self.rows, self.length, -1, DIM)
@@ -113,7 +113,7 @@ class Point:
         return out.reshape(self.query.shape)
 
     def prepare_stock(self) -> None:
-        """Metadata of peer (b): vLLM builds it once a step, not once a layer, so it is not timed."""
+        """Metadata of peer (b). vLLM builds it once per step, not once per layer, so it is not timed."""
         from vllm import _custom_ops as ops
 
         self.seq_lens = self.prefixes + self.length
@@ -138,7 +138,7 @@ class Point:
 
 
 def medians(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each call; they take turns, so that a slow moment of the machine harms all alike."""
+    """Median seconds of each call. The calls take turns, so that a slow moment of the machine affects all equally."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -163,7 +163,7 @@ def machine(dtype: torch.dtype) -> dict[str, float]:
 
 
 def measure(point: Point, limits: dict[str, float], seconds: float) -> dict[str, Any]:
-    """Check that all three agree, then time them."""
+    """Check that all three agree, and time them."""
     point.prepare_stock()
     truth = point.gather_sdpa().float() if not point.causal else point.stock().float()
     for found in (point.ours(), *([] if point.tiles else [point.stock()])):
@@ -216,7 +216,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure every combination that fits into the limit of cached tokens."""
+    """Measure every combination within the limit of cached tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--prefix", type=int, nargs="+", default=[128, 1024, 8192, 32768])
     parser.add_argument("--length", type=int, nargs="+", default=[16, 32, 64])
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--most-tokens", type=int, default=1 << 18, help="skip points with more cached tokens")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--isa", default="", help="force avx512bf16, avx512, avx2 or portable")
-    parser.add_argument("--causal", action="store_true", help="verify passes: causal mask, against (b) alone")
+    parser.add_argument("--causal", action="store_true", help="verify passes: causal mask, compared only with (b)")
     parser.add_argument("--tiles", action="store_true", help="pages of a CPU with AMX; without (b)")
     parser.add_argument("--seconds", type=float, default=1.0, help="per point")
     parser.add_argument("--json", type=Path, help="write the report here")

@@ -1,4 +1,4 @@
-"""Accept-prefix compaction and the KV move on the CPU: C++ against the same thing in PyTorch, medians of one run.
+"""Accept-prefix compaction and the KV move on the CPU: C++ compared with PyTorch, medians of one run.
 
 python benchmarks/compaction.py --json results.json
 """

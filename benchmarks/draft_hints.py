@@ -2,13 +2,13 @@
 
     python benchmarks/draft_hints.py [--prompts 40] [--max-tokens 96] [--json]
 
-On the dense reference, the embedded checkpoint and its draft adapter, greedy. A cycle is one draft and one verify
-forward with every kind of hint, so acceptance lengths compare like speeds. Hints:
+It runs greedily on the dense reference with the embedded checkpoint and its draft adapter. A cycle is one draft and one
+verify forward with every kind of hint, so acceptance lengths compare like speeds. Hints:
 
-- ``tail``: what the previous draft had, from the position behind the new seed on, where it was at least so confident;
-  ``shift`` moves it, for a rejected draft that was right but for a token too many or too few.
-- ``lookup``: what followed the last n tokens when they last occurred in prompt and text so far (prompt lookup).
-- ``splice``: a normal draft, whose part behind the first unsure position is replaced by a lookup, if there is one.
+- ``tail``: the previous draft's tokens after the new seed that had at least this confidence; ``shift`` moves them, for
+  a rejected draft that was right except for a missing or extra token.
+- ``lookup``: the tokens that followed the last n tokens at their latest occurrence in prompt and text (prompt lookup).
+- ``splice``: a normal draft whose part after the first unsure position is replaced by a lookup, if there is one.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from vllm_nld.reference.generate import ids_tensor
 
 @dataclass
 class Past:
-    """What a hint may be made from, at the start of a cycle.
+    """The known tokens at the start of a cycle, which a hint may use.
 
     Attributes:
         tokens: prompt and text, seed included.
-        draft: of the last cycle, by position in the text: token and confidence.
+        draft: the last cycle's draft, by position in the text: token and confidence.
     """
 
     tokens: list[int]
@@ -47,9 +47,9 @@ class Past:
 
 
 LONGEST = 64
-"""Tokens to look up at most."""
+"""Most tokens to look up."""
 Hint = Callable[[Past, int], list[int | None]]
-"""Return a token or None for each of the next positions, at most so many."""
+"""Returns a token or None for each of the next positions, up to a count."""
 
 
 def no_hint(past: Past, count: int) -> list[int | None]:
@@ -58,7 +58,7 @@ def no_hint(past: Past, count: int) -> list[int | None]:
 
 
 def tail(confidence: float, shift: int = 0) -> Hint:
-    """Give what the last draft was at least this sure of, moved by ``shift`` positions."""
+    """Give the last draft's tokens with at least this confidence, moved by ``shift`` positions."""
 
     def hint(past: Past, count: int) -> list[int | None]:
         found = [past.draft.get(len(past.tokens) + place - shift) for place in range(count)]
@@ -68,7 +68,7 @@ def tail(confidence: float, shift: int = 0) -> Hint:
 
 
 def lookup(length: int, count_limit: int = LONGEST) -> Hint:
-    """Give what followed the last ``length`` tokens before."""
+    """Give the tokens that followed the last ``length`` tokens earlier."""
 
     def hint(past: Past, count: int) -> list[int | None]:
         return list(follow(past.tokens, length)[: min(count, count_limit)])
@@ -77,7 +77,7 @@ def lookup(length: int, count_limit: int = LONGEST) -> Hint:
 
 
 def follow(tokens: list[int], length: int) -> list[int]:
-    """Return what followed the last ``length`` tokens before, as engines look it up."""
+    """Return the tokens that followed the last ``length`` tokens earlier, as in an engine's lookup."""
     found = prompt_lookup.Lookup(length, mask_token_id=-1).find(np.asarray(tokens), LONGEST)
     return [] if found is None else found.tokens
 
@@ -110,7 +110,7 @@ WAYS = {
 
 @torch.inference_mode()
 def cycles(model: ReferenceModel, prompt: list[int], text: list[int], way: Way) -> list[int]:
-    """Return the tokens that each cycle yields over a greedy text, which no kind of draft changes."""
+    """Return the tokens that each cycle yields over a greedy text, which is equal for every kind of draft."""
     cache, past, yields = KVCache(), Past(prompt + text[:1]), []
     model.causal(ids_tensor(model, prompt), cache)
     full = prompt + text
@@ -120,7 +120,7 @@ def cycles(model: ReferenceModel, prompt: list[int], text: list[int], way: Way) 
         verified = model.causal(ids_tensor(model, block), cache)[0].argmax(-1).tolist()
         start = len(past.tokens)
         taken = next((i for i in range(length - 1) if verified[i] != block[i + 1]), length - 1) + 1
-        assert verified[:taken] == full[start : start + taken], "the text is AR's whatever was drafted"
+        assert verified[:taken] == full[start : start + taken], "no draft changes AR's text"
         past.draft = {start + i: (block[i + 1], confidence[i + 1]) for i in range(length - 1)}
         past.tokens += verified[:taken]
         cache.crop(len(past.tokens) - 1)
@@ -165,7 +165,7 @@ def summary(name: str, own: list[list[int]], plain: list[list[int]]) -> dict[str
     generator = random.Random(0)
 
     def ratio(prompts: list[int]) -> float:
-        # The texts are the same, so the ratio of the tokens per cycle is that of the cycles.
+        # The texts are equal, so the ratio of tokens per cycle is the inverse ratio of the numbers of cycles.
         return sum(len(plain[p]) for p in prompts) / sum(len(own[p]) for p in prompts)
 
     everything = range(len(own))

@@ -1,10 +1,10 @@
-"""What a seed costs: acceptance length of sampled drafts by rejection sampling, and by the seed's own draws.
+"""The cost of a seed: acceptance length of sampled drafts with rejection sampling, and with the seed's own draws.
 
     python benchmarks/sampled_acceptance.py [--prompts 16] [--max-tokens 128] [--temperature 1.0] [--no-adapter]
 
-On the dense reference and the embedded checkpoint. Both ways draw the drafts from the draft's distribution q. Rejection
-sampling accepts a draft with the chance min(1, p / q); a seed's draws accept it if it is the token that the causal pass
-draws from its distribution p by the same random numbers (the Gumbel coupling, ``vllm_nld/noise.py``).
+It runs on the dense reference and the embedded checkpoint. Both ways draw the drafts from the draft's distribution q.
+Rejection sampling accepts a draft with probability min(1, p / q); a seed's draws accept it if it is the token that the
+causal pass draws from its distribution p with the same random numbers (the Gumbel coupling, ``vllm_nld/ops/noise.py``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def by_rejection(p: Tensor, q: Tensor, noise: Tensor, drafts: Tensor) -> list[in
 
 
 def by_own_draws(p: Tensor, q: Tensor, noise: Tensor, drafts: Tensor) -> list[int]:
-    """Accept what the causal pass draws itself."""
+    """Accept the tokens that the causal pass itself draws."""
     drawn = (p / noise).argmax(-1).tolist()
     for place, draft in enumerate(drafts.tolist()):
         if draft != drawn[place]:
@@ -48,7 +48,7 @@ def by_own_draws(p: Tensor, q: Tensor, noise: Tensor, drafts: Tensor) -> list[in
 def acceptance_length(
     model: ReferenceModel, prompts: list[list[int]], tokens: int, temperature: float, verify: Verify
 ) -> float:
-    """Return the tokens per cycle, over ``tokens`` tokens behind each prompt."""
+    """Return the tokens per cycle, over ``tokens`` tokens after each prompt."""
     cycles = emitted = 0
     for prompt in prompts:
         cache = KVCache()

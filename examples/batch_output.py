@@ -1,7 +1,7 @@
-"""Files of a resumable batch: prompts in, and a folder of results in which every row stands exactly once.
+"""Files of a resumable batch: input prompts, and a folder of results that has every row exactly once.
 
-One process writes, the driver of the batch. A part file appears under its name only when it is whole, so whatever ends
-the driver, the folder holds complete results and nothing else.
+Only the driver of the batch writes. A part file gets its name only when it is complete, so the folder has only complete
+results, however the driver ends.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 
 
 class BatchError(Exception):
-    """Something the user can mend; shown as one line."""
+    """An error that the user can fix; shown as one line."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and the name its result goes by."""
+    """A prompt and the name of its result."""
 
     id: str
     prompt: str
 
     @property
     def digest(self) -> str:
-        """What a result is recognised by as that of this very prompt."""
+        """Digest that ties a result to this prompt."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
 
 
@@ -42,7 +42,7 @@ def read_rows(paths: Iterable[Path], prompt_column: str, id_column: str | None) 
         id_column: column of the row's id, text or number; None numbers all rows from 0.
 
     Raises:
-        BatchError: a row lacks a column, or an id is there twice.
+        BatchError: a row lacks a column, or an id occurs twice.
     """
     seen: set[str] = set()
     for path in paths:
@@ -54,7 +54,7 @@ def read_rows(paths: Iterable[Path], prompt_column: str, id_column: str | None) 
             if not isinstance(id_, str | int):
                 raise BatchError(f"{place}: --id-column {id_column} must be a text or a number, not {id_!r}")
             if str(id_) in seen:
-                raise BatchError(f"{place}: --id-column {id_column} must be unique, and {id_!r} is there twice")
+                raise BatchError(f"{place}: --id-column {id_column} must be unique, but {id_!r} occurs twice")
             seen.add(str(id_))
             yield Row(str(id_), prompt)
 
@@ -88,7 +88,7 @@ class Output:
     """The folder of a batch's results.
 
     Attributes:
-        done: digest of the prompt by id, of every row whose result is there.
+        done: digest of the prompt by id, for every row that has a result.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -96,14 +96,14 @@ class Output:
 
         Args:
             folder: where ``part-*.jsonl`` lie.
-            settings: what decides the results; an earlier run must have had the same.
+            settings: the settings that affect results; an earlier run must have had equal ones.
 
         Raises:
             BatchError: another run uses the folder, or an earlier one had other settings.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._lock = (folder / ".lock").open("w")  # held until this process ends, however it ends
+        self._lock = (folder / ".lock").open("w")  # held until this process ends, in any way
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -135,7 +135,7 @@ class Output:
         """Yield the rows that have no result yet.
 
         Raises:
-            BatchError: a row has one, but had another prompt then.
+            BatchError: a row has one, but for another prompt.
         """
         for row in rows:
             if row.id not in self.done:
@@ -147,9 +147,9 @@ class Output:
                 )
 
     def add(self, results: Iterable[dict[str, Any]]) -> int:
-        """Write results as a new part file, leaving out rows that are there already; return how many were new.
+        """Write results as a new part file, without rows that have a result; return the number of new ones.
 
-        Ray may run a batch again whose results it had delivered already, when a replica died at the wrong moment.
+        If a replica dies at the wrong moment, Ray may run a batch again whose results it has already delivered.
         """
         new = {result["id"]: result for result in results if result["id"] not in self.done}
         if new:

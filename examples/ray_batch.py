@@ -5,7 +5,7 @@ python examples/ray_batch.py prompts.parquet --output results --replicas 4 --ten
     --engine '{"dtype": "bfloat16", "max_model_len": 8192}'
 
 Each of the --replicas is a Ray actor with a vLLM engine of --tensor-parallel-size workers. Results are appended to
-results/part-*.jsonl as batches finish. The same command goes on where an interrupted run stopped.
+results/part-*.jsonl as batches finish. The same command continues an interrupted run.
 docs/serving_at_scale.md explains what happens when something dies.
 """
 
@@ -34,20 +34,20 @@ from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.serving.ledger import DECODE_KINDS, Tally
 
 ATTEMPTS = 3
-"""How often a batch is begun; if replicas died each time, its rows come again one by one, in a round of their own."""
+"""Attempts at a batch. If replicas died each time, its rows are tried again one by one, in a separate round."""
 STOP_SECONDS = 2.0
-"""For the replicas to stop their engines by themselves; when the driver is gone, Ray kills what is left."""
+"""Seconds for the replicas to stop their engines. When the driver has ended, Ray kills the remaining ones."""
 COLUMNS = ["id", "prompt_digest", "text", "finish_reason", "prompt_tokens", "tokens", "error", "replica"]
 
 
 class Replica:
-    """What runs in each actor: an engine that is asked for several batches at once, so that it always has a full batch.
+    """Runs in each actor: an engine that gets several batches at once, so that its batch is always full.
 
     Args:
         engine: arguments of vLLM's ``AsyncEngineArgs``.
         sampling: arguments of vLLM's ``SamplingParams``.
         cores: CPU cores per worker that this replica claims; 0 leaves the choice to vLLM.
-        hang_timeout: seconds after which an engine that does not answer is given up.
+        hang_timeout: seconds after which an engine that does not answer counts as dead.
         attempts: handle of the run's :class:`Attempts`.
     """
 
@@ -77,13 +77,13 @@ class Replica:
         self.started = time.monotonic()
 
     def stop(self) -> None:
-        """Stop the engine, without the alarm of one that died."""
+        """Stop the engine without reporting it as dead."""
         if self.watch is not None:
             self.watch.get_loop().call_soon_threadsafe(self.watch.cancel)
         self.engine.shutdown()
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return the results of a batch, one row each; what the replica did so far goes along as column ``so_far``."""
+        """Return the results of a batch, one row each; the column ``so_far`` has the replica's counts so far."""
         if self.watch is None:
             from vllm_nld.serving.replica import end_with
 
@@ -99,7 +99,7 @@ class Replica:
         return pa.Table.from_pylist([result | {"so_far": json.dumps(so_far)} for result in results])
 
     async def complete(self, row: Row) -> dict[str, Any]:
-        """Return the result of one row; one that the engine refuses gets an ``error`` instead of a text."""
+        """Return the result of one row; a refused row gets an ``error`` instead of a text."""
         result = dict.fromkeys(COLUMNS, "") | {"id": row.id, "prompt_digest": row.digest, "replica": self.name}
         result |= {"prompt_tokens": 0, "tokens": 0}
         try:
@@ -109,7 +109,7 @@ class Replica:
                 result |= {"prompt_tokens": len(output.prompt_token_ids), "tokens": len(completion.token_ids)}
         except Exception as error:
             if self.engine.errored:
-                await asyncio.Event().wait()  # not this row's fault: the watch ends the process, and Ray tries again
+                await asyncio.Event().wait()  # not caused by this row: the watch ends the process, and Ray tries again
             result["error"] = f"{type(error).__name__}: {error}"
         self.rows += 1
         self.tokens += result["tokens"]
@@ -118,13 +118,13 @@ class Replica:
 
 @ray.remote(num_cpus=0)
 class Attempts:
-    """Counts how often each batch was begun, since Ray tries again for ever: one row may kill every engine it meets."""
+    """Counts the attempts at each batch, because Ray tries again forever, and one row may kill every engine."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
     def begin(self, batch: str) -> int:
-        """Count and return the attempts at a batch, which is known by its first row."""
+        """Count and return the attempts at a batch, which its first row identifies."""
         self.counts[batch] += 1
         return self.counts[batch]
 
@@ -138,7 +138,7 @@ class Report:
         self.replicas: dict[str, dict[str, Any]] = {}
 
     def add(self, output: Output, results: list[dict[str, Any]]) -> None:
-        """Write a batch to the folder, take it in, and print a line."""
+        """Write a batch to the folder, count it, and print a line."""
         results = [result for result in results if not result.pop("abandoned", False)]
         for result in results:
             so_far = json.loads(result.pop("so_far"))
@@ -158,7 +158,7 @@ class Report:
             rate = so_far["tokens"] / so_far["seconds"]
             cell = "-" if tpf is None else f"{tpf:.2f}"
             yield f"{name:32} {so_far['rows']:8} {so_far['tokens']:10} {rate:10.1f} {cell:>6}"
-        yield f"all: {self.tokens} tokens in {time.monotonic() - self.started:.1f} s, start-up included"
+        yield f"all: {self.tokens} tokens in {time.monotonic() - self.started:.1f} s, with start-up"
         if self.refused:
             yield f"{self.refused} rows were refused; their column 'error' says why"
 
@@ -174,7 +174,9 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", type=Path, nargs="+", help=".jsonl or .parquet files")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results; of an earlier run: go on")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the results; an earlier run's is continued"
+    )
     parser.add_argument("--prompt-column", default="prompt", help="column of the prompt (default: prompt)")
     parser.add_argument("--id-column", help="column of a unique id (default: rows are numbered from 0)")
     parser.add_argument("--model", default=str(checkpoint_path("tiny")), help="checkpoint (default: the embedded one)")
@@ -187,12 +189,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, default=1, help="engines (data parallel; default: 1)")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="workers of an engine (default: 1)")
     parser.add_argument("--num-cpus", type=float, default=1.0, help="CPUs that Ray reserves per replica (default: 1)")
-    parser.add_argument("--num-gpus", type=float, help="the same of GPUs (default: one per worker, if there are any)")
-    parser.add_argument("--cores", type=int, default=0, help="without GPU: cores that each worker has for itself")
+    parser.add_argument("--num-gpus", type=float, help="GPUs per replica (default: one per worker, if there are any)")
+    parser.add_argument("--cores", type=int, default=0, help="without GPU: cores of each worker's own")
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a batch (default: 32)")
     parser.add_argument("--batches-in-flight", type=int, default=2, help="batches that a replica works on (default: 2)")
     parser.add_argument(
-        "--hang-timeout", type=float, default=20.0, help="an engine silent for so long is dead (default: 20 s)"
+        "--hang-timeout", type=float, default=20.0, help="an engine silent for this long is dead (default: 20 s)"
     )
     parser.add_argument("--address", help="Ray cluster (default: a running one, or a new one on this machine)")
     return parser.parse_args()
@@ -214,7 +216,7 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def dataset(args: argparse.Namespace, rows: Iterable[Row], attempts: Any) -> ray.data.Dataset:
     """Return the results as a dataset; Ray starts the replicas when it is iterated over.
 
-    Ray Data starts a replica again that died, and gives its batches to any replica again.
+    Ray Data restarts a dead replica, and gives its batches to any replica again.
     """
     tables = []
     rows = iter(rows)
@@ -262,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{report.done} of {total} rows have a result already", file=sys.stderr, flush=True)
     if missing:
         ray.init(address=args.address, log_to_driver=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which takes it for itself
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which sets its own handler
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
     for size, in_flight in ((args.batch_size, args.batches_in_flight), (1, 1)) if missing else ():
@@ -282,9 +284,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Run, and say in one line what ended the run before its time."""
+    """Run, and print one line if an error ended the run early."""
     args = parse_arguments()
-    again = "the same command goes on from there"
+    again = "the same command continues from there"
     try:
         sys.exit(run(args))
     except BatchError as error:

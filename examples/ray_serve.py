@@ -3,8 +3,8 @@
 python examples/ray_serve.py --min-replicas 1 --max-replicas 4 --port 8000 -- "$(vllm-nld path tiny)" \
     --speculative-config '{"model": "vllm_nld.SelfSpeculation"}' --dtype float32 --max-model-len 2048
 
-Behind ``--`` stand the arguments of ``vllm serve``, all of them but those of its HTTP port. A request picks its mode by
-``vllm_xargs``, as ever. Ctrl-C ends the service. docs/serving_at_scale.md compares this with ``vllm serve`` alone.
+The arguments of ``vllm serve`` follow ``--``, except those of its HTTP port. A request picks its mode with
+``vllm_xargs``, as usual. Ctrl-C ends the service. docs/serving_at_scale.md compares this with plain ``vllm serve``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray import serve
 
 
 def vllm_arguments(argv: list[str]) -> argparse.Namespace:
-    """Return the arguments of ``vllm serve``, checked as it does; a wrong one ends the process with its usage."""
+    """Return the arguments of ``vllm serve`` after its own checks; a wrong one ends the process."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     try:
@@ -40,7 +40,7 @@ def vllm_arguments(argv: list[str]) -> argparse.Namespace:
 @serve.deployment
 @serve.ingress()
 class NLDServer:
-    """A replica: an engine, and vLLM's HTTP application in front of it, without a port of its own."""
+    """A replica: an engine with vLLM's HTTP application, but no port of its own."""
 
     async def __init__(self, argv: list[str], cores: int, hang_timeout: float) -> None:
         """Start the engine.
@@ -48,7 +48,7 @@ class NLDServer:
         Args:
             argv: arguments of ``vllm serve``.
             cores: CPU cores per worker that this replica claims; 0 leaves the choice to vLLM.
-            hang_timeout: seconds after which an engine that does not answer is given up.
+            hang_timeout: seconds after which an engine that does not answer counts as dead.
         """
         from vllm_nld.serving import replica
 
@@ -78,7 +78,7 @@ class NLDServer:
         tasks = await self.engine.get_supported_tasks()
         app = build_app(self.args, tasks, self.engine.model_config)
         await init_app_state(self.engine, app.state, self.args, tasks)
-        # vLLM stops its HTTP server by this when the engine died; here the watch ends the process.
+        # vLLM uses this to stop its HTTP server when the engine died; here the watch ends the process.
         app.state.server = SimpleNamespace(should_exit=False)
         return app
 
@@ -89,7 +89,7 @@ class NLDServer:
         await check_engine(self.engine, self.hang_timeout)
 
     async def __del__(self) -> None:
-        """Stop the engine when Ray Serve lets the replica go, without the alarm of one that died."""
+        """Stop the engine when Ray Serve removes the replica, without reporting it as dead."""
         self.watch.cancel()
         self.engine.shutdown()
 
@@ -98,8 +98,8 @@ def application(options: argparse.Namespace, argv: list[str]) -> serve.Applicati
     """Return the application that :func:`ray.serve.run` starts.
 
     Args:
-        options: of this script.
-        argv: of ``vllm serve``.
+        options: options of this script.
+        argv: arguments of ``vllm serve``.
     """
     args = vllm_arguments(argv)
     gpus = options.num_gpus
@@ -132,14 +132,16 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--max-replicas", type=int, default=1, help="replicas under load (default: 1)")
     parser.add_argument("--target-requests", type=float, default=32, help="running + queued, per replica (default: 32)")
     parser.add_argument(
-        "--max-requests", type=int, default=128, help="at most so many per replica; others queue (default: 128)"
+        "--max-requests", type=int, default=128, help="most requests per replica; others queue (default: 128)"
     )
-    parser.add_argument("--upscale-delay", type=float, default=10, help="seconds of overload before (default: 10)")
-    parser.add_argument("--downscale-delay", type=float, default=300, help="seconds of idleness before (default: 300)")
+    parser.add_argument("--upscale-delay", type=float, default=10, help="seconds of overload before it (default: 10)")
+    parser.add_argument(
+        "--downscale-delay", type=float, default=300, help="seconds of idleness before it (default: 300)"
+    )
     parser.add_argument("--drain", type=float, default=60, help="seconds to finish requests when stopped (default: 60)")
     parser.add_argument("--num-cpus", type=float, default=1.0, help="CPUs that Ray reserves per replica (default: 1)")
-    parser.add_argument("--num-gpus", type=float, help="the same of GPUs (default: one per worker, if there are any)")
-    parser.add_argument("--cores", type=int, default=0, help="without GPU: cores that each worker has for itself")
+    parser.add_argument("--num-gpus", type=float, help="GPUs per replica (default: one per worker, if there are any)")
+    parser.add_argument("--cores", type=int, default=0, help="without GPU: cores of each worker's own")
     parser.add_argument(
         "--hang-timeout", type=float, default=20, help="an engine silent for that long is dead (default: 20 s)"
     )
@@ -153,7 +155,7 @@ def main() -> None:
     options, argv = parse_arguments(sys.argv[1:])
     ray.init(address=options.address, log_to_driver=True)
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which takes SIGTERM for itself
+    for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets its own handler of SIGTERM
         signal.signal(number, lambda *_: ended.set())
     serve.start(http_options={"host": options.host, "port": options.port})
     serve.run(application(options, argv), name="nld")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check and measure everything that needs an NVIDIA GPU, in eight minutes: docs/gpu.md.
 #   scripts/gpu_check.sh --out DIR     PYTHON names the interpreter that has vLLM (python3 by default)
-#   scripts/gpu_check.sh --dry-run     the same on a CPU, tiny, without the GPU's kernels
+#   scripts/gpu_check.sh --dry-run     every step on a CPU, tiny, without the GPU's kernels
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root/benchmarks:$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1

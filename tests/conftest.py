@@ -11,23 +11,23 @@ import pytest
 TESTS = Path(__file__).parent
 
 ALONE = ("server", "ray", "gpu", "v2")
-"""Tiers whose tests start processes of their own, or measure: they want the whole machine (``scripts/test.sh``)."""
+"""Tiers whose tests start their own processes, or measure. They need the whole machine (``scripts/test.sh``)."""
 
-# Each process of pytest-xdist works on one core: threads that wait for each other do so by spinning, and engines on
-# the same cores are many times slower than one. Before torch is imported, which counts the cores then.
+# Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
+# the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
 _process = os.environ.get("PYTEST_XDIST_WORKER")
 if _process and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(_process.removeprefix("gw")) % len(_cores)]})
 
-with contextlib.suppress(ImportError):  # tests/gpu does without
+with contextlib.suppress(ImportError):  # tests/gpu does not need it
     from hypothesis import settings
 
-    # The same examples in every run, and none that fails for being slow.
+    # Equal examples in every run, and no failures because of slowness.
     settings.register_profile("tests", derandomize=True, deadline=None, database=None)
     settings.load_profile("tests")
 
-# Before vLLM is imported: in-process engines can be inspected, and use both cores.
+# Set before vLLM is imported, so that in-process engines can be inspected and use both cores.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -1,13 +1,13 @@
 """vLLM extension that serves Nemotron-Labs-Diffusion checkpoints.
 
-Importing this package is free: nothing of torch, transformers or vLLM is imported until it is used.
+Importing this package is cheap: torch, transformers and vLLM are imported only when they are used.
 """
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Resolve ``vllm_nld.SelfSpeculation`` on demand, so that importing the package stays free."""
+    """Resolve ``vllm_nld.SelfSpeculation`` on demand, so that importing the package stays cheap."""
     if name == "SelfSpeculation":
         from vllm_nld.proposer.self_speculation import SelfSpeculation
 

@@ -8,7 +8,13 @@ from transformers import PretrainedConfig
 
 from vllm_nld.names import MODEL_TYPE
 
-_REQUIRED_YARN_KEYS = ("factor", "original_max_position_embeddings")
+_ROPE_FACTORS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""Allowed ``rope_type`` -> the positive numbers it needs beside ``rope_theta``."""
 _POSITIVE_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -25,7 +31,7 @@ _POSITIVE_SIZES = (
 class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
     """Configuration of one NLD text model; the defaults are those of the released 8B instruct model.
 
-    Two things are rearranged on the way in, and put back by :meth:`to_dict`:
+    Two things are rearranged on input, and restored by :meth:`to_dict`:
 
     - ``rope_parameters.llama_4_scaling_beta`` is not a rotary parameter (it scales queries), so it moves to
       ``llama_4_scaling = {"original_max_position_embeddings", "beta"}``, where vLLM's Mistral attention reads it.
@@ -35,10 +41,10 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
     Args:
         block_size: the diffusion block length the checkpoint was trained for, in tokens.
         mask_token_id: id of the token that stands for "not decided yet"; it is never emitted.
-        rope_parameters: YaRN parameters as released, or ``{"rope_type": "default", "rope_theta": ...}``.
+        rope_parameters: YaRN parameters as released, or those of ``rope_type`` ``default``, ``linear`` or ``llama3``.
 
     Raises:
-        ValueError: a size is not positive, heads do not divide, or YaRN parameters are missing.
+        ValueError: a size is not positive, heads do not divide, or rotary parameters are missing.
     """
 
     model_type = MODEL_TYPE
@@ -89,7 +95,7 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
         self.sliding_window = sliding_window
         self.rope_parameters, self.llama_4_scaling = _split_rope_parameters(
             rope_parameters or kwargs.pop("rope_scaling", None) or released_rope_parameters(),
-            # Older exports keep theta beside the dictionary; transformers' fallback of 1e4 would be silently wrong.
+            # Older exports keep theta next to the dictionary; transformers' fallback of 1e4 would be silently wrong.
             kwargs.pop("rope_theta", 1e6),
         )
         self._check()
@@ -119,15 +125,18 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
     def position_limit(self) -> int:
         """Number of positions the rotary table covers, in tokens.
 
-        YaRN with ``factor`` < 1 (the released 3B-Base) covers fewer than ``original_max_position_embeddings``.
+        YaRN with ``factor`` < 1 (the released 3B-Base) covers fewer than ``original_max_position_embeddings``; with
+        linear scaling ``max_position_embeddings`` is the number before scaling, in transformers and in vLLM.
         """
         rope = self.rope_parameters
+        if rope["rope_type"] == "linear":
+            return int(self.max_position_embeddings * rope["factor"])
         if rope["rope_type"] != "yarn":
             return self.max_position_embeddings
         return min(self.max_position_embeddings, int(rope["original_max_position_embeddings"] * rope["factor"]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the released layout, so that a saved config reads back, here and by other readers."""
+        """Return the released layout, so that a saved config can be read here and by other programs."""
         output: dict[str, Any] = super().to_dict()
         scaling = output.pop("llama_4_scaling", None)
         rope = dict(output["rope_parameters"])
@@ -161,19 +170,23 @@ def _split_rope_parameters(raw: dict[str, Any], default_theta: float) -> tuple[d
     rope.pop("max_position_embeddings", None)
     rope.setdefault("rope_theta", default_theta)
     beta = rope.pop("llama_4_scaling_beta", None)
-    if rope["rope_type"] not in ("default", "yarn"):
+    kind = rope["rope_type"]
+    if kind not in _ROPE_FACTORS:
         raise ValueError(
-            f"config.json: rope_parameters.rope_type={rope['rope_type']!r}, but only 'yarn' and 'default' are supported"
+            f"config.json: rope_parameters.rope_type={kind!r}, but only {str([*_ROPE_FACTORS])[1:-1]} are supported"
         )
-    if rope["rope_type"] == "default":
+    for key in _ROPE_FACTORS[kind]:
+        if not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
+            raise ValueError(
+                f"config.json: rope_parameters.{key}={rope.get(key)!r}, but {kind} needs a positive number"
+            )
+    if kind != "yarn":
         if beta:
             raise ValueError(
-                "config.json: rope_parameters.llama_4_scaling_beta needs rope_type 'yarn', found 'default'"
+                f"config.json: rope_parameters.llama_4_scaling_beta needs rope_type 'yarn', found {kind!r}"
             )
-        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}, None
-    for key in _REQUIRED_YARN_KEYS:
-        if not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
-            raise ValueError(f"config.json: rope_parameters.{key}={rope.get(key)!r}, but yarn needs a positive number")
+        rope = {key: rope[key] for key in ("rope_type", "rope_theta", *_ROPE_FACTORS[kind])}
+        return rope | ({"factor": float(rope["factor"])} if "factor" in rope else {}), None
     rope["attention_factor"] = 1.0
     scaling = None
     if beta:

@@ -1,4 +1,4 @@
-"""The one exception type of this package: how it quotes what the user gave, and how a command-line user sees it."""
+"""The one exception type of this package: how it quotes the user's values, and how it is shown on the command line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LONGEST_MESSAGE = 2000
 
 
 class NLDError(ValueError):
-    """Something the user can mend: a wrong option, an unsuitable checkpoint, an unsupported combination.
+    """Something that the user can fix: a wrong option, an unsuitable checkpoint, an unsupported combination.
 
-    The message is one line of printable text, at most ``LONGEST_MESSAGE`` characters long: it may end in a log or in
-    an HTTP response, and what it quotes may have come from anybody.
+    The message is one line of printable text, at most ``LONGEST_MESSAGE`` characters long: it may be written to a log
+    or an HTTP response, and the values that it quotes may come from any client.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,9 +23,9 @@ class NLDError(ValueError):
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it: its ``repr``, cut in the middle where it is long.
+    """Return a value as a message shows it: its ``repr``, shortened in the middle if it is long.
 
-    Whatever the value is: nested deeper than ``repr`` can follow, an integer of more digits than Python prints, an
+    Works for any value: nested deeper than ``repr`` can follow, an integer with more digits than Python prints, an
     object whose ``repr`` fails.
     """
     return _cut(_printable(_SHORT.repr(value)), LONGEST_VALUE)
@@ -55,14 +55,14 @@ _SHORT = _Short()
 
 
 def _printable(text: str) -> str:
-    """Escape what would break the line, or what no encoding can write (half a surrogate pair)."""
+    """Escape characters that would break the line, or that no encoding can write (half a surrogate pair)."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _cut(text: str, longest: int) -> str:
-    """Take the middle out of a text that is too long."""
+    """Remove the middle of a text that is too long."""
     if len(text) <= longest:
         return text
     end = longest // 3
@@ -70,7 +70,7 @@ def _cut(text: str, longest: int) -> str:
 
 
 def show_plainly() -> None:
-    """Print an uncaught :class:`NLDError` as one line instead of a traceback; every other exception is untouched.
+    """Print an uncaught :class:`NLDError` as one line instead of a traceback; other exceptions are shown as usual.
 
     vLLM re-raises configuration errors through several layers, so the line would otherwise drown in their frames.
     """
@@ -90,7 +90,7 @@ def show_plainly() -> None:
 
 
 def find(error: BaseException | None) -> NLDError | None:
-    """Return the :class:`NLDError` behind ``error``: itself, its cause or context, or what pydantic wrapped."""
+    """Return the :class:`NLDError` in ``error``: itself, its cause or context, or one that pydantic wrapped."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, NLDError):

@@ -1,10 +1,10 @@
-"""Every name under which this extension is known: to vLLM, in files, in options. A leaf: it imports nothing."""
+"""Every name under which this extension is known to vLLM, in files and in options. Imports nothing."""
 
 ARCHITECTURE = "NemotronLabsDiffusionModel"
 """Name under ``architectures`` in a released checkpoint's ``config.json``."""
 
 OWN_ARCHITECTURE = "VllmNLDForCausalLM"
-"""Name this extension's model is always registered under, whatever vLLM itself calls ``ARCHITECTURE``."""
+"""Name under which this extension's model is always registered, even if vLLM itself registers ``ARCHITECTURE``."""
 
 MODEL_TYPE = "nemotron_labs_diffusion"
 """Value of ``model_type`` in a released checkpoint's ``config.json``."""

@@ -1,7 +1,7 @@
 """The extension's own options, for an engine and for a request.
 
-An engine's defaults come from ``--additional-config '{"nld": {...}}'``. A request overrides them by
-``SamplingParams(extra_args={"nld": {...}})``, or ``vllm_xargs`` of the OpenAI server
+An engine's defaults come from ``--additional-config '{"nld": {...}}'``. A request overrides them with
+``SamplingParams(extra_args={"nld": {...}})``, or with ``vllm_xargs`` of the OpenAI server
 (:mod:`vllm_nld.serving.admission`).
 """
 
@@ -20,7 +20,7 @@ from vllm_nld.policies import OPTIONS, POLICIES
 Mode = Literal["auto", "ar", "diffusion", "self_speculation"]
 
 MANY = 1 << 16
-"""Bound of what is counted in tokens or forwards of a block: more than any block has, and no tensor overflows."""
+"""Limit of options that count tokens or forwards of a block: more than any block has, and no tensor overflows."""
 HOTTEST = 2.0
 """Highest temperature: vLLM's own bound."""
 _SHOWN = 3
@@ -52,7 +52,7 @@ else:
 
 
 class NLDOptions(PolicyOptions):
-    """Options under ``nld``. Unknown keys and wrong types are refused, and so is every number without bounds.
+    """Options under ``nld``. Unknown keys, wrong types and unbounded numbers are refused.
 
     Each selection policy (:mod:`vllm_nld.policies`) adds its own.
     """
@@ -62,7 +62,7 @@ class NLDOptions(PolicyOptions):
     mode: Mode = Field(
         default="auto",
         description="How a request decodes. auto picks AR or self-speculation per step by cost and acceptance; "
-        "diffusion is never picked, since its text is not AR's.",
+        "diffusion is never picked, because its text differs from AR's.",
     )
     block_length: int | None = _option(
         default=None,
@@ -75,14 +75,14 @@ class NLDOptions(PolicyOptions):
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="Self-speculation. 0 fills a block by one draft forward. Above 0, each draft forward commits only "
+        description="Self-speculation. 0 fills a block in one draft forward. Above 0, each draft forward commits only "
         "the positions at least this probable (and always the best one), and drafting repeats until the block is full.",
         modes=SPECULATIVE,
     )
     draft_lora: str = Field(
         default="auto",
-        description="Engine only. The adapter that is active while self-speculation drafts: 'auto' takes the "
-        "checkpoint's own (its folder linear_spec_lora) if it brings one, 'off' none; else the path of a PEFT folder.",
+        description="Engine only. The adapter that is active while self-speculation drafts: 'auto' uses the "
+        "checkpoint's own (its folder linear_spec_lora) if it has one, 'off' none; else the path of a PEFT folder.",
     )
     draft_adapter: bool = _option(
         default=True,
@@ -93,9 +93,9 @@ class NLDOptions(PolicyOptions):
         default=3,
         ge=0,
         le=16,
-        description="Self-speculation. Behind the first unsure draft, draft what followed the last so many tokens at "
-        "their latest earlier occurrence in prompt and text (drawn drafts are left alone); in auto mode, "
-        "do so also instead of drafting. 0 does not.",
+        description="Self-speculation. After the first unsure draft, draft what followed this many last tokens at "
+        "their latest earlier occurrence in prompt and text (drawn drafts are not replaced); in auto mode, "
+        "also do this instead of drafting. 0 turns it off.",
         modes=SPECULATIVE,
     )
     sampled_drafts: bool = _option(
@@ -113,7 +113,7 @@ class NLDOptions(PolicyOptions):
         default=None,
         ge=1,
         le=MANY,
-        description="Diffusion: denoising forwards per block; the last one commits all that is left.",
+        description="Diffusion: denoising forwards per block; the last one commits all remaining positions.",
         modes=DIFFUSION,
     )
     temperature: float | None = _option(
@@ -125,8 +125,8 @@ class NLDOptions(PolicyOptions):
     )
     seed_first: bool = _option(
         default=True,
-        description="Diffusion: the causal pass decides a block's first token. False masks that position, too, as "
-        "servers do that have no causal seed.",
+        description="Diffusion: the causal pass decides a block's first token. False also masks that position, as "
+        "servers without a causal seed do.",
         modes=DIFFUSION,
     )
 
@@ -176,21 +176,21 @@ def _modes(field: Any) -> tuple[str, ...] | None:
 MODES_OF_KEY: dict[str, tuple[str, ...]] = {
     name: modes for name, field in NLDOptions.model_fields.items() if (modes := _modes(field)) is not None
 }
-"""In which modes an option has an effect, for those that a request may choose besides ``mode``."""
+"""The modes in which an option has an effect, for the options that a request may set besides ``mode``."""
 
 
 def is_ours(key: object) -> bool:
-    """Whether a key, of a dictionary that others use, too, is ``nld`` or a near miss of it."""
+    """Whether a key of a dictionary that others also use is ``nld``, or a misspelling of it."""
     return isinstance(key, str) and re.match(rf"{NAMESPACE}([._-]|$)", key, re.IGNORECASE) is not None
 
 
 def refuse_misplaced(keys: Iterable[object], where: str, example: str) -> None:
-    """Raise NLDError if one of ``keys``, which nobody reads, is meant for this extension."""
+    """Raise NLDError if one of ``keys``, which no code reads, is meant for this extension."""
     for key in keys:
         if is_ours(key):
             raise NLDError(f'{where}["{shown_key(key)}"] is unknown; this extension reads {example} there')
 
 
 def _explain(item: Any, where: str) -> str:
-    """One pydantic complaint as: option, value, what is allowed."""
+    """Return one pydantic error as: option, value, what is allowed."""
     return f"{where}.{item['loc'][0]}={shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -44,10 +44,10 @@ def register() -> None:
 
 
 def admit(vllm_config: Any, params: Any) -> None:
-    """Check a request before its engine sees it; the first one of an engine with self-speculation opens its metrics.
+    """Check a request before its engine gets it. The first one of an engine with self-speculation starts its metrics.
 
     Raises:
-        NLDError: the request is unsuitable.
+        NLDError: the request is not suitable.
     """
     from vllm_nld.serving.admission import check_admission
 

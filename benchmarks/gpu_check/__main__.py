@@ -1,4 +1,4 @@
-"""``scripts/gpu_check.sh``: run every step, and say what became of it."""
+"""``scripts/gpu_check.sh``: run every step, and report its outcome."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from gpu_check.record import FILE, Record
 from gpu_check.supervise import Supervisor
 
 BUILD_SECONDS = 90.0
-"""What may pass between the first step's end and the operators' build's."""
+"""Most seconds between the end of the first step and the end of the operators' build."""
 
 
 def main() -> int:
-    """Run; returns 0 if every step ended well."""
+    """Run; returns 0 if every step succeeded."""
     names = [step.name for step in STEPS]
     parser = argparse.ArgumentParser(prog="scripts/gpu_check.sh", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/gpu_check"), help="folder for figures and logs")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny: every step but the GPU's kernels")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of the whole; what is left then is not run")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny: every step without the GPU's kernels")
+    parser.add_argument("--minutes", type=float, default=8.0, help="limit of the whole run; later steps are skipped")
     parser.add_argument("--step", action="append", choices=names, metavar="STEP", help=f"of {', '.join(names)}")
-    parser.add_argument("--no-build", action="store_true", help="take the CUDA operators as they are")
+    parser.add_argument("--no-build", action="store_true", help="use the CUDA operators that are there")
     args = parser.parse_args()
     origin = time.time()
     args.out = args.out.resolve()
@@ -42,7 +42,7 @@ def main() -> int:
         build.start()
     states: dict[str, str] = {}
     if device == "cuda" and steps[0].name == "libraries":
-        states |= supervisor.run(steps[:1])  # needs no library of ours, and tells soon whether anything works
+        states |= supervisor.run(steps[:1])  # needs no library of ours, and soon shows whether anything works
         steps = steps[1:]
     build.wait(BUILD_SECONDS)
     if steps:

@@ -1,4 +1,4 @@
-"""The CUDA operators' build, at the same time as the first step."""
+"""Builds the CUDA operators during the first step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 
 class Build:
-    """``scripts/build_cuda.sh`` for the card that is here.
+    """``scripts/build_cuda.sh`` for this machine's card.
 
     Args:
-        record: says how it went.
-        log: takes the compiler's output.
+        record: gets the outcome.
+        log: gets the compiler's output.
     """
 
     def __init__(self, record: Record, log: Path) -> None:
@@ -42,7 +42,7 @@ class Build:
             )
 
     def wait(self, seconds: float) -> None:
-        """Wait for it, and end it if it takes longer: some steps would run with the library, and some without."""
+        """Wait for it, and end it if it takes longer, so that all later steps run with the same library."""
         if self._process is None:
             return
         try:
@@ -58,7 +58,7 @@ class Build:
 
 
 def card(query: str) -> str:
-    """Ask nvidia-smi about the first card; "" if it has no answer."""
+    """Ask nvidia-smi about the first card; returns "" without an answer."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

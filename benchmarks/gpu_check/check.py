@@ -15,7 +15,7 @@ from gpu_check.plan import Sizes, Step
 
 
 class Engines:
-    """The one engine of a process. Asking for another one stops it first."""
+    """The one engine of a process. A request for another one stops it first."""
 
     def __init__(self) -> None:
         self._key: Any = None
@@ -23,7 +23,7 @@ class Engines:
         self._llm: Any = None
 
     def get(self, key: Any, start: Callable[[], contextlib.AbstractContextManager[Any]]) -> tuple[Any, float]:
-        """Return the engine of that key and the seconds that its start took; 0 if it runs already."""
+        """Return the engine of a key and the seconds that its start took; 0 if it was running."""
         if key == self._key:
             return self._llm, 0.0
         self.stop()
@@ -43,14 +43,14 @@ class Check:
     """One step's view of the run.
 
     Attributes:
-        step: which one.
+        step: the step.
         device: "cuda", or "cpu" in a dry run.
         sizes: how much to measure.
-        folder: of the record.
+        folder: folder of the record.
         record: where figures go.
         engines: the process's engine.
         until: ``time.time()`` at which the step is cut.
-        scratch: for checkpoints that are made up.
+        scratch: folder for random checkpoints.
     """
 
     step: Step
@@ -69,7 +69,7 @@ class Check:
 
     @property
     def seconds_left(self) -> float:
-        """Until the step is cut."""
+        """Seconds until the step is cut."""
         return self.until - time.time()
 
     def figure(self, name: str, value: Any, unit: str = "", **where: Any) -> None:

@@ -16,14 +16,14 @@ from gpu_check.record import Record
 
 
 def main() -> int:
-    """Run the named steps. What failed may have broken the device's context, so nothing else runs after it here."""
+    """Run the named steps. A failed step may have broken the device's context, so this process stops after it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("steps", nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--origin", type=float, required=True)
     args = parser.parse_args()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # steps look into the engine
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # steps inspect the engine
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if args.device == "cpu":
         # One thread, on any core: models are tiny, and threads that wait for each other are slow next to other work.
@@ -42,7 +42,7 @@ def main() -> int:
         try:
             module = importlib.import_module(f"gpu_check.steps.{step.module}")
             module.run(Check(step, args.device, sizes, args.out, record, engines, until))
-        except BaseException as error:  # pytest's exits, too: a step never ends the others
+        except BaseException as error:  # also pytest's exits: a step never ends the others
             traceback.print_exc()
             last = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{last.filename}:{last.lineno}"
@@ -56,4 +56,4 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # an engine that hangs while it is torn down must not take the next session's time
+    os._exit(status)  # an engine that hangs in its shutdown must not take the next session's time

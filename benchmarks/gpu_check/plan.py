@@ -1,4 +1,4 @@
-"""Which steps there are, in which order, and how long each may take."""
+"""The steps, their order, and their time limits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class Step:
     """One part of the check.
 
     Attributes:
-        name: shown, and in the file.
-        module: of :mod:`gpu_check.steps`.
-        session: steps of one session that follow each other share a process, and so a running engine.
-        seconds: what it may take.
-        start: what it may take on top where it is the first of its process: imports, an engine's start.
-        shape: the released model whose shape it takes, if it needs one.
+        name: name in the output and in the file.
+        module: its module in :mod:`gpu_check.steps`.
+        session: consecutive steps of one session share a process, and so a running engine.
+        seconds: its time limit.
+        start: extra time if it is the first step of its process, for imports and an engine's start.
+        shape: the released model whose shape it uses, if it needs one.
     """
 
     name: str
@@ -43,7 +43,7 @@ STEPS = (
 
 
 DRY_PATIENCE = 4.0
-"""Times as long as on a GPU machine may a step of a dry run take: limits are for that machine's cores."""
+"""Factor of the time limits in a dry run, because the limits are for a GPU machine's cores."""
 
 
 def steps_on(device: str) -> tuple[Step, ...]:
@@ -58,16 +58,16 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        rows, lengths, prefixes: of the kernel time table.
+        rows, lengths, prefixes: points of the kernel time table.
         point_seconds: time spent on one of its points.
         requests: in flight where a cycle is timed; the first count is also the 3B shape's.
         steps: steps or cycles timed for a median.
-        prompt_tokens: of every request.
-        drafts: of every block.
-        forward_tokens: of forwards whose cost is measured.
-        crowd: requests whose memory is measured.
-        layers: of the exactness check's random model.
-        new_tokens: per prompt of the exactness check.
+        prompt_tokens: prompt length of every request.
+        drafts: drafts of every block.
+        forward_tokens: sizes of the measured forwards.
+        crowd: requests of the memory measurement.
+        layers: layers of the exactness check's random model.
+        new_tokens: tokens per prompt of the exactness check.
         cases: random batches of the operators.
     """
 
@@ -101,4 +101,4 @@ DRY = Sizes(
     new_tokens=12,
     cases="torch and (accept or move)",
 )
-"""Of a dry run: every code path, on a CPU, in a minute."""
+"""Sizes of a dry run: every code path, on a CPU, in a minute."""

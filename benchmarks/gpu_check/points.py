@@ -1,4 +1,4 @@
-"""Points of the attention benchmark on whichever device is here, and the peers that only a GPU has."""
+"""Points of the attention benchmark on this machine's device, and the peers that only a GPU has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm_nld import ops
 
 FLUSH_BYTES = 1 << 28
-"""Written between two timed calls: in a model, a layer's weights go through the cache between two attentions."""
+"""Bytes written between two timed calls: in a model, a layer's weights go through the cache between two attentions."""
 
 
 class GPUPoint(Point):
@@ -39,14 +39,14 @@ class GPUPoint(Point):
         )  # fmt: skip
 
     def stock(self) -> Tensor:
-        """What vLLM does in a step: write the block to its pages, then attend over them."""
+        """As vLLM in a step: write the block to its pages, then attend over them."""
         from vllm._custom_ops import reshape_and_cache_flash
 
         reshape_and_cache_flash(self.key, self.value, self.keys, self.values, self.slots, "auto", self.unit, self.unit)
         return self.floor(self.causal)
 
     def floor(self, causal: bool = True) -> Tensor:
-        """One FlashAttention call over pages that hold the block already: nothing does with less."""
+        """One FlashAttention call over pages that already hold the block: the least possible work."""
         self._flash(
             self.keys, self.values, self.prefix + self.length, out=self.stock_output, seqused_k=self.seq_lens,
             block_table=self.table, causal=causal,
@@ -72,7 +72,7 @@ class GPUPoint(Point):
 
 
 class FlexPoint:
-    """FlexAttention over a point's keys and values, gathered beforehand: a floor of what it could reach over pages."""
+    """FlexAttention over a point's keys and values, gathered beforehand: a lower bound of its time over pages."""
 
     def __init__(self, point: Point, compiled: bool) -> None:
         from torch.nn.attention.flex_attention import flex_attention
@@ -91,7 +91,7 @@ class FlexPoint:
 
 
 def make_point(device: str, prefix: int, length: int, rows: int, **settings: Any) -> Point:
-    """Return a bfloat16 point on a device, its peer prepared."""
+    """Return a bfloat16 point on a device, with its peer prepared."""
     kind = Point if device == "cpu" else GPUPoint
     point = kind(prefix, length, rows, torch.bfloat16, device=device, **settings)
     point.prepare_stock()
@@ -116,7 +116,7 @@ def device_medians(device: str, calls: dict[str, Callable[[], Any]], seconds: fl
     """Median seconds of each call on the device; they take turns.
 
     On a GPU the second-level cache is overwritten before each call. That also keeps the device busy while the host
-    launches, so that short calls are not timed by how fast Python is.
+    launches, so that Python's speed does not limit short calls.
     """
     if device == "cpu":
         return medians(calls, seconds)

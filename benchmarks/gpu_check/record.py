@@ -1,4 +1,4 @@
-"""Figures, printed and written at once: a run that is cut keeps what it has."""
+"""Figures, printed and written at once, so that a run that is cut keeps its figures."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Record:
 
     Args:
         folder: where the file is.
-        step: the step that speaks.
-        origin: ``time.time()`` when the run began; every line says how many seconds later it was written.
+        step: the step that writes.
+        origin: ``time.time()`` when the run began; every line has the seconds since then.
         out: where it prints; standard output by default.
     """
 
@@ -34,8 +34,8 @@ class Record:
         Args:
             name: what was measured.
             value: a number, or a word.
-            unit: of a number.
-            where: the point that it was measured at: requests, tokens, an implementation.
+            unit: unit of a number.
+            where: the measured point: requests, tokens, an implementation.
         """
         if isinstance(value, float):
             value = float(f"{value:.5g}")
@@ -44,7 +44,7 @@ class Record:
         self._write({"figure": name, "value": value, "unit": unit, **where})
 
     def event(self, name: str, **what: Any) -> None:
-        """Print and write what became of a step."""
+        """Print and write the outcome of a step."""
         self._say(" ".join([name, *(f"{key}={found}" for key, found in what.items())]))
         self._write({"event": name, **what})
 
@@ -60,7 +60,7 @@ class Record:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run so far; one that is being written just now is left out."""
+    """Return the lines of a run so far, without a line that is being written."""
     path = folder / FILE
     if not path.exists():
         return []

@@ -10,11 +10,11 @@ from typing import Any
 from gpu_check.record import read
 
 OWN = {"at", "step", "figure", "value", "unit"}
-"""Keys of a figure's line that do not say where it was measured."""
+"""Keys of a figure's line that do not describe the measured point."""
 
 
 def markdown(folder: Path) -> str:
-    """Return a table for every step, and what became of it."""
+    """Return a table for every step, and its outcome."""
     parts, found = [], read(folder)
     order = list(dict.fromkeys(line["step"] for line in found))
     lines = sorted(found, key=lambda line: order.index(line["step"]))

@@ -1,4 +1,4 @@
-"""The engines that are measured: this extension's, and plain vLLM as its users run it, on one shape."""
+"""The measured engines: this extension's, and plain vLLM with its defaults, on one shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from gpu_check.check import Check
 
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-"""Sizes of CUDA graphs: vLLM's own list is long, and each takes time. 32 tokens a request fit up to 32 requests."""
+"""Sizes of CUDA graphs. vLLM's own list is long, and each takes time. 32 tokens per request fit up to 32 requests."""
 
 
 def speculative(check: Check) -> Any:
@@ -25,7 +25,7 @@ def speculative(check: Check) -> Any:
 
 
 def plain(check: Check) -> Any:
-    """Return plain vLLM on the same weights: its default runner, asynchronous where it wants to be."""
+    """Return plain vLLM on the same weights, with its default runner and asynchrony."""
     return _engine(check, "plain")
 
 
@@ -62,7 +62,7 @@ def _engine(check: Check, name: str, **settings: Any) -> Any:
 
 
 def _model(check: Check) -> dict[str, Any]:
-    """Return what every engine of a shape has in common."""
+    """Return the arguments that every engine of a shape shares."""
     from vllm_nld.checkpoints import checkpoint_path
     from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 
@@ -77,7 +77,7 @@ def _model(check: Check) -> dict[str, Any]:
         "max_model_len": 4096,
         "max_num_seqs": check.sizes.crowd,
         "enforce_eager": False,
-        "kv_cache_memory_bytes": None,  # as users run it: vLLM profiles
+        "kv_cache_memory_bytes": None,  # as in normal use, vLLM profiles
         "gpu_memory_utilization": 0.6,
         "compilation_config": {"cudagraph_capture_sizes": CAPTURED},
     }  # fmt: skip

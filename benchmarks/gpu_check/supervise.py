@@ -1,4 +1,4 @@
-"""Runs every session in a process of its own, and cuts a step that takes too long."""
+"""Runs every session in its own process, and cuts a step that takes too long."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpu_check.plan import Step
 from gpu_check.record import Record, read
 
 LEAST_SECONDS = 8.0
-"""A step that has less than this left is not begun."""
+"""A step with less time left than this is not started."""
 POLL_SECONDS = 0.2
 
 
@@ -26,11 +26,11 @@ class Supervisor:
     """A run.
 
     Attributes:
-        folder: where the record is, and every session's output.
+        folder: folder of the record and of every session's output.
         device: "cuda" or "cpu".
         origin: ``time.time()`` at the beginning.
-        seconds: what the whole may take.
-        child: command of a session's process.
+        seconds: limit of the whole run.
+        child: command that starts a session's process.
     """
 
     folder: Path
@@ -40,8 +40,8 @@ class Supervisor:
     child: tuple[str, ...] = (sys.executable, "-m", "gpu_check.child")
 
     def run(self, steps: Sequence[Step]) -> dict[str, str]:
-        """Run the steps; returns what became of each."""
-        # A dry run has one process for all: what takes time there is importing vLLM, not measuring.
+        """Run the steps; returns the outcome of each."""
+        # A dry run has one process for all, because importing vLLM takes most of its time.
         sessions = [(steps[0].session, list(steps))] if self.device == "cpu" else groupby(steps, lambda s: s.session)
         for name, group in sessions:
             left = list(group)
@@ -61,7 +61,7 @@ class Supervisor:
         with log.open("ab") as output:
             output.write(f"== {name}\n".encode())
             output.flush()
-            # Standard output is the figures; the rest is libraries talking.
+            # Standard output has the figures; the rest is the output of libraries.
             child = subprocess.Popen(command, stderr=output, start_new_session=True)
         try:
             self._watch(child, steps)
@@ -78,12 +78,12 @@ class Supervisor:
         return [step for step in steps if step not in begun]
 
     def _watch(self, child: subprocess.Popen[bytes], steps: list[Step]) -> None:
-        """Wait until the process ends, or a step of it has overrun; that one is noted."""
+        """Wait until the process ends, or one of its steps overruns; the latter is recorded."""
         while child.poll() is None:
             time.sleep(POLL_SECONDS)
             running = [step for step in steps if self._state(step) == "started"]
             if not running and all(self._state(step) for step in steps):
-                return  # all done: only the engine's end is left
+                return  # all done except the engine's shutdown
             step = running[0] if running else next(step for step in steps if not self._state(step))
             allowed = step.seconds + step.start * (step is steps[0])
             over = bool(running) and time.time() - self.origin - self._began(step) > allowed
@@ -110,7 +110,7 @@ class Supervisor:
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
-    """End the process and all that it started."""
+    """End the process and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

@@ -30,7 +30,7 @@ void write_row(const BestTokens& call, int64_t row, const BestPart* parts, int64
     call.tokens[row] = best->token;
     call.largest[row] = best->largest;
     if (call.normalisers == nullptr) return;
-    call.normalisers[row] = best->largest;  // all of the sum, if it is an infinity or NaN
+    call.normalisers[row] = best->largest;  // infinity or NaN replaces the whole sum
     if (!std::isfinite(best->largest)) return;
     double sum = 0;
     for (const BestPart* part = parts; part < parts + segments; ++part)

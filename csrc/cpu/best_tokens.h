@@ -12,18 +12,18 @@ struct BestTokens {
     DType dtype;         // not float8
     int64_t rows, vocab, row_stride;
     int64_t* tokens;
-    float *largest, *normalisers;  // the latter null if they are not wanted
+    float *largest, *normalisers;  // normalisers may be null
 };
 
-// A row is read in segments of so many tokens, each on its own. What they leave is added in their order, so the result
-// depends neither on the number of threads nor on the other rows.
+// A row is read in independent segments of this many tokens. Their results are combined in order, so the result depends
+// neither on the number of threads nor on the other rows.
 constexpr int64_t kSegment = 16384;
 
-// What a segment leaves.
+// Result of a segment.
 struct BestPart {
     int64_t token;  // the first one with the largest logit, or the first one that is NaN
     float largest;  // NaN if any is
-    double sum;     // of exp(logit - largest); 0 for minus infinity alone
+    double sum;     // of exp(logit - largest); 0 if all are minus infinity
 };
 
 // vocab > 0.

@@ -1,7 +1,7 @@
 // One segment of one row's logits, for one instruction set: define NLD_ISA (a namespace) and NLD_LANES, then include.
 //
-// Every logit is loaded once, for the running maximum and for the sum of exponentials below it. A new maximum is rare
-// in a long row, so what it takes (find its place, rescale the sums) may be slow.
+// Every logit is loaded once, for the running maximum and for the sum of exponentials relative to it. A new maximum is
+// rare in a long row, so its handling (find its place, rescale the sums) may be slow.
 #pragma once
 
 #include "best_tokens.h"
@@ -22,7 +22,7 @@ inline Vec widened(const float* p) { return load(p); }
 
 inline Vec widened(const BFloat16* p) { return reinterpret_cast<Vec>(load_words(p) << 16); }
 
-// As to_float() does it. AVX2 alone does not promise the instruction.
+// Same conversion as to_float(). AVX2 does not imply the instruction.
 inline Vec widened(const Half* p) {
 #if NLD_LANES == 16
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -35,10 +35,10 @@ inline Vec widened(const Half* p) {
 #endif
 }
 
-constexpr int kVectors = 4;  // that are looked at together
+constexpr int kVectors = 4;  // vectors that are compared together
 constexpr int kStep = kVectors * kLanes;
 
-// Loads `count` logits, at most kStep; minus infinity stands for those that lack.
+// Loads `count` logits, at most kStep, and fills the rest with minus infinity.
 template <class T>
 inline void load_step(const T* from, int64_t count, Vec (&to)[kVectors]) {
     if (count >= kStep) {
@@ -51,7 +51,7 @@ inline void load_step(const T* from, int64_t count, Vec (&to)[kVectors]) {
     for (int i = 0; i < kVectors; ++i) to[i] = load(rest + i * kLanes);
 }
 
-// Where the first of the largest logits lies, or the first NaN.
+// Index of the first of the largest logits, or of the first NaN.
 inline int place_of_largest(const Vec (&logits)[kVectors], const float (&values)[kStep]) {
     int place = 0;
     if (any_above(logits, splat(__builtin_inff()))) {
@@ -86,7 +86,7 @@ inline BestPart search(const T* logits, int64_t count, int64_t first_token) {
             }
             largest = splat(best.largest);
         }
-        if constexpr (kSum) {  // an infinity less itself is NaN, which counts as nothing
+        if constexpr (kSum) {  // infinity minus infinity is NaN, which counts as 0
 #pragma GCC unroll 4
             for (int i = 0; i < kVectors; ++i) sums[i] += exp2<6>((step[i] - largest) * kLog2E);
         }

@@ -1,4 +1,4 @@
-// The operators as torch sees them, by libtorch's stable ABI: one binary serves every torch from 2.10 on.
+// Registers the operators with torch through libtorch's stable ABI: one binary works with every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -88,7 +88,7 @@ const int32_t* ints(const Tensor& tensor, const char* name, int64_t dims, int64_
     return static_cast<const int32_t*>(tensor.data_ptr());
 }
 
-// Everything that a kernel trusts: lengths, page ids, mask kinds.
+// Checks all values that a kernel trusts: lengths, page ids, mask kinds.
 void check_rows(const nld::BlockAttention& call, int64_t tokens, int64_t pages_per_row, int64_t pages) {
     STD_TORCH_CHECK(call.block_starts[0] >= 0, "block_attention: block_starts[0] is ", call.block_starts[0],
                     "; allowed: 0 or more");
@@ -168,7 +168,7 @@ void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, T
                     "block_attention: mask_words must be contiguous");
     call.scale = static_cast<float>(scale);
     check_rows(call, tokens, block_table.size(1), key_pages.size(0));
-    // The workspace lives as long as the thread that calls: an engine calls from one.
+    // The workspace lives as long as the calling thread. An engine calls from one thread.
     thread_local nld::Workspace workspace;
     nld::block_attention(call, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel, workspace);
 }

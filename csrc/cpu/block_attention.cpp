@@ -1,7 +1,17 @@
-// Division of work: the tiles of all items and KV heads form one line, and every thread takes an equal stretch of it.
+// Division of work: all tiles, over items and KV heads, are put in one sequence. Each thread processes a contiguous
+// range of equal cost, so that one long row and many short rows both use all cores.
 //
-// So one long row uses all cores, and many short ones do, too. Where a stretch ends inside an item, both neighbours
-// leave partial sums, which are merged afterwards.
+//    item, KV head    0, 0               0, 1               1, 0               1, 1
+//    tiles           | t0 | t1 | t2 |   | t0 | t1 | t2 |   | t0 | t1 | t2 |   | t0 | t1 | t2 |
+//    threads         |<--------- 0 --------->|<--------- 1 --------->|<--------- 2 --------->|
+//    cost            0 = item 0's start                    item 1's start                total
+//
+// Cost is counted in query rows. Where a range ends inside a head's tiles, the threads keep partial sums: thread 0 as
+// its side 1 (it began item 0, head 1) and thread 1 as its side 0 (an earlier thread began it). After all tiles are
+// done, merge() adds the side 0 of the following threads to a thread's side 1. One thread's memory:
+//
+//    | queries | keys | values | scores | accumulator, maxima, sums | ... of side 0 | ... of side 1 |
+//      packed     one tile each           of the head it works on     Layout::partial() bytes each
 #include "block_attention.h"
 
 #include <algorithm>
@@ -15,7 +25,7 @@ namespace nld {
 
 namespace {
 
-constexpr int kPackingCost = 24;  // packing a tile costs about as much as this many query rows
+constexpr int kPackingCost = 24;  // packing a tile takes about as long as this many query rows
 constexpr size_t kAlign = 64;
 std::atomic<const Isa*> forced{nullptr};
 
@@ -48,13 +58,13 @@ int64_t total_cost(const std::vector<Item>& items, int kv_heads) {
 struct Layout {
     size_t queries, tile, scores, accumulator, maxima, sums;
     explicit Layout(int head_dim) {
-        const size_t dim = padded_dim(head_dim), rows = kMaxQueries + 16;
+        const size_t dim = padded_dim(head_dim), rows = kMaxQueries + kMostRows;
         queries = aligned(rows * dim * sizeof(float));
         tile = aligned(kTile * dim * sizeof(float));
-        scores = aligned(16 * kTile * sizeof(float));
+        scores = aligned(kMostRows * kTile * sizeof(float));
         accumulator = queries;
         maxima = aligned(rows * sizeof(float));
-        sums = aligned(rows * 16 * sizeof(float));
+        sums = aligned(rows * kSumLanes * sizeof(float));
     }
     size_t partial() const { return accumulator + maxima + sums; }
     size_t thread() const { return queries + 2 * tile + scores + 3 * partial(); }
@@ -64,7 +74,7 @@ struct Run {
     const BlockAttention& call;
     const Isa& isa;
     const std::vector<Item>& items;
-    std::vector<Partial>& partials;  // two per thread: of the item it found begun, and of the one it left unfinished
+    std::vector<Partial>& partials;  // two per thread: side 0 and side 1 of the picture above
     Layout layout;
     char* memory;
     int threads;
@@ -92,7 +102,7 @@ struct Run {
     }
 };
 
-// First tile of an item that starts at `place` or behind it on the line.
+// First tile of an item, whose tiles begin at cost `base`, that starts at cost `place` or later.
 int tile_at(const Item& item, int64_t base, int64_t place) {
     const int64_t tiles = (place - base + item.cost - 1) / item.cost;
     return static_cast<int>(std::clamp<int64_t>(place <= base ? 0 : tiles, 0, item.tiles));
@@ -112,7 +122,7 @@ void keep_partial(Run& run, int thread, int side, int item, int head, bool last,
     const size_t rows = partial.queries;
     std::memcpy(partial.accumulator, scratch.accumulator, rows * padded_dim(run.call.head_dim) * sizeof(float));
     std::memcpy(partial.maxima, scratch.maxima, rows * sizeof(float));
-    std::memcpy(partial.sums, scratch.sums, rows * 16 * sizeof(float));
+    std::memcpy(partial.sums, scratch.sums, rows * kSumLanes * sizeof(float));
 }
 
 void work(int thread, void* context) {
@@ -133,9 +143,9 @@ void work(int thread, void* context) {
             if (base >= to) break;
             const int first = tile_at(item, base, from), last = tile_at(item, base, to);
             if (first >= last) continue;
-            run.isa.piece(run.call, item, head, first, last, scratch);
+            run.isa.attend_tiles(run.call, item, head, first, last, scratch);
             if (first == 0 && last == item.tiles) {
-                run.isa.finish(run.call, item, head, scratch);
+                run.isa.write_out(run.call, item, head, scratch);
             } else {
                 keep_partial(run, thread, first == 0 ? 1 : 0, static_cast<int>(index), head, last == item.tiles,
                              scratch);
@@ -148,14 +158,14 @@ void add_partial(const Partial& part, const Scratch& into, int dim) {
     for (int q = 0; q < part.queries; ++q) {
         const float top = std::max(into.maxima[q], part.maxima[q]);
         const float own = std::exp2(into.maxima[q] - top), other = std::exp2(part.maxima[q] - top);
-        float *acc = into.accumulator + q * dim, *sums = into.sums + q * 16;
+        float *acc = into.accumulator + q * dim, *sums = into.sums + q * kSumLanes;
         for (int d = 0; d < dim; ++d) acc[d] = acc[d] * own + part.accumulator[q * dim + d] * other;
-        for (int i = 0; i < 16; ++i) sums[i] = sums[i] * own + part.sums[q * 16 + i] * other;
+        for (int i = 0; i < kSumLanes; ++i) sums[i] = sums[i] * own + part.sums[q * kSumLanes + i] * other;
         into.maxima[q] = top;
     }
 }
 
-// Finish the item that a thread left unfinished, with what the threads after it did of it.
+// Combines the head that a thread left unfinished with the partial sums of the following threads, and writes it.
 void merge(int thread, void* context) {
     Run& run = *static_cast<Run*>(context);
     const Partial& begun = run.partials[2 * thread + 1];
@@ -166,11 +176,11 @@ void merge(int thread, void* context) {
     sum.sums = begun.sums;
     for (int next = thread + 1; next < run.threads; ++next) {
         const Partial& part = run.partials[2 * next];
-        if (part.item < 0) continue;  // a stretch without a tile
+        if (part.item < 0) continue;  // a range without a tile
         add_partial(part, sum, padded_dim(run.call.head_dim));
         if (part.last) break;
     }
-    run.isa.finish(run.call, run.items[begun.item], begun.head, sum);
+    run.isa.write_out(run.call, run.items[begun.item], begun.head, sum);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
-// Block-bidirectional paged attention on CPUs: the arguments, the division of work, and the entry point.
-//
-// Nothing here knows of torch: bindings.cpp fills the structs, and the sanitizer tests use the same entry point.
+// Block-bidirectional paged attention on CPUs: arguments, division of work, and entry point.
+// Independent of torch: bindings.cpp fills the structs, and the sanitizer tests use the same entry point.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +20,7 @@ struct Fresh {
 };
 
 // A view of the cache: [pages, kv_heads, page_size, head_dim], any strides, in elements. In tiled pages tokens lie in
-// groups of `tokens`, and dimensions in groups of `dims`, with strides of their own; elsewhere these are zero.
+// groups of `tokens`, and dimensions in groups of `dims`, with strides of their own. In other pages these are zero.
 struct Pages {
     const void* data;
     DType dtype;
@@ -45,12 +44,12 @@ struct BlockAttention {
     const int32_t* prefix_lens;
     const int32_t* block_starts;
     const int32_t* mask_kinds;
-    const int32_t* mask_words;  // may be null if no row asks for them
+    const int32_t* mask_words;  // may be null if no row uses them
     int mask_width;
     float scale;  // > 0
 };
 
-// Some consecutive query tokens of one row, and the keys that any of them sees: prefix first, then fresh tokens.
+// Consecutive query tokens of one row, and all keys that they attend to: first the prefix, then fresh tokens.
 struct Item {
     int row, first, last;  // tokens of the block
     int prefix, keys;
@@ -58,12 +57,15 @@ struct Item {
     int64_t start;    // cost of all items before it, over all KV heads
 };
 
-constexpr int kTile = 64;  // keys that are multiplied at once: packed keys and values of a tile fit the L1 cache
+constexpr int kTile = 64;  // keys that are multiplied at once; packed keys and values of a tile fit the L1 cache
 
-// Query rows (tokens times grouped heads) of an item: accumulators and queries of an item fit the L2 cache.
+// Most query rows (tokens times grouped heads) of an item, so that its accumulators and queries fit the L2 cache.
 constexpr int kMaxQueries = 256;
 
-// What one thread works in. All pointers are 64-byte aligned.
+// Most rows of a micro kernel, and lanes of the sum of a query's probabilities (one vector of the widest ISA).
+constexpr int kMostRows = 16, kSumLanes = 16;
+
+// Working memory of one thread. All pointers are 64-byte aligned.
 struct Scratch {
     void* queries;  // packed [queries / rows of the micro kernel][padded head_dim / pair][rows][pair]
     void* keys;     // one packed tile
@@ -71,47 +73,47 @@ struct Scratch {
     float* scores;       // [rows of the micro kernel, kTile]
     float* accumulator;  // [queries, padded head_dim]
     float* maxima;       // [queries], in units of log2
-    float* sums;         // [queries, 16], lanes yet to be added
+    float* sums;         // [queries, kSumLanes], not yet added up
 };
 
-// What a thread leaves of an item that others work on, too.
+// A thread's partial result for a head of an item that other threads also work on.
 struct Partial {
     int item = -1, head = 0, queries = 0;
     bool last = false;  // the item ends here
     float *accumulator, *maxima, *sums;
 };
 
-// One instruction set's code for tiles [first, last) of an item.
-using PieceFunction = void (*)(const BlockAttention&, const Item&, int head, int first, int last, const Scratch&);
-// Divide by the sums and write out.
-using FinishFunction = void (*)(const BlockAttention&, const Item&, int head, const Scratch&);
+// Attends to the tiles [first, last) of an item, for one KV head, with one instruction set.
+using AttendFunction = void (*)(const BlockAttention&, const Item&, int head, int first, int last, const Scratch&);
+// Divides by the sums and writes the output.
+using WriteFunction = void (*)(const BlockAttention&, const Item&, int head, const Scratch&);
 
 // Search one segment of one row of logits (best_tokens.h).
 using SegmentFunction = void (*)(const BestTokens&, int64_t row, int64_t segment, BestPart&);
 
 struct Isa {
     const char* name;
-    bool (*available)();  // may be forced
-    bool (*preferred)();  // and is no slower than the next one here
+    bool (*available)();  // this CPU can run it
+    bool (*preferred)();  // available, and at least as fast as the next entry
     bool bfloat16_only;
-    PieceFunction piece;
-    FinishFunction finish;
+    AttendFunction attend_tiles;
+    WriteFunction write_out;
     SegmentFunction segment;
 };
 
-// All that were compiled in, the best one first.
+// All that were compiled in, the fastest first.
 const std::vector<Isa>& instruction_sets();
 
-// The one that calls of this dtype use.
+// The instruction set that calls of this dtype use.
 const Isa& choose_isa(DType dtype);
 
-// Use only the named one (for tests and benchmarks); an empty name goes back to the best. False if it can't be had.
+// Use only the named one (for tests and benchmarks). An empty name restores the default. False if unavailable.
 bool force_isa(const char* name);
 
 // Runs body(0) .. body(count - 1), each exactly once, possibly at the same time.
 using ParallelFor = void (*)(int count, void (*body)(int, void*), void* context);
 
-// Memory that outlives calls, so that a call allocates only when it is the largest so far.
+// Memory that is kept between calls, so that a call allocates only if it is the largest so far.
 class Workspace {
   public:
     Workspace() = default;

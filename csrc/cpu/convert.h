@@ -1,6 +1,5 @@
-// Conversions between the dtypes of tensors and the two that are computed with.
-//
-// Included by the kernels' headers only, inside the namespace of an instruction set.
+// Conversions between the dtypes of tensors and the two dtypes of the computation.
+// Included only by the kernels' headers, inside the namespace of an instruction set.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +29,7 @@ inline float to_float(BFloat16 x) {
     return y;
 }
 
-// Shifts the value into a float's exponent and mantissa, and corrects the bias by a multiplication, which is exact.
+// Shifts the value into a float's exponent and mantissa, and corrects the bias by an exact multiplication.
 inline float widen(uint32_t magnitude, int mantissa, int bias, bool negative) {
     const uint32_t bits = magnitude << (23 - mantissa);
     float y;

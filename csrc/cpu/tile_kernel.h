@@ -2,7 +2,7 @@
 //
 // Per item: pack the queries once. Per tile: pack 64 keys and values so that a product reads them in order, then for a
 // few query rows at a time: scores = Q K^T, online softmax, accumulator += P V. Keys and values come from cache pages
-// and from the fresh tokens, which simply continue the prefix.
+// and from the fresh tokens, which continue the prefix.
 #pragma once
 
 #include "tile_math.h"
@@ -10,7 +10,7 @@
 
 namespace nld::NLD_ISA {
 
-// Which of the 64 keys from `first` on a query sees.
+// Mask of the 64 keys from `first` on that a query attends to.
 inline uint64_t visible(const BlockAttention& call, const Item& item, int query, int first) {
     auto below = [](int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; };
     const uint64_t prefix = below(int64_t{item.prefix} - first);
@@ -45,7 +45,7 @@ inline bool all_visible(const BlockAttention& call, const Item& item, int first)
     }
 }
 
-// Turns the scores of up to kRows queries into probabilities, and rescales what was accumulated where a maximum rose.
+// Turns the scores of up to kRows queries into probabilities, and rescales the accumulator where a maximum grew.
 template <class Math>
 inline void softmax(float* scores, int rows, float scale, float* maxima, float* sums, float* accumulator, int dim) {
     constexpr int kVectors = kTile / kLanes;
@@ -58,11 +58,12 @@ inline void softmax(float* scores, int rows, float scale, float* maxima, float* 
         if (now > old) {
             maxima[i] = now;
             const Vec shrink = exp2<6>(splat(old - now));
-            for (int j = 0; j < 16; j += kLanes) store(sums + i * 16 + j, load(sums + i * 16 + j) * shrink);
+            for (int j = 0; j < kSumLanes; j += kLanes)
+                store(sums + i * kSumLanes + j, load(sums + i * kSumLanes + j) * shrink);
             float* acc = accumulator + i * dim;
             for (int d = 0; d < dim; d += kLanes) store(acc + d, load(acc + d) * shrink);
         }
-        // Probabilities take the place of the scores that they come from: they are never larger.
+        // Probabilities overwrite the scores that they are made of, because they never take more space.
         auto* out = reinterpret_cast<typename Math::Element*>(row);
         Vec sum{};
 #pragma GCC unroll 16
@@ -71,7 +72,7 @@ inline void softmax(float* scores, int rows, float scale, float* maxima, float* 
             sum += p;
             Math::store(out + j * kLanes, p);
         }
-        store(sums + i * 16, load(sums + i * 16) + sum);
+        store(sums + i * kSumLanes, load(sums + i * kSumLanes) + sum);
     }
 }
 
@@ -79,7 +80,7 @@ template <class Math, class PageT, class FreshT>
 struct Kernel {
     using Element = typename Math::Element;
     static constexpr int kRows = Math::kRows, kPair = Math::kPair;
-    static constexpr float kLowest = -1e30f;  // finite, so that a row that sees nothing yet stays free of NaN
+    static constexpr float kLowest = -1e30f;  // finite, so that a row without visible keys has no NaN
 
     static int queries_of(const BlockAttention& call, const Item& item) {
         return (item.last - item.first) * (call.heads / call.kv_heads);
@@ -98,14 +99,14 @@ struct Kernel {
                 to[d / kPair * kRows * kPair + d % kPair] = element_of<Math>(from[d], 1.0f);
         }
         for (int q = 0; q < padded; ++q) s.maxima[q] = kLowest;
-        std::memset(s.sums, 0, sizeof(float) * padded * 16);
+        std::memset(s.sums, 0, sizeof(float) * padded * kSumLanes);
         std::memset(s.accumulator, 0, sizeof(float) * padded * dim);
     }
 
     static void load_tile(const BlockAttention& call, const Item& item, int head, int first, const Scratch& s) {
         const int count = least(kTile, item.keys - first), dim = padded_dim(call.head_dim);
         auto *keys = static_cast<Element*>(s.keys), *values = static_cast<Element*>(s.values);
-        if (count < kTile) {  // what lies behind the last key is multiplied, too, by a probability of zero
+        if (count < kTile) {  // rows after the last key are also multiplied, by a probability of 0
             std::memset(static_cast<void*>(keys), 0, sizeof(Element) * kTile * dim);
             std::memset(static_cast<void*>(values), 0, sizeof(Element) * kTile * dim);
         }
@@ -127,14 +128,15 @@ struct Kernel {
         return next;
     }
 
-    static void attend(const BlockAttention& call, const Item& item, int first, Prefetcher next, const Scratch& s) {
+    static void attend_tile(const BlockAttention& call, const Item& item, int first, Prefetcher next,
+                            const Scratch& s) {
         const int count = queries_of(call, item), group = call.heads / call.kv_heads, dim = padded_dim(call.head_dim);
         const float scale = call.scale * 1.44269504089f;
         const bool masked = !all_visible(call, item, first);
         const auto *queries = static_cast<const Element*>(s.queries), *keys = static_cast<const Element*>(s.keys),
                    *values = static_cast<const Element*>(s.values);
         const int lines = next.lines() * kRows / count + 1;
-        // Of the last tile, only what there is: behind it, scores are hidden and probabilities zero.
+        // Skip absent keys in the last tile: their scores are masked and their probabilities 0.
         const int present = least(kTile, item.keys - first);
         const int columns = (present + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
         for (int q = 0; q < count; q += kRows) {
@@ -145,7 +147,7 @@ struct Kernel {
                                                             call.head_dim / kPair, s.scores + column, kTile);
             if (masked) hide(call, item, q, rows, group, first, s.scores);
             float* accumulator = s.accumulator + q * dim;
-            softmax<Math>(s.scores, rows, scale, s.maxima + q, s.sums + q * 16, accumulator, dim);
+            softmax<Math>(s.scores, rows, scale, s.maxima + q, s.sums + q * kSumLanes, accumulator, dim);
             for (int column = 0; column < dim; column += 2 * kLanes)
                 multiply<Math, true, kTile * sizeof(float) / sizeof(Element), kPair>(
                     reinterpret_cast<const Element*>(s.scores), values + column * kPair, dim,
@@ -164,22 +166,23 @@ struct Kernel {
         }
     }
 
-    static void piece(const BlockAttention& call, const Item& item, int head, int first, int last, const Scratch& s) {
+    static void attend_tiles(const BlockAttention& call, const Item& item, int head, int first, int last,
+                             const Scratch& s) {
         load_queries(call, item, head, s);
-        if (call.head_dim % 32 != 0)  // columns behind the head's dimensions are computed, and dropped
+        if (call.head_dim % 32 != 0)  // columns after head_dim are computed and dropped
             std::memset(s.values, 0, sizeof(Element) * kTile * padded_dim(call.head_dim));
-        std::memset(s.scores, 0, sizeof(float) * 16 * kTile);
+        std::memset(s.scores, 0, sizeof(float) * kMostRows * kTile);
         for (int tile = first; tile < last; ++tile) {
             load_tile(call, item, head, tile * kTile, s);
-            attend(call, item, tile * kTile, next_tile(call, item, head, (tile + 1) * kTile, tile + 1 == last), s);
+            attend_tile(call, item, tile * kTile, next_tile(call, item, head, (tile + 1) * kTile, tile + 1 == last), s);
         }
     }
 
-    static void finish(const BlockAttention& call, const Item& item, int head, const Scratch& s) {
+    static void write_out(const BlockAttention& call, const Item& item, int head, const Scratch& s) {
         const int group = call.heads / call.kv_heads, dim = padded_dim(call.head_dim), count = queries_of(call, item);
         for (int q = 0; q < count; ++q) {
             float sum = 0;
-            for (int i = 0; i < 16; ++i) sum += s.sums[q * 16 + i];
+            for (int i = 0; i < kSumLanes; ++i) sum += s.sums[q * kSumLanes + i];
             const float factor = sum > 0 ? 1 / sum : (sum == 0 ? 0.0f : sum);  // a NaN stays one
             const int64_t token = call.block_starts[item.row] + item.first + q / group;
             FreshT* to = static_cast<FreshT*>(call.output.data) + token * call.output.token +
@@ -204,7 +207,7 @@ void with_page_type(const BlockAttention& call, Do&& run) {
 
 template <class Do>
 void with_kernel(const BlockAttention& call, Do&& run) {
-#if defined(NLD_BFLOAT16_PAIRS)  // chosen for no other dtype
+#if defined(NLD_BFLOAT16_PAIRS)  // used for no other dtype
     return with_page_type<BFloat16Math, BFloat16>(call, run);
 #else
     switch (call.dtype) {
@@ -218,12 +221,13 @@ void with_kernel(const BlockAttention& call, Do&& run) {
 #endif
 }
 
-inline void piece(const BlockAttention& call, const Item& item, int head, int first, int last, const Scratch& s) {
-    with_kernel(call, [&](auto kernel) { kernel.piece(call, item, head, first, last, s); });
+inline void attend_tiles(const BlockAttention& call, const Item& item, int head, int first, int last,
+                         const Scratch& s) {
+    with_kernel(call, [&](auto kernel) { kernel.attend_tiles(call, item, head, first, last, s); });
 }
 
-inline void finish(const BlockAttention& call, const Item& item, int head, const Scratch& s) {
-    with_kernel(call, [&](auto kernel) { kernel.finish(call, item, head, s); });
+inline void write_out(const BlockAttention& call, const Item& item, int head, const Scratch& s) {
+    with_kernel(call, [&](auto kernel) { kernel.write_out(call, item, head, s); });
 }
 
 }  // namespace nld::NLD_ISA

@@ -1,6 +1,5 @@
 // Products of a few query rows with packed keys or values, for one instruction set.
-//
-// Included by tile_kernel.h only.
+// Included only by tile_kernel.h.
 #pragma once
 
 #include "block_attention.h"
@@ -13,7 +12,7 @@ namespace nld::NLD_ISA {
 struct Float32Math {
     using Element = float;
     using Operand = Vec;
-    static constexpr int kPair = 1;  // elements of the summed dimension that lie side by side
+    static constexpr int kPair = 1;  // adjacent elements of the summed dimension
     static constexpr int kTerms = 6;
 #if NLD_LANES == 16
     static constexpr int kRows = 8;
@@ -50,9 +49,9 @@ struct BFloat16Math {
 };
 #endif
 
-// c[kRows][2 vectors] (+)= a[kRows][steps * kPair] * b, where b is packed [steps][width][kPair]. Rows and steps of a
-// lie kRow and kStep elements apart, known when compiled: a loop that computes addresses asks for more loads than
-// products.
+// c[kRows][2 vectors] (+)= a[kRows][steps * kPair] * b, where b is packed [steps][width][kPair]. Rows and steps of `a`
+// lie kRow and kStep elements apart. These are template arguments, so that the compiler folds the addresses: with
+// run-time strides the loop was bound by loads.
 template <class Math, bool kAdd, int kRow, int kStep>
 inline void multiply(const typename Math::Element* a, const typename Math::Element* b, int width, int steps, float* c,
                      int c_stride) {

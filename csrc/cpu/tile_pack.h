@@ -1,7 +1,5 @@
-// Finding the tokens of a tile in pages and among fresh tokens, asking for them ahead, and packing them, for one
-// instruction set.
-//
-// Included by tile_kernel.h only.
+// Finds the tokens of a tile in pages and among fresh tokens, prefetches them, and packs them, for one instruction set.
+// Included only by tile_kernel.h.
 #pragma once
 
 #include <type_traits>
@@ -10,22 +8,22 @@
 
 namespace nld::NLD_ISA {
 
-// The library's templates would be shared by all instruction sets, compiled for whichever the linker keeps.
+// Not the library's templates: all instruction sets would share the one copy that the linker keeps.
 template <class T>
 inline T least(T a, T b) {
     return b < a ? b : a;
 }
 
-// Where `count` tokens of a tile lie, one head of them: tokens and dimensions at any strides, in elements.
+// Location of `count` tokens of a tile, for one head: tokens and dimensions at any strides, in elements.
 template <class T>
 struct Run {
     const T* data;
     int64_t token, dim;
     int count;
     float scale;
-    const Pages* tiles = nullptr;  // set where neighbouring tokens or dimensions lie in groups
+    const Pages* tiles = nullptr;  // set if adjacent tokens or dimensions lie in groups
 
-    // Where one element lies, in tiles.
+    // Address of one element, in tiles.
     const T* at(int t, int d) const {
         return data + t / tiles->tokens * tiles->token_group + t % tiles->tokens * token +
                d / tiles->dims * tiles->dim_group + d % tiles->dims * dim;
@@ -41,14 +39,14 @@ inline typename Math::Element element_of(T x, float scale) {
     }
 }
 
-// One pair (or single) of summed elements, as the packed layout holds it.
+// One pair (or single) of summed elements in the packed layout.
 template <class Math, class T>
 inline void put(typename Math::Element* to, const T* from, int64_t stride, bool second, float scale) {
     to[0] = element_of<Math>(from[0], scale);
     if constexpr (Math::kPair == 2) to[1] = second ? element_of<Math>(from[stride], scale) : typename Math::Element{};
 }
 
-// Packs two neighbouring lines of the summed dimension, `count` pairs of elements that are contiguous in each.
+// Packs two adjacent lines of the summed dimension, `count` pairs of elements that are contiguous in each.
 template <class Math, class T>
 inline void interleave(typename Math::Element* to, const T* a, const T* b, int count, float scale) {
     int i = 0;
@@ -71,7 +69,7 @@ inline void interleave(typename Math::Element* to, const T* a, const T* b, int c
     }
 }
 
-// 16 pairs that lie together become two lines of 16 where products are of single elements, and stay pairs otherwise.
+// 16 adjacent pairs become two lines of 16 if products use single elements, and stay pairs otherwise.
 template <class Math, class T>
 inline void unzip(const T* from, typename Math::Element* first, typename Math::Element* second, float scale) {
     if constexpr (Math::kPair == 2) {
@@ -84,8 +82,8 @@ inline void unzip(const T* from, typename Math::Element* first, typename Math::E
     }
 }
 
-// Tiles of 16 tokens by 2 dimensions (keys) or 2 tokens by 16 dimensions (values), as AMX products want them. What is
-// no whole tile is copied element by element: behind the prefix, a tile may hold anything.
+// Tiles of 16 tokens by 2 dimensions (keys) or 2 tokens by 16 dimensions (values), the layout for AMX products. Partial
+// tiles are copied element by element, because after the prefix a tile may hold anything.
 template <class Math, class T>
 void pack_tiled_keys(typename Math::Element* keys, int place, const Run<T>& run, int head_dim) {
     constexpr int kPair = Math::kPair;
@@ -131,7 +129,7 @@ template <class Math, class T>
 void pack_keys(typename Math::Element* keys, int place, const Run<T>& run, int head_dim) {
     constexpr int kPair = Math::kPair;
     if (run.tiles != nullptr) return pack_tiled_keys<Math>(keys, place, run, head_dim);
-    if (run.token == 1) {  // column-major pages: neighbours in memory are neighbours in the tile
+    if (run.token == 1) {  // column-major pages: adjacent in memory and in the tile
         for (int d = 0; d < head_dim; d += kPair) {
             auto* to = keys + (d / kPair * kTile + place) * kPair;
             const T* from = run.data + d * run.dim;
@@ -139,7 +137,7 @@ void pack_keys(typename Math::Element* keys, int place, const Run<T>& run, int h
         }
         return;
     }
-    for (int t0 = 0; t0 < run.count; t0 += 8) {  // by eights: what is written stays in the L1 cache
+    for (int t0 = 0; t0 < run.count; t0 += 8) {  // groups of 8, so that written lines stay in the L1 cache
         const int t1 = least(run.count, t0 + 8);
         for (int d = 0; d < head_dim; d += kPair) {
             auto* to = keys + (d / kPair * kTile + place) * kPair;
@@ -173,7 +171,7 @@ void pack_values(typename Math::Element* values, int place, const Run<T>& run, i
     }
 }
 
-// Calls use(run, place) for each stretch of tokens [first, first + count) of an item that lies together in memory.
+// Calls use(run, place) for each run of tokens [first, first + count) of an item that is contiguous in memory.
 template <class PageT, class FreshT, class Use>
 inline void for_each_run(const BlockAttention& call, const Item& item, const Pages& pages, const Fresh& fresh, int head,
                          int first, int count, Use&& use) {
@@ -183,7 +181,7 @@ inline void for_each_run(const BlockAttention& call, const Item& item, const Pag
             const int page = t / call.page_size, place = t % call.page_size;
             const int n = least(least(call.page_size - place, item.prefix - t), end - t);
             const int64_t id = call.block_table[item.row * call.table_stride + page];
-            // Tiles and pages begin where groups do, so a run does, too.
+            // Tiles and pages begin at group boundaries, so runs do as well.
             const int64_t offset = pages.tiled() ? place / pages.tokens * pages.token_group : place * pages.token;
             const PageT* data = static_cast<const PageT*>(pages.data) + id * pages.page + head * pages.head + offset;
             use(Run<PageT>{data, pages.token, pages.dim, n, pages.scale, pages.tiled() ? &pages : nullptr}, t - first);
@@ -197,8 +195,8 @@ inline void for_each_run(const BlockAttention& call, const Item& item, const Pag
     }
 }
 
-// Asks for a tile's lines in memory, a few at a time between products: pages lie anywhere, hardware prefetchers do not
-// follow block tables, and a core waits if it is asked for all at once.
+// Prefetches a tile's cache lines, a few at a time between products. Pages lie anywhere, hardware prefetchers do not
+// follow block tables, and a core stalls if all lines are requested at once.
 class Prefetcher {
   public:
     template <class T>

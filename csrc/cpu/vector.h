@@ -1,6 +1,5 @@
-// Vectors of NLD_LANES floats by the compiler's vector extension: one source for every instruction set.
-//
-// Included by the kernels' headers only, inside the namespace of an instruction set.
+// Vectors of NLD_LANES floats with the compiler's vector extension: one source for every instruction set.
+// Included only by the kernels' headers, inside the namespace of an instruction set.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +14,7 @@ constexpr int kLanes = NLD_LANES;
 typedef float Vec __attribute__((vector_size(4 * NLD_LANES)));
 typedef int32_t IVec __attribute__((vector_size(4 * NLD_LANES)));
 
-// `Vec{} + x` would be an addition for the compiler, since it turns a negative zero into a positive one.
+// Not `Vec{} + x`: the compiler must keep that addition, because it turns a negative zero into a positive one.
 inline Vec splat(float x) {
 #if NLD_LANES == 16
     return _mm512_set1_ps(x);
@@ -57,7 +56,7 @@ inline float reduce_max(Vec v) {
 #endif
 }
 
-// Whether any lane is above the bound's, or NaN.
+// Whether any lane is above the bound, or NaN.
 template <int kCount>
 inline bool any_above(const Vec (&vectors)[kCount], Vec bound) {
 #if NLD_LANES == 16

@@ -1,5 +1,5 @@
-// accept_prefix: one CTA. A thread per row counts what is accepted; the CTA sums the counts up over all rows; every
-// thread copies its row's tokens to their place.
+// accept_prefix: one CTA. One thread per row counts the accepted drafts, the CTA sums the counts over all rows, and
+// every thread copies its row's tokens to their place.
 #pragma once
 
 #include "nld_cuda.h"
@@ -48,7 +48,7 @@ accept_prefix(const NLD_GRID_CONSTANT NldAcceptPrefix params) {
         const int row = first + thread_index();
         const bool any = row < params.rows;
         const int start = any ? params.starts[row] : 0, length = any ? params.starts[row + 1] - start : 0;
-        const int64_t* targets = params.targets + start + row;  // read only where there is a row
+        const int64_t* targets = params.targets + start + row;  // read only if the row exists
         const int accepted = any ? count_accepted(params.drafts + start, targets, length) : 0;
         const int64_t end = packed + sum_up_to_thread(any ? accepted + 1 : 0, totals);
         if (any) {
@@ -58,7 +58,7 @@ accept_prefix(const NLD_GRID_CONSTANT NldAcceptPrefix params) {
             for (int i = 0; i <= accepted; ++i) params.tokens[end - accepted - 1 + i] = targets[i];
         }
         packed += totals[kAcceptWarps];
-        sync_threads();  // totals are read; the next round may overwrite them
+        sync_threads();  // all threads have read the totals; the next round may overwrite them
     }
     if (thread_index() == 0) params.token_starts[0] = 0;
     const int64_t all = static_cast<int64_t>(params.drafts_total) + params.rows;

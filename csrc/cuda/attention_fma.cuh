@@ -16,7 +16,7 @@ struct FmaKernel {
     using Shape = FmaShape<kHead>;
     using Layout = TileLayout<float, kHead>;
     static constexpr int kQueries = Shape::kQueriesPerWarp;
-    static constexpr int kColumns = kHead / 32;  // of the output, per lane
+    static constexpr int kColumns = kHead / 32;  // output columns per lane
 
     struct Shared {
         char* queries;
@@ -90,7 +90,7 @@ struct FmaKernel {
         }
     }
 
-    // Weights go to shared memory: other lanes need them.
+    // Weights go to shared memory, because other lanes need them.
     NLD_DEVICE static void update_softmax(float (&scores)[kQueries], float (&maxima)[kQueries],
                                           float (&totals)[kQueries], float (&sums)[kQueries][kColumns], float factor,
                                           char* weights) {
@@ -176,7 +176,7 @@ struct FmaKernel {
 #pragma unroll 1
         for (int index = 0; index < work.tiles.count(); ++index) {
             const Tile tile = work.tiles.at(index, Shape::kN);
-            sync_threads();  // nobody reads the tile before any more
+            sync_threads();  // no thread reads the previous tile any more
             load_keys_and_values(params, work, tile, shared);
             copy_async_commit();
             copy_async_wait<0>();
@@ -187,7 +187,7 @@ struct FmaKernel {
 #pragma unroll
             for (int i = 0; i < kQueries; ++i) scores[i] *= scale;
             if (needs_mask<Shape::kN>(work, tile)) mask_scores(params, work, tile, scores);
-            // At the first fresh tile, sums are of cached values only, which v_scale multiplies.
+            // At the first fresh tile, the sums contain only cached values, which v_scale multiplies.
             const float factor = index == work.tiles.prefix_tiles ? params.v_scale : 1.0f;
             update_softmax(scores, maxima, totals, sums, factor, shared.weights);
             multiply_values(shared, sums);

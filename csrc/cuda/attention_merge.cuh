@@ -1,4 +1,4 @@
-// Puts the splits of a prefix together: one warp per folded query.
+// Combines the splits of a prefix: one warp per folded query.
 #pragma once
 
 #include "attention_params.h"
@@ -34,7 +34,7 @@ attention_merge(const NLD_GRID_CONSTANT AttentionParams params) {
     for (int split = 0; split < workspace.splits; ++split) {
         const int64_t place = entry + static_cast<int64_t>(split) * workspace.queries;
         const float* statistics = params.partials + workspace.statistics(place);
-        if (statistics[1] == 0.0f) continue;  // saw nothing, and wrote no sums
+        if (statistics[1] == 0.0f) continue;  // saw no keys and wrote no sums
         const float weight = exp2_fast(statistics[0] - base);
         sum += weight * statistics[1];
 #pragma unroll

@@ -1,6 +1,6 @@
 // Attention of 16-bit types on tensor cores (mma.sync m16n8k16). One CTA: kM folded queries of one row and KV head, and
-// one split of the row's keys. Each warp owns 16 queries; keys and values of kN tokens a tile go through kStages stages
-// of shared memory.
+// one split of the row's keys. Each warp owns 16 queries; keys and values of kN tokens per tile go through kStages
+// stages of shared memory.
 //
 // Fragments: of a 16 x 8 accumulator, lane l holds rows l / 4 and l / 4 + 8, columns 2 * (l % 4) and the next one:
 // {[row][column], [row][column + 1], [row + 8][column], [row + 8][column + 1]}.
@@ -45,7 +45,7 @@ struct MmaKernel {
         load_tile<T, kHead, Shape::kM, Shape::kThreads>(shared, source, params.head_size);
     }
 
-    // Two groups: keys, values. Behind the last tile they are empty, so that counting groups stays simple.
+    // Two groups: keys, values. After the last tile they are empty, so that the count of groups stays simple.
     NLD_DEVICE static void load_keys_and_values(const AttentionParams& params, const Work& work, char* shared,
                                                 int index) {
         const bool any = index < work.tiles.count();
@@ -97,7 +97,7 @@ struct MmaKernel {
         }
     }
 
-    // sums += weights values. Accumulators of two neighbouring key tiles are, packed, the operand of 16 keys.
+    // sums += weights values. The packed accumulators of two adjacent key tiles are the operand of 16 keys.
     NLD_DEVICE static void multiply_values(const char* tile, const float (&weights)[kKeyTiles][4],
                                            float (&sums)[kHeadTiles][4]) {
         const int lane = thread_index() % 32;
@@ -128,7 +128,7 @@ struct MmaKernel {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int query = first_query(work) + 8 * half;
-            const int token = least(query, work.queries - 1) / params.group;  // queries behind the last are discarded
+            const int token = least(query, work.queries - 1) / params.group;  // queries after the last are discarded
             uint32_t word = 0;
 #pragma unroll
             for (int key_tile = 0; key_tile < kKeyTiles; ++key_tile) {
@@ -144,7 +144,7 @@ struct MmaKernel {
         }
     }
 
-    // Turns scaled scores into weights. Returns in `shrink` what sums over earlier keys are to be multiplied with.
+    // Turns scaled scores into weights. `shrink` returns the factor for sums over earlier keys.
     NLD_DEVICE static void update_softmax(float (&scores)[kKeyTiles][4], Softmax& state, float (&shrink)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -249,7 +249,7 @@ struct MmaKernel {
             const Tile tile = work.tiles.at(index, Shape::kN);
             const int stage = index % kStages;
             copy_async_wait<2 * kStages - 3>();
-            sync_threads();  // these keys are there, and the stage of the tile before is free
+            sync_threads();  // these keys have arrived, and the previous tile's stage is free
             if constexpr (Shape::kQueryInRegisters) {
                 if (index == 0) {
 #pragma unroll
@@ -269,14 +269,14 @@ struct MmaKernel {
             if (needs_mask<Shape::kN>(work, tile)) mask_scores(params, work, tile, scores);
             float shrink[2];
             update_softmax(scores, state, shrink);
-            if (index == work.tiles.prefix_tiles) {  // sums so far are of cached values, later ones of fresh values
+            if (index == work.tiles.prefix_tiles) {  // sums so far contain cached values, later ones fresh values
                 shrink[0] *= params.v_scale;
                 shrink[1] *= params.v_scale;
             }
             scale_sums(sums, shrink);
 
             copy_async_wait<2 * kStages - 2>();
-            sync_threads();  // these values are there
+            sync_threads();  // these values have arrived
             multiply_values(values(shared, stage), scores, sums);
         }
         copy_async_wait<0>();

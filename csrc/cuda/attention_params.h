@@ -1,4 +1,4 @@
-// What the attention kernels are given, and what the launcher's parts tell each other.
+// Parameters of the attention kernels, and data that the launcher's parts exchange.
 #pragma once
 
 #include "nld_cuda.h"
@@ -6,7 +6,7 @@
 
 namespace nld {
 
-// How a tile comes to shared memory.
+// How a tile is copied to shared memory.
 enum LoadPath {
     kLoadAsync = 0,   // 16 bytes at a time by cp.async: same type, contiguous, aligned
     kLoadFloat8 = 1,  // one chunk of float8 at a time, converted: contiguous, aligned

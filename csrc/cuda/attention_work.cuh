@@ -1,4 +1,4 @@
-// What a CTA of either attention kernel has to do, and where its results go.
+// The work of a CTA of either attention kernel, and where its results go.
 #pragma once
 
 #include "attention_params.h"
@@ -37,7 +37,7 @@ NLD_DEVICE Work find_work(const AttentionParams& params) {
     return work;
 }
 
-// A word of the mask of the query at `token` of the row's block; nothing is seen where there is no word.
+// A word of the mask of the query at `token` of the row's block; without a word, nothing is visible.
 NLD_DEVICE uint32_t mask_word(const AttentionParams& params, const Work& work, int token, int key_token) {
     const int word = key_token / 32;
     if (work.mask_kind != kMaskWords || word >= params.mask_width) return 0;

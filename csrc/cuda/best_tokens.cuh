@@ -12,7 +12,7 @@ constexpr int kBestWarps = kBestThreads / 32;
 constexpr int kBestSegment = 4096;  // logits: 32 a thread
 constexpr float kLog2E = 1.44269504089f;
 
-// What some of a row's logits come to.
+// Result for some of a row's logits.
 struct alignas(16) BestPart {
     float largest;  // NaN if any is
     int token;      // the first one with the largest logit, or the first one that is NaN
@@ -28,7 +28,7 @@ struct BestParams {
     float* normalisers;  // or null
     int vocab;
     int segments;
-    bool aligned;  // whether every row begins at a multiple of 16 bytes
+    bool aligned;  // every row begins at a multiple of 16 bytes
 };
 
 NLD_HOST_DEVICE bool precedes(const BestPart& a, const BestPart& b) {
@@ -37,7 +37,7 @@ NLD_HOST_DEVICE bool precedes(const BestPart& a, const BestPart& b) {
     return a.largest > b.largest || (a.largest == b.largest && a.token < b.token);
 }
 
-// A part's sum relative to a logit that is no smaller. Minus infinity less itself would be NaN.
+// A part's sum relative to a logit that is at least as large. Minus infinity minus itself would be NaN.
 NLD_DEVICE float sum_relative_to(float largest, const BestPart& part) {
     return part.largest == minus_infinity() ? 0.0f : part.sum * exp2_fast((part.largest - largest) * kLog2E);
 }
@@ -48,7 +48,7 @@ NLD_DEVICE BestPart combined(const BestPart& a, const BestPart& b) {
     return {largest, second ? b.token : a.token, sum_relative_to(largest, a) + sum_relative_to(largest, b)};
 }
 
-// Every lane gets the warp's.
+// Every lane gets the warp's result.
 NLD_DEVICE BestPart combined_over_warp(BestPart part) {
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) {
@@ -91,7 +91,7 @@ NLD_DEVICE LogitChunk load_logits(const T* row, int first, int vocab, bool align
     return chunk;
 }
 
-// What this thread's logits of a segment come to. All loads are under way before the first logit is looked at.
+// Result for this thread's logits of a segment. All loads are issued before the first logit is used.
 template <typename T, bool kSum>
 NLD_DEVICE BestPart search_segment(const BestParams& params, const T* row, int segment) {
     constexpr int kChunk = 16 / static_cast<int>(sizeof(T)), kStep = kBestThreads * kChunk;
@@ -144,7 +144,7 @@ best_row(const NLD_GRID_CONSTANT BestParams params) {
     params.tokens[row] = best.token;
     params.largest[row] = best.largest;
     if (params.normalisers == nullptr) return;
-    // An infinity or NaN is all of the sum.
+    // An infinity or NaN replaces the whole sum.
     params.normalisers[row] = is_finite(best.largest) ? best.largest + natural_log(best.sum) : best.largest;
 }
 

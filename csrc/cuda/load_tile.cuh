@@ -1,5 +1,5 @@
-// From global memory to a tile in shared memory. Rows and columns that do not exist become zeros: unused slots of a
-// page may hold NaN, and NaN times a weight of 0 would be NaN.
+// Loads a tile from global to shared memory. Absent rows and columns become zeros, because unused slots of a page may
+// hold NaN, and NaN times a weight of 0 would be NaN.
 #pragma once
 
 #include "attention_params.h"
@@ -117,14 +117,14 @@ NLD_DEVICE Chunk convert_float8(const char* address, int type) {
     return chunk;
 }
 
-// All threads of the block copy kRows rows. Asynchronous copies still have to be committed and waited for, and threads
-// to be synchronised.
+// All threads of the block copy kRows rows. The caller must commit and await asynchronous copies, and synchronize the
+// threads.
 template <typename T, int kHead, int kRows, int kThreads, typename Source>
 NLD_DEVICE void load_tile(char* tile, const Source& source, int head_size) {
     using Layout = TileLayout<T, kHead>;
     constexpr int kTotal = kRows * Layout::kChunks;
     static_assert(kTotal % kThreads == 0, "every thread copies equally many chunks");
-    [[maybe_unused]] constexpr int kUnroll = kHead > 192 ? 1 : 4;  // addresses at once; more cost registers
+    [[maybe_unused]] constexpr int kUnroll = kHead > 192 ? 1 : 4;  // addresses at once; more would take more registers
     const int thread = thread_index();
     if (source.path == kLoadAsync) {
 #pragma unroll kUnroll

@@ -15,7 +15,7 @@ extern "C" {
 
 enum NldType { NLD_FLOAT32 = 0, NLD_BFLOAT16 = 1, NLD_FLOAT16 = 2, NLD_FLOAT8_E4M3 = 3, NLD_FLOAT8_E5M2 = 4 };
 
-// What functions return: 0, one of these, or (positive) a cudaError_t.
+// Return values of functions: 0, one of these, or (positive) a cudaError_t.
 enum NldError {
     NLD_OK = 0,
     NLD_BAD_TYPE = -1,
@@ -61,7 +61,7 @@ struct NldBlockAttention {
     float k_scale;
     float v_scale;
     int32_t split_limit;  // most splits of a prefix; 0: the operator chooses
-    void* workspace;      // device memory, aligned to 16 bytes; may be null when no bytes are asked for
+    void* workspace;      // device memory, aligned to 16 bytes; may be null if no bytes are needed
     size_t workspace_bytes;
 };
 
@@ -99,7 +99,7 @@ struct NldMoveKv {
     int32_t page_size;
     int32_t head_size;
     int32_t element_bytes;  // 1, 2 or 4
-    int32_t vector_bytes;   // what nld_move_kv_vector_bytes said of these caches; element_bytes is always right
+    int32_t vector_bytes;   // result of nld_move_kv_vector_bytes for these caches; element_bytes is always valid
 };
 
 // The widest access that suits all caches: 16, or element_bytes. Takes a HOST array; call once per set of caches.
@@ -111,7 +111,7 @@ struct NldBestTokens {
     int64_t row_stride;  // counts elements
     int64_t* tokens;     // [rows]
     float* largest;      // [rows]
-    float* normalisers;  // [rows], or null if they are not wanted
+    float* normalisers;  // [rows], or null if not needed
     int32_t rows;
     int32_t vocab;
     int32_t type;     // NldType of the logits: not a float8 one
@@ -123,7 +123,7 @@ struct NldBestTokens {
 int nld_best_tokens_workspace(const struct NldBestTokens* call, size_t* bytes);
 int nld_best_tokens(const struct NldBestTokens* call, cudaStream_t stream);
 
-// A static text for what a function above returned.
+// A static text for a return value of the functions above.
 const char* nld_cuda_message(int status);
 
 // 1 when this library is the emulation on the CPU that the tests build (tests/kernels/cuda_host), 0 when it is CUDA.

@@ -14,7 +14,7 @@ NLD_HOST_DEVICE int least(int a, int b) { return a < b ? a : b; }
 NLD_HOST_DEVICE int most(int a, int b) { return a > b ? a : b; }
 NLD_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Queries: those of one row and one KV head are folded into one dimension, all heads of a token side by side.
+// Queries of one row and one KV head are folded into one dimension, with all heads of a token side by side.
 
 struct FoldedQuery {
     int token;   // within the row's block
@@ -108,16 +108,16 @@ inline Workspace workspace(int rows, int kv_heads, int splits, int queries, int 
 
 // Softmax in base 2 over keys that come piece by piece.
 
-// What sums over earlier keys are multiplied with when the maximum grows. Nothing seen so far (-inf) gives 0.
+// Factor for sums over earlier keys when the maximum grows. If no key was visible so far (-inf), 0.
 NLD_HOST_DEVICE float softmax_base(float maximum) { return maximum == minus_infinity() ? 0.0f : maximum; }
 
 // The launch.
 
-constexpr int kTokensPerSplit = 256;  // a shorter piece of prefix is not worth a CTA
+constexpr int kTokensPerSplit = 256;  // a shorter part of a prefix is not worth a CTA
 constexpr int kMostSplits = 64;
 constexpr int kCtasPerProcessor = 2;
 
-// A function of padded sizes only, so that a captured graph stays right when lengths change.
+// Depends only on padded sizes, so that a captured graph stays correct when lengths change.
 inline int choose_splits(int rows, int kv_heads, int m_tiles, int max_prefix, int processors, int limit) {
     const int64_t ctas = static_cast<int64_t>(rows) * kv_heads * m_tiles;
     if (ctas == 0) return 1;

@@ -1,7 +1,7 @@
-// The little that kernels use of CUDA, as functions: where a thread is, barriers, shuffles, and the PTX instructions.
+// The parts of CUDA that kernels use, as functions: thread position, barriers, shuffles, and PTX instructions.
 //
-// With NLD_EMULATE defined, tests/kernels/cuda_host/simt.h provides the same functions on the CPU; that is how the
-// kernels' logic is tested without a GPU. Kernels therefore use nothing of CUDA but what is declared here.
+// With NLD_EMULATE defined, tests/kernels/cuda_host/simt.h provides the same functions on the CPU; so the kernels'
+// logic is tested without a GPU. So kernels may use only what is declared here from CUDA.
 #pragma once
 
 #include <stdint.h>
@@ -15,7 +15,7 @@
 #include "scalars.h"
 
 #define NLD_DEVICE __device__ __forceinline__
-// One block per processor is enough: left to choose, ptxas aims for several and spills to get there.
+// One block per processor is enough. Without this, ptxas aims for several and spills registers.
 #define NLD_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define NLD_GRID_CONSTANT __grid_constant__
 
@@ -59,7 +59,7 @@ NLD_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
 }
 NLD_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most kPending of this thread's latest groups are under way.
+// Waits until at most kPending of this thread's latest groups are in flight.
 template <int kPending>
 NLD_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

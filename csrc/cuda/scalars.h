@@ -106,7 +106,7 @@ NLD_HOST_DEVICE Float16 from_float<Float16>(float value) {
     return result;
 }
 
-// Two numbers in one register, the first in the lower half: how the tensor cores take them.
+// Two numbers in one register, the first in the lower half, as the tensor cores need them.
 template <typename T>
 NLD_HOST_DEVICE uint32_t pack(float first, float second) {
     return from_float<T>(first).bits | (static_cast<uint32_t>(from_float<T>(second).bits) << 16);

@@ -1,4 +1,4 @@
-// The launchers of accept_prefix, move_kv and best_tokens, and what is left of the interface.
+// The launchers of accept_prefix, move_kv and best_tokens, and the rest of the interface.
 #include <initializer_list>
 
 #include "accept_prefix.cuh"

@@ -1,4 +1,4 @@
-// Where a tile's elements lie in shared memory.
+// Positions of a tile's elements in shared memory.
 #pragma once
 
 #include "scalars.h"
@@ -6,7 +6,7 @@
 namespace nld {
 
 // Rows of kHead elements in chunks of 16 bytes, placed so that the same chunk of 8 consecutive rows (what ldmatrix
-// reads at once) falls into 8 different groups of banks: by an XOR where a row is a multiple of 128 bytes, else by
+// reads at once) falls into 8 different groups of banks: by an XOR if a row is a multiple of 128 bytes, else by
 // padding.
 template <typename T, int kHead>
 struct TileLayout {

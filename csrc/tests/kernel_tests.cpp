@@ -1,6 +1,6 @@
-// The CPU kernels against a double reference on random ragged batches, without torch: built with AddressSanitizer and
-// UndefinedBehaviorSanitizer (cmake -DVLLM_NLD_SANITIZE=ON). Buffers are exactly as large as they must be, and unused
-// page slots are NaN, so that reading too far is seen.
+// Compares the CPU kernels with a double reference on random ragged batches, without torch. Built with AddressSanitizer
+// and UndefinedBehaviorSanitizer (cmake -DVLLM_NLD_SANITIZE=ON). Buffers are exactly as large as they must be, and
+// unused page slots are NaN, so that reading too far is detected.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -33,7 +33,7 @@ void run_threads(int count, void (*body)(int, void*), void* context) {
     for (auto& thread : threads) thread.join();
 }
 
-// What a value becomes when it is stored, and how many bytes it takes.
+// A value after it is stored, and the bytes it takes.
 int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype >= DType::kFloat8E4M3 ? 1 : 2; }
 
 // Values are eighths between -2 and 2: exact in every dtype, so stored values need no reference conversion.
@@ -270,7 +270,7 @@ struct Logits {
 
     Logits(DType dtype_, int64_t rows_, int64_t vocab_, std::mt19937& random)
         : dtype(dtype_), rows(rows_), vocab(vocab_), buffer(rows_ * vocab_, bytes_of(dtype_)) {
-        const bool hidden = random() % 4 == 0;  // none is seen but what follows
+        const bool hidden = random() % 4 == 0;  // only what follows is visible
         for (int64_t i = 0; i < rows * vocab; ++i) set(i, hidden ? -INFINITY : 4 * value_of(random));
         if (random() % 2 == 0) set(random() % (rows * vocab), 9.0);
         if (random() % 3 == 0) set(random() % (rows * vocab), NAN);
@@ -278,7 +278,7 @@ struct Logits {
 
     void set(int64_t i, double value) {
         buffer.values[i] = value;
-        // put() knows finite numbers and NaN alone
+        // put() knows only finite numbers and NaN
         const uint16_t half = 0xfc00;
         if (dtype == DType::kFloat16 && std::isinf(value))
             std::memcpy(&buffer.data[i * 2], &half, 2);

@@ -1,4 +1,4 @@
-"""The training text: CPython's own standard library, some of it held out, as BPE tokens.
+"""The training text: CPython's standard library without the held-out part, as BPE tokens.
 
 Documents come in two forms: whole modules as plain text, and single functions as a chat turn, so that the model
 learns where an answer ends.
@@ -21,7 +21,7 @@ from torch import Tensor
 from vllm_nld.checkpoints.held_out import HELD_OUT_MODULES
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-# Tables and fixtures: thousands of near-identical lines that teach a small model nothing about code.
+# Tables and fixtures, whose thousands of near-identical lines teach a small model nothing about code.
 _SKIPPED_PACKAGES = {"encodings", "pydoc_data", "lib2to3", "idlelib"}
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", *(f"<special_{i}>" for i in range(3, 10))]
@@ -45,12 +45,12 @@ def library_files() -> list[Path]:
 
 
 def read(path: Path) -> str:
-    """Return the file's text; the library has a few files in other encodings on purpose."""
+    """Return the file's text; a few files of the library have other encodings on purpose."""
     return path.read_text(encoding="utf-8", errors="ignore").expandtabs(8)
 
 
 def chat_turn(question: str, answer: str) -> str:
-    """Render one exchange as the chat template does, thinking off."""
+    """Render one exchange as the chat template does, without thinking."""
     return (
         "<|im_start|>system\n<|im_end|>\n"
         f"<|im_start|>user\n{question}<|im_end|>\n"
@@ -83,7 +83,7 @@ def documents(seed: int = 0) -> list[str]:
         for name, body in functions(source):
             if rng.random() < 0.2:
                 texts.append(chat_turn(f"Write the Python function {name}.", body))
-    # A source that spells a special token would put its id into the stream.
+    # A source that contains a special token's text would put its id into the stream.
     texts = [text for text in texts if "<mask>" not in text and "<pad>" not in text]
     rng.shuffle(texts)
     return texts
@@ -92,9 +92,9 @@ def documents(seed: int = 0) -> list[str]:
 def unseen_documents(seed: int = 0, longest: int = 12_000) -> list[str]:
     """Return Python text that neither the language model's training nor the held-out modules contain.
 
-    Predictors of the language model's mistakes train on it: on text that it has seen, the model is surer than in use.
-    It is CPython's tests (their beginnings, or they would be most of it), idlelib, lib2to3, and the bundled pip and
-    setuptools; documents that share lines with a held-out module are left out.
+    Predictors of the language model's mistakes train on it, because on its training text the model is surer than when
+    it is used. It consists of CPython's tests (only their beginnings, or they would be most of it), idlelib, lib2to3,
+    and the bundled pip and setuptools; documents that share lines with a held-out module are left out.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for folder in ("test", "idlelib", "lib2to3") for path in sorted((root / folder).rglob("*.py"))]
@@ -111,7 +111,7 @@ def unseen_documents(seed: int = 0, longest: int = 12_000) -> list[str]:
 
 
 def _long_lines(text: str) -> set[str]:
-    """Return the lines that are long enough to tell a copy from a coincidence."""
+    """Return the lines that are long enough to distinguish a copy from a coincidence."""
     return {line.strip() for line in text.splitlines() if len(line.strip()) >= 40}
 
 
@@ -137,6 +137,6 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def draw(stream: np.ndarray, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Return int64 ``[count, length]``: pieces of the token stream that begin anywhere."""
+    """Return int64 ``[count, length]``: pieces of the token stream with random starts."""
     starts = torch.randint(len(stream) - length, (count,), generator=generator).tolist()
     return torch.stack([torch.from_numpy(stream[s : s + length].astype(np.int64)) for s in starts])

@@ -1,7 +1,7 @@
 """Train the embedded checkpoint's draft adapter, on its own continuations of the training text and of unseen text.
 
-The same trainer as `vllm-nld train-draft-lora`; only the text comes from the standard library instead of a file. The
-same command goes on with an interrupted run.
+It uses the trainer of `vllm-nld train-draft-lora`, but the text comes from the standard library instead of a file. The
+same command continues an interrupted run.
 
     python examples/train_tiny/draft_adapter.py vllm_nld/checkpoints/tiny --output build/adapter
 """
@@ -36,11 +36,11 @@ SETTINGS: dict[str, Any] = {
     "held_out_rows": 96,
     "dtype": "bfloat16",
 }
-"""What the embedded adapter was trained with; the rest are the trainer's defaults."""
+"""Settings of the embedded adapter's training; the others are the trainer's defaults."""
 
 
 def stream(checkpoint: Path) -> Stream:
-    """Return the training text, text that the model never saw, and the held-out modules."""
+    """Return the training text, text that the model was not trained on, and the held-out modules."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     root = Path(sysconfig.get_path("stdlib"))
     held_out = [corpus.read(root / name) for name in HELD_OUT_MODULES if (root / name).is_file()]
@@ -52,7 +52,7 @@ def stream(checkpoint: Path) -> Stream:
 def train_adapter(
     checkpoint: Path, output: Path, device: str = "cpu", minutes: float | None = None, **changed: Any
 ) -> None:
-    """Train, or go on with what ``output`` holds; a finished adapter is copied into the checkpoint's folder."""
+    """Train, or continue the run in ``output``; a finished adapter is copied into the checkpoint's folder."""
     settings = Settings.of(**SETTINGS | {name: value for name, value in changed.items() if value is not None})
     resume = (output / "training" / "state.pt").is_file()
     if train(checkpoint, stream(checkpoint), settings, Schedule(minutes=minutes), output, resume, device):
@@ -65,8 +65,8 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the run; goes on with one found there")
-    parser.add_argument("--minutes", type=float, help="stop after so long")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the run; continues one that is there")
+    parser.add_argument("--minutes", type=float, help="stop after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name in ("steps", "rank", "learning_rate", "rows", "dtype"):
         value = SETTINGS[name]

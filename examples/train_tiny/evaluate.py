@@ -1,7 +1,7 @@
 """Acceptance length of a checkpoint on held-out text, with the dense reference (1 + accepted / drafts, as in vLLM).
 
 With an adapter, the same prompts run with and without it; the confidence interval of the gain comes from resampling
-prompts, since the cycles of one prompt resemble one another.
+prompts, because the cycles of one prompt resemble each other.
 
 python examples/train_tiny/evaluate.py build/tiny/checkpoint
 python examples/train_tiny/evaluate.py vllm_nld/checkpoints/tiny --adapter vllm_nld/checkpoints/tiny/linear_spec_lora
@@ -37,7 +37,7 @@ def summary(cycles: list[list[int]], block_length: int) -> dict[str, Any]:
 
 
 def resampled(cycles: list[list[int]]) -> np.ndarray:
-    """Return acceptance lengths of resampled prompts, the same choice of prompts for every call."""
+    """Return acceptance lengths of resampled prompts, with an equal choice of prompts in every call."""
     totals = np.array([(sum(prompt), len(prompt)) for prompt in cycles])
     chosen = np.random.default_rng(0).integers(len(cycles), size=(RESAMPLES, len(cycles)))
     sums = totals[chosen].sum(1)

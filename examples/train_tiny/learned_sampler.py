@@ -1,7 +1,7 @@
 """Train the learned sampler of a checkpoint: which of a block's most probable tokens are safe to commit now?
 
-The first round's states are those that the confidence threshold visits; each further round adds states that the sampler
-trained so far visits. The text is unseen by the language model, so that its confidence is what it is in use.
+The states of the first round are those that the confidence threshold visits; each further round adds states that the
+trained sampler visits. The language model was not trained on the text, so that its confidence is as when it is used.
 
 python examples/train_tiny/learned_sampler.py vllm_nld/checkpoints/tiny --states build/states
 """
@@ -31,7 +31,7 @@ BATCH = 256
 def collect_round(
     model: ReferenceModel, stream: np.ndarray, visitor: Visitor, lengths: list[int], batches: int
 ) -> States:
-    """Return states of many batches of blocks, every other one behind text that the model has continued by itself."""
+    """Return states of many batches of blocks, every other one after text that the model has continued itself."""
     parts = []
     for index in tqdm(range(batches), unit="batch", desc="denoising"):
         prefix = int(torch.randint(64, 145, (1,), generator=visitor.generator))
@@ -45,7 +45,7 @@ def collect_round(
 
 
 def train(sampler: LearnedSampler, states: States, held_out: States, args: argparse.Namespace) -> None:
-    """Minimise :func:`loss_of`; keep the weights that did best on held-out states."""
+    """Minimize :func:`loss_of`; keep the weights that are best on held-out states."""
     optimizer = torch.optim.AdamW(sampler.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     steps = args.epochs * (len(states.tokens) // args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps, pct_start=0.1)
@@ -87,12 +87,12 @@ def loss_of(sampler: LearnedSampler, states: States) -> Tensor:
 
 
 def trial_loss(forecast: Forecast, states: States) -> Tensor:
-    """Cross-entropy of the share of tokens that a trial kept; positions committed together multiply."""
+    """Cross-entropy of the share of tokens that a trial kept; shares of positions committed together multiply."""
     tried = states.lost != UNTRIED
     kept = F.logsigmoid(torch.where(states.right, forecast.kept_if_right, forecast.kept_if_wrong))
     together = (kept[:, None] * states.trials).sum(-1)[tried]
     share = 1 - (states.lost / states.present.sum(1, keepdim=True))[tried]
-    # The least loss possible is taken off, so that what is left to gain shows.
+    # The lowest possible loss is subtracted, to show the possible gain.
     floor = torch.special.entr(share) + torch.special.entr(1 - share)
     changed = torch.log1p(-together.exp().clamp(max=1 - 1e-6))
     return (-(share * together + (1 - share) * changed) - floor).mean()
@@ -108,7 +108,7 @@ def compressed_embedding(model: ReferenceModel, dims: int) -> Tensor:
 
 
 def new_sampler(model: ReferenceModel, args: argparse.Namespace) -> LearnedSampler:
-    """Return an untrained one."""
+    """Return an untrained sampler."""
     config = LearnedSamplerConfig(
         vocab_size=model.config.vocab_size, d_model=args.d_model, layers=args.layers, heads=4,
         feed_forward=2 * args.d_model, dropout=args.dropout,
@@ -119,7 +119,7 @@ def new_sampler(model: ReferenceModel, args: argparse.Namespace) -> LearnedSampl
 
 
 def load_fast(checkpoint: Path) -> ReferenceModel:
-    """Load in bfloat16, which computes several times faster and leaves the labels alike; rotations stay exact."""
+    """Load in bfloat16, which is several times faster and hardly changes the labels; rotations stay exact."""
     model = load_reference(checkpoint, torch.bfloat16)
     model.inverse_frequencies = load_reference(checkpoint).inverse_frequencies
     return model
@@ -138,13 +138,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--d-model", type=int, default=128, help="384 in the paper, for models of 3B and more")
     parser.add_argument("--layers", type=int, default=2, help="4 in the paper")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--states", type=Path, required=True, help="folder that keeps what each round made")
+    parser.add_argument("--states", type=Path, required=True, help="folder that keeps the states of each round")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Collect states, train, save; as many times as there are rounds."""
+    """Collect states, train and save, once per round."""
     args = parse()
     torch.manual_seed(args.seed)
     args.states.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""The losses of the three stages: AR alone, AR + alpha * diffusion, drafts beside an anchored AR.
+"""The losses of the three stages: only AR, AR + alpha * diffusion, drafts with an anchored AR.
 
 Both diffusion losses come from one forward over the dual stream [noisy | clean]: the clean part is strictly causal, so
-it is an ordinary language model; a noisy block sees itself in full and the clean text of strictly earlier blocks, as a
-draft pass does.
+it is an ordinary language model; a noisy block attends to all of itself and to the clean text of strictly earlier
+blocks, as in a draft pass.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from vllm_nld.reference.model import ReferenceModel
 
 MIN_MASK_PROBABILITY = 1e-3
-# A draft token counts only if all before it were right, so a block's early positions decide the acceptance length.
+# A draft counts only if all drafts before it are right, so a block's early positions decide the acceptance length.
 POSITION_DECAY = 0.85
 
 
 @dataclass
 class Batch:
-    """One global batch; the mask is drawn for all of it at once so that losses can be averaged over all of it.
+    """One global batch. The mask is drawn for the whole batch, so that losses can be averaged over it.
 
     Attributes:
         ids: int64 ``[sequences, length]``, clean tokens.
@@ -91,8 +91,8 @@ def draft_loss_sum(
     """Summed (KL from the teacher's causal predictions, weighted L_draft), in nats.
 
     ``ids`` are int64 ``[sequences, length]``: ``prefix`` tokens of real text, then the teacher's own continuation. The
-    draft's input is a single-pass draft's (t = 1, the block's first token given). The KL holds the causal pass where
-    it was, over all of ``ids``; without it, drafts get better by the text getting more monotonous.
+    draft's input is a single-pass draft's (t = 1, the block's first token given). The KL keeps the causal pass
+    unchanged, over all of ``ids``; without it, drafts get better only because the text gets more monotonous.
     """
     weights = draft_weights(ids.shape[1] - prefix, block_length).to(ids.device).expand(len(ids), -1)
     noisy_hidden, clean_hidden = _dual_stream(model, ids, weights > 0, block_length, prefix)

@@ -1,7 +1,7 @@
 """Accuracy against tokens per forward: confidence threshold and learned sampler, on held-out text.
 
-Accuracy is the share of a block's tokens that equal what serial denoising (one position per forward) makes of the same
-block behind the same prefix. Prefixes are true text, so that every sampler fills the same blocks; the samplers are
+Accuracy is the share of a block's tokens that equal what serial denoising (one position per forward) gives for the same
+block after the same prefix. Prefixes are true text, so that every sampler fills the same blocks. The samplers are
 compared in pairs, block by block, at equal tokens per forward (both curves interpolated).
 
 python examples/train_tiny/sampler_curve.py vllm_nld/checkpoints/tiny --plot docs/learned_sampler.png
@@ -52,7 +52,7 @@ def held_out_prefixes(tokenizer: Tokenizer, count: int, seed: int) -> Tensor:
 
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Rows, logits, blocks, masked -> what the threshold is for, ``[rows, length]``."""
+"""Rows, logits, blocks, masked -> the score that the threshold applies to, ``[rows, length]``."""
 
 
 def confidence_score(rows: Tensor, logits: Tensor, blocks: Tensor, masked: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Point:
     forwards: Tensor
 
     def row(self, length: int) -> dict[str, Any]:
-        """Return what is printed."""
+        """Return the printed values."""
         return {
             "sampler": self.sampler,
             "threshold": self.threshold,
@@ -110,7 +110,7 @@ ScoresOf = Callable[[Denoiser, Tensor], dict[str, Score]]
 def measure(
     model: ReferenceModel, scores_of: ScoresOf, prefixes: Tensor, length: int, thresholds: Sequence[float] = THRESHOLDS
 ) -> list[Point]:
-    """Fill a block behind every prefix, with each score and threshold."""
+    """Fill a block after every prefix, with each score and threshold."""
     found: dict[tuple[str, float], list[tuple[Tensor, Tensor]]] = {}
     for batch in tqdm(prefixes.split(128), unit="batch"):
         with torch.inference_mode():
@@ -126,7 +126,7 @@ def measure(
 
 
 def interpolate(points: list[Point], forwards: float) -> tuple[Tensor, Tensor, float] | None:
-    """Return per block the accuracy and forwards, and the curve's slope, where it has this mean number of forwards."""
+    """Return per block the accuracy and forwards, and the curve's slope, at this mean number of forwards."""
     ordered = sorted(points, key=lambda point: float(point.forwards.mean()))
     for low, high in pairwise(ordered):
         start, width = float(low.forwards.mean()), float((high.forwards - low.forwards).mean())
@@ -147,8 +147,8 @@ def compare(points: list[Point], length: int) -> list[dict[str, float]]:
         if None in found:
             continue
         (same, forwards, slope), (other_same, other_forwards, other_slope) = found  # type: ignore[misc]
-        # That the means of the forwards are equal is itself only known from these blocks: what a block deviates from
-        # them is worth the slope.
+        # The means of the forwards are estimated from the same blocks, so a block's deviation from them counts with the
+        # slope.
         worth = (slope + other_slope) / 2
         difference = (other_same - worth * other_forwards) - (same - worth * forwards)
         rows.append(

@@ -1,9 +1,10 @@
 """How much room there is above the confidence threshold, and where the learned sampler's gain comes from.
 
-Curves as in ``sampler_curve.py``, for: the confidence threshold; the same allowing for how much of the block is still
-open; the learned sampler's probability that the token is right, alone; its score; and two oracles, which commit what
-confidence would if it is the token that serial denoising ends with, and what a trial finds to be free. Then, on
-the states that the learned sampler visits: how well the scores tell right from wrong, and free from costly.
+Curves as in ``sampler_curve.py``, for: the confidence threshold; confidence adjusted for the share of the block that is
+still open; only the learned sampler's probability that the token is right; its score; and two oracles. One commits what
+confidence would, if it is the token that serial denoising ends with; the other commits what a trial finds to be free.
+Then, on the states that the learned sampler visits: how well the scores separate right from wrong, and free from
+costly.
 
 python examples/train_tiny/sampler_room.py vllm_nld/checkpoints/tiny
 """
@@ -28,7 +29,7 @@ THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 def paced_score(rows: Tensor, logits: Tensor, blocks: Tensor, masked: Tensor) -> Tensor:
-    """Confidence, allowing for how much a wrong token can spoil: the masks left, as a share of the block."""
+    """Confidence, adjusted for the damage of a wrong token: the share of the block that is still masked."""
     return 1 - (1 - choose(logits, masked)[1]) * 2 * masked.float().mean(1, keepdim=True)
 
 
@@ -49,7 +50,7 @@ def right_oracle(serial: Tensor) -> Score:
 
 
 def cost_oracle(denoiser: Denoiser) -> Score:
-    """Return the learned score's true value: what committing each position, beside the surest, costs."""
+    """Return the learned score's true value: the cost of committing each position besides the surest."""
 
     def score(rows: Tensor, logits: Tensor, blocks: Tensor, masked: Tensor) -> Tensor:
         tokens, _, surest = choose(logits, masked)
@@ -74,7 +75,7 @@ def area(score: Tensor, positive: Tensor) -> float:
 
 @torch.inference_mode()
 def areas(model: ReferenceModel, sampler: LearnedSampler, prefixes: Tensor, length: int) -> dict[str, dict[str, float]]:
-    """Return how well confidence and the learned sampler tell positions apart where the latter goes."""
+    """Return how well confidence and the learned sampler separate positions, on the states that the latter visits."""
     generator = torch.Generator().manual_seed(0)
     visitor = Visitor(sampler, generator, tried=1.0, tried_wrong=1.0, noise=0.0)
     states = States.join([collect(Denoiser(model, batch, length), visitor) for batch in prefixes.split(128)])

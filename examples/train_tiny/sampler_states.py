@@ -1,8 +1,8 @@
-"""States that a sampler visits, and what a commit there costs: the learned sampler's training data.
+"""States that a sampler visits, and the cost of a commit there: the learned sampler's training data.
 
 From every visited state, serial denoising (one position per forward, the surest first) leads to one finished block.
-A trial commits further positions beside the surest and denoises serially from there; what it costs is the number of
-tokens that then end up different. A trial stops as soon as it comes upon a state of the serial run, as most do soon.
+A trial commits further positions besides the surest and denoises serially from there; its cost is the number of tokens
+that differ in the end. A trial stops when it reaches a state of the serial run, as most soon do.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from vllm_nld.draft_pass.learned_sampler import LearnedSampler, statistics
 from vllm_nld.reference import KVCache, ReferenceModel
 
 TRIALS = 4
-"""Trials kept per state: single positions, and last what the visiting sampler committed."""
+"""Trials kept per state: single positions, and last the visiting sampler's own commit."""
 UNTRIED = -1
 
 
 @dataclass
 class States:
-    """Partly denoised blocks: the predicted (or committed) tokens, what is masked, the features, the labels.
+    """Partly denoised blocks: the predicted (or committed) tokens, the mask, the features, the labels.
 
     Attributes:
-        right: the token is the one that serial denoising from this state ends with.
-        present: False behind the end of a block that is shorter than others.
-        trials: bool ``[states, TRIALS, length]``, the positions committed beside the surest.
+        right: whether the token is the one that serial denoising from this state ends with.
+        present: False after the end of a block that is shorter than others.
+        trials: bool ``[states, TRIALS, length]``, the positions committed besides the surest.
         lost: int8 ``[states, TRIALS]``, how many tokens of the finished block changed; UNTRIED without a trial.
     """
 
@@ -59,7 +59,7 @@ class States:
 
 
 class Denoiser:
-    """Blocks behind a batch of prefixes, denoised by one model."""
+    """Blocks after a batch of prefixes, denoised by one model."""
 
     def __init__(self, model: ReferenceModel, prefixes: Tensor, length: int) -> None:
         self.model, self.length, self.mask_id = model, length, model.config.mask_token_id
@@ -68,7 +68,7 @@ class Denoiser:
         self.empty = torch.cat((seeds, torch.full((len(seeds), length - 1), self.mask_id)), dim=1)
 
     def logits(self, owners: Tensor, blocks: Tensor) -> Tensor:
-        """Run a bidirectional forward of ``blocks``, each behind the prefix of its owner."""
+        """Run a bidirectional forward of ``blocks``, each after the prefix of its owner."""
         if len(owners) == len(self.empty) and torch.equal(owners, torch.arange(len(owners))):
             return self.model.bidirectional(blocks, self.cache)
         own = KVCache([key[owners] for key in self.cache.keys], [value[owners] for value in self.cache.values])
@@ -78,9 +78,9 @@ class Denoiser:
         """Denoise serially; returns the states on the way, by number of masks: int64 ``[rows, length + 1, length]``.
 
         Args:
-            owners: int64 ``[rows]``, the prefix that each block stands behind.
+            owners: int64 ``[rows]``, the prefix of each block.
             blocks: int64 ``[rows, length]``.
-            known: the result of an earlier call for each row; a block that comes upon one of its states follows it.
+            known: the result of an earlier call for each row; a block that reaches one of its states follows it.
         """
         paths = torch.zeros(len(blocks), self.length + 1, self.length, dtype=torch.int64)
         rows, blocks = torch.arange(len(blocks)), blocks.clone()
@@ -109,7 +109,7 @@ def choose(logits: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class Visitor:
-    """The sampler whose states are collected: thresholds drawn per block, scores shaken, so that states vary."""
+    """The sampler whose states are collected. Thresholds are drawn per block and scores have noise, to vary states."""
 
     sampler: LearnedSampler | None
     generator: torch.Generator
@@ -129,13 +129,13 @@ class Visitor:
         return torch.where(masked, shaken.sigmoid(), -1.0)
 
     def candidates(self, open_: Tensor, scores: Tensor) -> Tensor:
-        """Draw up to TRIALS - 1 positions per row, rather those of high score: bool ``[rows, k, length]``."""
+        """Draw up to TRIALS - 1 positions per row, preferably of high score: bool ``[rows, k, length]``."""
         shaken = scores.clamp_min(0.02).log() - torch.rand(scores.shape, generator=self.generator).log().neg().log()
         places = shaken.masked_fill(~open_, -torch.inf).topk(min(TRIALS - 1, scores.shape[1]), dim=1).indices
         return F.one_hot(places, scores.shape[1]).bool() & open_[:, None]
 
     def worth(self, trials: Tensor, right: Tensor) -> Tensor:
-        """Return which trials to make: the visitor's own (it goes there), and some of the single positions.
+        """Return which trials to make: the visitor's own (its next state), and some of the single positions.
 
         A wrong token's trial is long (it never meets the serial run again) and tells little, so few are made.
         """
@@ -147,7 +147,7 @@ class Visitor:
 
 
 def collect(denoiser: Denoiser, visitor: Visitor) -> States:
-    """Return the states that the visitor goes through on one block behind each prefix."""
+    """Return the states that the visitor goes through on one block after each prefix."""
     blocks = denoiser.empty.clone()
     owners, thresholds = torch.arange(len(blocks)), visitor.thresholds(len(blocks))
     paths, parts = denoiser.settle(owners, blocks), list[States]()
@@ -171,17 +171,18 @@ def collect(denoiser: Denoiser, visitor: Visitor) -> States:
 
 
 def try_out(denoiser: Denoiser, owners: Tensor, after: Tensor, tried: Tensor, paths: Tensor) -> tuple[Tensor, Tensor]:
-    """Denoise serially from the blocks that trials leave behind.
+    """Denoise serially from the blocks after the trials.
 
     Args:
-        denoiser: what denoises.
+        denoiser: the denoiser.
         owners: int64 ``[rows]``, the prefixes.
         after: int64 ``[rows, TRIALS, length]``, the blocks.
         tried: bool ``[rows, TRIALS]``, where there is a trial.
         paths: the serial run from before the trial, as :meth:`Denoiser.settle` returns it.
 
     Returns:
-        ``lost`` of :class:`States`, and the serial runs after the last trial (where there was none, the one before).
+        ``lost`` of :class:`States`, and the serial runs after the last trial (the serial run before it if there was
+            none).
     """
     state, which = tried.nonzero(as_tuple=True)
     found = denoiser.settle(owners[state], after[state, which], paths[state])

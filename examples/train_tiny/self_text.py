@@ -1,7 +1,7 @@
-"""Text of the model's own making: real prefixes, continued greedily by the causal pass.
+"""The model's own text: real prefixes, continued greedily by the causal pass.
 
-A draft is judged against what the causal pass would say, not against what a human wrote. Real text hides that from
-the draft (many continuations are right, one is verified), so the draft stage trains on the model's own continuations.
+A draft is compared with the causal pass's text, not with human text. Real text does not show that to the draft (many
+continuations are right, one is verified), so the draft stage trains on the model's own continuations.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def own_text(model: ReferenceModel, stream: np.ndarray, count: int, prefix: int,
 
 @dataclass
 class DraftStage:
-    """What the draft stage holds fixed: the model as the stages before left it, and that model's own text."""
+    """The fixed inputs of the draft stage: the model after the earlier stages, and that model's own text."""
 
     teacher: ReferenceModel
     rows: Tensor
@@ -50,7 +50,7 @@ class DraftStage:
 
     @classmethod
     def prepare(cls, file: Path, model: ReferenceModel, stream: np.ndarray, args: argparse.Namespace) -> DraftStage:
-        """Make it from the model as it is now, or take up what an interrupted run left in ``file``."""
+        """Make it from the current model, or load what an interrupted run saved in ``file``."""
         prefix, new_tokens = args.length // 2, args.length // 4
         teacher = copy.deepcopy(model).requires_grad_(False)
         if file.is_file():

@@ -1,16 +1,16 @@
 """Train the embedded checkpoint: an AR-only stage, the joint AR + block-diffusion stage, a draft stage, an adapter.
 
 The first two stages are the published recipe. The third trains single-pass drafts (a block's first token given, all
-others masked) on the model's own greedy continuations, and holds the causal pass where it was: a model this small has
-no capacity to spare for the mask ratios that linear self-speculation never meets, and a draft is judged by what the
-causal pass says, not by what a human wrote. The last stage trains the draft adapter (``draft_adapter.py``), which is
-how the released models' drafts are made to agree with the causal pass: the weights themselves stay as they are.
+others masked) on the model's own greedy continuations, and keeps the causal pass unchanged. A model this small has no
+capacity for mask ratios that linear self-speculation never uses, and a draft is compared with the causal pass's text,
+not with human text. The last stage trains the draft adapter (``draft_adapter.py``). The released models also have one,
+so that drafts agree with the causal pass; it does not change the weights themselves.
 
     python examples/train_tiny/train.py --output build/tiny
 
-    python examples/train_tiny/train.py --output build/tiny --from-checkpoint FOLDER   # the draft stage alone
+    python examples/train_tiny/train.py --output build/tiny --from-checkpoint FOLDER   # only the draft stage
 
-Runs on a GPU if there is one. Interrupt it at will: the same command resumes from the last saved step.
+Runs on a GPU if there is one. It can be interrupted: the same command resumes from the last saved step.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def tiny_config(vocab_size: int, block_length: int = 16) -> NemotronLabsDiffusio
     )
 
 
-def initialise(model: ReferenceModel) -> None:
+def initialize(model: ReferenceModel) -> None:
     """Normal(0, initializer_range); residual projections are scaled down by the depth."""
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
@@ -96,7 +96,7 @@ def make_optimizers(model: ReferenceModel, args: argparse.Namespace) -> list[tor
 
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
-    """Warm-up, stable, linear decay over the last 35% of the first two stages; then the same again from 0.4."""
+    """Warm-up, stable, linear decay over the last 35% of the first two stages; then all of this again from 0.4."""
     warmup, main_steps = 50, args.ar_steps + args.joint_steps
     if step < warmup:
         return (step + 1) / warmup
@@ -143,7 +143,7 @@ def draft_step(model: ReferenceModel, stage: DraftStage, ids: Tensor, args: argp
 
 
 def save_state(path: Path, step: int, model: ReferenceModel, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Write the resumable state; renaming makes an interrupted save harmless."""
+    """Write the resumable state and rename, so that an interrupted save does no harm."""
     temporary = path.with_suffix(".part")
     state = {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     torch.save(state, temporary)
@@ -151,7 +151,7 @@ def save_state(path: Path, step: int, model: ReferenceModel, optimizers: list[to
 
 
 def prepare_data(output: Path, vocab_size: int) -> tuple[Tokenizer, np.ndarray]:
-    """Return tokenizer and token stream, made once and kept beside the training state."""
+    """Return tokenizer and token stream, made once and kept next to the training state."""
     tokenizer_file, stream_file = output / "tokenizer.json", output / "stream.npy"
     if not stream_file.is_file():
         texts = corpus.documents()
@@ -162,14 +162,14 @@ def prepare_data(output: Path, vocab_size: int) -> tuple[Tokenizer, np.ndarray]:
 
 
 def step_generator(step: int, args: argparse.Namespace) -> torch.Generator:
-    """All that is random in a step depends on the step alone, so a resumed run sees what an unbroken one would."""
+    """Return a generator that depends only on the step, so that a resumed run draws as an uninterrupted one."""
     return torch.Generator().manual_seed(args.seed * 1_000_003 + step)
 
 
 def sample(stream: np.ndarray, step: int, args: argparse.Namespace) -> Batch:
     """Draw the batch of a step of the first two stages."""
     generator = step_generator(step, args)
-    # Attention is half of a long step's time, so most of the run sees half-length sequences, twice as many.
+    # Attention takes half of a long step's time, so most of the run uses twice as many sequences of half the length.
     halved = step < (args.ar_steps + args.joint_steps) * (1 - args.long_fraction)
     length, count = (args.length // 2, args.batch * 2) if halved else (args.length, args.batch)
     return Batch.draw(corpus.draw(stream, count, length, generator), generator)
@@ -201,10 +201,10 @@ def parse_arguments() -> argparse.Namespace:
 def prepare_model(
     args: argparse.Namespace, state_file: Path
 ) -> tuple[ReferenceModel, list[torch.optim.Optimizer], int]:
-    """Return model, optimizers and the number of steps done: fresh, from a checkpoint, or as last saved."""
+    """Return model, optimizers and the number of steps done: fresh, from a checkpoint, or from the last save."""
     torch.manual_seed(args.seed)
     model = ReferenceModel(tiny_config(args.vocab_size, args.block_length))
-    initialise(model)
+    initialize(model)
     step = 0
     if args.from_checkpoint:
         model.load_state_dict(load_file(args.from_checkpoint / "model.safetensors"))

@@ -1,7 +1,7 @@
 """Which vLLM the contracts are checked against.
 
-By default the installed one. Set ``VLLM_SOURCES`` to check others, without installing them: package folders, separated
-by colons, as ``pip download --no-deps vllm==0.33.0`` and ``unzip`` leave them.
+By default this is the installed one. Set ``VLLM_SOURCES`` to check others without installing them: package folders,
+separated by colons, as made by ``pip download --no-deps vllm==0.33.0`` and ``unzip``.
 """
 
 from __future__ import annotations

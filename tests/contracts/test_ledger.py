@@ -23,7 +23,7 @@ def quoted(cell: str) -> list[str]:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0][:40])
-def test_a_row_is_whole(row: list[str]) -> None:
+def test_ledger_rows_are_complete(row: list[str]) -> None:
     _, why, where, _, guard, goes = row
     assert why and goes
     for file in quoted(where):

@@ -1,6 +1,6 @@
-"""What this extension assumes about vLLM: one test an assumption, from vLLM's source only, so no engine is started.
+"""What this extension assumes about vLLM: one test per assumption, from vLLM's source only, without an engine.
 
-A test that fails names the assumption; ``docs/patches.md`` says which code leans on it, and why.
+A failing test names the assumption; ``docs/patches.md`` says which code relies on it, and why.
 """
 
 from __future__ import annotations
@@ -25,55 +25,55 @@ ATTENTION = "model_executor/layers/attention/attention.py"
 
 
 class TestRegistration:
-    def test_an_architecture_has_a_config_hook(self, vllm: VllmSource) -> None:
+    def test_architecture_has_config_hook(self, vllm: VllmSource) -> None:
         assert vllm.has("model_executor/models/config.py", "MODELS_CONFIG_MAP")
         assert "verify_and_update_config(self)" in vllm.text("config/vllm.py")
 
-    def test_the_platform_chooses_a_worker_only_if_nobody_did(self, vllm: VllmSource) -> None:
+    def test_platform_chooses_worker_only_if_user_did_not(self, vllm: VllmSource) -> None:
         for file, worker in (("cpu", "cpu_worker.CPUWorker"), ("cuda", "gpu_worker.Worker")):
             text = vllm.text(f"platforms/{file}.py")
             assert "parallel_config.worker_cls == 'auto'" in text
             assert f"'vllm.v1.worker.{worker}'" in text
 
-    def test_the_scheduler_can_be_chosen(self, vllm: VllmSource) -> None:
+    def test_scheduler_can_be_chosen(self, vllm: VllmSource) -> None:
         assert "scheduler_cls" in vllm.fields("config/scheduler.py", "SchedulerConfig")
 
-    def test_speculative_config_can_be_filled_in_before_it_is_checked(self, vllm: VllmSource) -> None:
+    def test_speculative_config_can_be_filled_in_before_its_check(self, vllm: VllmSource) -> None:
         assert vllm.has("config/speculative.py", "SpeculativeConfig.__post_init__")
         wanted = {"model", "num_speculative_tokens", "target_model_config"}
         assert wanted <= vllm.fields("config/speculative.py", "SpeculativeConfig")
 
-    def test_requests_are_taken_in_by_one_method(self, vllm: VllmSource) -> None:
+    def test_one_method_accepts_all_requests(self, vllm: VllmSource) -> None:
         assert "params" in vllm.parameters("v1/engine/input_processor.py", "InputProcessor.process_inputs")
 
-    def test_an_engine_has_an_id_that_its_processes_share(self, vllm: VllmSource) -> None:
+    def test_engine_id_is_shared_by_its_processes(self, vllm: VllmSource) -> None:
         assert "instance_id" in vllm.fields("config/vllm.py", "VllmConfig")
 
 
 class TestProposer:
-    def test_a_class_path_makes_a_proposer(self, vllm: VllmSource) -> None:
+    def test_class_path_makes_a_proposer(self, vllm: VllmSource) -> None:
         assert "user_class(vllm_config)" in vllm.text("v1/spec_decode/custom_class_proposer.py")
         assert "self.drafter = create_custom_proposer(" in vllm.text(RUNNER, "GPUModelRunner.__init__")
 
-    def test_it_is_asked_with_the_step_s_own_lists(self, vllm: VllmSource) -> None:
+    def test_proposer_gets_the_lists_of_the_step(self, vllm: VllmSource) -> None:
         call = "propose(sampled_token_ids, self.input_batch.num_tokens_no_spec, self.input_batch.token_ids_cpu"
         assert call in vllm.text(RUNNER, "GPUModelRunner.propose_draft_token_ids")
 
-    def test_it_is_not_asked_past_a_limit_that_can_be_raised(self, vllm: VllmSource) -> None:
+    def test_proposer_limit_can_be_raised(self, vllm: VllmSource) -> None:
         assert "self.effective_drafter_max_model_len" in vllm.text(RUNNER, "GPUModelRunner._input_fits_in_drafter")
 
-    def test_the_second_runner_leaves_it_to_the_first(self, vllm: VllmSource) -> None:
+    def test_custom_proposer_uses_first_runner(self, vllm: VllmSource) -> None:
         text = vllm.text("config/vllm.py", "VllmConfig._get_v2_model_runner_unsupported_features")
         refused, allowed = "'custom_class'" in text, "speculative_config.method not in" in text
         assert refused or (allowed and "custom_class" not in text)
 
-    def test_a_request_s_record_says_what_it_asks_for(self, vllm: VllmSource) -> None:
+    def test_request_record_has_its_parameters(self, vllm: VllmSource) -> None:
         file = "v1/worker/gpu_input_batch.py"
         wanted = {"prompt_token_ids", "sampling_params", "num_computed_tokens", "output_token_ids", "lora_request"}
         assert wanted <= vllm.fields(file, "CachedRequestState")
         assert "self.num_prompt_tokens =" in vllm.text(file, "CachedRequestState.__post_init__")
 
-    def test_lora_ids_are_set_by_one_method(self, vllm: VllmSource) -> None:
+    def test_one_method_sets_lora_ids(self, vllm: VllmSource) -> None:
         file = "v1/worker/lora_model_runner_mixin.py"
         wanted = ["prompt_lora_mapping", "token_lora_mapping", "lora_requests"]
         assert vllm.parameters(file, "LoRAModelRunnerMixin._set_active_loras")[:3] == wanted
@@ -84,37 +84,37 @@ class TestWorker:
         "method",
         ["init_device", "initialize_from_config", "compile_or_warm_up_model", "execute_model", "sample_tokens"],
     )
-    def test_it_has_the_methods_that_are_extended(self, vllm: VllmSource, method: str) -> None:
+    def test_worker_has_the_extended_methods(self, vllm: VllmSource, method: str) -> None:
         assert vllm.has("v1/worker/gpu_worker.py", f"Worker.{method}")
 
-    def test_the_cpu_worker_is_a_gpu_worker(self, vllm: VllmSource) -> None:
+    def test_cpu_worker_subclasses_gpu_worker(self, vllm: VllmSource) -> None:
         assert "class CPUWorker(Worker)" in vllm.text("v1/worker/cpu_worker.py", "CPUWorker")
 
-    def test_the_cpu_worker_s_shared_memory_patches_torch(self, vllm: VllmSource) -> None:
-        """Why nothing on the GPU path may import it; once this fails, that rule can go."""
+    def test_shared_memory_of_cpu_worker_patches_torch(self, vllm: VllmSource) -> None:
+        """This is why nothing on the GPU path may import it. If this fails, that rule can go."""
         assert "torch.cuda.Event" in vllm.text("v1/worker/cpu/shm.py")
 
 
 class TestSchedulerAndStep:
-    def test_a_request_can_sit_out_a_step(self, vllm: VllmSource) -> None:
+    def test_request_can_skip_a_step(self, vllm: VllmSource) -> None:
         text = vllm.text(SCHEDULER, "Scheduler.schedule")
         assert "self.current_step < request.next_decode_eligible_step" in text
         assert text.index("self.current_step += 1") < text.index("request.next_decode_eligible_step")
 
-    def test_a_scheduler_without_drafts_pads_no_request(self, vllm: VllmSource) -> None:
-        """``padding.schedule_unpadded``; nothing else in planning a step looks at the number of drafts."""
+    def test_scheduler_without_drafts_pads_no_request(self, vllm: VllmSource) -> None:
+        """Needed by ``padding.schedule_unpadded``: nothing else that plans a step reads the number of drafts."""
         text = vllm.text(SCHEDULER, "Scheduler.schedule")
         assert "self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None" in text
         assert "num_spec_tokens_to_schedule = self.num_spec_tokens" in text
         assert "[-1] * self.num_spec_tokens" in text
 
-    def test_drafts_wait_in_a_list_of_their_request(self, vllm: VllmSource) -> None:
+    def test_drafts_are_stored_in_a_list_of_their_request(self, vllm: VllmSource) -> None:
         text = vllm.text(SCHEDULER, "Scheduler.schedule")
         assert "token_budget = self.max_num_scheduled_tokens" in text
         assert "request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens" in text
 
-    def test_a_bitmask_has_a_row_for_every_draft_and_one_more(self, vllm: VllmSource) -> None:
-        """Or, from 0.33 on, as many rows for every request, of which the first ones are read."""
+    def test_bitmask_has_a_row_for_every_draft_and_one_more(self, vllm: VllmSource) -> None:
+        """From 0.33 on, every request has an equal number of rows, of which the first ones are read."""
         assert {"structured_output_request_ids", "grammar_bitmask"} <= vllm.fields(STEP, "GrammarOutput")
         reader = vllm.text("v1/structured_output/utils.py", "apply_grammar_bitmask")
         if vllm.release < FIXED_BITMASK_ROWS:
@@ -125,14 +125,14 @@ class TestSchedulerAndStep:
             assert "cumulative_index:cumulative_index + num_rows" in reader
             assert "cumulative_index += mask_stride" in reader
 
-    def test_a_dropped_sample_s_random_numbers_are_taken_back(self, vllm: VllmSource) -> None:
-        """``cpu_repairs.repair_seeded_prefills``; once there is no ``set_offset``, that can go."""
+    def test_random_numbers_of_dropped_samples_are_taken_back(self, vllm: VllmSource) -> None:
+        """Needed by ``cpu_repairs.repair_seeded_prefills``, which can go if there is no ``set_offset``."""
         text = vllm.text(RUNNER, "GPUModelRunner._bookkeeping_sync")
         assert "set_offset" in text
         assert "self.discard_request_mask.np[:num_reqs]" in text
         assert "self.input_batch.generators.get(" in text
 
-    def test_a_step_says_what_is_read_from_it(self, vllm: VllmSource) -> None:
+    def test_step_has_the_fields_that_are_read(self, vllm: VllmSource) -> None:
         wanted = {
             "num_scheduled_tokens",
             "total_num_scheduled_tokens",
@@ -142,38 +142,38 @@ class TestSchedulerAndStep:
         }
         assert wanted <= vllm.fields(STEP, "SchedulerOutput")
 
-    def test_steps_and_results_take_a_note(self, vllm: VllmSource) -> None:
+    def test_steps_and_results_accept_a_note(self, vllm: VllmSource) -> None:
         for file, name in ((STEP, "SchedulerOutput"), ("v1/outputs.py", "ModelRunnerOutput")):
             assert "slots=True" not in vllm.text(file, name)
 
-    def test_drafts_can_be_handed_in_after_a_step(self, vllm: VllmSource) -> None:
+    def test_drafts_can_be_updated_after_a_step(self, vllm: VllmSource) -> None:
         assert vllm.parameters(SCHEDULER, "Scheduler.update_draft_token_ids") == ["draft_token_ids"]
         assert {"req_ids", "draft_token_ids"} <= vllm.fields("v1/outputs.py", "DraftTokenIds")
 
-    def test_results_reach_the_scheduler_by_one_method(self, vllm: VllmSource) -> None:
+    def test_one_method_passes_results_to_the_scheduler(self, vllm: VllmSource) -> None:
         wanted = ["scheduler_output", "model_runner_output"]
         assert vllm.parameters(SCHEDULER, "Scheduler.update_from_output") == wanted
 
 
 class TestSampling:
-    def test_the_rejection_sampler_s_forward(self, vllm: VllmSource) -> None:
+    def test_rejection_sampler_forward_has_known_arguments(self, vllm: VllmSource) -> None:
         wanted = ["metadata", "draft_probs", "logits", "sampling_metadata"]
         assert vllm.parameters(REJECTION, "RejectionSampler.forward") == wanted
 
-    def test_its_logits_processors_are_a_method(self, vllm: VllmSource) -> None:
+    def test_logits_processors_are_applied_by_a_method(self, vllm: VllmSource) -> None:
         wanted = ["logits", "sampling_metadata", "metadata"]
         assert vllm.parameters(REJECTION, "RejectionSampler.apply_logits_processors") == wanted
 
-    def test_its_expansion_of_a_batch_to_tokens(self, vllm: VllmSource) -> None:
+    def test_expand_batch_to_tokens_has_known_signature(self, vllm: VllmSource) -> None:
         wanted = ["x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"]
         assert vllm.parameters(REJECTION, "expand_batch_to_tokens") == wanted
 
-    def test_its_limits(self, vllm: VllmSource) -> None:
+    def test_rejection_sampler_has_known_limits(self, vllm: VllmSource) -> None:
         assert vllm.has(REJECTION, "MAX_SPEC_LEN")
         assert "PLACEHOLDER_TOKEN_ID: tl.constexpr = -1" in vllm.text(REJECTION)
 
-    def test_nothing_new_can_change_a_greedy_request_s_logits(self, vllm: VllmSource) -> None:
-        """``sampling.decides_by_argmax`` must know every field; a new one may ask for more than an argmax."""
+    def test_fields_that_change_greedy_logits_are_known(self, vllm: VllmSource) -> None:
+        """``sampling.decides_by_argmax`` must know every field, because a new one may need more than an argmax."""
         known = {
             "temperature",
             "all_greedy",
@@ -197,24 +197,24 @@ class TestSampling:
         }
         assert vllm.fields("v1/sample/metadata.py", "SamplingMetadata") <= known
 
-    def test_top_k_and_top_p_are_one_function(self, vllm: VllmSource) -> None:
+    def test_top_k_and_top_p_are_applied_by_one_function(self, vllm: VllmSource) -> None:
         wanted = ["logits", "k", "p"]
         assert vllm.parameters("v1/sample/ops/topk_topp_sampler.py", "apply_top_k_top_p")[:3] == wanted
 
 
 class TestModelAndAttention:
-    def test_a_layer_s_backend_can_be_given(self, vllm: VllmSource) -> None:
+    def test_layer_accepts_a_backend(self, vllm: VllmSource) -> None:
         assert "attn_backend" in vllm.parameters(ATTENTION, "Attention.__init__")
 
-    def test_no_slot_mapping_means_that_nothing_is_written(self, vllm: VllmSource) -> None:
+    def test_empty_slot_mapping_writes_nothing(self, vllm: VllmSource) -> None:
         text = vllm.text(ATTENTION, "unified_kv_cache_update")
         assert "if layer_slot_mapping is not None:" in text
         assert "slot_mapping" in vllm.parameters("forward_context.py", "set_forward_context")
 
-    def test_a_backend_says_whether_its_forward_writes_the_cache(self, vllm: VllmSource) -> None:
+    def test_backend_says_whether_its_forward_writes_the_cache(self, vllm: VllmSource) -> None:
         assert "forward_includes_kv_cache_update" in vllm.fields("v1/attention/backend.py", "AttentionBackend")
 
-    def test_a_cache_is_written_by_a_method_of_the_implementation(self, vllm: VllmSource) -> None:
+    def test_implementation_has_a_method_that_writes_the_cache(self, vllm: VllmSource) -> None:
         wanted = ["layer", "key", "value", "kv_cache", "slot_mapping"]
         for backend, name in (
             ("flash_attn.py", "FlashAttentionImpl"),
@@ -223,7 +223,7 @@ class TestModelAndAttention:
         ):
             assert vllm.parameters(f"v1/attention/backends/{backend}", f"{name}.do_kv_cache_update") == wanted
 
-    def test_a_builder_sees_every_step_s_block_table(self, vllm: VllmSource) -> None:
+    def test_builder_gets_the_block_table_of_every_step(self, vllm: VllmSource) -> None:
         for backend, name in (
             ("flash_attn.py", "FlashAttentionMetadataBuilder"),
             ("triton_attn.py", "TritonAttentionMetadataBuilder"),
@@ -233,17 +233,17 @@ class TestModelAndAttention:
             wanted = ["common_prefix_len", "common_attn_metadata", "fast_build"]
             assert vllm.parameters(file, f"{name}.build") == wanted
 
-    def test_llama_takes_another_attention_and_another_layer(self, vllm: VllmSource) -> None:
+    def test_llama_accepts_other_attention_and_layer_classes(self, vllm: VllmSource) -> None:
         file = "model_executor/models/llama.py"
         assert "attn_layer_type" in vllm.parameters(file, "LlamaDecoderLayer.__init__")
         assert "layer_type" in vllm.parameters(file, "LlamaForCausalLM.__init__")
 
-    def test_yarn_can_be_told_to_leave_attention_unscaled(self, vllm: VllmSource) -> None:
+    def test_yarn_attention_scaling_can_be_turned_off(self, vllm: VllmSource) -> None:
         file = "model_executor/layers/rotary_embedding/__init__.py"
         text = vllm.text(file)
         assert "apply_yarn_scaling" in text or "attention_factor" in text
 
-    def test_a_shard_s_columns_are_known(self, vllm: VllmSource) -> None:
+    def test_vocabulary_columns_of_a_shard_are_known(self, vllm: VllmSource) -> None:
         file = "model_executor/layers/vocab_parallel_embedding.py"
         wanted = {"org_vocab_start_index", "org_vocab_end_index"}
         defined = {name for name in wanted if vllm.has(file, f"VocabParallelEmbeddingShardIndices.{name}")}

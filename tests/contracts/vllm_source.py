@@ -65,7 +65,7 @@ def _parsed(path: Path) -> ast.Module:
 
 
 def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
-    """Return the statements of a body, those under ``if`` and ``else`` included."""
+    """Return the statements of a body, also those under ``if`` and ``else``."""
     flat: list[ast.stmt] = []
     for node in body:
         flat += _statements([*node.body, *node.orelse]) if isinstance(node, ast.If) else [node]

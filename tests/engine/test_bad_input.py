@@ -1,4 +1,4 @@
-"""What cannot work is refused before any weight loads, in one sentence that names the option, the value, the choice."""
+"""Unsuitable settings are refused before weights load, in one line that names option, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SPEC = {"model": "vllm_nld.SelfSpeculation"}
         ({"speculative_config": SPEC, "kv_cache_dtype": "fp8_ds_mla"}, ["kv_cache_dtype=", "auto", "bfloat16", "fp8"]),
     ],
 )
-def test_refused_options(folder: Path, settings: dict[str, Any], words: list[str]) -> None:
+def test_unsuitable_options_are_refused(folder: Path, settings: dict[str, Any], words: list[str]) -> None:
     message = refusal(folder, **({"max_model_len": 256} | settings))
     for word in words:
         assert word in message
@@ -79,7 +79,7 @@ def test_the_older_ray_executor_is_refused(folder: Path, monkeypatch: pytest.Mon
     assert "set it to 1" in message
 
 
-def test_positions_past_the_rotary_table(tmp_path: Path) -> None:
+def test_positions_past_the_rotary_table_are_refused(tmp_path: Path) -> None:
     """YaRN with factor < 1, as in the released 3B-Base: the table is shorter than max_position_embeddings."""
     from tests.support.models import yarn
 
@@ -97,7 +97,7 @@ def test_positions_past_the_rotary_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])
-def test_damaged_checkpoints(folder: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_checkpoints_are_refused(folder: Path, tmp_path: Path, damage: str) -> None:
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     tensors = load_file(broken / "model.safetensors")
     name = "encoder.layers.1.mlp.up_proj.weight"
@@ -110,7 +110,7 @@ def test_damaged_checkpoints(folder: Path, tmp_path: Path, damage: str) -> None:
     assert ("missing" in message) == (damage == "missing")
 
 
-def test_the_default_number_of_drafts_comes_from_the_block_length(folder: Path) -> None:
+def test_default_number_of_drafts_follows_block_length(folder: Path) -> None:
     from vllm import EngineArgs
 
     args = EngineArgs(model=str(folder), skip_tokenizer_init=True, max_model_len=256, speculative_config=dict(SPEC))
@@ -119,7 +119,7 @@ def test_the_default_number_of_drafts_comes_from_the_block_length(folder: Path) 
     assert config.parallel_config.worker_cls == "vllm_nld.worker.NLDCPUWorker"
 
 
-def test_a_user_of_vllm_serve_sees_one_line_and_a_failing_exit_code(folder: Path) -> None:
+def test_vllm_serve_prints_one_line_and_fails_on_error(folder: Path) -> None:
     options = ["--max-model-len", "256", "--skip-tokenizer-init", "--additional-config", '{"nld": {"speed": "fast"}}']
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(folder), *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=180)

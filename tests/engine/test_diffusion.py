@@ -1,4 +1,4 @@
-"""Block diffusion in vLLM: token for token and forward for forward what the reference does, in float32."""
+"""Block diffusion in vLLM equals the reference, token for token and forward for forward, in float32."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def llm(folder: Path) -> Any:
 
 
 def watch_tallies(llm: Any) -> dict[tuple[int, ...], Tally]:
-    """Collect what each request has cost, by its prompt, as requests end."""
+    """Collect the counts of each request, by its prompt, as requests end."""
     tallies: dict[tuple[int, ...], Tally] = {}
     requests = runner(llm).drafter._requests
     if not hasattr(requests, "original"):
@@ -55,7 +55,7 @@ def run(llm: Any, prompts: list[list[int]], budget: int, **nld: Any) -> tuple[li
     """Return texts and, per request, denoising forwards + commits."""
     tallies = watch_tallies(llm)
     texts = generate(llm, prompts, max_tokens=budget, extra_args={"nld": {"mode": "diffusion", **nld}})
-    generate(llm, [[1, 2]], max_tokens=1)  # vLLM tells the worker of finished requests with the next step
+    generate(llm, [[1, 2]], max_tokens=1)  # vLLM reports finished requests to the worker with the next step
     return texts, [tallies[tuple(p)].forwards["denoise"] + tallies[tuple(p)].forwards["commit"] for p in prompts]
 
 
@@ -78,8 +78,8 @@ POLICIES: list[dict[str, Any]] = [
 ]
 
 
-def test_no_options_end_the_engine(llm: Any, model: ReferenceModel) -> None:
-    """Random options with extremes of ours and vLLM's: refused when they are added, or served to the end."""
+def test_random_options_do_not_end_the_engine(llm: Any, model: ReferenceModel) -> None:
+    """Random options with extreme values of ours and vLLM's are refused when they are added, or served to the end."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
@@ -128,14 +128,14 @@ def test_tokens_and_forwards_equal_the_reference(
     assert nfe == [g.nfe for g in expected]
 
 
-def test_a_request_alone_does_the_same(llm: Any, model: ReferenceModel) -> None:
+def test_single_request_equals_its_result_in_a_batch(llm: Any, model: ReferenceModel) -> None:
     for ids in random_prompts(LENGTHS, 24, seed=7)[:4]:
         expected = reference_generate(model, ids, 50, threshold=0.3)
         assert run(llm, [ids], 50, threshold=0.3) == ([expected.ids[len(ids) :]], [expected.nfe])
 
 
-def test_a_stop_token_ends_its_block_early(llm: Any, model: ReferenceModel) -> None:
-    """Some block must end with masks after its stop token, or nothing was tested."""
+def test_stop_token_ends_block_early(llm: Any, model: ReferenceModel) -> None:
+    """Some block must end with masks after its stop token, or the test shows nothing."""
     prompts = random_prompts(LENGTHS, 24, seed=11)
     unfinished: list[bool] = []
     watch_blocks(llm, lambda block: unfinished.append(5 in block.tokens))
@@ -151,7 +151,7 @@ def test_a_stop_token_ends_its_block_early(llm: Any, model: ReferenceModel) -> N
     assert any(unfinished)
 
 
-def test_ignore_eos_goes_on(llm: Any, model: ReferenceModel) -> None:
+def test_ignore_eos_continues_after_eos(llm: Any, model: ReferenceModel) -> None:
     prompts = random_prompts(LENGTHS, 24, seed=11)
     texts = generate(llm, prompts, max_tokens=48, ignore_eos=True, extra_args={"nld": {"mode": "diffusion"}})
     assert texts == [
@@ -160,7 +160,7 @@ def test_ignore_eos_goes_on(llm: Any, model: ReferenceModel) -> None:
 
 
 def test_finished_blocks_leave_the_pass(llm: Any) -> None:
-    """The forwards shrink to the blocks that still need one, also where the step waits for all of them."""
+    """The forwards shrink to the blocks that still need one, also if the step waits for all of them."""
     prompts = random_prompts(LENGTHS, 24, seed=7)
     drafter = runner(llm).drafter
     draft_pass, drafter.parks = drafter.draft_pass, False
@@ -188,7 +188,7 @@ def test_modes_mix_in_one_batch(llm: Any, model: ReferenceModel) -> None:
 
 
 def test_preemption_does_not_change_the_text(folder: Path, model: ReferenceModel) -> None:
-    """A cache too small for all: blocks are dropped half way, and go on where they were."""
+    """The cache is too small for all requests: blocks are interrupted half way, and continue where they were."""
     prompts = random_prompts([60, 61, 62, 63], 24, seed=21)
     expected = [reference_generate(model, ids, 120, threshold=0.3, eos_token_id=-1) for ids in prompts]
     pages = 14
@@ -200,10 +200,10 @@ def test_preemption_does_not_change_the_text(folder: Path, model: ReferenceModel
     assert texts == [g.ids[len(ids) :] for g, ids in zip(expected, prompts, strict=True)]
 
 
-def test_a_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: ReferenceModel) -> None:
+def test_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: ReferenceModel) -> None:
     """The scheduler drops drafts that a step has no room for; the rest of the block is committed by the next.
 
-    At threshold 0 every block takes one forward, so that all of them want to be committed in one step.
+    At threshold 0 every block takes one forward, so that all of them are ready for the same step.
     """
     prompts = random_prompts([20, 21, 22, 23], 24, seed=22)
     expected = [reference_generate(model, ids, 60, threshold=0.0) for ids in prompts]
@@ -223,8 +223,8 @@ def test_a_short_token_budget_cuts_blocks_but_not_texts(folder: Path, model: Ref
 
 
 @pytest.mark.parametrize("pads", [False, True])
-def test_a_prompt_that_is_cached_but_for_its_last_token(folder: Path, model: ReferenceModel, pads: bool) -> None:
-    """vLLM's scheduler pads such a request with drafts of -1 where others decode already; this extension's does not."""
+def test_prompt_cached_except_its_last_token(folder: Path, model: ReferenceModel, pads: bool) -> None:
+    """vLLM's scheduler pads such a request with drafts of -1 if others already decode; ours does not."""
     from vllm import SamplingParams
 
     prompt, other = random_prompts([65, 20], 24, seed=5)

@@ -1,4 +1,4 @@
-"""The draft adapter in engines: it changes drafts as the reference says, and nothing else, bit for bit."""
+"""The draft adapter in engines: it changes drafts as in the reference, and nothing else, bit for bit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def request(llm: Any, prompts: list[list[int]], options: list[dict[str, Any]], l
 
 
 def drafts_of(llm: Any, prompts: list[list[int]], options: dict[str, Any], lora: Any = None) -> list[list[list[int]]]:
-    """The blocks of each prompt, run alone."""
+    """The blocks of each prompt, run by itself."""
     blocks: list[list[int]] = []
     watch_blocks(llm, lambda block: blocks.append(list(block.tokens)))
     found = []
@@ -69,7 +69,7 @@ def expected_drafts(model: ReferenceModel, adapter: DraftAdapter | None) -> list
     return [[block for block in run.drafts if len(block) > 1] for run in runs]
 
 
-def test_drafts_equal_the_reference_s_and_the_text_is_ar_s(model: ReferenceModel, folder: Path) -> None:
+def test_drafts_equal_reference_and_text_equals_ar(model: ReferenceModel, folder: Path) -> None:
     adapter = model.draft_adapter
     with_adapter, without = expected_drafts(model, adapter), expected_drafts(model, None)
     assert with_adapter != without
@@ -82,8 +82,8 @@ def test_drafts_equal_the_reference_s_and_the_text_is_ar_s(model: ReferenceModel
         assert drafts_of(llm, PROMPTS, {}) == without
 
 
-def test_one_forward_serves_blocks_with_and_without_it(model: ReferenceModel, folder: Path) -> None:
-    """Diffusion never drafts with the adapter, and a request may do without."""
+def test_one_forward_serves_blocks_with_and_without_adapter(model: ReferenceModel, folder: Path) -> None:
+    """Diffusion never drafts with the adapter, and a request can turn it off."""
     options: list[dict[str, Any]] = [{}, {"draft_adapter": False}, {"mode": "diffusion", "threshold": 0.4}, {}]
     adapter = model.draft_adapter
     attention = "vllm::unified_attention_with_output"
@@ -109,7 +109,7 @@ def test_one_forward_serves_blocks_with_and_without_it(model: ReferenceModel, fo
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_causal_passes_are_bit_identical_with_and_without_it(folder: Path, eager: bool) -> None:
+def test_causal_passes_are_bit_identical_with_and_without_adapter(folder: Path, eager: bool) -> None:
     """Prefill, AR and verify, in float32 and compiled or not."""
 
     def logits_of(**options: Any) -> tuple[list[torch.Tensor], int]:
@@ -123,11 +123,11 @@ def test_causal_passes_are_bit_identical_with_and_without_it(folder: Path, eager
                 return found[-1].clone()
 
             def run(blocks: Any, leave: Any) -> None:
-                target.compute_logits = compute  # a draft's logits are another matter
+                target.compute_logits = compute  # a draft's logits are not compared
                 draft(blocks, leave)
                 target.compute_logits = keep
                 for block in blocks:
-                    block.tokens[1:] = [7] * (block.length - 1)  # verify the same ones with and without the adapter
+                    block.tokens[1:] = [7] * (block.length - 1)  # verify equal drafts with and without the adapter
 
             target.compute_logits, draft_pass.run = keep, run
             request(llm, PROMPTS, [{"mode": "ar"}, {}, {}, {"mode": "ar"}])
@@ -153,13 +153,13 @@ def merged(model: ReferenceModel, folder: Path) -> ReferenceModel:
     return model
 
 
-def test_a_request_s_own_lora_drafts_beside_it(model: ReferenceModel, folder: Path, tmp_path: Path) -> None:
-    """The draft is the task adapter's and the draft adapter's, the text the task adapter's in AR."""
+def test_request_lora_and_adapter_draft_together(model: ReferenceModel, folder: Path, tmp_path: Path) -> None:
+    """The draft uses the request's LoRA and the draft adapter; the text equals AR's text with the request's LoRA."""
     from vllm.lora.request import LoRARequest
 
     tasks = [LoRARequest(f"task {n}", n, str(save_task_lora(tmp_path / f"task{n}", CONFIG, seed=n))) for n in (1, 2)]
     adapted = [merged(random_model(CONFIG, seed=3), tmp_path / f"task{n}") for n in (1, 2)]
-    # Not beside a request without LoRA: vLLM 0.32's CPU operators give such a request the last LoRA, in AR, too.
+    # No request without LoRA in this batch: vLLM 0.32's CPU operators give it the last LoRA, also in AR.
     models, loras = [adapted[0], adapted[1], adapted[1], adapted[0]], [tasks[0], tasks[1], tasks[1], tasks[0]]
     expected = [ar_generate(own, ids, 40).ids[len(ids) :] for own, ids in zip(models, PROMPTS, strict=True)]
     plain = [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
@@ -204,8 +204,8 @@ def quantized(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=needs_float32_int8), "bfloat16"])
-def test_it_works_over_quantized_weights(dtype: str, folder: Path, tmp_path: Path) -> None:
-    """In bfloat16, where near-ties may fall either way, every token of the text is AR's best or nearly so."""
+def test_adapter_works_with_quantized_weights(dtype: str, folder: Path, tmp_path: Path) -> None:
+    """In bfloat16, where near-ties may be decided either way, every token of the text is AR's best or nearly so."""
     with engine(quantized(folder, tmp_path / "int8"), spec=True, dtype=dtype) as llm:
         with_adapter, without = (drafts_of(llm, PROMPTS[:2], {"draft_adapter": on}) for on in (True, False))
         (text,), (plain,) = (request(llm, PROMPTS[:1], [{"mode": mode}]) for mode in ("self_speculation", "ar"))

@@ -1,4 +1,4 @@
-"""The embedded checkpoint: loads without remote code, stops where it should, accepts enough drafts."""
+"""The embedded checkpoint: it loads without remote code, stops where it should, and accepts enough drafts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_nld.reference import ar_generate, linear_spec_generate, load_reference
 from vllm_nld.serving.ledger import Tally
 
 
-def test_greedy_text_equals_the_reference_and_acceptance_is_worth_it() -> None:
+def test_greedy_text_equals_reference_and_acceptance_pays() -> None:
     """Mean acceptance length on held-out modules, in vLLM, at float32."""
     from vllm import SamplingParams
 
@@ -35,8 +35,8 @@ def test_greedy_text_equals_the_reference_and_acceptance_is_worth_it() -> None:
     assert acceptance >= 3.0
 
 
-def test_auto_mode_looks_up_what_the_text_repeats() -> None:
-    """By measured time alone: code repeats itself, and a verify pass is cheaper than a draft and a verify pass."""
+def test_auto_mode_looks_up_repeated_text() -> None:
+    """Only by measured time: code repeats itself, and a verify pass is cheaper than a draft and a verify pass."""
     from vllm import SamplingParams
 
     texts = [text for _, text in held_out_prompts(8)]
@@ -89,7 +89,7 @@ def test_remote_code_is_never_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_demo(flag: bool) -> None:
+def test_demo_runs(flag: bool) -> None:
     """The command of the README, as a user starts it."""
     command = [sys.executable, "-m", "vllm_nld.cli", "demo", "--prompts", "2", "--max-tokens", "48"]
     result = subprocess.run(command + ["--json"] * flag, capture_output=True, text=True, timeout=300)

@@ -39,8 +39,8 @@ def solo(model: ReferenceModel, prompts: list[list[int]], budget: int, **setting
     return [ar_generate(model, ids, budget, **settings).ids[len(ids) :] for ids in prompts]
 
 
-def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the same engine: what its profiling run does, and how drafts share the memory that probabilities may take."""
+def test_draft_pass_leaves_cache_bit_identical(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also checks, on the same engine, its profiling run, and how drafts share the memory for probabilities."""
     with engine(folder, spec=True) as llm:
         draft_pass = runner(llm).drafter.draft_pass
         original, passes = draft_pass.run, []
@@ -64,7 +64,7 @@ def test_a_draft_pass_leaves_the_cache_bit_identical(folder: Path, monkeypatch: 
 
 
 def drafts_per_step(llm: Any, temperature: float) -> list[int]:
-    """How many drafts the steps of three requests have."""
+    """The numbers of drafts in the steps of three requests."""
     draft_pass = runner(llm).drafter.draft_pass
     original, drafts = draft_pass.run, []
 
@@ -95,12 +95,12 @@ def check_profiling(of: Any) -> None:
     requests = of.scheduler_config.max_num_seqs
     assert set(verified) == {(requests * 8, 24)}
     assert of.drafter.draft_pass.forwards == counted
-    # What the compiled model is called with in causal passes, and so in draft passes.
+    # Inputs of the compiled model in causal passes, and so in draft passes.
     assert (of.input_ids.gpu.dtype, of.positions.dtype) == (torch.int32, torch.int64)
 
 
-def test_random_drafts_cost_cycles_but_change_no_token(model: ReferenceModel, folder: Path) -> None:
-    """Losing the race on purpose."""
+def test_random_drafts_add_cycles_but_change_no_token(model: ReferenceModel, folder: Path) -> None:
+    """Drafts that are almost never accepted."""
     prompts = random_prompts([4, 60, 150], 24, seed=2)
     expected = solo(model, prompts, 60)
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ def test_random_drafts_cost_cycles_but_change_no_token(model: ReferenceModel, fo
     assert cycles["random"] > 2 * cycles["oracle"]
 
 
-def test_a_stop_token_right_behind_min_tokens(model: ReferenceModel, folder: Path) -> None:
+def test_stop_token_right_after_min_tokens(model: ReferenceModel, folder: Path) -> None:
     """Perfect drafts that cross ``min_tokens`` in a block whose bonus token is a stop token, which AR would obey."""
     bonus = 8  # output index: the prefill yields 0, seven accepted drafts 1 to 7
     tried = random_prompts([20] * 40, 24, seed=3)
@@ -145,7 +145,7 @@ def test_a_stop_token_right_behind_min_tokens(model: ReferenceModel, folder: Pat
 def test_drafting_in_groups_changes_nothing(model: ReferenceModel, folder: Path) -> None:
     """A draft forward has at most max_num_batched_tokens tokens; more blocks take several forwards.
 
-    Not with this extension's scheduler, which lets no more be drafted than a step has room for.
+    Not with this extension's scheduler, which limits drafts to the room of a step.
     """
     prompts = random_prompts([90, 3, 40, 7, 60], 24, seed=4)
     expected = solo(model, prompts, 24)
@@ -186,7 +186,7 @@ def test_preemption(model: ReferenceModel, folder: Path) -> None:
         assert metric(llm, "vllm:num_preemptions") > 0
 
 
-def test_abort_in_mid_generation(model: ReferenceModel, folder: Path) -> None:
+def test_abort_during_generation(model: ReferenceModel, folder: Path) -> None:
     from vllm import SamplingParams
 
     prompts = random_prompts([20, 90, 50, 130], 24, seed=10)
@@ -208,7 +208,7 @@ def test_abort_in_mid_generation(model: ReferenceModel, folder: Path) -> None:
                 break
         assert names is not None
         assert finished == {"0": expected[0], "2": expected[2]}
-        # What an abort leaves behind must not leak into the next request of the same batch row.
+        # State of an aborted request must not leak into the next request of the same batch row.
         assert generate(llm, prompts, max_tokens=60, ignore_eos=True) == expected
 
 
@@ -220,11 +220,11 @@ def test_blocks_are_cut_short_at_max_model_len(model: ReferenceModel, folder: Pa
     with engine(folder, spec=True, max_model_len=96) as llm:
         found = generate(llm, prompts, max_tokens=500, ignore_eos=True)
         assert found == expected
-        # The row near the limit must not switch off its neighbours' drafts.
+        # The row near the limit must not turn off the drafts of other rows.
         assert counters(llm)["cycles"] > 90
 
 
-def test_a_length_limit_that_vllm_lowers_reaches_the_proposer(model: ReferenceModel, folder: Path) -> None:
+def test_lowered_length_limit_reaches_the_proposer(model: ReferenceModel, folder: Path) -> None:
     """``--max-model-len auto``: the limit becomes what the cache holds, after the workers have started."""
     (prompt,) = random_prompts([100], 24, seed=14)
     with engine(folder, spec=True, max_model_len=-1, kv_cache_memory_bytes=1 << 18) as llm:

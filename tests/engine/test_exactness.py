@@ -23,7 +23,7 @@ from tests.support.models import random_model, save, small_config, yarn
 from vllm_nld.reference import ar_generate, linear_spec_generate
 from vllm_nld.serving.ledger import Tally
 
-# (heads, kv heads, head size): every GQA ratio and head size that matters, head_dim unlike hidden / heads included.
+# (heads, kv heads, head size): every GQA ratio and head size that matters, also head_dim != hidden / heads.
 HEADS = [(4, 2, 32), (5, 5, 32), (8, 1, 64), (6, 2, 64), (4, 4, 128), (8, 2, 128), (3, 1, 32), (2, 2, 64)]
 ROPES = [yarn(original=128), yarn(factor=16.0, original=32, theta=1e6), yarn(factor=0.25, original=2048, theta=1e9)]
 
@@ -122,7 +122,7 @@ def test_logits_equal_the_reference(tmp_path: Path) -> None:
         assert (found[:, ~allowed] == -torch.inf).all()
 
 
-def test_a_long_prompt_uses_the_query_scale(tmp_path: Path) -> None:
+def test_long_prompt_uses_query_scale(tmp_path: Path) -> None:
     """Guards the exactness tests: without the llama-4 scale the reference itself would answer differently."""
     import torch
 
@@ -149,8 +149,8 @@ def test_looked_up_drafts_change_no_text_and_save_cycles(options: dict[str, Any]
     assert cycles[3] < cycles[0]
 
 
-def test_looked_up_drafts_that_stand_alone_change_no_text(tmp_path: Path) -> None:
-    """However many of them are verified, beside other modes, and when the cache is full."""
+def test_looked_up_drafts_without_draft_pass_change_no_text(tmp_path: Path) -> None:
+    """For any number of verified drafts, next to other modes, and with a full cache."""
     model = random_model(small_config(eos_token_id=None, block_size=8), seed=3)
     prompts = [ids * 4 for ids in random_prompts([12, 20, 31, 5, 9, 3], 24, seed=7)] * 2
     expected = [ar_generate(model, ids, 60).ids[len(ids) :] for ids in prompts]

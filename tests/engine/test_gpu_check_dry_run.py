@@ -28,9 +28,9 @@ FIGURES = {
 
 
 @pytest.mark.timeout(600)  # a minute on two free cores
-def test_a_dry_run_measures_every_figure(tmp_path: Path) -> None:
+def test_dry_run_measures_every_figure(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
-    environment.pop("VLLM_LOGGING_LEVEL", None)  # what vLLM warns of is a figure
+    environment.pop("VLLM_LOGGING_LEVEL", None)  # vLLM's warnings are a figure
     command = [ROOT / "scripts" / "gpu_check.sh", "--dry-run", "--minutes", "9", "--out", tmp_path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
     logs = "\n".join(log.read_text()[-4000:] for log in tmp_path.glob("*.log"))
@@ -41,7 +41,7 @@ def test_a_dry_run_measures_every_figure(tmp_path: Path) -> None:
         assert events == ["started", "done"], step
         found = {line["figure"] for line in lines if line["step"] == step and "figure" in line}
         assert set(names) <= found, f"{step} lacks {set(names) - found}"
-        assert f"{step:>12}  {names[0]}" in done.stdout, "figures are printed, too"
+        assert f"{step:>12}  {names[0]}" in done.stdout, "figures are also printed"
     for requests in (1, 2):
         cycle = record.value(tmp_path, "cycle", "cycle", requests=requests)
         step = record.value(tmp_path, "baseline", "AR step", requests=requests)

@@ -25,7 +25,7 @@ PROMPTS = random_prompts([1, 17, 64, 130, 33], 24, seed=3)
 
 @pytest.fixture
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The choice of an implementation is made once a process; make it anew, before and after."""
+    """An implementation is chosen once per process. Choose again before and after the test."""
     caches = ops.implementation, ops.function, backend.fast_causal
     for cached in caches:
         cached.cache_clear()
@@ -63,13 +63,13 @@ def test_texts_equal_the_reference(
         assert generate(llm, PROMPTS, extra_args={"nld": nld}) == denoised
 
 
-def test_an_unknown_implementation_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
+def test_unknown_implementation_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
     fresh_choice.setenv(ops.ENVIRONMENT_VARIABLE, "fortran")
     with pytest.raises(NLDError, match="VLLM_NLD_OPS=fortran: allowed are cpp, cuda, triton, xformers, torch"):
         ops.implementation("block_attention", "cpu")
 
 
-def test_an_implementation_for_another_device_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
+def test_implementation_for_another_device_is_refused(fresh_choice: pytest.MonkeyPatch) -> None:
     fresh_choice.setenv(ops.ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(NLDError, match="VLLM_NLD_OPS=cuda does not run on cpu: it serves cuda, not cpu"):
         ops.implementation("block_attention", "cpu")
@@ -78,7 +78,7 @@ def test_an_implementation_for_another_device_is_refused(fresh_choice: pytest.Mo
 def test_causal_steps_agree_with_vllms_attention(folder: Path, fresh_choice: pytest.MonkeyPatch) -> None:
     """In bfloat16 a prefill runs the operator under its causal mask, or vLLM's attention: equal probabilities.
 
-    Which of them serves depends on the CPU (``tests/unit/test_causal_choice.py``); here both are made to, on each.
+    The CPU decides which of them is used (``tests/unit/test_causal_choice.py``); here both are forced, on any CPU.
     """
     fresh_choice.setattr(backend, "has_strided_pages", lambda _: True)
     found = []
@@ -100,8 +100,8 @@ def test_causal_steps_agree_with_vllms_attention(folder: Path, fresh_choice: pyt
     torch.testing.assert_close(found[0], found[1], atol=0.08, rtol=0)
 
 
-def test_ar_needs_no_known_page_layout(folder: Path, fresh_choice: pytest.MonkeyPatch) -> None:
-    """Where the layout is unknown, causal steps must stay with vLLM's attention, and AR must work."""
+def test_ar_works_with_unknown_page_layout(folder: Path, fresh_choice: pytest.MonkeyPatch) -> None:
+    """With an unknown layout, causal steps must use vLLM's attention, and AR must work."""
 
     def unknown(_: Any) -> Any:
         raise NLDError("unknown layout")
@@ -115,8 +115,8 @@ def test_ar_needs_no_known_page_layout(folder: Path, fresh_choice: pytest.Monkey
 def test_pages_in_tiles_change_nothing(tmp_path: Path, fresh_choice: pytest.MonkeyPatch) -> None:
     """With AMX, vLLM writes pages in tiles. Every step runs the operator here, once over each kind of page: equal bits.
 
-    vLLM's attention over tiles takes AMX, so the steps that stay with it there (causal ones) are taken from it here.
-    Writing tiles takes AVX-512, without which the test writes them.
+    vLLM's attention over tiles needs AMX, so the causal steps that would use it run the operator here. Writing tiles
+    needs AVX-512; without it, the test writes them.
     """
     from vllm.v1.attention.backends import cpu_attn
 
@@ -159,8 +159,8 @@ def prompt_logprobs(llm: Any) -> torch.Tensor:
 
 @needs_float8_cache
 @pytest.mark.parametrize("cache", ["fp8", "fp8_e5m2"])
-def test_a_float8_cache_stays_lossless(cache: str, folder: Path) -> None:
-    """AR and verify passes read the same quantized cache, so their texts are equal; drafts read it, too."""
+def test_float8_cache_stays_lossless(cache: str, folder: Path) -> None:
+    """AR and verify passes read the same quantized cache, so their texts are equal; drafts also read it."""
     settings: dict[str, Any] = {"kv_cache_dtype": cache, "dtype": "float32"}
     with engine(folder, **settings) as llm:
         expected = generate(llm, PROMPTS)

@@ -1,4 +1,4 @@
-"""What ``--logprobs-mode`` returns in each mode: as in AR, but for diffusion's denoised tokens."""
+"""What ``--logprobs-mode`` returns in each mode: as in AR, except for diffusion's denoised tokens."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def test_logprobs_modes(kind: str) -> None:
         expected = expected_rows(kind, list(output.prompt_token_ids), tokens)
         for row, (token, entry) in enumerate(zip(tokens, output.outputs[0].logprobs, strict=True)):
             if mode == "diffusion" and kind.startswith("processed") and row % BLOCK:
-                # A block's first token is the causal pass's; the others are certain by then, and all else impossible.
+                # The causal pass decides a block's first token; the others are certain by then, and all other tokens
+                # impossible.
                 assert entry[token].logprob == 0
                 assert all(found.logprob == -torch.inf for id_, found in entry.items() if id_ != token)
                 continue

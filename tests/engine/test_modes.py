@@ -34,7 +34,7 @@ def llm() -> Iterator[Any]:
         "max_model_len": 1024,
         "enable_prefix_caching": True,
         "block_size": 32,
-        # A model this small would fill its answer with white space, which a JSON grammar allows without end.
+        # A model this small would fill its answer with white space, which a JSON grammar allows without limit.
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
         "reasoning_config": ReasoningConfig(
             reasoning_parser="deepseek_r1", reasoning_start_str="<think>", reasoning_end_str="</think>"
@@ -75,7 +75,7 @@ def ids_of(outputs: list[Any]) -> list[list[int]]:
     ],
     ids=lambda params: ",".join(params) or "plain",
 )
-def test_lossless_modes_give_ar_s_text(llm: Any, params: dict[str, Any]) -> None:
+def test_lossless_modes_give_the_text_of_ar(llm: Any, params: dict[str, Any]) -> None:
     expected = ids_of(complete(llm, TEXTS, "ar", **params))
     for mode in LOSSLESS:
         assert ids_of(complete(llm, TEXTS, mode, **params)) == expected, mode
@@ -92,7 +92,7 @@ def test_stop_strings_and_minimum(llm: Any, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_same_seed_gives_the_same_text_in_any_batch(llm: Any, mode: str) -> None:
+def test_equal_seed_gives_equal_text_in_any_batch(llm: Any, mode: str) -> None:
     alone = ids_of(complete(llm, TEXTS[:1], mode, temperature=1.0, seed=5))
     crowd = ids_of(complete(llm, TEXTS, mode, temperature=1.0, seed=5))
     assert crowd[0] == alone[0]
@@ -154,8 +154,8 @@ def test_structured_output_is_always_valid(llm: Any, kind: str, temperature: flo
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_logprobs_are_the_causal_pass_s(llm: Any, mode: str, model: ReferenceModel) -> None:
-    """Also of diffusion's tokens: what the causal pass gives the token, everything before it known."""
+def test_logprobs_come_from_the_causal_pass(llm: Any, mode: str, model: ReferenceModel) -> None:
+    """Also for diffusion's tokens: the causal pass's value for the token after everything before it."""
     (output,) = complete(llm, TEXTS[:1], mode, logprobs=2, max_tokens=30)
     prompt, tokens = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
     expected = model.causal(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -166,7 +166,7 @@ def test_logprobs_are_the_causal_pass_s(llm: Any, mode: str, model: ReferenceMod
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_cached_prefix_changes_nothing(llm: Any, mode: str) -> None:
+def test_cached_prefix_changes_nothing(llm: Any, mode: str) -> None:
     before = metric(llm, "vllm:prefix_cache_hits")
     first = ids_of(complete(llm, TEXTS, mode))
     assert ids_of(complete(llm, TEXTS, mode)) == first
@@ -188,7 +188,7 @@ def test_diffusion_equals_the_reference_on_real_weights(llm: Any, model: Referen
 
 
 def test_diffusion_obeys_penalties_and_allowed_tokens(llm: Any) -> None:
-    """One position per forward, left to right: every token sees all that came before."""
+    """One position per forward, left to right: every token attends to all earlier ones."""
     serial = {"sampler": "left_to_right", "tokens_per_step": 1}
     plain = ids_of(complete(llm, TEXTS, "diffusion", serial))
     assert any(len(set(ids)) < len(ids) for ids in plain)
@@ -198,8 +198,8 @@ def test_diffusion_obeys_penalties_and_allowed_tokens(llm: Any) -> None:
         assert set(ids) <= set(range(20, 60))
 
 
-def test_diffusion_temperature_is_its_own(llm: Any) -> None:
-    """Seeds at temperature 0, denoising at 1: the first token is AR's, the rest differs from run to run."""
+def test_diffusion_uses_its_own_temperature(llm: Any) -> None:
+    """Seeds at temperature 0, denoising at 1: the first token equals AR's, the rest differs from run to run."""
     runs = [ids_of(complete(llm, TEXTS[:1], "diffusion", {"temperature": 1.0}, temperature=0))[0] for _ in range(3)]
     assert len({ids[0] for ids in runs}) == 1
     assert len({tuple(ids) for ids in runs}) > 1
@@ -210,8 +210,8 @@ def test_diffusion_temperature_is_its_own(llm: Any) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 7, 16])
-def test_the_thinking_budget_forces_the_end(llm: Any, budget: int, model: ReferenceModel) -> None:
-    """The end token comes exactly where the budget ends, and the text is the reference's, in every mode."""
+def test_thinking_budget_forces_the_end_token(llm: Any, budget: int, model: ReferenceModel) -> None:
+    """The end token comes exactly where the budget ends, and the text equals the reference's, in every mode."""
     prompts = [[*output.prompt_token_ids, THINK] for output in complete(llm, TEXTS, "ar", max_tokens=1)]
     settings = {"max_thinking_tokens": budget, "end_think_token_id": END_THINK}
     causal = [ar_generate(model, ids, 32, **settings).ids[len(ids) :] for ids in prompts]
@@ -225,10 +225,10 @@ def test_the_thinking_budget_forces_the_end(llm: Any, budget: int, model: Refere
 
 
 @pytest.mark.parametrize("mode", LOSSLESS)
-def test_thinking_that_ends_by_itself_just_before_its_budget(llm: Any, model: ReferenceModel, mode: str) -> None:
+def test_thinking_may_end_just_before_its_budget(llm: Any, model: ReferenceModel, mode: str) -> None:
     """Then no end is forced, though the drafts reached the budget's end.
 
-    Only tokens about as likely as the end of thinking are allowed, so that this model says it at all.
+    Only tokens about as likely as the end of thinking are allowed, so that this model emits it.
     """
     from vllm import SamplingParams
 
@@ -251,7 +251,7 @@ def test_thinking_that_ends_by_itself_just_before_its_budget(llm: Any, model: Re
     assert texts(mode) == expected
 
 
-def test_bad_requests_are_refused_and_the_engine_lives(llm: Any) -> None:
+def test_bad_requests_are_refused_and_engine_continues(llm: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
     for nld in ({"mode": "fast"}, {"mode": "ar", "threshold": 0.5}, {"block_length": 400}, {"typo": 1}):

@@ -1,4 +1,4 @@
-"""Nobody waits for another request's diffusion block. Asserted on steps and forwards, never on time."""
+"""No request waits for another request's diffusion block. Asserted on steps and forwards, never on time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def watched(shared: Any) -> Iterator[Watched]:
 
 
 class Watched:
-    """An engine that is driven step by step, and what its steps did.
+    """An engine that runs step by step, with a record of its steps.
 
     ``scheduled`` holds the requests of every step, ``forwards`` the denoising forwards of every step, ``tokens`` all
     tokens so far.
@@ -99,7 +99,7 @@ class Watched:
             self.step()
 
     def drain(self) -> None:
-        """Run to the end, and one step more, by which the worker learns of the last request's end."""
+        """Run to the end, and one more step, in which the worker learns of the last request's end."""
         self.until(lambda: not self.engine.has_unfinished_requests())
         self.add("last", [1, 2], 1, None)
         self.until(lambda: not self.engine.has_unfinished_requests())
@@ -110,7 +110,7 @@ class Watched:
         return {name(request_id) for request_id in self.drafter.parked.ids}
 
     def denoised(self, request_id: str) -> int:
-        """Denoising forwards that are booked for a request which ended."""
+        """Denoising forwards counted for a request that ended."""
         return int(self.tallies[request_id].forwards["denoise"])
 
     def passes(self) -> list[int]:
@@ -132,7 +132,7 @@ def expect(model: ReferenceModel, prompt: list[int], budget: int, nld: dict[str,
 PROMPTS = random_prompts([40, 3, 90, 17, 64, 130, 1, 30], 24, seed=5)
 
 
-def test_a_fast_request_ends_while_a_slow_one_denoises_its_first_block(watched: Watched, model: ReferenceModel) -> None:
+def test_fast_request_ends_while_slow_one_denoises_its_first_block(watched: Watched, model: ReferenceModel) -> None:
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.add("fast", PROMPTS[1], 49, FAST)
     ended: list[str] = []
@@ -147,7 +147,7 @@ def test_a_fast_request_ends_while_a_slow_one_denoises_its_first_block(watched: 
     assert watched.tokens["fast"] == expect(model, PROMPTS[1], 49, FAST)
 
 
-def test_ar_decodes_a_token_per_step_beside_an_open_block(watched: Watched, model: ReferenceModel) -> None:
+def test_ar_decodes_a_token_per_step_next_to_an_open_block(watched: Watched, model: ReferenceModel) -> None:
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.add("ar", PROMPTS[1], 60, None)
     watched.step()
@@ -175,8 +175,8 @@ MIX: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_every_depth_in_one_batch(watched: Watched, model: ReferenceModel) -> None:
-    """Texts and forwards are those of the request alone, and none waits for the slowest."""
+def test_blocks_of_every_depth_in_one_batch(watched: Watched, model: ReferenceModel) -> None:
+    """Texts and forwards equal those of the request by itself, and no request waits for the slowest."""
     for index, (prompt, nld) in enumerate(zip(PROMPTS, MIX, strict=True)):
         watched.add(str(index), prompt, 50, nld)
     watched.drain()
@@ -187,11 +187,11 @@ def test_every_depth_in_one_batch(watched: Watched, model: ReferenceModel) -> No
         assert watched.denoised(str(index)) + commits == expected.nfe, nld
 
 
-def test_a_new_request_is_served_while_all_others_are_parked(watched: Watched, model: ReferenceModel) -> None:
+def test_new_request_is_served_while_all_others_are_parked(watched: Watched, model: ReferenceModel) -> None:
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.step()
     assert watched.parked() == {"slow"}
-    assert watched.forwards == [FORWARDS_PER_LOOK], "nobody else had anything to do"
+    assert watched.forwards == [FORWARDS_PER_LOOK], "no other request had work"
     watched.add("new", PROMPTS[1], 5, None)
     watched.step()
     assert watched.scheduled[-1] == {"new"}
@@ -202,8 +202,10 @@ def test_a_new_request_is_served_while_all_others_are_parked(watched: Watched, m
 
 
 @pytest.mark.parametrize("how", ["abort", "max_tokens"])
-def test_denoising_goes_on_when_the_only_other_request_ends(watched: Watched, model: ReferenceModel, how: str) -> None:
-    """The next step has nothing to schedule, and vLLM asks for drafts only after steps that had."""
+def test_denoising_continues_when_the_only_other_request_ends(
+    watched: Watched, model: ReferenceModel, how: str
+) -> None:
+    """The next step has nothing to schedule, and vLLM asks for drafts only after steps with tokens."""
     watched.add("slow", PROMPTS[0], 40, SLOW)
     watched.add("slower", PROMPTS[2], 40, SLOW)
     watched.add("ar", PROMPTS[1], 100 if how == "abort" else 3, None)
@@ -229,7 +231,7 @@ def test_abort_of_a_parked_request(watched: Watched, model: ReferenceModel) -> N
     watched.engine.abort_request(["gone"])
     watched.step()
     assert not watched.parked()
-    assert watched.denoised("gone") == passes, "forwards that were run are booked, though the block was dropped"
+    assert watched.denoised("gone") == passes, "forwards that ran count, although the block was dropped"
     watched.add("new", PROMPTS[2], 40, SLOW)
     watched.drain()
     assert watched.tokens["ar"] == expect(model, PROMPTS[1], 20, None)
@@ -240,7 +242,7 @@ def test_abort_of_a_parked_request(watched: Watched, model: ReferenceModel) -> N
 
 @pytest.mark.parametrize("logprobs", [None, 1])
 def test_preemption_of_a_parked_request(watched: Watched, model: ReferenceModel, logprobs: int | None) -> None:
-    """The open block goes on where it was; with log-probabilities it is dropped, and another one opened."""
+    """The open block continues where it was; with log-probabilities it is dropped, and another one is opened."""
     watched.add("slow", PROMPTS[0], 40, SLOW, logprobs=logprobs)
     watched.add("ar", PROMPTS[1], 20, None)
     for _ in range(6):
@@ -258,7 +260,7 @@ def test_preemption_of_a_parked_request(watched: Watched, model: ReferenceModel,
         assert watched.denoised("slow") > 15 + 15 + 7
 
 
-def test_a_full_cache_preempts_parked_requests(folder: Path, model: ReferenceModel) -> None:
+def test_full_cache_preempts_parked_requests(folder: Path, model: ReferenceModel) -> None:
     prompts = random_prompts([60, 61, 62, 63], 24, seed=21)
     kinds: list[dict[str, Any] | None] = [None, SLOW, {"threshold": 0.3}, SLOW]
     with engine(folder, spec=True, block_size=32, num_gpu_blocks_override=14, max_model_len=224) as llm:
@@ -280,8 +282,8 @@ def test_a_full_cache_preempts_parked_requests(folder: Path, model: ReferenceMod
         assert watched.tokens[str(index)] == expect(model, prompt, 120, nld), nld
 
 
-def test_parked_requests_keep_their_places(folder: Path, model: ReferenceModel) -> None:
-    """Two places, six requests: parked requests are running ones, so no more than two are ever at work."""
+def test_parked_requests_keep_their_slots_in_the_batch(folder: Path, model: ReferenceModel) -> None:
+    """Two slots, six requests: parked requests count as running, so at most two run at a time."""
     kinds = [SLOW, FAST, None, SLOW, {"threshold": 0.3}, SLOW]
     with engine(folder, spec=True, max_num_seqs=2) as llm:
         watched = Watched(llm)
@@ -299,7 +301,7 @@ def test_parked_requests_keep_their_places(folder: Path, model: ReferenceModel) 
         assert watched.tokens[str(index)] == expect(model, PROMPTS[index], 40, nld), nld
 
 
-def test_another_scheduler_means_no_parking(folder: Path, model: ReferenceModel) -> None:
+def test_another_scheduler_turns_parking_off(folder: Path, model: ReferenceModel) -> None:
     with engine(folder, spec=True, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler") as llm:
         watched = Watched(llm)
         assert not watched.drafter.parks

@@ -1,4 +1,4 @@
-"""Packed int4 weights: the checkpoint starts, and self-speculation's text is AR's."""
+"""Packed int4 weights: the checkpoint starts, and self-speculation's text equals AR's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def has_int4_product() -> bool:
 
 
 @pytest.mark.skipif(not has_int4_product(), reason="vLLM's build for this CPU has no int4 product: AVX-512 is needed")
-def test_packed_weights_serve_every_mode(tmp_path: Path) -> None:
+def test_packed_weights_work_in_every_mode(tmp_path: Path) -> None:
     plain = save(random_model(small_config(eos_token_id=None), seed=3), tmp_path / "plain")
     packed = quantize(plain, tmp_path / "packed", "w4a16")
     prompts = random_prompts([3, 40, 90], 24)

@@ -1,4 +1,4 @@
-"""Engine options under which self-speculation could not be right are refused by name, before any weight loads."""
+"""Engine options under which self-speculation would be wrong are refused by name, before any weight loads."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def arguments(folder: Path, **settings: Any) -> EngineArgs:
         ({"runner": "pooling"}, ["runner='pooling'", "'generate'", "speculative"]),
     ],
 )
-def test_refused(folder: Path, settings: dict[str, Any], words: list[str]) -> None:
+def test_unsuitable_arguments_are_refused(folder: Path, settings: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(Exception) as caught:  # whatever vLLM wraps it in
         arguments(folder, **settings).create_engine_config()
     error = find(caught.value)
@@ -83,32 +83,32 @@ def test_refused(folder: Path, settings: dict[str, Any], words: list[str]) -> No
 
 
 @pytest.mark.parametrize("connector", ["OffloadingConnector", "SimpleCPUOffloadConnector", "DecodeBenchConnector"])
-def test_connectors_that_do_nothing_in_a_layer_are_allowed(connector: str) -> None:
+def test_connectors_with_empty_layer_hooks_are_allowed(connector: str) -> None:
     assert not workers.transfers_layer_by_layer(KVTransferConfig(kv_connector=connector, kv_role="kv_both"))
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_a_connector_may_say_itself_whether_it_works_layer_by_layer(layerwise: bool) -> None:
+def test_connector_can_declare_that_it_works_layer_by_layer(layerwise: bool) -> None:
     settings = {"use_layerwise": layerwise}
     config = KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both", kv_connector_extra_config=settings)
     assert workers.transfers_layer_by_layer(config) == layerwise
 
 
 class WaitingConnector(KVConnectorBase_V1):  # type: ignore[misc]
-    """One of a user's own."""
+    """A user's own connector."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Do something."""
         self.waited = layer_name
 
 
-def test_a_connector_of_ones_own_is_looked_at() -> None:
+def test_custom_connector_is_checked() -> None:
     config = KVTransferConfig(kv_connector="WaitingConnector", kv_connector_module_path=__name__, kv_role="kv_both")
     assert workers.transfers_layer_by_layer(config)
 
 
-def test_attention_takes_no_fused_operation() -> None:
-    """A draft pass could not run it: its attention neither quantizes its output nor writes rotated keys."""
+def test_attention_accepts_no_fused_operation() -> None:
+    """A draft pass could not run it, because its attention neither quantizes its output nor writes rotated keys."""
     own = _with_draft_passes(TritonAttentionBackend).get_impl_cls()
     vllms = own.__mro__[1]
     asked = [name for name in dir(vllms) if name.startswith("fused_") and name.endswith("_supported")]

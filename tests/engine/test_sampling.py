@@ -23,7 +23,7 @@ def second_and_third_token_probabilities(
 ) -> torch.Tensor:
     """Exact AR probabilities of (token 2, token 3), float64 ``[vocab, vocab]``, summed over token 1.
 
-    Those two are decided by verifying drafts: token 1 comes from the prefill.
+    Verification of drafts decides these two; token 1 comes from the prefill.
     """
 
     def next_probabilities(ids: list[int]) -> torch.Tensor:
@@ -52,7 +52,7 @@ def chi_square_p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def tempered(probabilities: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
-    """What vLLM samples from."""
+    """The distribution that vLLM samples from."""
     powered = probabilities ** (1 / temperature)
     kept = powered >= powered.sort(descending=True).values[top_k - 1] if top_k else powered > 0
     return powered * kept / (powered * kept).sum()
@@ -63,18 +63,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "most probable drafts": {"sampled_drafts": False},
     "drawn drafts": {},
     "drawn drafts, trimmed": {"mode": "auto"},
-    "looked-up drafts alone": {"mode": "auto", "prompt_lookup": 1},
+    "only looked-up drafts": {"mode": "auto", "prompt_lookup": 1},
 }
 SEEDED = {f"{way}, seeded": WAYS[way] for way in ("AR", "drawn drafts", "most probable drafts")}
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.7, 5)])
-def test_every_way_of_drafting_has_the_distribution_of_ar(temperature: float, top_k: int, tmp_path: Path) -> None:
+def test_every_draft_method_keeps_the_distribution_of_ar(temperature: float, top_k: int, tmp_path: Path) -> None:
     from vllm import SamplingParams
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
     (start,) = random_prompts([9], 8, seed=1)
-    prompt = ar_generate(model, start, 20).ids  # of the model's own text, so that some of what is looked up is accepted
+    prompt = ar_generate(model, start, 20).ids  # the model's own text, so that some looked-up drafts are accepted
     expected = REQUESTS * second_and_third_token_probabilities(model, prompt, temperature, top_k)
     greedy_ids = ar_generate(model, prompt, TOKENS).ids[len(prompt) :]
     p_values = {}
@@ -105,10 +105,10 @@ def test_every_way_of_drafting_has_the_distribution_of_ar(temperature: float, to
 
 
 @pytest.mark.parametrize("multiple", [False, True])
-def test_a_thinking_budget_changes_no_distribution(
+def test_thinking_budget_changes_no_distribution(
     multiple: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drafts are cut where they open a thinking section. Its start is what this model says most, here."""
+    """Drafts are cut where they open a thinking section. Its start is the most frequent token here."""
     from vllm import SamplingParams
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
@@ -129,7 +129,7 @@ def test_a_thinking_budget_changes_no_distribution(
     assert chi_square_p_value(counts, expected * REQUESTS) > 1e-3
 
 
-def test_the_chi_square_notices_a_wrong_distribution() -> None:
+def test_chi_square_detects_a_wrong_distribution() -> None:
     """The statistic must reject a sampler that is off by a temperature of 1.2."""
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
     (prompt,) = random_prompts([9], 8, seed=1)
@@ -142,8 +142,8 @@ def test_the_chi_square_notices_a_wrong_distribution() -> None:
     assert chi_square_p_value(counts, expected * REQUESTS) < 1e-3
 
 
-def test_top_k_alone_in_a_step_without_drafts(tmp_path: Path) -> None:
-    """A prefill has none; vLLM 0.32's rejection sampler dies of it."""
+def test_top_k_without_top_p_in_a_step_without_drafts(tmp_path: Path) -> None:
+    """A prefill has no drafts; vLLM 0.32's rejection sampler fails on it."""
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
     with engine(save(model, tmp_path), spec=True) as llm:
         for mode in ("ar", "self_speculation"):
@@ -151,8 +151,8 @@ def test_top_k_alone_in_a_step_without_drafts(tmp_path: Path) -> None:
             assert ids == ar_generate(model, [6, 7], 24).ids[2:]
 
 
-def test_a_cached_prompt_s_padding_changes_no_distribution(tmp_path: Path) -> None:
-    """vLLM pads a request that comes with one token to compute with drafts of -1, beside others' drawn drafts."""
+def test_padding_of_a_cached_prompt_changes_no_distribution(tmp_path: Path) -> None:
+    """vLLM pads a request with one token to compute with drafts of -1, next to the drawn drafts of others."""
     from vllm import SamplingParams
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
@@ -167,7 +167,7 @@ def test_a_cached_prompt_s_padding_changes_no_distribution(tmp_path: Path) -> No
     assert chi_square_p_value(counts, expected * 1000) > 1e-3
 
 
-def test_constraints_that_leave_no_token_end_no_engine(tmp_path: Path) -> None:
+def test_constraints_without_any_allowed_token_do_not_end_the_engine(tmp_path: Path) -> None:
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)
     with engine(save(model, tmp_path), spec=True) as llm:
         for constraints in (
@@ -179,8 +179,8 @@ def test_constraints_that_leave_no_token_end_no_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ar", "self_speculation", "diffusion"])
-def test_a_seeded_request_of_one_token_to_compute_is_the_same_beside_others(mode: str, tmp_path: Path) -> None:
-    """vLLM pads it if others decode when it comes."""
+def test_seeded_request_with_one_token_to_compute_ignores_other_requests(mode: str, tmp_path: Path) -> None:
+    """vLLM pads it if others decode when it arrives."""
     from vllm import SamplingParams
 
     model = random_model(small_config(vocab_size=8, block_size=4, num_hidden_layers=1), seed=2)

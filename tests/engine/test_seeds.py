@@ -1,4 +1,4 @@
-"""A seeded request's text is AR's with that seed: whatever is preempted, cut short, drafted, or next to it."""
+"""A seeded request's text equals AR's with that seed, for any preemptions, cut budgets, drafts and other requests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def solo(folder: Path) -> Iterator[dict[str, list[list[int]]]]:
-    """Every prompt's text by every way, with nothing in its way and one at a time."""
+    """Every prompt's text in every mode, undisturbed and one at a time."""
     with engine(folder, spec=True, max_num_seqs=4, max_model_len=256) as llm:
         shun_ar(llm)
         yield {
@@ -66,7 +66,7 @@ def cramped(folder: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("way", LOSSLESS)
-def test_a_seed_gives_ar_s_text(solo: dict[str, list[list[int]]], way: str) -> None:
+def test_seed_gives_the_text_of_ar(solo: dict[str, list[list[int]]], way: str) -> None:
     assert solo[way] == solo["AR"]
     assert len({tuple(text) for text in solo[way]}) == len(PROMPTS)
 
@@ -96,7 +96,7 @@ def test_preemptions_and_cut_budgets_change_no_seeded_text(
     ],
     ids=lambda params: ",".join(params),
 )
-def test_under_every_sampling_parameter(cramped: Any, params: dict[str, Any]) -> None:
+def test_seeded_text_equals_ar_under_every_sampling_parameter(cramped: Any, params: dict[str, Any]) -> None:
     ways = [{"mode": "ar"}, {}, {"mode": "auto"}]
     prompts, seeds = PROMPTS[:2] * len(ways), [3, 4] * len(ways)
     settings = [

@@ -1,4 +1,4 @@
-"""When vLLM itself serves the architecture, this extension leaves plain use alone and takes over only when asked."""
+"""If vLLM itself serves the architecture, this extension takes over only when asked."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nothing", {}, "NLDForCausalLM", "NemotronLabsDiffusionConfig"),
     ],
 )
-def test_who_serves(folder: Path, vllm_serves: str, settings: dict[str, object], model: str, config: str) -> None:
+def test_own_model_serves_only_if_needed_or_asked_for(
+    folder: Path, vllm_serves: str, settings: dict[str, object], model: str, config: str
+) -> None:
     command = [sys.executable, "-c", SCRIPT, vllm_serves, str(folder), json.dumps(settings)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]

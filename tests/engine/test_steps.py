@@ -1,4 +1,4 @@
-"""What a step holds: chunks of seeded prompts, cached prompts next to grammars, and shares of the budget."""
+"""Contents of a step: chunks of seeded prompts, cached prompts next to grammars, and shares of the budget."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def add(llm: Any, name: str, prompt: list[int], budget: int, mode: str, **params
 
 
 def drain(llm: Any, limit: int = 2000) -> dict[str, list[int]]:
-    """Run to the end, and fail where an engine hangs; return the texts."""
+    """Run to the end, and fail if the engine hangs; return the texts."""
     core, texts = llm.llm_engine, {}
     for _ in range(limit):
         if not core.has_unfinished_requests():
@@ -95,10 +95,10 @@ class LeftOut:
 
 
 @pytest.mark.parametrize("speculates", [False, True])
-def test_a_seeded_request_may_be_chunked_and_preempted(folder: Path, speculates: bool, request: Any) -> None:
-    """vLLM takes back the random numbers of samples that it discards by ``set_offset``, which CPUs lack.
+def test_seeded_request_may_be_chunked_and_preempted(folder: Path, speculates: bool, request: Any) -> None:
+    """vLLM takes back the random numbers of discarded samples with ``set_offset``, which CPUs lack.
 
-    The text is the one of a prompt in one piece: nothing but tokens that are kept moves a request's generator.
+    The text equals that of an unchunked prompt, because only kept tokens advance a request's generator.
     """
     prompts = random_prompts([40, 44, 36, 42], 24, seed=6)
     each: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": 80, "extra_args": {"nld": {"mode": "ar"}}}
@@ -115,8 +115,8 @@ def test_a_seeded_request_may_be_chunked_and_preempted(folder: Path, speculates:
         check(llm)
 
 
-def test_a_block_counts_when_it_is_verified(cramped: Any) -> None:
-    """Those of requests that end or are preempted before are none of the acceptance length's business."""
+def test_block_counts_when_it_is_verified(cramped: Any) -> None:
+    """Blocks of requests that end or are preempted before do not count for the acceptance length."""
     prompts = random_prompts([40, 44, 36, 42, 30], 24, seed=8)
     before, drafts = _tally(cramped), metric(cramped, "vllm:spec_decode_num_drafts")
     preemptions = metric(cramped, "vllm:num_preemptions")
@@ -138,7 +138,7 @@ def _tally(llm: Any) -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.parametrize("mode", ["self_speculation", "diffusion"])
-def test_full_blocks_leave_nobody_out(model: ReferenceModel, crowded: Any, mode: str) -> None:
+def test_full_blocks_leave_no_request_out(model: ReferenceModel, crowded: Any, mode: str) -> None:
     prompts = random_prompts([20, 21, 22, 23, 24, 25, 26, 27], 24, seed=4)
     for index, prompt in enumerate(prompts):
         add(crowded, str(index), prompt, 100, mode)
@@ -163,7 +163,7 @@ def test_full_blocks_leave_room_for_a_new_request(model: ReferenceModel, crowded
     assert steps <= -(-90 // (64 // 9)), "its share of every step is 7 tokens"
 
 
-def test_a_budget_below_a_block_admits_a_cached_prompt(model: ReferenceModel, folder: Path) -> None:
+def test_budget_below_a_block_admits_a_cached_prompt(model: ReferenceModel, folder: Path) -> None:
     """vLLM pads a request with one token to compute to a whole block, and does not admit it if that does not fit."""
     prompts = random_prompts([65, 33], 24, seed=7)
     settings = {"max_num_batched_tokens": 12, "max_num_seqs": 4, "enable_prefix_caching": True, "block_size": 32}
@@ -178,8 +178,8 @@ def test_a_budget_below_a_block_admits_a_cached_prompt(model: ReferenceModel, fo
 
 
 @pytest.mark.parametrize("settings", [{}, {"scheduler_cls": VLLM_S}, {"enable_lora": True}], ids=str)
-def test_grammars_hold_beside_a_cached_prompt(settings: dict[str, Any]) -> None:
-    """Of vLLM's padding neither a step nor a grammar's bitmask may keep rows that the other lacks."""
+def test_grammars_hold_next_to_a_cached_prompt(settings: dict[str, Any]) -> None:
+    """A step and a grammar's bitmask must drop the same rows of vLLM's padding."""
     from vllm import SamplingParams
     from vllm.config import StructuredOutputsConfig
     from vllm.sampling_params import StructuredOutputsParams

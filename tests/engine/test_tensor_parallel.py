@@ -1,4 +1,4 @@
-"""Tensor parallelism: the tokens of one rank, in float32 and in every mode, and ranks that never disagree.
+"""Tensor parallelism gives the tokens of one rank, in float32 and in every mode, and ranks never disagree.
 
 The engine is as in production: a core process and two workers under vLLM's multiprocessing executor. The last test
 kills one of them.
@@ -51,7 +51,7 @@ def complete(llm: Any, cases: list[tuple[dict[str, Any], dict[str, Any]]], token
 
 
 def accepted_drafts(llm: Any) -> dict[bool, int]:
-    """How many drafts the texts take with the draft adapter, and without."""
+    """The numbers of drafts for the texts with and without the draft adapter."""
     found = {}
     for adapter in (True, False):
         before = llm.collective_rpc("nld_tally")[0]["accepted"].get("self_speculation", 0)
@@ -78,7 +78,7 @@ def llm(expected: Any) -> Iterator[Any]:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() > 1 else "0|0")
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # collective_rpc takes functions
-        patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")  # for ranks that wait for each other
+        patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")  # in case ranks wait for each other
         with engine(checkpoint_path("tiny"), spec=True, tensor_parallel_size=2, **SETTINGS) as made:
             yield made
 
@@ -92,14 +92,14 @@ def test_each_mode_by_itself(llm: Any, expected: list[list[int]]) -> None:
         assert complete(llm, [case]) == expected[index * len(TEXTS) : (index + 1) * len(TEXTS)], case
 
 
-def test_the_draft_adapter_is_shared_out(llm: Any, one_rank: Any) -> None:
-    """The text says nothing of drafts; how many are accepted does."""
+def test_draft_adapter_is_split_over_ranks(llm: Any, one_rank: Any) -> None:
+    """The text does not depend on drafts, but the number of accepted drafts does."""
     assert accepted_drafts(llm) == one_rank[1]
     assert one_rank[1][True] != one_rank[1][False]
 
 
 def skew(worker: Any) -> list[float]:
-    """Make the second rank believe that drafting costs next to nothing, and that AR steps take for ever."""
+    """Make the second rank believe that drafting costs next to nothing, and that AR steps take forever."""
     costs = worker.model_runner.drafter.auto.costs
     if worker.rank == 1:
         costs.draft.seconds = costs.verify.seconds = lambda size: 1e-6
@@ -113,8 +113,8 @@ def forwards(llm: Any) -> list[dict[str, int]]:
     return llm.collective_rpc("nld_counters", timeout=30)
 
 
-def test_auto_mode_is_the_first_rank_s(llm: Any, expected: list[list[int]]) -> None:
-    """Ranks whose clocks disagree do the same forwards: the first one's choice, which here is AR."""
+def test_first_rank_decides_for_auto_mode(llm: Any, expected: list[list[int]]) -> None:
+    """Ranks with different clocks run equal forwards: the first rank's choice, which is AR here."""
     first, second = llm.collective_rpc(skew)
     assert first[1] > 1 > second[1]
     before = forwards(llm)
@@ -132,8 +132,8 @@ def workers_of(pid: int) -> list[int]:
     return [child.pid for child in sorted(found, key=lambda child: " ".join(child.cmdline()))]
 
 
-def test_requests_fail_soon_when_a_rank_dies(llm: Any) -> None:
-    """In the middle of generation: vLLM notices, says so, and nothing is left running. The last test of this engine."""
+def test_requests_fail_soon_after_a_rank_dies(llm: Any) -> None:
+    """During generation: vLLM notices, reports it, and no process is left. The last test of this engine."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     workers = workers_of(os.getpid())

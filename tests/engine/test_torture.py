@@ -1,4 +1,4 @@
-"""Random requests of every mode in one cramped engine, each text compared with the one that its request has alone.
+"""Random requests of every mode in one cramped engine. Each text must equal that of the request run by itself.
 
 The short run belongs to the suite. By hand, for an hour or a night:
 
@@ -71,11 +71,11 @@ class Case:
     """A request that may be sent any number of times.
 
     Attributes:
-        key: names the request that gives its text alone.
+        key: identifies the request that gives the expected text.
         prompt: token ids.
-        params: of ``SamplingParams``.
+        params: arguments of ``SamplingParams``.
         nld: the options under ``nld``.
-        exact: whether its text is promised to be the same in any schedule.
+        exact: whether its text must be equal in any schedule.
         grammar: what every text of it must match.
     """
 
@@ -96,7 +96,7 @@ class Case:
         return SamplingParams(**given)
 
     def alone(self) -> Case:
-        """The request whose text alone is the expected one: AR's, where a mode is lossless."""
+        """The request whose text is expected: that of AR if the mode is lossless."""
         lossless = self.nld["mode"] in ("self_speculation", "auto") and "seed" not in self.params
         return Case(self.key, self.prompt, self.params, {"mode": "ar"}, True, self.grammar) if lossless else self
 
@@ -111,7 +111,7 @@ def prompts_of(llm: Any) -> list[tuple[int, ...]]:
 
 
 def random_case(rng: random.Random, prompts: list[tuple[int, ...]]) -> Case:
-    """A case of few, so that few texts alone have to be found out."""
+    """One of few cases, so that few expected texts have to be generated."""
     prompt = rng.choice(prompts)
     mode = rng.choice(["ar", "self_speculation", "self_speculation", "auto", "diffusion", "diffusion"])
     of_mode = {"diffusion": DIFFUSION, "ar": [{}]}.get(mode, SPECULATION)
@@ -120,8 +120,8 @@ def random_case(rng: random.Random, prompts: list[tuple[int, ...]]) -> Case:
     kind = rng.random()
     if kind < 0.15:
         grammar = rng.choice(list(GRAMMARS))
-        nld.pop("seed_first", None)  # a grammar rules on the seed
-        # Where a budget or a preemption cuts a diffusion block under a grammar, a token is the causal pass's.
+        nld.pop("seed_first", None)  # a grammar decides the seed
+        # If a budget or a preemption cuts a diffusion block under a grammar, the causal pass decides a token.
         return Case(f"{index} {grammar} {_kind(nld)}", prompt, {"max_tokens": 40}, nld, mode != "diffusion", grammar)
     if kind < 0.3:
         seed = rng.randrange(2)
@@ -148,7 +148,7 @@ def result(output: Any) -> tuple[list[int], str]:
 
 @dataclass
 class Torture:
-    """An engine under random requests, and what came of them."""
+    """An engine under random requests, and their results."""
 
     llm: Any
     rng: random.Random
@@ -158,7 +158,7 @@ class Torture:
     wrong: list[str] = field(default_factory=list)
 
     def text_alone(self, case: Case) -> tuple[list[int], str]:
-        """The text of a case in an empty engine; asked for once."""
+        """The text of a case in an empty engine, generated once."""
         if case.key not in self.expected:
             alone = case.alone()
             prompt = {"prompt_token_ids": list(alone.prompt)}
@@ -219,7 +219,7 @@ class Torture:
         return re.fullmatch(GRAMMARS["regex"], text) is not None
 
     def drain(self) -> None:
-        """One request more, by which the worker learns of the last one's end."""
+        """One more request, with which the worker learns of the last one's end."""
         from vllm import SamplingParams
 
         self.llm.generate([{"prompt_token_ids": [20]}], SamplingParams(max_tokens=1), use_tqdm=False)
@@ -236,7 +236,7 @@ def llm() -> Iterator[Any]:
 
 
 @pytest.mark.timeout(300 + REQUESTS)
-def test_every_text_is_the_one_of_its_request_alone(llm: Any) -> None:
+def test_every_text_equals_that_of_its_request_by_itself(llm: Any) -> None:
     rng = random.Random(SEED)
     torture = Torture(llm, rng)
     prompts = prompts_of(llm)

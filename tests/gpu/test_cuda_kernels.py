@@ -1,6 +1,6 @@
 """The CUDA operators on a GPU, on the batches that ``tests/kernels/test_cuda_build.py`` runs emulated.
 
-Needs ``libnld_cuda.so`` (``scripts/build_cuda.sh``). Never run so far: there was no GPU.
+Needs ``libnld_cuda.so`` (``scripts/build_cuda.sh``). Never run so far, because no GPU was available.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def test_best_tokens(name: str) -> None:
     cases.check_best(cuda_ops, cases.BEST_SPECS[name], "cuda")
 
 
-def test_best_tokens_of_rows_anywhere() -> None:
+def test_best_tokens_of_unaligned_rows() -> None:
     cases.check_best_anywhere(cuda_ops, "cuda")
     cases.check_best_alone(cuda_ops, "cuda")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])
-def test_a_captured_graph_follows_the_lengths(name: str) -> None:
-    """Captured once, replayed with other prefix lengths: the grid is one of padded sizes."""
+def test_captured_graph_follows_the_lengths(name: str) -> None:
+    """Captured once, replayed with other prefix lengths: the grid depends only on padded sizes."""
     batch = cuda_cases.BATCHES[name]
     arguments, expected, _ = cuda_cases.build(batch)
     moved = {k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}

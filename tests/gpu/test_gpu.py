@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped without one; never run so far."""
+"""Tests that need a GPU. Skipped without one; never run so far."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_self_speculation_equals_the_reference(tmp_path: Path, eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With CUDA graphs, too: the draft pass must see the block table of a step whose Python ``forward`` never ran."""
-    # The one backend that takes float32 leaves its products to Triton, whose default is TF32.
+    """Also with CUDA graphs: the draft pass must get the block table of a step whose Python ``forward`` never ran."""
+    # The only backend that takes float32 leaves its products to Triton, whose default is TF32.
     monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
     model = random_model(small_config())
     folder = save(model, tmp_path)

@@ -1,7 +1,7 @@
 """Random ragged cases of the operators in ``docs/operators.md``, and the checks that every implementation has to pass.
 
 A spec is a small frozen record that hypothesis draws and prints; ``arguments(spec, ...)`` builds the tensors from it.
-Whatever an implementation must not read (unused page slots, tokens behind the last row) is NaN, as is the output.
+Everything that an implementation must not read (unused page slots, tokens after the last row) is NaN, as is the output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_nld.ops.pages import LAYOUTS, STRIDED, TILED
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NOWHERE = 1 << 30
-"""Page id behind the used part of a block table: reading the page would be far out of bounds."""
+"""Page id after the used part of a block table: reading the page would be far out of bounds."""
 
 K_SCALE, V_SCALE = 0.5, 1.75
 """Scales of float8 caches, all different from 1 and from each other."""
@@ -64,7 +64,7 @@ class AttentionSpec:
         layout: index into ``vllm_nld.ops.pages.LAYOUTS``.
         cache: dtype of the cache; None for the query's.
         shared: rows use the first row's whole pages for as much of their prefix as these cover.
-        padding: fresh tokens behind the last row.
+        padding: fresh tokens after the last row.
         loose: the host-side bounds are larger than the batch, and the block table has unused columns.
         fused: query, key and value are views of one tensor.
         quadratic: rows of kind 2 have the mask of quadratic self-speculation instead of random bits.
@@ -136,7 +136,7 @@ def attention_specs(
 
 # What random drawing may miss in a short run; every implementation gets these as well.
 EDGE_SPECS = {
-    "long row beside short ones": AttentionSpec((1100, 3, 0, 16), (4, 1, 7, 0), (0, 1, 2, 0), heads=(4, 1), layout=0),
+    "long row next to short ones": AttentionSpec((1100, 3, 0, 16), (4, 1, 7, 0), (0, 1, 2, 0), heads=(4, 1), layout=0),
     "one long row": AttentionSpec((1500,), (1,), (1,), heads=(4, 2), padding=1),
     "all masks": AttentionSpec((20, 33, 5), (9, 40, 36), (0, 1, 2), padding=2, quadratic=True),
     "random words": AttentionSpec((0, 19), (35, 64), (2, 2), padding=2, seed=3),
@@ -166,7 +166,7 @@ def quadratic_mask(length: int) -> Tensor:
 
     Of ``(k + 1) ** 2`` tokens, the first ``k + 1`` are drafts to verify, causal. Then come ``k + 1`` groups of k mask
     tokens, one for every number of drafts that may be accepted: a group sees the drafts up to that number and itself,
-    both ways. A length that is no square gives the beginning of the next larger square's mask.
+    both ways. A length that is not a square gives the beginning of the next larger square's mask.
     """
     side = 1
     while side * side < length:
@@ -189,7 +189,7 @@ def pack_words(mask: Tensor, words: int) -> Tensor:
 
 
 def _mask_words(spec: AttentionSpec, generator: torch.Generator) -> Tensor | None:
-    """Random bits everywhere, behind each block's end and in other rows too; about 1 query in 5 sees nothing."""
+    """Random bits everywhere, also after each block's end and in other rows; about 1 query in 5 sees nothing."""
     if 2 not in spec.kinds:
         return None
     words = -(-max(1, *spec.lengths) // 32)
@@ -227,7 +227,7 @@ def _block_table(spec: AttentionSpec, generator: torch.Generator) -> tuple[Tenso
 
 
 def _fresh(spec: AttentionSpec, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, NaN behind the last row."""
+    """Query, key and value, with NaN after the last row."""
     group, kv_heads = spec.heads
     tokens, dim = sum(spec.lengths) + spec.padding, spec.head_dim
     widths = [group * kv_heads, kv_heads, kv_heads]
@@ -293,7 +293,7 @@ def to_device(x: Tensor, device: str) -> Tensor:
 
 
 def _raw(x: Tensor) -> Tensor:
-    """The bytes of a float8 tensor, which PyTorch cannot assign or compare everywhere; other tensors as they are."""
+    """The bytes of a float8 tensor, which PyTorch cannot assign or compare everywhere; other tensors unchanged."""
     return x.view(torch.uint8) if x.element_size() == 1 else x
 
 
@@ -320,10 +320,10 @@ def oracle(arguments: dict[str, Any]) -> Tensor:
 
 
 def check(implementation: Any, spec: AttentionSpec, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Check block_attention: not much farther from the truth than PyTorch, and nothing else written.
+    """Check that block_attention is not much less exact than PyTorch, and writes nothing else.
 
-    The error against float64 may be twice that of PyTorch in the same dtype, plus a floor: where PyTorch happens to
-    be exact, rounding the result once (half an epsilon) and, in float32, another order of summation must be allowed.
+    The error against float64 may be twice that of PyTorch in the same dtype, plus a floor: if PyTorch happens to be
+    exact, one rounding of the result (half an epsilon) and, in float32, another order of summation must be allowed.
     """
     arguments = attention_arguments(spec, dtype, device)
     inputs = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and name != "output"}
@@ -337,7 +337,7 @@ def check(implementation: Any, spec: AttentionSpec, dtype: torch.dtype, device: 
         assert torch.equal(bits(x), before[name]), f"{name} was written"
     used = sum(spec.lengths)
     found = arguments["output"].cpu()
-    assert found[used:].isnan().all(), "tokens behind the last row were written"
+    assert found[used:].isnan().all(), "tokens after the last row were written"
     assert not found[:used].isnan().any(), "NaN: unused slots or padding were read, or tokens were not written"
     if used == 0:
         return
@@ -375,7 +375,7 @@ class AcceptSpec:
 
 @st.composite
 def accept_specs(draw: st.DrawFn, most_rows: int = 6, longest: int = 40) -> AcceptSpec:
-    """Draw rows that agree for a while; behind the first disagreement they may agree again."""
+    """Draw rows that agree for a while; after the first difference they may agree again."""
     tokens = st.sampled_from((0, 1, 2**40))  # the last does not fit 32 bits
     drafts, targets = [], []
     for _ in range(draw(st.integers(1, most_rows))):
@@ -434,7 +434,7 @@ class MoveSpec:
 
 @st.composite
 def move_specs(draw: st.DrawFn) -> MoveSpec:
-    """Draw moves: targets are distinct and nobody's source; a source may have several targets, or stay where it is."""
+    """Draw moves: targets are distinct and are not sources; a source may have several targets, or stay where it is."""
     pages, page_size = draw(st.integers(2, 5)), draw(st.sampled_from((16, 32)))
     slots = draw(st.permutations(range(pages * page_size)))
     count = draw(st.integers(0, 12))
@@ -479,14 +479,14 @@ def check_move(implementation: Any, spec: MoveSpec, device: str = "cpu") -> None
 
 @dataclass(frozen=True)
 class BestSpec:
-    """Logits for best_tokens: random ones, with what is hard about a row written over them.
+    """Logits for best_tokens: random ones, overwritten with a row's special values.
 
     Attributes:
         rows: rows of logits.
         vocab: columns.
-        dtype: of the logits.
-        scale: of the normal distribution that they are drawn from; 0 makes all equal.
-        padding: columns behind a row that are not part of it.
+        dtype: type of the logits.
+        scale: scale of their normal distribution; 0 makes all equal.
+        padding: columns after a row that are not part of it.
         ties: places that all get the row's largest value.
         nans: places of NaN.
         infinities: places of plus infinity.
@@ -510,7 +510,7 @@ class BestSpec:
     seed: int = 0
 
     def logits(self) -> Tensor:
-        """Logits ``[rows, vocab]``; padding is plus infinity. What is special is so in every row but the last."""
+        """Logits ``[rows, vocab]``; padding is plus infinity. Special values are in every row except the last."""
         drawn = torch.randn(self.rows, self.vocab, generator=torch.Generator().manual_seed(self.seed))
         drawn = (drawn * self.scale + self.offset).to(self.dtype)
         drawn = drawn.sort(-1).values if self.ascending else drawn
@@ -525,10 +525,10 @@ class BestSpec:
 
 
 SEGMENT = 16384
-"""Tokens that the C++ operator searches on their own."""
+"""Tokens in a segment of the C++ operator."""
 
 GPU_SEGMENT = 4096
-"""Tokens that the operators for GPUs search on their own."""
+"""Tokens in a segment of the operators for GPUs."""
 
 # What random drawing may miss in a short run; every implementation gets these as well.
 BEST_SPECS = {
@@ -541,9 +541,9 @@ BEST_SPECS = {
     "NaN after a larger one": BestSpec(3, 2 * SEGMENT, torch.float32, nans=(90, 70, SEGMENT)),
     "NaN in the second segment": BestSpec(3, 2 * SEGMENT, torch.float16, nans=(SEGMENT + 9,)),
     "NaN in the rest of a step": BestSpec(2, 130, torch.bfloat16, nans=(129,)),
-    "NaN behind infinity": BestSpec(2, 200, torch.bfloat16, infinities=(3,), nans=(150, 160)),
+    "NaN after infinity": BestSpec(2, 200, torch.bfloat16, infinities=(3,), nans=(150, 160)),
     "infinity": BestSpec(2, 2 * SEGMENT, torch.bfloat16, infinities=(99, SEGMENT + 3)),
-    "minus infinity alone": BestSpec(1, 2 * SEGMENT, torch.bfloat16, hidden=2 * SEGMENT),
+    "only minus infinity": BestSpec(1, 2 * SEGMENT, torch.bfloat16, hidden=2 * SEGMENT),
     "first segment hidden": BestSpec(2, 2 * SEGMENT, torch.float32, hidden=SEGMENT),
     "only the last seen": BestSpec(2, 2 * SEGMENT + 1, torch.float16, hidden=2 * SEGMENT),
     "float16 with subnormals": BestSpec(2, 5000, torch.float16, scale=1e-5),
@@ -593,7 +593,7 @@ def check_best(implementation: Any, spec: BestSpec, device: str = "cpu") -> None
         assert [x.dtype for x in found] == [torch.int64, torch.float32, torch.float32]
         assert torch.equal(found[0], expected), f"{found[0].tolist()} instead of {expected.tolist()}"
         torch.testing.assert_close(found[1], largest, rtol=0, atol=0, equal_nan=True)
-        # Half a unit of the result's last place, and what float32 loses in adding the exponentials.
+        # Half a unit of the result's last place, and the float32 error of the sum of exponentials.
         torch.testing.assert_close(
             found[2].double(), normaliser if wanted else torch.empty(0).double(), rtol=1e-7, atol=3e-6, equal_nan=True
         )
@@ -610,7 +610,7 @@ def check_best_anywhere(implementation: Any, device: str = "cpu") -> None:
 
 
 def check_best_alone(implementation: Any, device: str = "cpu") -> None:
-    """Check that a row's results do not depend on the other rows, to the bit."""
+    """Check that a row's results do not depend on the other rows, bit for bit."""
     logits = BestSpec(9, 3 * GPU_SEGMENT + 77, torch.bfloat16).logits().contiguous().to(device)
     together = implementation.best_tokens(logits)
     for rows in (slice(4, 5), slice(2, 9, 3)):

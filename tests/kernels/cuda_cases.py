@@ -1,7 +1,7 @@
 """Ragged batches that reach every path of the CUDA kernels, and a float64 reference.
 
 Used twice: by ``test_cuda_build.py`` with the kernels emulated on the CPU, and by ``tests/gpu/test_cuda_kernels.py``
-with the real ones. Whatever must not be read is NaN.
+with the real ones. Everything that must not be read is NaN.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Batch:
-    """What a batch looks like.
+    """Description of a batch.
 
     Attributes:
         rows: (prefix, length, mask kind) of each row.
         group: query heads per KV head.
         pages: how the cache lies in memory: "plain", "fused" (keys and values in one row, so still aligned), "shifted"
             (not aligned to 16 bytes), "transposed" (the inner stride is not 1).
-        shifted: query, key, value and output are not aligned, either.
+        shifted: query, key, value and output are also not aligned.
         split_limit: as in ``cuda_ops.block_attention``.
     """
 
@@ -108,7 +108,7 @@ def random_batch(seed: int) -> Batch:
 
 
 def check(module: ModuleType, batch: Batch, device: str) -> None:
-    """Compare ``module.block_attention`` with the reference, and see that nothing else was written."""
+    """Compare ``module.block_attention`` with the reference, and check that nothing else was written."""
     arguments, expected, keys = build(batch)
     used = expected.shape[0]
     moved = {name: _move(x, device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
@@ -119,7 +119,7 @@ def check(module: ModuleType, batch: Batch, device: str) -> None:
     # Weights and the result are rounded to the dtype; float32 sums over many keys in another order.
     largest = expected.abs().max().item() if used else 0.0
     allowed = (2e-6 + 1e-8 * keys) * largest if batch.dtype == torch.float32 else torch.finfo(batch.dtype).eps * largest
-    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"  # NaN fails, too
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"  # NaN also fails
 
 
 def build(batch: Batch) -> tuple[dict[str, object], Tensor, int]:

@@ -1,4 +1,4 @@
-"""The implementations of the operators that the tests of this folder run. A further one is one line."""
+"""The implementations of the operators that the tests of this folder run. A new one needs one line."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Implementation:
         name: shown in test ids.
         module: import path.
         operators: which of the four it has.
-        dtypes: of the query.
+        dtypes: types of the query.
         devices: where it runs; one that this machine lacks is left out.
-        examples: batches that hypothesis draws; few where each takes long.
-        longest_prefix: of a drawn batch.
+        examples: batches that hypothesis draws; few if each takes long.
+        longest_prefix: longest prefix of a drawn batch.
         repeats: runs that must give the same bits.
         tiles: reads pages in tiles.
         interpreted: runs on CPU only through Triton's interpreter; ``test_triton_interpreted.py`` starts that process.
@@ -45,7 +45,7 @@ class Implementation:
     interpreted: bool = False
 
     def load(self, device: str) -> Any:
-        """Import the module; skip the test, with the module's reason, where it does not run."""
+        """Import the module; skip the test, with the module's reason, if it cannot run."""
         module = importlib.import_module(self.module)
         unavailable = getattr(module, "unavailable", None)
         reason = unavailable(torch.device(device)) if unavailable else None

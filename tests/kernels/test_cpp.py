@@ -1,4 +1,4 @@
-"""The C++ operators beyond what all implementations share: instruction sets, unsuitable input, torch's checks."""
+"""Tests only for the C++ operators: instruction sets, unsuitable input, torch's checks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_instruction_set(forced: str, name: str, dtype: torch.dtype) -> No
     cases.check(cpp_ops, (cases.EDGE_SPECS | cases.TILED_SPECS)[name], dtype)
 
 
-def test_the_fastest_instruction_set_is_chosen() -> None:
+def test_fastest_instruction_set_is_chosen() -> None:
     """Intel's products of bfloat16 pairs are slower than those of float32 (csrc/cpu/instruction_sets.cpp)."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
@@ -49,8 +49,8 @@ def test_the_fastest_instruction_set_is_chosen() -> None:
     assert cpp_ops.instruction_set("") == wanted
 
 
-def test_a_very_long_row_beside_short_ones() -> None:
-    """32k cached tokens, split over all threads, beside rows that fit a tile."""
+def test_very_long_row_next_to_short_ones() -> None:
+    """32k cached tokens, split over all threads, next to rows that fit a tile."""
     spec = cases.AttentionSpec((32_700, 0, 40), (16, 3, 1), (0, 1, 0), heads=(4, 1), page_size=128, layout=0)
     cases.check(cpp_ops, spec, torch.bfloat16)
     cases.check_deterministic(cpp_ops, spec, torch.bfloat16)
@@ -58,11 +58,11 @@ def test_a_very_long_row_beside_short_ones() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_threads(threads: int) -> None:
-    """Stretches of work end inside items, several times in one item with many threads."""
+    """Threads' ranges of work end inside items, several times in one item with many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for name in ("one long row", "long row beside short ones", "all masks", "nothing fresh"):
+        for name in ("one long row", "long row next to short ones", "all masks", "nothing fresh"):
             cases.check(cpp_ops, cases.EDGE_SPECS[name], torch.float32)
     finally:
         torch.set_num_threads(before)
@@ -87,7 +87,7 @@ def test_every_float16_is_widened(forced: str) -> None:
         torch.testing.assert_close(largest, values.float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_best_tokens_are_the_same_whatever_the_threads_and_the_batch(forced: str) -> None:
+def test_best_tokens_do_not_depend_on_threads_or_batch(forced: str) -> None:
     logits = cases.BestSpec(9, 3 * cases.SEGMENT + 77, torch.bfloat16).logits()
     expected = cpp_ops.best_tokens(logits)
     before = torch.get_num_threads()
@@ -214,7 +214,7 @@ def test_unsuitable_moves_are_an_error(sources: Any, targets: Any, message: str)
 
 
 def test_torch_accepts_the_operators() -> None:
-    """Schemas, fake implementations and aliasing; under torch.compile, too."""
+    """Schemas, fake implementations and aliasing, also under torch.compile."""
     arguments = cases.attention_arguments(cases.EDGE_SPECS["all masks"], torch.float32)
     accept = torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3, 4, 9]), torch.tensor([0, 2, 3], dtype=torch.int32)
     moves = [torch.randn(4, 2, 16, 32)], torch.tensor([0, 1]), torch.tensor([5, 6])
@@ -227,7 +227,7 @@ def test_torch_accepts_the_operators() -> None:
             torch.library.opcheck(library.best_tokens.default, (torch.randn(3, 100), with_normaliser))
 
 
-def test_compiled_code_may_call_them() -> None:
+def test_compiled_code_can_call_the_operators() -> None:
     arguments = cases.attention_arguments(cases.EDGE_SPECS["whole pages"], torch.float32)
     expected = arguments["output"].clone()
     cpp_ops.block_attention(**(arguments | {"output": expected}))
@@ -240,14 +240,14 @@ def test_compiled_code_may_call_them() -> None:
     assert torch.equal(double(arguments), expected * 2)
 
 
-def test_a_library_of_another_version_is_a_reason_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_of_another_version_is_reported_without_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """An editable install keeps its compiled part until it is installed again."""
 
     def lacks(*_: Any) -> None:
         raise RuntimeError("operator vllm_nld_cpu::best_tokens does not exist")
 
     monkeypatch.setattr(cpp_ops, "_register_fakes", lacks)
-    reason = cpp_ops._load.__wrapped__()  # what it says is kept once a process
+    reason = cpp_ops._load.__wrapped__()  # its result is cached once per process
     assert "install vllm-nld again" in reason
     monkeypatch.setattr(cpp_ops, "_load", lambda: reason)
     with pytest.raises(RuntimeError, match="install vllm-nld again"):

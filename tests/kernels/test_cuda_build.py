@@ -1,8 +1,8 @@
-"""The CUDA kernels without a GPU: they compile, their plans are right, and emulated on the CPU they compute the truth.
+"""The CUDA kernels without a GPU: they compile, their plans are correct, and their emulation agrees with the reference.
 
 The emulation (``cuda_host/simt.h``) runs the kernels' own source, a fiber per thread, with mma, ldmatrix and cp.async
-written out as PTX defines them. It cannot show what only hardware does: speed, and instructions that differ from
-that understanding. ``tests/gpu/test_cuda_kernels.py`` is for a GPU.
+implemented as PTX defines them. It cannot show speed, or instructions whose hardware differs from that implementation.
+``tests/gpu/test_cuda_kernels.py`` is for a GPU.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def emulated(library: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def steer(library: Path, seed: int = 1, processors: int = 8, shared_limit: int = 227 * 1024) -> None:
-    """Set the order of threads, and what the emulated device has."""
+    """Set the order of threads, and the properties of the emulated device."""
     ctypes.CDLL(str(library)).nld_emulate(seed, processors, shared_limit)
 
 
@@ -85,7 +85,7 @@ def test_random_attention(emulated: ModuleType, library: Path, seed: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])
-def test_the_order_of_threads_does_not_matter(emulated: ModuleType, library: Path, name: str) -> None:
+def test_order_of_threads_does_not_matter(emulated: ModuleType, library: Path, name: str) -> None:
     outputs = []
     batch = cuda_cases.small(cuda_cases.BATCHES[name])
     for seed in range(3):
@@ -98,7 +98,7 @@ def test_the_order_of_threads_does_not_matter(emulated: ModuleType, library: Pat
 
 
 def test_small_shared_memory(emulated: ModuleType, library: Path) -> None:
-    """A device with 99 KiB gets smaller tiles, or is told that it has too little."""
+    """A device with 99 KiB gets smaller tiles, or reports that it has too little."""
     steer(library, shared_limit=99 * 1024)
     rows = ((70, 30, 1),)
     cuda_cases.check(emulated, cuda_cases.Batch(rows, head_size=256, kv_heads=1), "cpu")
@@ -128,7 +128,7 @@ def test_random_best_tokens(emulated: ModuleType, library: Path, seed: int) -> N
     run_examples(10, cases.best_specs(2 * cases.GPU_SEGMENT), lambda spec: cases.check_best(emulated, spec))
 
 
-def test_best_tokens_of_rows_anywhere(emulated: ModuleType) -> None:
+def test_best_tokens_of_unaligned_rows(emulated: ModuleType) -> None:
     cases.check_best_anywhere(emulated)
     cases.check_best_alone(emulated)
 

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run_examples(count: int, strategy: st.SearchStrategy, body) -> None:  # type: ignore[no-untyped-def]
-    """Run ``body`` on drawn examples; how many is only known inside a test, per implementation."""
+    """Run ``body`` on drawn examples. Their number depends on the implementation, so only the test knows it."""
     quiet = settings(
         max_examples=count,
         deadline=None,
@@ -40,7 +40,7 @@ def test_attention_edges(implementation: Implementation, device: str, dtype: tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", cases.TILED_SPECS)
 def test_attention_over_tiles(implementation: Implementation, device: str, dtype: torch.dtype, name: str) -> None:
-    """Pages in tiles are read by the implementations of CPUs alone, and refused in words by the others."""
+    """Only the implementations for CPUs read pages in tiles; the others refuse them with a message."""
     module, spec = implementation.load(device), cases.TILED_SPECS[name]
     if implementation.tiles:
         cases.check(module, spec, dtype, device)
@@ -58,7 +58,7 @@ def test_attention(implementation: Implementation, device: str) -> None:
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
-@pytest.mark.parametrize("name", ["long row beside short ones", "all masks"])
+@pytest.mark.parametrize("name", ["long row next to short ones", "all masks"])
 def test_attention_is_deterministic(implementation: Implementation, device: str, name: str) -> None:
     module = implementation.load(device)
     cases.check_deterministic(module, cases.EDGE_SPECS[name], torch.bfloat16, device, implementation.repeats)
@@ -77,7 +77,7 @@ def test_best_tokens_edges(implementation: Implementation, device: str, name: st
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
-def test_best_tokens_of_rows_anywhere(implementation: Implementation, device: str) -> None:
+def test_best_tokens_of_unaligned_rows(implementation: Implementation, device: str) -> None:
     module = implementation.load(device)
     cases.check_best_anywhere(module, device)
     cases.check_best_alone(module, device)

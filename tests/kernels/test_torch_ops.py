@@ -1,4 +1,4 @@
-"""The reference itself, in float64, against attention written out slot by slot; the other tests trust it."""
+"""The reference itself, in float64, compared with attention written out slot by slot; the other tests rely on it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_reference_equals_attention_slot_by_slot(name: str) -> None:
 
 
 def test_quadratic_mask() -> None:
-    """k = 2: three drafts, then groups of two mask tokens behind 1, 2 and 3 of them."""
+    """k = 2: three drafts, then groups of two mask tokens after 1, 2 and 3 of them."""
     expected = """
         1 0 0 0 0 0 0 0 0
         1 1 0 0 0 0 0 0 0
@@ -86,7 +86,7 @@ def test_quadratic_mask() -> None:
 
 
 class LargestResult(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that any operation makes."""
+    """Records the bytes of the largest tensor that any operation makes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: splitting of prefixes, and reasons why they cannot run."""
+"""Tests only for the Triton kernels: splitting of prefixes, and reasons why they cannot run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_split_count(programs: int, max_prefix: int, expected: int) -> None:
     assert triton_ops.split_count(programs, max_prefix, processors=132) == expected
 
 
-def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_ops, "_interpreted", lambda: False)
     assert "TRITON_INTERPRET=1" in str(triton_ops.unavailable(torch.device("cpu")))
     assert triton_ops.unavailable(torch.device("cuda")) is None

@@ -1,4 +1,4 @@
-"""What Triton compiles on a GPU, seen without one: not while requests wait, and without an error."""
+"""What Triton compiles for a GPU, checked without one: nothing while requests wait, and without errors."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def compiled() -> Iterator[list[Compilation]]:
 
 
 def attend(rows: int, length: int, prefix: int, columns: int, words: int | None = None) -> None:
-    """Call block_attention with a batch of so many equal rows; query, key and value lie in one tensor."""
+    """Call block_attention with a batch of ``rows`` equal rows; query, key and value lie in one tensor."""
     tokens = rows * length
     joined = torch.zeros(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     query, key, value = joined.split([HEADS, KV_HEADS, KV_HEADS], 1)
     pages = torch.zeros(4, 2, 16, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
-    lists = torch.zeros(3 * rows + 2, dtype=torch.int32)  # not every one begins at a multiple of 16 bytes
+    lists = torch.zeros(3 * rows + 2, dtype=torch.int32)  # some do not begin at a multiple of 16 bytes
     triton_ops.block_attention(
         query, key, value, pages[:, 0].transpose(1, 2), pages[:, 1].transpose(1, 2),
         torch.zeros(rows, columns + 1, dtype=torch.int32)[:, 1:], lists[:rows], lists[rows : 2 * rows + 1],
@@ -59,8 +59,8 @@ BATCHES: dict[str, list[tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_sizes_of_a_batch_make_no_new_attention_kernel(compiled: list[Compilation], name: str) -> None:
-    """Rows, tiles, splits, and how far the rows of tables lie apart: none may be compiled in."""
+def test_batch_sizes_compile_no_new_attention_kernel(compiled: list[Compilation], name: str) -> None:
+    """Rows, tiles, splits, and row strides of tables must not be compiled in."""
     first, *others = BATCHES[name]
     attend(*first)
     expected = ["attention_kernel", "merge_kernel"] if name == "split prefixes" else ["attention_kernel"]
@@ -70,7 +70,7 @@ def test_sizes_of_a_batch_make_no_new_attention_kernel(compiled: list[Compilatio
     assert names(compiled) == expected
 
 
-def test_sizes_of_a_batch_make_no_new_kernel_of_the_others(compiled: list[Compilation]) -> None:
+def test_batch_sizes_compile_no_new_kernel_of_other_operators(compiled: list[Compilation]) -> None:
     for rows, drafts in product((1, 2, 16, 33), (1, 5, 16)):
         accept(rows, drafts)
     assert names(compiled) == ["count_kernel", "pack_kernel"]
@@ -88,7 +88,7 @@ def test_kernels_compile(capability: int) -> None:
     with pretended_gpu(capability, compiling=True) as compiled:
         triton_ops.best_tokens(torch.zeros(2, VOCAB, dtype=torch.bfloat16))
         accept(2, 3)
-        if capability == 90:  # takes long; the others are the same code
+        if capability == 90:  # takes long; the others have the same code
             attend(1, 4, 600, 38)
     assert all(compilation.binary.asm["cubin"] for compilation in compiled)
     assert "ld.global.v4.b32" in compiled[0].binary.asm["ptx"]

@@ -1,6 +1,6 @@
-"""The Triton kernels, compiled for GPUs that are not here: by Triton's own compiler and ptxas, with no device.
+"""The Triton kernels, compiled for several GPUs with Triton's own compiler and ptxas, without a device.
 
-The interpreter shows what the kernels compute; only this shows that Triton takes them, and that they fit.
+The interpreter shows what the kernels compute; only this shows that Triton accepts them, and that they fit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = [
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Shared memory that one program may have, by compute capability: A100, H100, B200."""
 
-# Large float32 tiles take half a minute each to compile, and fit too: tried once by hand.
+# Large float32 tiles take half a minute each to compile. They also fit (tried once by hand).
 SMALL = cases.AttentionSpec((5, 0), (4, 3), (2, 1), heads=(1, 1), head_dim=32)
 ATTENTION = {
     "bfloat16, heads of 128": (cases.EDGE_SPECS["whole pages"], torch.bfloat16),
@@ -36,7 +36,7 @@ ATTENTION = {
 
 
 class _Device:
-    """Stands in for Triton's driver. Its device number is the compute capability, as Triton caches by number."""
+    """Replaces Triton's driver. Its device number is the compute capability, because Triton caches by number."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -54,7 +54,7 @@ class _Device:
 
 
 class _Kernel:
-    """A kernel whose launches compile only."""
+    """A kernel whose launches only compile."""
 
     def __init__(self, kernel: Any, compiled: list[Any]) -> None:
         self.kernel = kernel
@@ -86,7 +86,7 @@ def capability() -> int:
 
 @pytest.fixture
 def compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """What the operators' launches were compiled to; checked when the test ends."""
+    """The compiled kernels of the operators' launches; checked when the test ends."""
     from triton.runtime.driver import driver
 
     kernels = _Kernels()
@@ -111,7 +111,7 @@ def test_attention(compiled: list[Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 100], ids="sm_{}".format)
-def test_attention_elsewhere(compiled: list[Any], capability: int) -> None:
+def test_attention_compiles_for_other_architectures(compiled: list[Any], capability: int) -> None:
     spec, dtype = ATTENTION["split"]
     triton_ops.block_attention(**cases.attention_arguments(spec, dtype))
 

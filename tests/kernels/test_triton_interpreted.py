@@ -1,4 +1,4 @@
-"""Triton's kernels on CPU, through its interpreter, in a process of their own.
+"""Triton's kernels on CPU, through its interpreter, in a separate process.
 
 Triton decides whether it is interpreted when it is imported, and in a run of several tiers vLLM has imported it long
 before these tests. With TRITON_INTERPRET=1 in the environment from the start, the tests run without this detour.
@@ -17,7 +17,7 @@ from tests.kernels.implementations import INTERPRETING
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this process interprets")
-def test_in_a_process_that_interprets() -> None:
+def test_operators_in_an_interpreting_process() -> None:
     pytest.importorskip("triton")
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Warm-up compiles every kernel that serving runs, before anybody watches for compilations."""
+"""Warm-up compiles every kernel that serving runs, before vLLM watches for compilations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADS, KV_HEADS, VOCAB, BLOCK = 32, 8, 131072, 32
 
 
 class Head:
-    """A vocabulary head of one rank, of which the hidden states are the logits' first columns."""
+    """A vocabulary head of one rank, whose first columns of logits are the hidden states."""
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return hidden.new_empty(len(hidden), VOCAB)  # never read
@@ -54,7 +54,7 @@ def attention_layer(cache: torch.dtype, head_dim: int = 64) -> Any:
 
 
 def a_draft_pass(dtype: torch.dtype, cache: torch.dtype, max_model_len: int) -> Any:
-    """What :func:`warm_up` asks of a draft pass."""
+    """The part of a draft pass that :func:`warm_up` uses."""
     model_config = SimpleNamespace(dtype=dtype, get_hidden_size=lambda: 16)
     return SimpleNamespace(
         layers={"first": attention_layer(cache), "other": attention_layer(cache), "wide": attention_layer(dtype)},
@@ -68,7 +68,7 @@ def a_draft_pass(dtype: torch.dtype, cache: torch.dtype, max_model_len: int) -> 
 
 
 def draft(layer: Any, dtype: torch.dtype, lengths: list[int], prefixes: list[int]) -> None:
-    """Attend as a draft pass over such blocks does, with query, key and value in one tensor."""
+    """Attend as a draft pass over these blocks does, with query, key and value in one tensor."""
     size, tokens, rows = layer.head_size, sum(lengths), len(lengths)
     joined = torch.zeros(tokens, (HEADS + 2 * KV_HEADS) * size, dtype=dtype)
     query, key, value = joined.split([HEADS * size, KV_HEADS * size, KV_HEADS * size], -1)
@@ -85,7 +85,7 @@ def draft(layer: Any, dtype: torch.dtype, lengths: list[int], prefixes: list[int
 
 
 def verify(rows: int, drafts: int, dtype: torch.dtype) -> None:
-    """Verify drafts greedily, as many for every request."""
+    """Verify drafts greedily, with an equal number for every request."""
     metadata = SimpleNamespace(
         cu_num_draft_tokens=torch.arange(drafts, (rows + 1) * drafts, drafts, dtype=torch.int32),
         draft_token_ids=torch.zeros(rows * drafts, dtype=torch.int32),
@@ -104,7 +104,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compilation]]:
 
 
 @pytest.mark.parametrize("cache", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_serving_compiles_nothing_that_warm_up_has_not(compiled: list[Compilation], cache: torch.dtype) -> None:
+def test_serving_compiles_nothing_after_warm_up(compiled: list[Compilation], cache: torch.dtype) -> None:
     dtype = torch.bfloat16
     engine = a_draft_pass(dtype, cache, max_model_len=32768)
     warm_up(engine, BLOCK)
@@ -123,7 +123,7 @@ def test_serving_compiles_nothing_that_warm_up_has_not(compiled: list[Compilatio
     assert compiled[warm:] == []
 
 
-def test_warm_up_compiles_no_more_than_there_is(compiled: list[Compilation]) -> None:
+def test_warm_up_compiles_only_existing_variants(compiled: list[Compilation]) -> None:
     """Three tile sizes, with and without split prefixes; then one kernel of each kind and flag."""
     warm_up(a_draft_pass(torch.bfloat16, torch.bfloat16, max_model_len=4096), BLOCK)
     names = [compilation.kernel for compilation in compiled]
@@ -148,7 +148,7 @@ def test_lengths_have_all_tile_sizes(block_length: int, group: int) -> None:
 
 
 class Recorder:
-    """vLLM's worker and the proposer, of which only the order of calls is kept."""
+    """vLLM's worker and the proposer, reduced to the order of calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -182,7 +182,7 @@ def test_operators_are_warm_before_vllm_watches(monkeypatch: pytest.MonkeyPatch)
     assert knobs.runtime.jit_post_compile_hook == recorder.watch
 
 
-def test_the_watch_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_watch_resumes_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", print)

@@ -1,9 +1,9 @@
-"""What of the xformers implementation can be checked without a GPU.
+"""The parts of the xformers implementation that can be checked without a GPU.
 
-xformers' attention kernels do not run on CPU. Here a dense softmax stands in for them that takes its mask from
-xformers' own biases, so that biases, page handling and merging are checked on the same batches as every other
-implementation. Where Triton is interpreted, xformers' real merge kernel runs. The attention kernels themselves run in
-``test_operators.py``, on CUDA.
+xformers' attention kernels do not run on CPU. Here a dense softmax replaces them, with the mask from xformers' own
+biases, so that biases, page handling and merging are checked on the same batches as every other implementation. If
+Triton is interpreted, xformers' real merge kernel runs. The attention kernels themselves run in ``test_operators.py``,
+on CUDA.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def stand_in(query: Tensor, keys: Tensor, values: Tensor, bias: Any, scale: floa
         assert not (keys.isnan().any() or values.isnan().any()), "unused slots were copied as they were"
     if not isinstance(bias, Tensor):
         bias = bias.materialize((query.shape[1], keys.shape[1]))
-    # What no query sees, a kernel does not load.
+    # A kernel does not load keys that no query sees.
     unseen = bias.isneginf().all(-2)
     unseen = unseen[:, 0, 0] if unseen.dim() > 1 else unseen[None]
     keys, values = (x.float().masked_fill(unseen[..., None, None, None], 0.0) for x in (keys, values))
     scores = torch.einsum("bqghd,bkghd->bghqk", query.float(), keys) * scale + bias.float()
     out = torch.einsum("bghqk,bkghd->bqghd", scores.softmax(-1), values).to(query.dtype)
     lse = scores.logsumexp(-1)
-    return out, torch.nn.functional.pad(lse, (0, 5))  # some of the kernels pad theirs
+    return out, torch.nn.functional.pad(lse, (0, 5))  # some kernels pad their lse
 
 
 def merge_in_torch(first: xformers_ops.Part, second: xformers_ops.Part) -> Tensor:
@@ -94,7 +94,7 @@ def test_merge(dtype: torch.dtype) -> None:
 
 
 def test_pages_read_in_place() -> None:
-    """The layout with all pages end to end is, the others are copied."""
+    """The layout with all pages end to end is read in place, the others are copied."""
     layouts = [cases.empty_cache(index, 4, 2, 16, 32, torch.float16) for index in range(6)]
     assert [all(xformers_ops.in_place(pool, torch.float16) for pool in pools) for pools in layouts] == [
         False, False, False, True, False, False,
@@ -102,7 +102,7 @@ def test_pages_read_in_place() -> None:
     assert not xformers_ops.in_place(layouts[3][0], torch.bfloat16)
 
 
-def test_every_kernel_says_why_not() -> None:
+def test_every_kernel_reports_why_it_cannot_run() -> None:
     """For real: xformers is asked, and refuses CPU tensors."""
     query = torch.zeros(1, 4, 2, 1, 64, dtype=torch.float16)
     bias = xformers_ops._biases().BlockDiagonalMask.from_seqlens([4], device=torch.device("cpu"))
@@ -116,7 +116,7 @@ def test_split_k_steps_through_small_pages() -> None:
     assert [xformers_ops._operators(size)[1].BLOCK_N for size in (None, 128, 32, 16, 48)] == [64, 64, 32, 16, 16]
 
 
-def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA" in str(xformers_ops.unavailable(torch.device("cpu")))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     assert "8.0" in str(xformers_ops.unavailable(torch.device("cuda")))

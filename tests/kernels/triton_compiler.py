@@ -1,7 +1,7 @@
-"""Triton as on an NVIDIA GPU, without one: what it would compile, and whether that compiles.
+"""Triton as on an NVIDIA GPU, without one: what it would compile, and whether that works.
 
-A launch goes through Triton's own ``JITFunction.run`` up to the kernel, on tensors of the CPU: its types, its
-specialization, its cache. Nothing runs.
+A launch goes through Triton's own ``JITFunction.run`` up to the kernel, on CPU tensors: types, specialization, cache.
+Nothing runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Compilation:
 
     Attributes:
         kernel: its function's name.
-        key: Triton's, of types, specializations, constants and options.
+        key: Triton's key, made of types, specializations, constants and options.
         binary: the compiled kernel, if it was to be compiled.
     """
 
@@ -33,13 +33,13 @@ class Compilation:
 
 
 class _Driver:
-    """The few questions that Triton asks its driver before a launch."""
+    """The calls that Triton makes to its driver before a launch."""
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
 
         self._target = GPUTarget("cuda", capability, 32)
-        self._device = next(_devices)  # a device of its own has a cache of its own
+        self._device = next(_devices)  # a separate device has a separate cache
 
     def get_current_target(self) -> Any:
         return self._target
@@ -53,11 +53,11 @@ class _Driver:
 
 @contextmanager
 def pretended_gpu(capability: int = 90, compiling: bool = False) -> Iterator[list[Compilation]]:
-    """Let launches go to a GPU that is not there; yields what was compiled since, as it grows.
+    """Send launches to a GPU that does not exist; yields the growing list of compiled variants.
 
     Args:
         capability: compute capability, major and minor digits.
-        compiling: compile, down to a binary. Otherwise only the keys are found.
+        compiling: compile down to a binary. Otherwise only find the keys.
     """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -73,7 +73,7 @@ def pretended_gpu(capability: int = 90, compiling: bool = False) -> Iterator[lis
     def record(self: Any, key: str, signature: Any, device: Any, *rest: Any) -> Any:
         binary = compile_kernel(self, key, signature, device, *rest) if compiling else None
         compiled.append(Compilation(self.fn.__name__, key, binary))
-        # Triton takes None for a kernel that is not there.
+        # Triton uses None for a missing kernel.
         self.device_caches[device][0][key] = binary or object()
         return binary
 

@@ -15,7 +15,7 @@ SHIM = Path(__file__).parent / "installed_shim"
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Start Ray; this process is connected to it, and so is a process with its address."""
+    """Start Ray and connect this process to it. Other processes connect with its address."""
     pytest.importorskip("ray")
     import ray
 
@@ -25,8 +25,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         # Ray's workers inherit the environment of the cluster.
         patch.setenv("PYTHONPATH", pythonpath)
-        patch.setenv("OMP_NUM_THREADS", "1")  # several workers share few cores here; waiting threads would spin
-        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # or one that starts for 5 s is replaced
+        patch.setenv("OMP_NUM_THREADS", "1")  # several workers share few cores, and waiting threads would spin
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # else a proxy that takes 5 s to start is replaced
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         context = ray.init(
             num_cpus=8, num_gpus=2, include_dashboard=False, object_store_memory=1 << 27, log_to_driver=False

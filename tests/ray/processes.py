@@ -1,4 +1,4 @@
-"""What the tests do to processes, and see of them."""
+"""How the tests find and end processes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def address_of(cluster: Any) -> str:
-    """Return the address of the fixture ``ray_cluster``, which is one or has one."""
+    """Return the address of the fixture ``ray_cluster``, which is the address or has one."""
     return getattr(cluster, "address", cluster)
 
 
 STARTS = 240.0
-"""Seconds in which a replica has started. It imports vLLM twice, the second time in its engine core, in what others
-leave of the cores: half a minute on two idle ones. Long, for only a test that fails waits for so long."""
+"""Seconds for a replica to start. It imports vLLM twice, the second time in its engine core, on the cores that others
+leave free: half a minute on two idle cores. The limit is long because only a failing test waits that long."""
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str, seen: Callable[[], object] = str) -> float:
-    """Return how long it took until ``condition()``; fail after ``seconds``, and say what was ``seen()`` then."""
+    """Return the seconds until ``condition()`` holds; after ``seconds``, fail and report ``seen()``."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds, f"not within {seconds} s: {what}; {seen()}"
@@ -37,7 +37,7 @@ def engine_processes(replica: int) -> list[psutil.Process]:
     """Return the engine core of a replica's process and its workers, the core first.
 
     Raises:
-        ValueError: it has no engine core (yet, or any more).
+        ValueError: it has no engine core yet, or no longer has one.
     """
     children = psutil.Process(replica).children(recursive=True)
     cores = [child for child in children if _name(child).startswith("VLLM::EngineCor")]
@@ -58,7 +58,7 @@ def _name(process: psutil.Process) -> str:
 def replicas(title: str) -> set[int]:
     """Return the ids of the processes whose title begins so.
 
-    Ray writes the title of a busy actor anew at every call: a look may miss one. Who works, ask Ray.
+    Ray rewrites the title of a busy actor at every call, so a look may miss one. Ask Ray for busy actors.
     """
     found = psutil.process_iter(["cmdline"])
     return {process.pid for process in found if " ".join(process.info["cmdline"] or []).startswith(title)}

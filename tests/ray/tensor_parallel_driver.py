@@ -1,4 +1,4 @@
-"""What a user would run: tensor parallelism under Ray. Reads a job from standard input, writes results to a file.
+"""Tensor parallelism under Ray, as a user would run it. Reads a job from standard input, writes results to a file.
 
 python tensor_parallel_driver.py RESULTS < JOB, where the job is {"model", "prompts", "cases": [[nld, params], ...]}
 """
@@ -16,14 +16,14 @@ from typing import Any
 
 
 def facts(worker: Any) -> dict[str, Any]:
-    """What a worker is, and where it found the extension."""
+    """A worker's class, and where it found the extension."""
     import ray
     from vllm.platforms import current_platform
 
     import vllm_nld
 
     return {
-        "worker": type(getattr(worker, "worker", worker)).__name__,  # Ray's executor hands out a wrapper
+        "worker": type(getattr(worker, "worker", worker)).__name__,  # Ray's executor returns a wrapper
         "module": vllm_nld.__file__,
         "folder": os.getcwd(),  # noqa: PTH109
         "pid": os.getpid(),
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def kill(llm: Any, worker: int, prompts: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """Kill a worker in mid-generation; return how the generation ended, and how many seconds later."""
+    """Kill a worker during generation; return how the generation ended, and after how many seconds."""
     from vllm import SamplingParams
 
     killed: list[float] = []

@@ -1,4 +1,4 @@
-"""examples/ray_batch.py, as a user runs it, while a replica, the driver and an engine are taken from it."""
+"""examples/ray_batch.py, as a user runs it, while a replica, the driver and an engine are killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNFIT = "x " * 2000
 
 @dataclass
 class Batch:
-    """A batch's files, and how to run it."""
+    """A batch's files and command."""
 
     cluster: str
     folder: Path
@@ -53,7 +53,7 @@ class Batch:
 
 
 def pids_of(results: list[dict[str, Any]]) -> set[int]:
-    """Return the replicas' process ids: those that the results name, for Ray changes a process's title as it works."""
+    """Return the replicas' process ids from the results, because Ray changes a process's title as it works."""
     return {int(row["replica"].rpartition(":")[2]) for row in results}
 
 
@@ -68,7 +68,7 @@ def batch(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Batch:
 
 @pytest.fixture(scope="module")
 def interrupted(batch: Batch) -> Iterator[list[dict[str, Any]]]:
-    """Two replicas; one is killed, the other goes on, and then the driver is killed, too."""
+    """Two replicas: one is killed, the other continues, and then the driver is also killed."""
     driver = batch.start(2)
     try:
         wait_for(lambda: len(pids_of(batch.results())) == 2 or driver.poll() is not None, STARTS, "results", batch.log)
@@ -79,7 +79,7 @@ def interrupted(batch: Batch) -> Iterator[list[dict[str, Any]]]:
         killed = time.monotonic()
         before = len(batch.results())
         wait_for(lambda: len(batch.results()) > before, 30, "the other replica goes on")
-        # At once, for there must be rows left for the second run.
+        # At once, because rows must be left for the second run.
         driver.kill()
         driver.wait(10)
         wait_for(lambda: not alive(engines[0]), killed + 10 - time.monotonic(), "the engine of a killed replica ends")
@@ -89,13 +89,13 @@ def interrupted(batch: Batch) -> Iterator[list[dict[str, Any]]]:
         driver.kill()
 
 
-def test_an_interrupted_batch_keeps_whole_results(interrupted: list[dict[str, Any]]) -> None:
+def test_interrupted_batch_keeps_complete_results(interrupted: list[dict[str, Any]]) -> None:
     assert 0 < len(interrupted) < ROWS
     assert max(Counter(row["id"] for row in interrupted).values()) == 1
     assert all(row["tokens"] and not row["error"] for row in interrupted)
 
 
-def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
+def test_same_command_finishes_the_batch_after_its_engine_hangs(
     batch: Batch, interrupted: list[dict[str, Any]]
 ) -> None:
     driver = batch.start(1, "--hang-timeout", "4")
@@ -134,7 +134,7 @@ def test_the_same_command_finishes_the_batch_though_its_engine_hangs(
     assert all(float(line[3]) > 0 and float(line[4]) > 1 for line in ours)  # tokens/s, TPF
 
 
-def test_a_row_that_kills_every_engine_is_tried_no_more_than_a_few_times(ray_cluster: Any) -> None:
+def test_row_that_kills_every_engine_is_tried_only_a_few_times(ray_cluster: Any) -> None:
     import asyncio
     import importlib.util
 
@@ -164,7 +164,7 @@ def test_a_row_that_kills_every_engine_is_tried_no_more_than_a_few_times(ray_clu
 
 
 def _check_texts(results: dict[str, dict[str, Any]]) -> None:
-    """Self-speculation gives AR's text, whichever replica and attempt it came from."""
+    """Self-speculation gives AR's text, from any replica and attempt."""
     from tokenizers import Tokenizer
 
     from vllm_nld.reference import ar_generate, load_reference

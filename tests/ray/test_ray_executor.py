@@ -1,4 +1,4 @@
-"""Tensor parallelism under Ray: the tokens of one rank, from workers that load the installed plugin; one is killed."""
+"""Tensor parallelism under Ray gives the tokens of one rank, with workers that load the installed plugin."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def expected_tokens(folder: Path) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def test_two_ray_workers_give_the_tokens_of_one_rank_until_one_is_killed(ray_cluster: Cluster, tmp_path: Path) -> None:
-    """One KV head, which both ranks hold, and a vocabulary that lies in the first rank's shard alone.
+def test_two_ray_workers_give_the_tokens_of_one_until_one_is_killed(ray_cluster: Cluster, tmp_path: Path) -> None:
+    """One KV head, which both ranks hold, and a vocabulary that lies only in the first rank's shard.
 
-    The driver starts in a folder that has nothing to do with this project.
+    The driver starts in a folder outside this project.
     """
     folder = save(random_model(small_config(num_key_value_heads=1)), tmp_path / "model")
     elsewhere = tmp_path / "elsewhere"

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(900)
 
 ACTORS = "ray::ServeReplica:nld:NLDServer"
 LONGEST = 30.0
-"""Seconds that no request may take, whatever dies."""
+"""Limit of a request's seconds, also when processes die."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One replica, of which there may be two under load."""
+    """One replica, or two under load."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,15 +91,15 @@ def test_every_mode_streamed_and_not(client: OpenAI) -> None:
     assert answer.choices[0].message.content
 
 
-def test_an_unsuitable_mode_is_http_400(client: OpenAI) -> None:
+def test_unsuitable_mode_is_http_400(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="'self_speculation'"):
         client.completions.create(model=MODEL, prompt="x", extra_body={"vllm_xargs": {"nld.mode": "fast"}})
 
 
 class Load:
-    """Streams that follow each other in several threads; of each its seconds and its error, or None.
+    """Successive streams in several threads, with the seconds and the error (or None) of each.
 
-    Only the first ``active`` threads ask.
+    Only the first ``active`` threads send requests.
     """
 
     def __init__(self, client: OpenAI, threads: int, max_tokens: int) -> None:
@@ -139,7 +139,7 @@ class Load:
             assert not thread.is_alive(), "a request hangs"
 
 
-def test_load_adds_a_replica_and_killed_ones_are_replaced(client: OpenAI, service: Service) -> None:
+def test_load_adds_a_replica_and_killed_replicas_are_replaced(client: OpenAI, service: Service) -> None:
     load = Load(client, threads=4, max_tokens=200)
     try:
         wait_for(lambda: len(replicas_that("STARTING", "RUNNING")) == 2, STARTS, "a second replica starts", states)
@@ -160,7 +160,7 @@ def test_load_adds_a_replica_and_killed_ones_are_replaced(client: OpenAI, servic
 
 
 def states() -> list[tuple[str, int | None]]:
-    """Return the state of every replica, as Ray Serve calls it, and its process id; None until it serves."""
+    """Return the state of every replica in Ray Serve's words, and its process id (None until it serves)."""
     from ray.serve.context import _get_global_client
 
     application = _get_global_client().get_serve_details()["applications"]["nld"]
@@ -174,10 +174,10 @@ def replicas_that(*wanted: str) -> list[int | None]:
 
 
 def _wait_for_two(load: Load, service: Service, gone: int | None = None) -> None:
-    """Wait until two replicas serve, neither of them ``gone``, which Ray may not have missed yet.
+    """Wait until two replicas serve other than ``gone``, whose end Ray may not have noticed yet.
 
-    Meanwhile one thread keeps asking. All of them would leave a start little of two cores, and take minutes from it;
-    Ray keeps the number of replicas it has decided on for 300 s (``--downscale-delay``).
+    Meanwhile one thread keeps sending requests. All threads would leave little of two cores for the start, which would
+    then take minutes. Ray keeps its number of replicas for 300 s (``--downscale-delay``).
     """
     load.active = 1
     wait_for(
@@ -203,7 +203,7 @@ def _kill_a_replica(load: Load, service: Service) -> float:
     wait_for(lambda: not alive(engine), 10, "the engine of a killed replica ends")
     wait_for(lambda: load.count(failed=True) > 0, 10, "its requests fail")
     _finish(load, 8)
-    assert load.count(failed=True) < len(load.threads), "the requests of the other replica failed, too"
+    assert load.count(failed=True) < len(load.threads), "requests of the other replica also failed"
     assert psutil.pid_exists(other)
     _wait_for_two(load, service, gone=victim)
     return time.monotonic() - started

@@ -1,4 +1,4 @@
-"""Random requests over HTTP, most of them unsuitable: every answer must be a 2xx or a 4xx, and the server must live.
+"""Random requests over HTTP, most of them unsuitable: every answer is a 2xx or a 4xx, and the server stays alive.
 
 By hand, against a server of its own (about five minutes for 2000 requests on two cores)::
 
@@ -30,7 +30,7 @@ from tests.support import extremes
 from tests.support.extremes import FLOATS, INTEGERS, JUNK
 from vllm_nld.checkpoints import checkpoint_path
 
-RAW = [  # what json.dumps would not write
+RAW = [  # bodies that json.dumps would not write
     '{"a": ' * 50_000,
     '{"mode": ' + "[" * 50_000 + "]" * 50_000 + "}",
     '{"tokens_per_step": ' + "9" * 5000 + "}",
@@ -65,7 +65,7 @@ VLLMS: dict[str, list[Any]] = {
 
 
 def xargs(rng: random.Random) -> Any:
-    """The extension's own options, in one of their spellings."""
+    """The extension's own options, in one of their forms."""
     if rng.random() < 0.03:
         return {"nld": rng.choice(RAW)}
     if rng.random() < 0.03:
@@ -88,13 +88,13 @@ def request(rng: random.Random, model: str) -> tuple[str, bytes]:
         return "/v1/chat/completions", json.dumps(body).encode()
     body["prompt"] = "def read(self, size=-1):" * rng.choice([1, 1, 9])
     text = json.dumps(body)
-    if rng.random() < 0.02:  # a body that json.dumps would not write either
+    if rng.random() < 0.02:  # another body that json.dumps would not write
         text = rng.choice([text[:-1], '{"vllm_xargs":' + "[" * 50_000, text[:-1] + ', "seed": ' + "9" * 5000 + "}"])
     return "/v1/completions", text.encode()
 
 
 def send(base_url: str, path: str, body: bytes) -> tuple[int, str]:
-    """Return the status, and the answer's text; status 0 where none came."""
+    """Return the status and the text of the answer; status 0 without an answer."""
     headers = {"Content-Type": "application/json"}
     try:
         with urllib.request.urlopen(urllib.request.Request(base_url + path, body, headers), timeout=120) as answer:
@@ -106,7 +106,7 @@ def send(base_url: str, path: str, body: bytes) -> tuple[int, str]:
 
 
 def fuzz(base_url: str, count: int, seed: int, at_once: int = 16) -> tuple[Counter[int], list[str]]:
-    """Send ``count`` requests and return how often each status came, and a line for every one that is a fault."""
+    """Send ``count`` requests and return the number of each status, and a line for every fault."""
     rng = random.Random(seed)
     with urllib.request.urlopen(f"{base_url}/v1/models", timeout=10) as answer:
         model = json.load(answer)["data"][0]["id"]
@@ -142,8 +142,8 @@ def serve(log: Path) -> tuple[subprocess.Popen[bytes], str]:
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}']
     command += ["--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
-    command += ["--reasoning-parser", "nemotron_v3", "--enforce-eager"]  # nothing here is about speed
-    # A session of its own, so that the engine's processes can be ended with it.
+    command += ["--reasoning-parser", "nemotron_v3", "--enforce-eager"]  # speed does not matter here
+    # In its own session, so that the engine's processes can be ended with it.
     server = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
     base_url = f"http://127.0.0.1:{port}"
     for _ in range(600):

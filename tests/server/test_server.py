@@ -41,13 +41,13 @@ def base_url(log: Path) -> Iterator[str]:
     command = [str(BIN / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port), "--host", "127.0.0.1"]
     command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
     command += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
-    # A model this small would fill an answer with white space, which a JSON grammar allows without end.
+    # A model this small would fill an answer with white space, which a JSON grammar allows without limit.
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    # The chat template thinks only where a request asks for it; this parser takes the opposite for granted.
+    # The chat template thinks only if a request asks for it, but this parser assumes the opposite.
     command += ["--reasoning-parser", "nemotron_v3", "--default-chat-template-kwargs", '{"enable_thinking": false}']
     command += ["--per-request-spec-decode-metrics", "summary"]
-    # The environment of the in-process tests must not leak into what a user would start.
+    # The environment of the in-process tests must not leak into the server.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     environment["VLLM_LOGGING_LEVEL"] = "DEBUG"  # for the line per request
     with log.open("w") as output:
@@ -79,7 +79,7 @@ def model(client: OpenAI) -> str:
 
 @dataclass
 class Parsed:
-    """What vLLM's parsers made of an answer."""
+    """An answer after vLLM's parsers."""
 
     content: str = ""
     reasoning: str = ""
@@ -129,7 +129,7 @@ def test_completions_streamed_and_not(client: OpenAI, model: str, base_url: str)
     assert whole.choices[0].text == tokenizer.decode(reference)
 
 
-def test_a_cut_off_stream_leaves_the_server_healthy(client: OpenAI, model: str) -> None:
+def test_aborted_stream_leaves_the_server_healthy(client: OpenAI, model: str) -> None:
     ((_, prompt),) = held_out_prompts(1)
     settings = {"model": model, "prompt": prompt, "temperature": 0.0}
     stream = client.completions.create(**settings, max_tokens=1000, stream=True)
@@ -167,7 +167,7 @@ def test_every_mode_on_one_server(client: OpenAI, model: str, spelling: Callable
 
 
 def chat(client: OpenAI, model: str, mode: str, xargs: dict[str, Any] | None = None, **settings: Any) -> Parsed:
-    """A greedy chat request, sent whole and streamed; both must be parsed alike."""
+    """A greedy chat request, sent whole and streamed; both must give equal results."""
     extra = {"vllm_xargs": {"nld.mode": mode}} | (xargs or {})
     settings = {"model": model, "temperature": 0.0, "extra_body": extra} | settings
     whole = Parsed.of(client.chat.completions.create(**settings).choices[0].message)
@@ -183,8 +183,8 @@ def test_chat_in_every_mode(client: OpenAI, model: str) -> None:
     assert found["ar"] == found["self_speculation"] == found["auto"] != found["diffusion"]
 
 
-def test_the_reasoning_parser_works_in_every_mode(client: OpenAI, model: str) -> None:
-    """The embedded model never stops thinking by itself, so a budget makes it."""
+def test_reasoning_parser_works_in_every_mode(client: OpenAI, model: str) -> None:
+    """The embedded model never stops thinking by itself, so a budget ends it."""
     messages = [{"role": "user", "content": "Write the Python function read."}]
     think = {"chat_template_kwargs": {"enable_thinking": True}, "thinking_token_budget": 20}
     found = {mode: chat(client, model, mode, think, messages=messages, max_tokens=40) for mode in MODES}
@@ -197,7 +197,7 @@ def test_the_reasoning_parser_works_in_every_mode(client: OpenAI, model: str) ->
 
 @pytest.mark.parametrize(("choice", "thinks"), [("named", False), ("required", True)], ids=["named", "required"])
 def test_tools_are_called_in_every_mode(client: OpenAI, model: str, choice: str, thinks: bool) -> None:
-    """With ``strict``: without it vLLM's hermes parser leaves the arguments free, to be any JSON at all."""
+    """With ``strict``, because without it vLLM's hermes parser allows any JSON as arguments."""
     schema = {
         "type": "object",
         "properties": {"n": {"enum": [1, 2, 3]}},
@@ -209,7 +209,7 @@ def test_tools_are_called_in_every_mode(client: OpenAI, model: str, choice: str,
         "messages": [{"role": "user", "content": "Pick."}],
         "tools": [{"type": "function", "function": {"name": "pick", "parameters": schema, "strict": True}}],
         "tool_choice": {"type": "function", "function": {"name": "pick"}} if choice == "named" else choice,
-        "parallel_tool_calls": False,  # the grammar of "required" would let this model call without end
+        "parallel_tool_calls": False,  # with the grammar of "required" this model would never stop calling
         "max_tokens": 100,
     }
     found = {mode: chat(client, model, mode, think, **settings) for mode in MODES}
@@ -223,15 +223,15 @@ def test_tools_are_called_in_every_mode(client: OpenAI, model: str, choice: str,
         assert not parsed.content, mode
 
 
-def test_optional_tools_leave_the_text_alone(client: OpenAI, model: str) -> None:
-    """The embedded model knows no tools: hermes finds no call, and the text is what it is without tools."""
+def test_optional_tools_do_not_change_the_text(client: OpenAI, model: str) -> None:
+    """The embedded model knows no tools, so hermes finds no call, and the text equals that without tools."""
     plain = {"messages": [{"role": "user", "content": "Write the Python function read."}], "max_tokens": 40}
     tools = {"tools": [{"type": "function", "function": {"name": "pick"}}], "tool_choice": "auto"}
     for mode in MODES:
         assert chat(client, model, mode, **plain, **tools) == chat(client, model, mode, **plain), mode
 
 
-def test_a_request_s_figures_are_in_its_response_and_in_the_log(client: OpenAI, model: str, log: Path) -> None:
+def test_request_figures_are_in_its_response_and_in_the_log(client: OpenAI, model: str, log: Path) -> None:
     ((_, prompt),) = held_out_prompts(1)
     settings = {"model": model, "prompt": prompt, "max_tokens": 40, "temperature": 0.0}
     for mode, words in {
@@ -263,7 +263,7 @@ def test_a_request_s_figures_are_in_its_response_and_in_the_log(client: OpenAI, 
         ({"nld": "diffusion"}, ["'diffusion'", "JSON"]),
     ],
 )
-def test_an_unsuitable_mode_is_http_400(client: OpenAI, model: str, xargs: dict[str, Any], words: list[str]) -> None:
+def test_unsuitable_mode_is_http_400(client: OpenAI, model: str, xargs: dict[str, Any], words: list[str]) -> None:
     from openai import BadRequestError
 
     for create, ask in (
@@ -278,7 +278,7 @@ def test_an_unsuitable_mode_is_http_400(client: OpenAI, model: str, xargs: dict[
 
 
 def test_no_request_ends_the_server(base_url: str) -> None:
-    """A few of the requests that ``fuzz_requests.py`` sends by the thousand when run by hand."""
+    """A few requests of the kind that ``fuzz_requests.py`` sends by the thousand when run by hand."""
     statuses, faults = fuzz(base_url, 80, seed=3)
     assert not faults
     assert {200, 400} <= set(statuses) <= {200, 400, 404, 422}
@@ -303,7 +303,7 @@ def test_json_schemas_are_kept_in_every_mode(client: OpenAI, model: str) -> None
         assert json.loads(answer.choices[0].message.content or "")["n"] in (1, 2, 3), mode
 
 
-def test_metrics_tell_the_modes_apart(client: OpenAI, model: str, base_url: str) -> None:
+def test_metrics_distinguish_the_modes(client: OpenAI, model: str, base_url: str) -> None:
     ((_, prompt),) = held_out_prompts(1)
 
     def tokens_of(mode: str) -> float:
@@ -317,7 +317,7 @@ def test_metrics_tell_the_modes_apart(client: OpenAI, model: str, base_url: str)
             if tokens_of(mode) >= before + 39:
                 break
             time.sleep(0.1)
-        # The last token may come by a plain step; no more than a block is decided in excess.
+        # The last token may come from a plain step; at most one block too many is decided.
         assert before + 39 <= tokens_of(mode) <= before + 40 + 16
     for kind in ("prefill", "ar", "draft", "verify", "denoise", "commit"):
         assert metric(base_url, "vllm:nld_request_forwards", f'kind="{kind}"') > 0
@@ -327,7 +327,7 @@ def test_metrics_tell_the_modes_apart(client: OpenAI, model: str, base_url: str)
     assert metric(base_url, "vllm:nld_denoising_passes") > 0
 
 
-def test_the_example_client(base_url: str) -> None:
+def test_example_client_runs(base_url: str) -> None:
     command = [sys.executable, str(EXAMPLES / "openai_client.py"), "--base-url", f"{base_url}/v1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

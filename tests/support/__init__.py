@@ -1,1 +1,1 @@
-"""What the tests share: models, engines, clusters, and what a machine must have."""
+"""Code that tests share: models, engines, clusters, and requirements on the machine."""

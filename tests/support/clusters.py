@@ -1,4 +1,4 @@
-"""What the tests know of their Ray cluster, and how its workers get vllm-nld."""
+"""The tests' Ray cluster, and how its workers get vllm-nld."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Cluster:
     Attributes:
         address: for ``RAY_ADDRESS`` or ``ray.init(address=...)``.
         site: the folder that its workers import vllm_nld from.
-        pythonpath: what its workers have as ``PYTHONPATH``: ``site``, and the shim that lets Ray place CPU workers.
+        pythonpath: its workers' ``PYTHONPATH``: ``site``, and the shim with which Ray accepts CPU workers.
     """
 
     address: str
@@ -33,11 +33,11 @@ import sys
 
 sys.meta_path[:] = [finder for finder in sys.meta_path if "_editable_" not in type(finder).__module__]
 """
-"""Run by Python at its start: an editable install's finder would come before any folder on the path."""
+"""Python runs this at its start, because an editable install's finder would come before any folder on the path."""
 
 
 def install(site: Path) -> None:
-    """Build a wheel and install it into an empty folder, without compiled kernels: those take a minute to build."""
+    """Build a wheel and install it into an empty folder, without compiled kernels, which take a minute to build."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     with tempfile.TemporaryDirectory() as folder:
         build = ["--no-deps", "--wheel-dir", folder, "--config-settings", f"build-dir={folder}/build"]

@@ -1,4 +1,4 @@
-"""What the CPU at hand can do, as vLLM asks it: tests say by these what they need. Kinds of CPU: docs/operators.md."""
+"""Features of this CPU, as vLLM checks them. Tests state their needs with these. Kinds of CPU: docs/operators.md."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def has_amx() -> bool:
-    """Whether vLLM takes AMX: for bfloat16 attention, whose pages then are tiles, and for int8 products."""
+    """Whether vLLM uses AMX, for bfloat16 attention, whose pages are then tiles, and for int8 products."""
     return bool(torch.cpu._is_amx_tile_supported())
 
 
 def vllm_writes_tiles() -> bool:
-    """Whether the build of vLLM that this CPU loads can write pages in tiles; that takes no AMX, but AVX-512."""
+    """Whether the build of vLLM that this CPU loads can write pages in tiles, which needs AVX-512 but not AMX."""
     from vllm import _custom_ops as vllm_ops
     from vllm.platforms import current_platform
 
@@ -35,7 +35,7 @@ needs_float32_int8 = pytest.mark.skipif(has_amx(), reason="with AMX, vLLM's int8
 
 
 def write_tiles(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-    """Write as vLLM does where it has AMX: keys in tiles of 16 tokens by 2 dimensions, values of 2 by 16.
+    """Write as vLLM does with AMX: keys in tiles of 16 tokens by 2 dimensions, values of 2 by 16.
 
     Args:
         key: ``[tokens, kv_heads, head_dim]``, and so is ``value``.

@@ -1,4 +1,4 @@
-"""Real vLLM engines inside the test process, and what the tests look at in them."""
+"""Real vLLM engines inside the test process, and access to their parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_nld.cli.engine import PROPOSER, stop
 from vllm_nld.proposer.self_speculation import SelfSpeculation
 
 CACHE_BYTES = 1 << 25
-# Start-up prices matter for speed only, and a hundred engines are started here.
+# Start-up prices matter only for speed, and the tests start a hundred engines.
 SelfSpeculation.pricing_seconds = 0.2
 DRAFTS_OF_THE_REFERENCE: dict[str, Any] = {"mode": "self_speculation", "prompt_lookup": 0}
 
@@ -36,8 +36,8 @@ def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | Non
         "kv_cache_memory_bytes": CACHE_BYTES,
         "disable_log_stats": False,
         "enable_prefix_caching": False,
-        # Auto mode, the default, chooses by measured time: what it drafts differs from run to run.
-        # And drafts are the reference's, which looks nothing up.
+        # Auto mode, the default, chooses by measured time, so its drafts differ from run to run.
+        # And drafts equal those of the reference, which looks nothing up.
         "additional_config": {"nld": DRAFTS_OF_THE_REFERENCE | (options or {}) if spec else options or {}},
         "speculative_config": speculative,
     }
@@ -51,7 +51,7 @@ def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | Non
 def generate(
     llm: Any, prompts: list[list[int]], each: list[dict[str, Any]] | None = None, loras: Any = None, **params: Any
 ) -> list[list[int]]:
-    """Complete token prompts in one batch; greedy unless told otherwise. Returns the new token ids.
+    """Complete token prompts in one batch; greedy by default. Returns the new token ids.
 
     ``each`` are the requests' own options, under ``nld``; ``loras`` their LoRAs.
     """
@@ -71,7 +71,7 @@ NEAR_TIE = 0.2
 
 
 def far_from_best(llm: Any, prompt: list[int], text: list[int]) -> float:
-    """How far, in AR's log probabilities, any token of the text is from the likeliest one at its place."""
+    """The largest gap, in AR's log probabilities, between a token of the text and the likeliest one at its place."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=1, detokenize=False, extra_args={"nld": {"mode": "ar"}})
@@ -86,7 +86,7 @@ def runner(llm: Any) -> Any:
 
 
 def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
-    """Have every block filled by ``drafts(block)``, its tokens behind the seed, and no forward run."""
+    """Have every block filled with ``drafts(block)``, its tokens after the seed, without a forward."""
 
     def run(blocks: Any, leave: Any = None) -> None:
         for block in blocks:
@@ -97,7 +97,7 @@ def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
 
 
 def shun_ar(llm: Any, drafts: Callable[[int], int] = lambda count: count) -> None:
-    """Have auto mode verify ``drafts(n)`` of every n looked-up drafts, and draft if there is none, at any price."""
+    """Have auto mode verify ``drafts(n)`` of every n looked-up drafts, and draft if there are none, at any price."""
     from vllm_nld.auto.search import Search
 
     class Eager(Search):

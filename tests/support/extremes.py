@@ -1,4 +1,4 @@
-"""Values at which options break, and random options of the extension made of them and of suitable ones."""
+"""Extreme values of options, and random options of the extension made of these and of suitable ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def option_value(rng: random.Random) -> Any:
 
 
 def options(rng: random.Random) -> dict[str, Any]:
-    """Return options under ``nld``, of keys that fit the mode; a third or so is admitted."""
+    """Return options under ``nld``, with keys that fit the mode; about a third is admitted."""
     mode = rng.choice(MODES)
     fitting = [key for key, modes in MODES_OF_KEY.items() if mode in modes] or list(MODES_OF_KEY)
     nld: dict[str, Any] = {"mode": mode}

@@ -13,7 +13,7 @@ from vllm_nld.reference import ReferenceModel
 
 
 def yarn(factor: float = 4.0, original: int = 64, theta: float = 1e4, beta: float = 0.1) -> dict[str, Any]:
-    """YaRN parameters in the released layout, with an original context short enough to be left in a test."""
+    """YaRN parameters in the released layout, with an original context so short that a test can exceed it."""
     return {
         "rope_type": "yarn",
         "rope_theta": theta,
@@ -66,6 +66,7 @@ def random_model(config: NemotronLabsDiffusionConfig, seed: int = 0) -> Referenc
 def save(model: ReferenceModel, folder: Path) -> Path:
     """Write config and weights in the released layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    # Parameters, not the state dict: that has tied weights twice.
+    save_file({k: v.detach().contiguous() for k, v in model.named_parameters()}, folder / "model.safetensors")
     model.config.save_pretrained(folder)
     return folder

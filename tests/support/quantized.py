@@ -92,7 +92,7 @@ FORMATS: dict[str, tuple[Packer, dict[str, Any]]] = {
 
 
 def quantize(folder: Path, target: Path, kind: str, **config: Any) -> Path:
-    """Write a copy whose layers' matrices are packed; only ``w4a16`` holds the weights, the others are for headers."""
+    """Write a copy whose layers' matrices are packed; only ``w4a16`` has weights; the others have headers."""
     pack, settings = FORMATS[kind]
     tensors: dict[str, Tensor] = {}
     for name, weight in load_file(folder / "model.safetensors").items():

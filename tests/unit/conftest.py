@@ -1,4 +1,4 @@
-"""The unit tier computes on one core: its tensors are tiny, and threads that wait for each other spin."""
+"""The unit tier computes on one core, because its tensors are tiny, and threads spin while they wait for each other."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from vllm_nld.ops.sizes import round_size
 
 
 def made(clock: list[float] | None = None, slope: float = 0.01, cap: int = 512) -> AutoMode:
-    """A machine on which a forward takes 1 s + ``slope`` s a token; AR's price is known."""
+    """A machine on which a forward takes 1 s + ``slope`` s per token; AR's price is known."""
     auto = AutoMode(16, clock=(lambda: clock[0]) if clock is not None else lambda: 0.0)
     for size in range(1, cap):
         auto.costs.start(size, 1 + slope * size)
@@ -34,27 +34,27 @@ def candidates(*rates: float) -> list[Candidate]:
     return found
 
 
-def test_good_drafts_are_taken_and_bad_ones_are_not() -> None:
+def test_good_drafts_are_chosen_and_bad_ones_are_not() -> None:
     assert made().plan(candidates(0.95), 1, 1).choice == Choice({0: 16}, {})
     assert made().plan(candidates(0.1), 1, 1).choice == ALL_AR
     assert made().plan([], 3, 3).choice == ALL_AR
 
 
-def test_the_block_length_follows_acceptance() -> None:
-    """Where tokens cost, a long block pays only if it is accepted."""
+def test_block_length_follows_acceptance() -> None:
+    """If tokens have a price, a long block pays only if it is accepted."""
     lengths = [made(slope=0.08).plan(candidates(rate), 1, 1).choice.blocks.get(0, 1) for rate in (0.3, 0.8, 0.9, 0.98)]
     assert lengths == sorted(lengths)
     assert lengths[0] == 1
     assert 1 < lengths[1] < lengths[-1] == 16
 
 
-def test_only_the_promising_requests_draft() -> None:
+def test_only_promising_requests_draft() -> None:
     chosen = made(slope=0.05).plan(candidates(0.05, 0.97, 0.1, 0.96), 4, 4).choice
     assert set(chosen.blocks) == {1, 3}
 
 
-def test_a_busy_device_decodes_one_token_at_a_time() -> None:
-    """Where every token has its full price, as at high concurrency, drafts cannot pay."""
+def test_busy_device_decodes_one_token_at_a_time() -> None:
+    """If every token has its full price, as at high concurrency, drafts cannot pay."""
     auto = AutoMode(16, clock=lambda: 0.0)
     for size in range(1, 600):
         auto.costs.start(size, 0.01 * size)
@@ -63,12 +63,12 @@ def test_a_busy_device_decodes_one_token_at_a_time() -> None:
     assert auto.plan(candidates(*[0.8] * 32), 32, 32).choice == ALL_AR
 
 
-def test_a_request_s_own_limit_is_kept() -> None:
+def test_request_block_limit_is_respected() -> None:
     (candidate,) = candidates(0.95)
     assert made().plan([Candidate(0, candidate.acceptance, 3)], 1, 1).choice.blocks == {0: 3}
 
 
-def test_ar_is_priced_before_anything_is_chosen() -> None:
+def test_ar_is_priced_before_any_choice() -> None:
     auto = AutoMode(16, clock=lambda: 0.0)
     for size in range(1, 64):
         auto.costs.start(size, 1.0)
@@ -80,7 +80,7 @@ def test_ar_is_priced_before_anything_is_chosen() -> None:
     assert steps == AR_SAMPLES
 
 
-def test_ar_once_chosen_is_kept_for_some_steps() -> None:
+def test_choice_of_ar_is_kept_for_some_steps() -> None:
     auto = made()
     assert auto.plan(candidates(0.1, 0.1), 2, 2).choice == ALL_AR
     for _ in range(STEPS_PER_CHOICE):
@@ -94,21 +94,21 @@ def test_ar_once_chosen_is_kept_for_some_steps() -> None:
 
 
 def test_looked_up_drafts_are_verified_without_drafting() -> None:
-    """At 1 s + 0.01 s a token, 15 drafts of which 10 are accepted are well worth 0.15 s; poor ones are not."""
+    """At 1 s + 0.01 s per token, 15 drafts of which 10 are accepted are well worth 0.15 s; poor ones are not."""
     (good,), (poor,) = candidates(0.1), candidates(0.1)
     good.found, poor.found = [0.9] * 15, [0.02] * 15
     assert made().plan([good], 1, 1).choice == Choice({}, {0: 15})
     assert made().plan([poor], 1, 1).choice == ALL_AR
 
 
-def test_who_has_looked_up_drafts_does_not_draft() -> None:
+def test_request_with_looked_up_drafts_does_not_draft() -> None:
     four = candidates(0.97, 0.97, 0.97, 0.97)
     four[0].found = [0.97] * 15
     choice = made().plan(four, 4, 4).choice
     assert choice == Choice({1: 16, 2: 16, 3: 16}, {0: 15})
 
 
-def test_looked_up_drafts_are_taken_by_their_chance_to_sizes_with_a_kernel() -> None:
+def test_looked_up_drafts_are_chosen_by_chance_up_to_sizes_with_a_kernel() -> None:
     pair = candidates(0.1, 0.1)
     pair[0].found, pair[1].found = [0.9] * 15, [0.5] * 15
     lookups = made(slope=0.08).plan(pair, 2, 2).choice.lookups
@@ -116,8 +116,8 @@ def test_looked_up_drafts_are_taken_by_their_chance_to_sizes_with_a_kernel() -> 
     assert round_size(size := 2 + sum(lookups.values())) == size
 
 
-def test_lookups_are_looked_at_in_every_step() -> None:
-    """A choice of AR holds for some steps as far as drafting goes, but a lookup may find something at any token."""
+def test_lookups_are_considered_in_every_step() -> None:
+    """For drafting, a choice of AR holds for some steps, but a lookup may find something at any token."""
     auto = made()
     auto.plan(candidates(0.1, 0.1), 2, 2)
     poor, found = (auto.replan([0, 1], 2, 2, {1: chances}) for chances in ([0.02] * 15, [0.95] * 14))
@@ -127,8 +127,8 @@ def test_lookups_are_looked_at_in_every_step() -> None:
     assert auto.decisions == {("ar", 1): 2 + 2 + 1, ("prompt_lookup", 15): 1}
 
 
-def test_a_lookup_does_not_put_off_drafting() -> None:
-    """Where drafting pays, the step after a looked-up one is planned anew; where it does not, AR is settled."""
+def test_lookup_does_not_delay_drafting() -> None:
+    """If drafting pays, the step after a looked-up one is planned again; if it does not, AR is kept."""
     for rate, settled in ((0.8, 0), (0.1, STEPS_PER_CHOICE)):
         auto = made()
         (candidate,) = candidates(rate)
@@ -138,13 +138,13 @@ def test_a_lookup_does_not_put_off_drafting() -> None:
         assert cycle.steps == settled
 
 
-def test_a_better_draft_is_not_given_up_for_a_poor_lookup() -> None:
+def test_better_draft_is_preferred_to_a_poor_lookup() -> None:
     (candidate,) = candidates(0.95)
     candidate.found = [0.5] + [0.7] * 14
     assert made().plan([candidate], 1, 1).choice == Choice({0: 16}, {})
 
 
-def test_idle_requests_are_probed_beside_others_lookups() -> None:
+def test_idle_requests_are_probed_while_others_use_lookups() -> None:
     auto, probed = made(slope=0.05), 0
     for _ in range(2000):
         pair = candidates(0.05, 0.05)
@@ -161,7 +161,7 @@ def test_idle_requests_are_probed_beside_others_lookups() -> None:
     assert 5 < probed < 100
 
 
-def test_rare_long_runs_are_no_shortfall() -> None:
+def test_rare_long_runs_are_not_counted_as_shortfall() -> None:
     """Blocks with 15 accepted drafts make up for those with none: on average the expected 3 are accepted."""
     actual = ExpectedVsActual()
     for number in range(2000):
@@ -173,7 +173,7 @@ def test_rare_long_runs_are_no_shortfall() -> None:
 
 
 def test_probes_stay_within_their_budget() -> None:
-    """Requests whose acceptance is unknown are tried, but for a small share of the time."""
+    """Requests with unknown acceptance are tried, but only in a small share of the time."""
     auto, idle, probing, busy = made(), 0, 0.0, 0.0
     for _ in range(20_000):
         (candidate,) = candidates(0.05)
@@ -191,8 +191,8 @@ def test_probes_stay_within_their_budget() -> None:
     assert 0.3 * PROBE_SHARE < probing / busy < 1.5 * PROBE_SHARE
 
 
-def test_probes_whose_causal_pass_was_dropped_are_paid_for() -> None:
-    """A pass that also prefilled is no measurement, but the draft forwards before it were run."""
+def test_probes_with_a_dropped_causal_pass_are_charged() -> None:
+    """A pass that also prefilled gives no measurement, but the draft forwards before it took time."""
     auto = AutoMode(16, clock=lambda: 0.0)
     for size in range(1, 64):
         auto.costs.start(size, 0.01 + 1e-4 * size)
@@ -208,7 +208,7 @@ def test_probes_whose_causal_pass_was_dropped_are_paid_for() -> None:
     assert 0 < probes <= saved / 0.01
 
 
-def test_nobody_is_probed_where_even_good_drafts_would_not_pay() -> None:
+def test_no_request_is_probed_if_good_drafts_would_not_pay() -> None:
     auto = AutoMode(16, clock=lambda: 0.0)
     for size in range(1, 600):
         auto.costs.start(size, 0.01 * size)
@@ -223,8 +223,8 @@ def test_nobody_is_probed_where_even_good_drafts_would_not_pay() -> None:
         cycle.finish(16, 16, 0, 0.16)
 
 
-def test_promises_that_are_not_kept_are_believed_less() -> None:
-    """Expected gains of 10 tokens a cycle that never come: drafting ends, though each request's own rate looks good."""
+def test_overestimated_gains_are_corrected() -> None:
+    """If expected gains of 10 tokens per cycle never come, drafting ends, although each request's rate looks good."""
     auto = made(slope=0.05)
     cycles = 0
     for _ in range(800):
@@ -237,7 +237,7 @@ def test_promises_that_are_not_kept_are_believed_less() -> None:
     assert 5 < cycles < 400
 
 
-def test_trim_keeps_what_pays() -> None:
+def test_trim_keeps_drafts_that_pay() -> None:
     auto = made(slope=0.2)
     assert auto.idle().trim([[0.99] * 15], 1, 1.0) == [15]
     (kept,) = auto.idle().trim([[0.97, 0.97, 0.97] + [0.05] * 12], 1, 1.0)
@@ -246,7 +246,7 @@ def test_trim_keeps_what_pays() -> None:
     assert sum(auto.idle().trim([[0.01] * 15], 1, 1.0)) >= 1, "what is drafted is put to the test"
 
 
-def test_rounded_sizes_are_few() -> None:
+def test_number_of_rounded_sizes_is_small() -> None:
     assert [round_size(n) for n in (1, 4, 5, 16, 17, 64, 65, 500)] == [4, 4, 8, 16, 24, 64, 80, 512]
     assert len({round_size(n) for n in range(1, 513)}) < 45
 
@@ -270,8 +270,8 @@ def test_cost_curve() -> None:
     assert curve.seconds(16) == 7.0, "without a guess a measurement is all there is"
 
 
-def test_host_time_seen_at_one_size_is_expected_at_the_others() -> None:
-    """Start-up times bare forwards; a step also schedules and samples, whatever its size."""
+def test_host_time_of_one_size_is_expected_at_other_sizes() -> None:
+    """Start-up times bare forwards; a step of any size also schedules and samples."""
     curve = CostCurve()
     for size in (4, 8, 16, 32):
         curve.start(size, 1.0 * size)
@@ -286,8 +286,8 @@ def test_host_time_seen_at_one_size_is_expected_at_the_others() -> None:
     assert curve.ceiling(8) == 6.0
 
 
-def test_a_stopped_process_is_no_price() -> None:
-    """The time between two steps in which nobody asked for one must not make AR, or drafting, look dear."""
+def test_interruption_does_not_change_a_price() -> None:
+    """Idle time between two steps must not make AR, or drafting, look expensive."""
     auto = made()
     for _ in range(2 * KNOWN):
         auto.idle().finish(4, 4, 0, 1.04)
@@ -299,7 +299,7 @@ def test_a_stopped_process_is_no_price() -> None:
     assert (prices.plain_seconds(4, 4), auto.probing.saved) == (plain, saved)
 
 
-def test_a_cycle_that_served_others_teaches_nothing_about_gains() -> None:
+def test_mixed_cycle_does_not_change_expected_gains() -> None:
     auto = made()
     for void in (True, False):
         cycle = auto.plan(candidates(0.95), 1, 1)
@@ -312,7 +312,7 @@ def test_a_cycle_that_served_others_teaches_nothing_about_gains() -> None:
 
 
 @pytest.mark.parametrize(("rates", "weight"), [((0.7,) * 20, 48.0), ((0.05, 0.95) * 10, 3.0)])
-def test_the_average_counts_for_much_where_requests_are_alike(rates: tuple[float, ...], weight: float) -> None:
+def test_average_counts_more_if_requests_are_alike(rates: tuple[float, ...], weight: float) -> None:
     prior, generator = Prior(), random.Random(0)
     for _ in range(5):
         for rate in rates:
@@ -347,8 +347,8 @@ def test_confidence_is_calibrated_by_outcome() -> None:
     assert calibration.probability(0.5) == pytest.approx(0.55)
 
 
-def test_a_new_request_is_tried_where_good_ones_are_common() -> None:
-    """Half of the requests draft well: a new one is worth two blocks. Where none does, it is not."""
+def test_new_request_is_tried_if_good_ones_are_common() -> None:
+    """If half of the requests draft well, a new one is worth two blocks. If none does, it is not."""
     for accepted, expected in ((3, True), (0, False)):
         prior = Prior()
         for number in range(64):

@@ -1,4 +1,4 @@
-"""The files of examples/ray_batch.py: what is read, and that a folder holds every row once, whatever happens."""
+"""The files of examples/ray_batch.py: what is read, and that a folder always has every row once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_rows_of_jsonl_and_parquet_are_numbered_or_named(tmp_path: Path) -> None
     [
         ('{"prompt": 3, "name": 1}', "line 2: --prompt-column prompt must be a text, not 3"),
         ('{"prompt": "b"}', "line 2: --id-column name must be a text or a number, not None"),
-        ('{"prompt": "b", "name": "x"}', "line 2: --id-column name must be unique, and 'x' is there twice"),
+        ('{"prompt": "b", "name": "x"}', "line 2: --id-column name must be unique, but 'x' occurs twice"),
         ('{"prompt": "b"', "line 2: not JSON"),
         ("[1]", "line 2: must be a JSON object"),
     ],
@@ -54,7 +54,7 @@ def test_unsuitable_rows_are_named(tmp_path: Path, line: str, words: str) -> Non
         list(read_rows([path], "prompt", "name"))
 
 
-def test_a_later_run_goes_on_and_no_row_stands_twice(tmp_path: Path) -> None:
+def test_later_run_continues_and_writes_no_row_twice(tmp_path: Path) -> None:
     rows = [Row(str(number), f"prompt {number}") for number in range(5)]
     output = Output(tmp_path, SETTINGS)
     assert output.add(map(result, rows[:2])) == 2

@@ -1,4 +1,4 @@
-"""The scripts in ``benchmarks/`` start: they import each other and the package, and nothing else runs them."""
+"""The scripts in ``benchmarks/`` start: they import each other and the package, and no other test runs them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In this process, which has imported what takes long; a script's folder is the first that it imports from."""
+    """In this process, which has imported the slow modules; a script's folder is the first that it imports from."""
     monkeypatch.syspath_prepend(FOLDER)
     yield
     for script in SCRIPTS:
@@ -27,7 +27,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_it_starts(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_starts(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
@@ -36,7 +36,7 @@ def test_it_starts(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_attention_is_measured_on_this_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Against vLLM's own attention, of the build for this CPU: another one's ends in an illegal instruction."""
+    """Compared with vLLM's attention from the build for this CPU; another build's is an illegal instruction."""
     reason = cpp_ops.unavailable(torch.device("cpu"))
     if reason:
         pytest.skip(f"C++ operators: {reason}")

@@ -1,4 +1,4 @@
-"""How long a request's next block is, and when there is none."""
+"""The length of a request's next block, and when there is none."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def state(
         (8, {"max_tokens": 20, "min_tokens": 8}, 8),
     ],
 )
-def test_a_cycle_ends_at_max_tokens_and_min_tokens(generated: int, params: dict[str, int], length: int) -> None:
+def test_cycle_ends_at_max_tokens_and_min_tokens(generated: int, params: dict[str, int], length: int) -> None:
     assert state([7] * generated, **params).longest_draft_block(8) == length
 
 
-def test_a_cycle_ends_with_the_thinking_budget() -> None:
+def test_cycle_ends_with_the_thinking_budget() -> None:
     budget = ThinkingBudget(limit=5, start_tokens=[3], end_tokens=[13])
     assert state([7, 7], budget).longest_draft_block(8) == 3, "3 thinking tokens may follow, the forced one by itself"
     assert state([7] * 5, budget).longest_draft_block(8) == 1
@@ -85,10 +85,10 @@ def test_drafts_open_no_thinking_section(start: list[int], text: list[int], draf
 
 @pytest.mark.parametrize("start", [[3], [6, 3]])
 def test_cutting_drawn_drafts_before_a_start_changes_no_distribution(start: list[int]) -> None:
-    """The exact distribution of the next token, over all draws: of a cut draft's place the causal pass decides."""
+    """The exact distribution of the next token, over all draws: the causal pass decides the position of a cut draft."""
     vocab = 8
     draft, target = torch.randn(2, vocab, generator=torch.Generator().manual_seed(4))
-    draft[3] = target[3] = 2.0  # what would open the section is likely
+    draft[3] = target[3] = 2.0  # the token that would open the section is likely
     made = state([7, 6], ThinkingBudget(50, start, [13]), temperature=1.0)
     block = made.draft_block(6, 4, 2, MASK, vocab)
     assert isinstance(block.choice, DraftChoice)
@@ -125,14 +125,14 @@ def diffusion(made: RequestState, room: int = 100) -> Block | None:
         ({"seed_first": False}, {}, 100, [MASK] * 8),
     ],
 )
-def test_a_diffusion_block(
+def test_length_of_a_diffusion_block(
     options: dict[str, Any], params: dict[str, int], room: int, tokens: list[int] | None
 ) -> None:
     block = diffusion(state([5, 6], options={"mode": "diffusion", **options}, **params), room)
     assert (block and block.tokens) == tokens
 
 
-def test_a_diffusion_block_holds_the_end_of_thinking() -> None:
+def test_diffusion_block_contains_the_end_of_thinking() -> None:
     budget = ThinkingBudget(limit=5, start_tokens=[3], end_tokens=[13, 14])
     block = diffusion(state([7, 6], budget, {"mode": "diffusion"}))
     assert block is not None
@@ -142,7 +142,7 @@ def test_a_diffusion_block_holds_the_end_of_thinking() -> None:
     assert unseeded.tokens == [MASK, MASK, MASK, MASK, 13, 14, MASK, MASK]
 
 
-def test_a_stop_token_ends_a_request() -> None:
+def test_stop_token_ends_a_request() -> None:
     assert state([5], eos_token_id=2).is_over([4, 2])
     assert not state([5], eos_token_id=2, ignore_eos=True).is_over([4, 2])
     assert state([5], stop_token_ids=[9], ignore_eos=True).is_over([9])
@@ -151,7 +151,7 @@ def test_a_stop_token_ends_a_request() -> None:
     assert unseeded.is_over([2, 4])
 
 
-def test_prefill_is_told_from_decoding() -> None:
+def test_prefill_is_distinguished_from_decoding() -> None:
     made = state([7, 7])
     assert not made.is_prefill({"r": 1}, {})
     assert not made.is_prefill({"r": 8}, {"r": [1] * 7})
@@ -160,7 +160,7 @@ def test_prefill_is_told_from_decoding() -> None:
     assert made.is_prefill({"r": 1}, {}), "the last token of a prompt"
 
 
-def test_groups_have_room_in_a_forward() -> None:
+def test_groups_fit_into_a_forward() -> None:
     drafts: DraftPass = object.__new__(DraftPass)
     drafts.max_tokens = 24
     blocks = [Block(10, [0] * length) for length in (8, 8, 8, 20, 5, 24, 3)]

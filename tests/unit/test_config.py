@@ -43,7 +43,7 @@ def released(name: str) -> NemotronLabsDiffusionConfig:
         ("3B-Base", 26, 3072, 9216, 1e6, 0.25, 2, 4096),
     ],
 )
-def test_released_layouts(
+def test_released_layouts_are_read(
     name: str, layers: int, hidden: int, mlp: int, theta: float, factor: float, eos: int, limit: int
 ) -> None:
     config = released(name)
@@ -57,7 +57,7 @@ def test_released_layouts(
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_rope_parameters_are_rearranged_and_put_back(name: str) -> None:
+def test_rope_parameters_are_rearranged_and_restored(name: str) -> None:
     config = released(name)
     assert config.rope_parameters["attention_factor"] == 1.0
     assert "llama_4_scaling_beta" not in config.rope_parameters
@@ -68,12 +68,12 @@ def test_rope_parameters_are_rearranged_and_put_back(name: str) -> None:
     assert config.rope_parameters["attention_factor"] == 1.0, "to_dict() must not change the config itself"
 
 
-def test_attention_factor_of_the_file_is_overruled() -> None:
+def test_attention_factor_of_the_file_is_overridden() -> None:
     rope = released_rope_parameters() | {"attention_factor": 1.277}
     assert NemotronLabsDiffusionConfig(rope_parameters=rope).rope_parameters["attention_factor"] == 1.0
 
 
-def test_callers_dictionary_is_left_alone() -> None:
+def test_dictionary_of_the_caller_is_not_changed() -> None:
     rope = released_rope_parameters()
     NemotronLabsDiffusionConfig(rope_parameters=rope)
     assert rope == released_rope_parameters()
@@ -101,11 +101,34 @@ def test_position_limit_of_default_rope() -> None:
     assert config.llama_4_scaling is None
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"), [(LLAMA3, 131072), ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4}, 4 * 131072)]
+)
+def test_ropes_of_other_llamas(rope: dict[str, Any], limit: int, tmp_path: Path) -> None:
+    """Linear scaling leaves ``max_position_embeddings`` unscaled, as transformers and vLLM have it."""
+    config = NemotronLabsDiffusionConfig(rope_parameters=rope | {"unknown": 1}, max_position_embeddings=131072)
+    assert config.rope_parameters == rope
+    assert isinstance(config.rope_parameters["factor"], float), "vLLM asks for one"
+    assert config.position_limit == limit
+    config.save_pretrained(tmp_path)
+    assert NemotronLabsDiffusionConfig.from_pretrained(tmp_path).rope_parameters == rope
+
+
 def test_absent_head_dim_is_derived() -> None:
     assert NemotronLabsDiffusionConfig(hidden_size=2048, head_dim=None).head_dim == 64
 
 
-def test_theta_beside_the_dictionary() -> None:
+def test_theta_next_to_the_dictionary() -> None:
     rope = {key: value for key, value in released_rope_parameters().items() if key != "rope_theta"}
     assert NemotronLabsDiffusionConfig(rope_parameters=rope, rope_theta=1e9).rope_parameters["rope_theta"] == 1e9
     assert NemotronLabsDiffusionConfig(rope_parameters=rope).rope_parameters["rope_theta"] == 1e6
@@ -121,7 +144,16 @@ def test_theta_beside_the_dictionary() -> None:
         ({"num_attention_heads": 30}, ["num_attention_heads=30", "num_key_value_heads=8"]),
         ({"mask_token_id": 131072}, ["mask_token_id=131072", "[0, 131072)"]),
         ({"mask_token_id": -1}, ["mask_token_id=-1"]),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'", "'yarn'", "'default'"]),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}},
+            ["'dynamic'", "'default', 'linear', 'llama3', 'yarn'"],
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor=None", "llama3"]),
+        ({"rope_parameters": {"rope_type": "linear"}}, ["factor=None", "linear"]),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
+            ["llama_4_scaling_beta"],
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, ["original_max_position_embeddings=None"]),
         ({"rope_parameters": released_rope_parameters() | {"factor": 0}}, ["factor=0"]),
         ({"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, ["llama_4_scaling_beta"]),

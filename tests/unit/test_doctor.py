@@ -1,4 +1,4 @@
-"""What ``vllm-nld doctor`` says of the plugin and of parking."""
+"""The report of ``vllm-nld doctor`` on the plugin and on parking."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ doctor = importlib.import_module("vllm_nld.cli.doctor")  # the package has a fun
 
 
 @pytest.mark.parametrize("allowed", [None, "vllm_nld", "other,vllm_nld"])
-def test_an_environment_that_lets_the_plugin_in(allowed: str | None) -> None:
+def test_environment_that_loads_the_plugin_passes(allowed: str | None) -> None:
     assert doctor.plugin_problem({} if allowed is None else {"VLLM_PLUGINS": allowed}) is None
 
 
@@ -22,14 +22,14 @@ def test_an_environment_that_lets_the_plugin_in(allowed: str | None) -> None:
     ("allowed", "advice"),
     [("", "vllm_nld"), ("other", "other,vllm_nld"), ("vllm_nld_x, vllm_nld", "vllm_nld_x, vllm_nld,vllm_nld")],
 )
-def test_one_that_keeps_it_out_is_named(allowed: str, advice: str) -> None:
+def test_environment_that_blocks_the_plugin_is_named(allowed: str, advice: str) -> None:
     problem = doctor.plugin_problem({"VLLM_PLUGINS": allowed})
     assert problem is not None
     assert problem.startswith(f"VLLM_PLUGINS={allowed} keeps vLLM from loading vllm_nld")
     assert problem.endswith(f"set it to {advice}")
 
 
-def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "entry_points", lambda group: [])
     assert "not installed" in (doctor.plugin_problem({}) or "")
 
@@ -40,7 +40,9 @@ def test_doctor_says_whether_this_vllm_parks(monkeypatch: pytest.MonkeyPatch) ->
     assert doctor.parking() == "off: this vLLM's SchedulerOutput has no preempted_req_ids"
 
 
-def test_the_whole_report_names_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_has_plugin_problem_and_parking(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     report = doctor.examine()
     assert any("VLLM_PLUGINS=other" in problem for problem in report["missing"])
@@ -57,7 +59,7 @@ def config(**parts: Any) -> Any:
     return SimpleNamespace(lora_config=parts.get("lora"), scheduler_config=scheduler)
 
 
-def test_an_engine_says_why_it_does_not_park(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reason_for_no_parking_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scheduling.why_not_parked(config(lora=object())).startswith("--enable-lora")
     assert "--scheduler-cls 'my.Scheduler'" in scheduling.why_not_parked(config(scheduler="my.Scheduler"))
     monkeypatch.setattr(scheduling, "parking_obstacle", lambda: "SchedulerOutput has no preempted_req_ids")

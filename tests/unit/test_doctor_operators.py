@@ -8,7 +8,7 @@ from vllm_nld import ops
 from vllm_nld.cli.doctor import _operators
 
 
-def test_an_operator_that_something_else_computes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_with_another_implementation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     by_name = {implementation.name: implementation for implementation in ops.IMPLEMENTATIONS}
     monkeypatch.setattr(
         ops, "implementation", lambda operator, _: by_name["xformers" if operator == "block_attention" else "torch"]
@@ -17,7 +17,7 @@ def test_an_operator_that_something_else_computes_is_named(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["cpp", "torch"])
-def test_what_computes_all_is_named_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_implementation_of_all_operators_is_named_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     by_name = {implementation.name: implementation for implementation in ops.IMPLEMENTATIONS}
     if by_name[name].unavailable(ops.torch.device("cpu")):
         pytest.skip(f"no {name} here")
@@ -26,7 +26,7 @@ def test_what_computes_all_is_named_once(monkeypatch: pytest.MonkeyPatch, name: 
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton", "torch"])
-def test_whatever_serves_a_gpu_has_all_operators(name: str) -> None:
-    """The drafts' logits are largest there: no operator may fall back to PyTorch."""
+def test_gpu_implementations_have_all_operators(name: str) -> None:
+    """The drafts' logits are largest there, so no operator may fall back to PyTorch."""
     module = next(one for one in ops.IMPLEMENTATIONS if one.name == name).load()
     assert [operator for operator in ops.OPERATORS if not hasattr(module, operator)] == []

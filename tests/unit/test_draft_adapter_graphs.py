@@ -1,4 +1,4 @@
-"""No CUDA graph may hold the draft adapter: one that was captured without it would be replayed without it."""
+"""No CUDA graph may contain the draft adapter, because a graph captured without it would be replayed without it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ assert vllms_attention, "defines the operators that vLLM splits at"
 
 
 def compiled(**settings: Any) -> CompilationConfig:
-    """A configuration as the GPU platform leaves it."""
+    """A configuration as set by the GPU platform."""
     config = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, **settings)
     config.set_splitting_ops_for_v1(all2all_backend="allgather_reducescatter")
     return config
@@ -42,7 +42,7 @@ class Layer(nn.Module):
 
 
 def graph_of(layer: nn.Module) -> torch.fx.GraphModule:
-    """What vLLM's backend is given by Dynamo."""
+    """The graph that Dynamo gives to vLLM's backend."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -78,15 +78,15 @@ def test_graphs_are_cut_at_the_adapter(monkeypatch: pytest.MonkeyPatch, settings
     assert len(pieces) == 3
 
 
-def test_an_engine_that_is_not_cut_into_pieces_stays_so() -> None:
-    """Then there are graphs of whole forwards at most, and those are of causal passes."""
+def test_engine_without_graph_pieces_stays_without() -> None:
+    """Then there are at most graphs of whole forwards, and only for causal passes."""
     config = compiled(splitting_ops=[], cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY)
     leave_adapter_out_of_graphs(config)
     assert config.splitting_ops == []
     assert not config.cudagraph_mode.has_piecewise_cudagraphs()
 
 
-def test_a_capture_with_the_adapter_in_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_with_an_active_adapter_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     none = torch.zeros(0, dtype=torch.int32)
     adapted = DraftMetadata(none, none, none, none, 3, 0, slice(None))
     context = SimpleNamespace(attn_metadata={"layer": adapted})

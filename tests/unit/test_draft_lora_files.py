@@ -1,4 +1,4 @@
-"""Adapters on disk: what is found, and what is refused."""
+"""Adapters on disk: which are found, and which are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def engine_config(model: str, **options: Any) -> Any:
-    """What ``adapter_of`` reads of vLLM's config."""
+    """The part of vLLM's config that ``adapter_of`` reads."""
     return SimpleNamespace(
         speculative_config=SimpleNamespace(model="vllm_nld.SelfSpeculation"),
         additional_config={"nld": options},
@@ -38,7 +38,7 @@ def test_rank_and_scale_are_read(folder: Path) -> None:
     assert DraftLoRA.open(folder, CONFIG) == DraftLoRA(folder, rank=4, scale=2.0)
 
 
-def test_the_checkpoint_s_own_is_the_default(folder: Path, tmp_path: Path) -> None:
+def test_adapter_of_the_checkpoint_is_the_default(folder: Path, tmp_path: Path) -> None:
     checkpoint = str(folder.parent)
     assert adapter_of(engine_config(checkpoint)) == DraftLoRA(folder, 4, 2.0)
     assert adapter_of(engine_config(checkpoint, draft_lora="off")) is None
@@ -50,8 +50,8 @@ def test_the_checkpoint_s_own_is_the_default(folder: Path, tmp_path: Path) -> No
     assert adapter_of(config) is None, "an engine that never drafts needs no adapter"
 
 
-def test_a_hub_checkpoint_s_adapter_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's own download leaves sub-folders out."""
+def test_adapter_of_a_hub_checkpoint_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own download does not fetch subfolders."""
     import huggingface_hub
 
     asked: list[Any] = []

@@ -74,7 +74,7 @@ def finish(trainer: Trainer, **schedule: Any) -> bool:
 # --- the reference with an adapter ---
 
 
-def test_a_zero_adapter_is_none() -> None:
+def test_zero_adapter_changes_nothing() -> None:
     model = model_of()
     plain = linear_spec_generate(model, PROMPT, 30, BLOCK)
     model.draft_adapter = DraftAdapter.fresh(model.config, 4, 16.0, torch.Generator().manual_seed(0))
@@ -83,7 +83,7 @@ def test_a_zero_adapter_is_none() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
-def test_an_adapter_changes_drafts_and_nothing_else(threshold: float) -> None:
+def test_adapter_changes_only_drafts(threshold: float) -> None:
     model = model_of()
     ar, diffused = ar_generate(model, PROMPT, 40), generate(model, PROMPT, 40, threshold=0.9)
     plain = linear_spec_generate(model, PROMPT, 40, BLOCK, threshold=threshold)
@@ -95,7 +95,7 @@ def test_an_adapter_changes_drafts_and_nothing_else(threshold: float) -> None:
     assert generate(model, PROMPT, 40, threshold=0.9) == diffused, "block diffusion does without the adapter"
 
 
-def test_the_adapter_is_a_change_of_o_proj() -> None:
+def test_adapter_is_a_change_of_o_proj() -> None:
     model, ids = model_of(), torch.tensor([PROMPT])
     model.draft_adapter = adapter = random_adapter(model)
     found = model.draft(ids)
@@ -116,7 +116,7 @@ def by_hand(wanted: Tensor, found: Tensor, support: list[int], temperature: floa
     return share * sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)) + (1 - share) * (1 - agreement)
 
 
-def test_lk_hybrid_by_hand() -> None:
+def test_lk_hybrid_equals_manual_result() -> None:
     wanted = torch.tensor([[4.0, 1.0, 0.5, -1.0, -torch.inf], [0.0, 3.0, 2.0, 1.0, -torch.inf]])
     found = torch.tensor([[1.0, 2.0, 0.0, 3.0, -torch.inf], [0.0, 3.0, 2.5, 1.0, -torch.inf]])
     loss = lk_hybrid(wanted, found, 3.0, 2, 3.0)
@@ -126,7 +126,7 @@ def test_lk_hybrid_by_hand() -> None:
 
 
 def test_lk_hybrid_holds_the_share_fixed() -> None:
-    """The weight between KL and total variation gives no gradient of its own."""
+    """The weight between KL and total variation has no gradient."""
     generator = torch.Generator().manual_seed(0)
     wanted, found = (torch.randn(4, 12, generator=generator) for _ in range(2))
     found.requires_grad_()
@@ -160,8 +160,8 @@ def counted_by_hand(
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_loss_is_that_of_cycles_one_by_one(own: bool) -> None:
-    """Many blocks in one pass give what single drafts over a cached prefix give, on own text and on any."""
+def test_loss_equals_that_of_single_cycles(own: bool) -> None:
+    """Many blocks in one pass give the loss of single drafts over a cached prefix, on own text and on other text."""
     model = model_of(1)
     adapter = random_adapter(model, rank=4)
     ids = torch.randint(6, 24, (3, 30), generator=torch.Generator().manual_seed(4))
@@ -190,7 +190,7 @@ def test_loss_is_that_of_cycles_one_by_one(own: bool) -> None:
     assert int(drafts.emitted().sum()) == accepted + starts.numel()
 
 
-def test_nothing_counts_behind_the_end() -> None:
+def test_nothing_counts_after_the_end() -> None:
     model = model_of(1)
     ids = continue_greedily(model, torch.randint(6, 24, (2, 8), generator=torch.Generator().manual_seed(4)), 22)
     starts, adapter = torch.tensor([[8, 9, 14]] * 2), random_adapter(model)
@@ -205,14 +205,14 @@ def test_nothing_counts_behind_the_end() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_measured_acceptance_is_self_speculations(seed: int) -> None:
+def test_measured_acceptance_equals_self_speculation(seed: int) -> None:
     model = model_of(seed)
     adapter = random_adapter(model, seed)
     prefixes = torch.randint(6, 24, (3, 8), generator=torch.Generator().manual_seed(seed))
     found = measure(model, adapter, continue_greedily(model, prefixes, 40), 8, BLOCK, blocks=5)
     model.draft_adapter = adapter
     for prefix, cycles in zip(prefixes.tolist(), found.cycles, strict=True):
-        expected = linear_spec_generate(model, prefix, 41, BLOCK).accepted  # the last token: a bonus behind the text
+        expected = linear_spec_generate(model, prefix, 41, BLOCK).accepted  # the last token is a bonus after the text
         assert cycles == expected[: len(cycles)]
         assert sum(cycles) > 40 - BLOCK, "cycles whose block would leave the text are left out, no others"
     assert found.length == sum(map(sum, found.cycles)) / sum(map(len, found.cycles))
@@ -250,7 +250,7 @@ def test_rows_take_turns(tmp_path: Path) -> None:
     assert laps[0] != laps[1]
 
 
-def test_walk() -> None:
+def test_walk_follows_cycles() -> None:
     assert walk([3, 9, 9, 1, 2, 9], [False] * 6) == [3, 1, 2]
     assert walk([3, 9, 9, 1, 2, 9], [False] * 4 + [True] * 2) == [3, 1]
 
@@ -282,7 +282,7 @@ def test_micro_batches_add_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own_text", [True, False])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, own_text: bool) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, own_text: bool) -> None:
     straight = trainer_in(tmp_path / "straight", own_text=own_text)
     assert finish(straight, measure_every=2)
     stopped = trainer_in(tmp_path / "parts", own_text=own_text)
@@ -306,7 +306,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, own_text: bool) 
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_own_text_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_text_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_nld.training import text
 
     monkeypatch.setattr(text, "_OWN_BATCH", 2)
@@ -321,7 +321,7 @@ def test_own_text_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
         assert row == ar_generate(model, row[:6], 7).ids
 
 
-def test_time_is_up(tmp_path: Path) -> None:
+def test_training_stops_when_time_is_up(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     assert not finish(trainer, minutes=1e-9)
     resumed = trainer_in(tmp_path, resume=True)
@@ -353,7 +353,7 @@ def test_file_layout(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
-def test_the_embedded_adapter_gains_and_changes_no_text() -> None:
+def test_embedded_adapter_gains_and_changes_no_text() -> None:
     """Fewer cycles for the same text; four prompts of the 87 that docs/draft_lora.md measures."""
     folder = checkpoint_path("tiny")
     model, adapter = load_reference(folder), DraftAdapter.read(folder / "linear_spec_lora")
@@ -397,7 +397,7 @@ def command(checkpoint: Path, *arguments: str, data: str = "data.txt") -> Any:
     return CliRunner().invoke(app, ["train-draft-lora", str(checkpoint), "--data", path, *small, *arguments])
 
 
-def test_the_command_trains_writes_and_draws(checkpoint: Path) -> None:
+def test_command_trains_writes_and_draws(checkpoint: Path) -> None:
     result = command(checkpoint)
     assert result.exit_code == 0, result.output
     folder = checkpoint / "linear_spec_lora"
@@ -430,11 +430,11 @@ def test_the_command_trains_writes_and_draws(checkpoint: Path) -> None:
         (["--dtype=int8"], "--dtype int8: allowed: 'float32' or 'bfloat16'"),
         (["--new-tokens=4"], "--new-tokens 4: allowed: the block length (8) or more"),
         (["--prefix-tokens=5000"], "allowed: more than 5000"),
-        (["--resume"], "holds no run to go on with"),
+        (["--resume"], "holds no run to continue"),
         (["--held-out=nowhere.txt"], "--held-out nowhere.txt"),
     ],
 )
-def test_refused(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_unsuitable_arguments_are_refused(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     result = command(checkpoint, f"--output={tmp_path / 'out'}", *arguments)
     assert result.exit_code == 1
     assert message in result.output
@@ -468,13 +468,13 @@ def test_unsuitable_data(
         assert f"--data {tmp_path / name}" in result.output
 
 
-def test_no_model_there(tmp_path: Path) -> None:
+def test_missing_model_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train-draft-lora", str(tmp_path / "gone"), "--data", "x.txt"])
     assert result.exit_code == 1
     assert f"MODEL={tmp_path / 'gone'}: no config.json there" in result.output
 
 
-def test_a_folder_without_weights(checkpoint: Path, tmp_path: Path) -> None:
+def test_folder_without_weights_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "data.txt"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
     result = command(tmp_path)

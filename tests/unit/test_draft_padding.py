@@ -1,4 +1,4 @@
-"""A draft pass is padded to few sizes; what its padding computes must not reach the tokens."""
+"""A draft pass is padded to few sizes; results of the padding must not reach the tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_nld.attention.backend import DraftMetadata, block_forward
 
 @pytest.mark.parametrize("tokens", [3, 5])
 def test_attention_of_padding_is_zero(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    """Its memory is whatever was there before, and a quantization with one scale for a whole tensor looks at it all."""
+    """Its memory holds old values, and a quantization with one scale for a whole tensor reads all of it."""
 
     def attend(*arguments: Any) -> None:
         output: Tensor = arguments[-1]

@@ -43,7 +43,7 @@ def test_find() -> None:
     assert find(during) is MISTAKE
 
 
-def test_find_nothing() -> None:
+def test_find_returns_none_without_an_nld_error() -> None:
     assert find(None) is None
     assert find(ValueError("block too long")) is None
     with pytest.raises(ValidationError) as caught:
@@ -57,7 +57,7 @@ def test_find_ends_on_a_loop() -> None:
     assert find(first) is None
 
 
-def test_hook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hook_prints_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     passed_on: list[BaseException] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: passed_on.append(error))
     show_plainly()
@@ -79,7 +79,7 @@ class Unprintable:
         raise KeyError("no")
 
 
-def test_short_values_are_shown_as_they_are() -> None:
+def test_short_values_are_shown_unchanged() -> None:
     for value in (1, 0.5, "it's", None, True, ["a", {"b": 2}], {"mode": "ar"}, b"x", float("nan"), -(2**63)):
         assert shown(value) == repr(value)
     assert shown_key("mode") == "mode"
@@ -99,13 +99,13 @@ def test_short_values_are_shown_as_they_are() -> None:
     ],
     ids=["string", "lists", "integer", "repr fails", "surrogate", "dict", "bytes"],
 )
-def test_all_others_are_cut_and_escaped(value: object) -> None:
+def test_other_values_are_cut_and_escaped(value: object) -> None:
     for text in (shown(value), shown_key(value)):
         assert len(text) <= LONGEST_VALUE
         assert text.isprintable()
 
 
-def test_a_message_is_one_line_of_bounded_length() -> None:
+def test_message_is_one_line_of_bounded_length() -> None:
     message = str(NLDError("begin " + "\ud800\n" * 10**5 + " end"))
     assert len(message) <= LONGEST_MESSAGE
     assert message.isprintable()

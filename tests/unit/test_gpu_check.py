@@ -1,4 +1,4 @@
-"""The bookkeeping of ``scripts/gpu_check.sh``: what a step that hangs or crashes costs the others."""
+"""The bookkeeping of ``scripts/gpu_check.sh``: how a step that hangs or crashes affects the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_check.plan import Step
 from gpu_check.steps.forwards import covered
 from gpu_check.supervise import Supervisor
 
-# Stands in for gpu_check.child: runs the same arguments, and does what a step's name says.
+# Replaces gpu_check.child: takes the same arguments, and does what a step's name says.
 CHILD = """
 import os, sys, time
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_steps_of_a_session_share_a_process(supervisor: Supervisor) -> None:
 
 
 @pytest.mark.parametrize(("name", "state"), [("hangs", "cut"), ("crashes", "failed")])
-def test_a_bad_step_costs_itself_only(supervisor: Supervisor, name: str, state: str) -> None:
+def test_failed_step_does_not_affect_others(supervisor: Supervisor, name: str, state: str) -> None:
     started = time.time()
     states = supervisor.run(steps("a", name, "b"))
     assert states == {"a": "done", name: state, "b": "done"}
@@ -59,12 +59,12 @@ def test_a_bad_step_costs_itself_only(supervisor: Supervisor, name: str, state: 
     assert time.time() - started < 20
 
 
-def test_what_has_no_time_left_is_skipped(supervisor: Supervisor) -> None:
+def test_steps_without_time_left_are_skipped(supervisor: Supervisor) -> None:
     supervisor.seconds = 1.0
     assert supervisor.run(steps("a")) == {"a": "skipped"}
 
 
-def test_a_process_that_does_not_start_fails_one_step_after_another(supervisor: Supervisor) -> None:
+def test_process_that_does_not_start_fails_its_steps_one_by_one(supervisor: Supervisor) -> None:
     supervisor.child = (sys.executable, "-c", "raise SystemExit(3)")
     assert supervisor.run(steps("a", "b")) == {"a": "failed", "b": "failed"}
 

@@ -1,4 +1,4 @@
-"""What a GPU worker imports leaves torch as it is: vLLM's CPU worker replaces parts of torch when it is imported."""
+"""The imports of a GPU worker do not change torch, although vLLM's CPU worker replaces parts of it when imported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATCHED = (
     "vllm.utils.torch_utils.async_tensor_h2d",
     "vllm.v1.worker.gpu.buffer_utils.UvaBuffer",
 )
-"""All that ``vllm/v1/worker/cpu/shm.py`` and ``cpu_model_runner.py`` replace."""
+"""Everything that ``vllm/v1/worker/cpu/shm.py`` and ``cpu_model_runner.py`` replace."""
 
 OF_CPUS = ("vllm.v1.worker.cpu.shm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
 
@@ -69,7 +69,7 @@ def worker(cpu: bool) -> str:
 
 
 def test_nothing_on_the_gpu_path_imports_the_cpu_worker() -> None:
-    """All modules but one are imported. The CPU worker comes last, to see that it still replaces what is looked at."""
+    """All modules except one are imported. The CPU worker comes last, to check that it still replaces these parts."""
     arguments = [" ".join(words) for words in (PATCHED, OF_CPUS, [worker(cpu=False)], [worker(cpu=True)])]
     command = [sys.executable, "-c", PROBE, *arguments]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout

@@ -1,4 +1,4 @@
-"""Greedy steps verified in one pass over the logits: vLLM's own rejection sampler is the oracle, and keeps the rest."""
+"""Greedy steps are verified in one pass over the logits, as by vLLM's rejection sampler, which runs all other steps."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ CONFIG: Any = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    """As vLLM's worker does it."""
+    """As in vLLM's worker."""
     current_platform.import_kernels()
     if hasattr(current_platform, "register_triton_kernel_overrides"):
         current_platform.register_triton_kernel_overrides()
 
 
 def greedy(requests: int, **changes: Any) -> SamplingMetadata:
-    """Sampling metadata of greedy requests without any options, but for the changes."""
+    """Sampling metadata of greedy requests without any options except the changes."""
     none = torch.zeros(requests)
     metadata = SamplingMetadata(
         temperature=None,
@@ -86,14 +86,14 @@ def spec_metadata(drafts: Sequence[Sequence[int]], places: Tensor | None = None)
 
 @dataclass
 class Guided:
-    """A rejection sampler, guided, and how often vLLM's own way was taken."""
+    """A guided rejection sampler, and the number of calls of vLLM's own code."""
 
     sampler: Any
     own: int = 0
 
 
 def guided(diffusion_rows: Sequence[int] = (), answer: Any = None) -> Guided:
-    """A guided sampler; ``answer`` is what vLLM's own way gives instead of running."""
+    """A guided sampler; ``answer`` replaces the result of vLLM's own code."""
     made = Guided(RejectionSampler(Sampler()))
     original = made.sampler.forward
 
@@ -119,7 +119,7 @@ def steps(draw: st.DrawFn) -> tuple[list[list[int]], int, torch.dtype, bool]:
 
 @given(step=steps(), nan=st.booleans())
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-def test_greedy_steps_give_what_the_rejection_sampler_gives(step: Any, nan: bool) -> None:
+def test_greedy_steps_equal_the_rejection_sampler(step: Any, nan: bool) -> None:
     drafts, seed, dtype, shuffled = step
     rows = sum(len(own) + 1 for own in drafts)
     generator = torch.Generator().manual_seed(seed)
@@ -146,7 +146,7 @@ def test_greedy_steps_give_what_the_rejection_sampler_gives(step: Any, nan: bool
     assert logits.equal(before) or nan, "logits were written"
 
 
-def test_the_warm_up_of_vllm_passes() -> None:
+def test_warm_up_of_vllm_passes() -> None:
     """Its metadata names one row of logits for everything."""
     metadata = SpecDecodeMetadata.make_dummy([[0]] * 3, CPU)
     logits = torch.randn(6, VOCAB).bfloat16()
@@ -169,7 +169,7 @@ def logit_bias(biases: dict[int, dict[int, float]]) -> Any:
 
 
 class NewProcessor(MinTokensLogitsProcessor):
-    """One that nobody knows; of what it does without requests, nothing is known."""
+    """An unknown processor, whose effect without requests is also unknown."""
 
 
 def thinking(tracked: bool) -> Any:
@@ -191,7 +191,7 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_whatever_may_change_logits_goes_its_own_way(name: str) -> None:
+def test_steps_that_may_change_logits_use_vllm(name: str) -> None:
     made = guided(answer="vLLM's own")
     found = made.sampler(
         spec_metadata([[1], [2, 3]]), None, torch.randn(5, VOCAB).bfloat16(), greedy(2, **CHANGES[name]())
@@ -219,7 +219,7 @@ def test_fields_that_a_vllm_lacks_count_as_set(field: str) -> None:
 
 
 @pytest.mark.parametrize("present", [True, False])
-def test_synthetic_acceptance_goes_its_own_way(present: bool) -> None:
+def test_synthetic_acceptance_uses_vllm(present: bool) -> None:
     made = guided(answer="vLLM's own")
     if present:
         made.sampler.synthetic_mode = True
@@ -229,8 +229,8 @@ def test_synthetic_acceptance_goes_its_own_way(present: bool) -> None:
     assert made.sampler(spec_metadata([[1], [2, 3]]), None, logits, greedy(2)) == "vLLM's own"
 
 
-def test_committed_blocks_go_their_own_way() -> None:
-    """All of a diffusion row's drafts are accepted, whatever the logits; a row without drafts is like any other."""
+def test_committed_blocks_use_vllm() -> None:
+    """All of a diffusion row's drafts are accepted, for any logits; a row without drafts is like any other."""
     logits = torch.zeros(5, VOCAB)
     logits[:, 7] = 1.0
     made = guided(diffusion_rows=[1])
@@ -251,7 +251,7 @@ IDLE: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", IDLE)
-def test_what_is_idle_changes_nothing(name: str) -> None:
+def test_idle_processors_change_nothing(name: str) -> None:
     logits = torch.randn(5, VOCAB).bfloat16()
     metadata, sampling = spec_metadata([[1], [2, 3]]), greedy(2, **IDLE[name]())
     expected = RejectionSampler(Sampler())(metadata, None, logits.clone(), sampling)
@@ -260,7 +260,7 @@ def test_what_is_idle_changes_nothing(name: str) -> None:
     assert made.own == 0
 
 
-def test_another_rejection_sampler_is_an_error() -> None:
+def test_unknown_rejection_sampler_is_an_error() -> None:
     class Changed:
         def forward(self, metadata: Any, logits: Tensor, sampling_metadata: Any) -> Any: ...
 
@@ -271,8 +271,8 @@ def test_another_rejection_sampler_is_an_error() -> None:
 @pytest.mark.parametrize(
     "logits", [torch.randn(VOCAB, 4).t(), torch.randn(4, 2 * VOCAB)[:, ::2], torch.randn(4, VOCAB).double()]
 )
-def test_logits_that_the_operator_does_not_read_go_vllms_way(logits: Tensor) -> None:
-    """The model's own logits never are so; were they, the step should not fail."""
+def test_logits_that_the_operator_cannot_read_use_vllm(logits: Tensor) -> None:
+    """The model's own logits always can be read, but the step must not fail if they cannot."""
     drafts = [[int(logits[0].argmax()), 3], []]
     expected = RejectionSampler(Sampler())(spec_metadata(drafts), None, logits.clone(), greedy(2))
     made = guided()

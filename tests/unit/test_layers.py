@@ -21,15 +21,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planning", "model"),
     ("draft_pass",),
     ("auto", "reference"),
-    ("proposer", "speculator", "training"),
+    ("proposer", "speculator", "training", "conversion"),
     ("worker", "scheduler"),
     ("async_scheduler",),
     ("cli", "plugin", *OLD_NAMES),
 )
-"""Rooms, and modules of the top level, from the lowest level up."""
+"""Rooms and modules of the top level, from the lowest level up."""
 
 LAZY_EXPORTS = {("model", "network"), ("proposer", "self_speculation")}
-"""What a room's ``__init__`` or the package's resolves on demand, for paths that users and vLLM hold."""
+"""Names that the ``__init__`` of a room or of the package resolves on demand, for paths that users and vLLM use."""
 
 
 def modules() -> dict[str, ast.Module]:
@@ -42,7 +42,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imported(tree: ast.Module, known: dict[str, ast.Module]) -> set[str]:
-    """Return the package's modules that a module imports, in functions, too, but not for type checkers only."""
+    """Return the package's modules that a module imports, also in functions, but not only for type checkers."""
     found: set[str] = set()
     skipped = {
         id(inner)
@@ -84,8 +84,8 @@ def test_imports_go_down() -> None:
     assert not wrong
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    """Within a room, too; what is exported on demand is left out."""
+def test_no_import_cycles() -> None:
+    """Also within a room; exports on demand are left out."""
     known = modules()
     edges = {module: imported(tree, known) - {module} for module, tree in known.items() if "." in module}
     for name, inner in LAZY_EXPORTS:
@@ -104,8 +104,8 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         visit(module, ())
 
 
-def test_names_that_users_type_resolve() -> None:
-    """Where they were before the package had rooms, too."""
+def test_public_names_resolve() -> None:
+    """Also where they were before the package had rooms."""
     for name in (
         "vllm_nld.SelfSpeculation",
         "vllm_nld.proposer.SelfSpeculation",

@@ -35,12 +35,12 @@ def states(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return logits, torch.where(masked, 5, torch.randint(6, 20, (rows, length))), masked
 
 
-def test_the_paper_s_size() -> None:
+def test_size_equals_that_of_the_paper() -> None:
     sampler = LearnedSampler(LearnedSamplerConfig(vocab_size=10))
     assert 4.7e6 < sum(parameter.numel() for parameter in sampler.parameters()) < 5.3e6
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
+def test_saved_sampler_can_be_loaded(tmp_path: Path) -> None:
     sampler, (logits, blocks, masked) = small(), states(3, 8)
     sampler.save(tmp_path)
     loaded = LearnedSampler.load(tmp_path)
@@ -51,14 +51,14 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert ((found >= 0) & (found <= 1))[masked].all()
 
 
-def test_an_untrained_network_says_what_the_model_says() -> None:
+def test_untrained_network_returns_confidence_of_the_model() -> None:
     sampler = LearnedSampler(LearnedSamplerConfig(vocab_size=20)).eval()
     logits, blocks, masked = states(4, 8)
     confidence = logits.softmax(-1).amax(-1)
     assert torch.allclose(sampler.scores(logits, blocks, masked)[masked], confidence[masked], atol=1e-4)
 
 
-def test_the_score_counts_what_a_commit_costs() -> None:
+def test_score_counts_the_cost_of_a_commit() -> None:
     sure = torch.tensor([50.0])
     share = torch.logit(torch.tensor([1 - WRONG_COST / 2]))
     assert float(Forecast(sure, sure, -sure).score()) == pytest.approx(1.0)
@@ -69,7 +69,7 @@ def test_the_score_counts_what_a_commit_costs() -> None:
     )
 
 
-def test_a_row_depends_on_neither_other_rows_nor_padding() -> None:
+def test_row_depends_neither_on_other_rows_nor_on_padding() -> None:
     sampler, (logits, blocks, masked) = small(), states(4, 8)
     present = torch.ones_like(masked)
     whole = sampler.scores(logits, blocks, masked, present)
@@ -88,7 +88,7 @@ def test_logits_of_decided_positions_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("broken", ["missing", "config", "size"])
-def test_files_that_do_not_fit(tmp_path: Path, broken: str) -> None:
+def test_files_that_do_not_fit_are_refused(tmp_path: Path, broken: str) -> None:
     small().save(tmp_path)
     if broken == "missing":
         (tmp_path / "model.safetensors").unlink()
@@ -103,7 +103,7 @@ def test_files_that_do_not_fit(tmp_path: Path, broken: str) -> None:
 
 @dataclass
 class HeldOut:
-    """Blocks of 16 behind held-out text, as serial denoising fills them, and its states on the way."""
+    """Blocks of 16 after held-out text, filled by serial denoising, and its states on the way."""
 
     model: ReferenceModel
     cache: KVCache
@@ -148,8 +148,8 @@ def held_out() -> HeldOut:
     return HeldOut(model, cache, empty, blocks, seen)
 
 
-def test_it_knows_more_than_the_model_s_confidence(held_out: HeldOut) -> None:
-    """Log loss of "the most probable token is what serial denoising ends with"."""
+def test_trained_sampler_beats_confidence_of_the_model(held_out: HeldOut) -> None:
+    """Log loss of "the most probable token equals the result of serial denoising"."""
     sampler, losses = LearnedSampler.load(FOLDER), []
     for blocks, logits in held_out.states:
         masked = blocks == held_out.model.config.mask_token_id
@@ -164,8 +164,8 @@ def test_it_knows_more_than_the_model_s_confidence(held_out: HeldOut) -> None:
 
 
 @torch.inference_mode()
-def test_it_is_both_faster_and_closer_to_serial_denoising_than_the_confidence_threshold(held_out: HeldOut) -> None:
-    """An untrained sampler fails this: it is the confidence threshold, and a higher threshold is slower."""
+def test_trained_sampler_is_faster_and_closer_to_serial_denoising(held_out: HeldOut) -> None:
+    """An untrained sampler would fail, because it equals the confidence threshold, and a higher threshold is slower."""
     accuracy, forwards = held_out.fill(lambda logits, _, masked: logits.softmax(-1).amax(-1), 0.8)
     better, fewer = held_out.fill(LearnedSampler.load(FOLDER).scores, 0.85)
     assert better > accuracy + 0.02

@@ -1,4 +1,5 @@
-"""Rows over the vocabulary are large: a draft handles them in chunks, keeps few, and vLLM's profiling run sees them."""
+"""Rows over the vocabulary are large: a draft processes them in chunks and keeps few, and vLLM's profiling covers
+them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ VOCAB, MASK, TOKENS = 24, 5, 64
 
 
 class Model(nn.Module):
-    """Predicts token (position + 7) % VOCAB, and remembers what it was asked."""
+    """Predicts token (position + 7) % VOCAB, and records its calls."""
 
     draft_lora = None
     lm_head = SimpleNamespace(tp_size=1)
@@ -50,7 +51,7 @@ class Model(nn.Module):
         return hidden * 20
 
     def shard_logits(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """Return the same; there is one rank."""
+        """As ``compute_logits``, because there is one rank."""
         return self.compute_logits(hidden), None
 
 
@@ -90,7 +91,7 @@ def chosen_blocks(lengths: list[int], rule: CommitRule) -> list[Block]:
     return [Block(0, [1] + [MASK] * (length - 1), rule, choice=TokenChoice(vocab_size=VOCAB)) for length in lengths]
 
 
-def test_a_forward_looks_like_vllm_s_to_the_compiled_model(contexts: list[Any]) -> None:
+def test_draft_forward_has_the_inputs_of_a_vllm_forward(contexts: list[Any]) -> None:
     """vLLM compiles for int32 ids and int64 positions and drops the guards; and it may have captured graphs."""
     model = Model()
     make(model).run([Block(0, [1, MASK, MASK])])
@@ -119,8 +120,8 @@ def test_logits_come_in_chunks_of_blocks(
 
 
 @pytest.mark.parametrize("choose", [True, False])
-def test_rows_of_logits_are_no_more_than_a_step_has_tokens(contexts: list[Any], choose: bool) -> None:
-    """What LoRAs need to know of each row is made for so many."""
+def test_rows_of_logits_do_not_exceed_tokens_of_a_step(contexts: list[Any], choose: bool) -> None:
+    """The LoRA data of rows is made for this many rows."""
     filler, seen = make(Model()), list[tuple[int, int]]()
     filler.max_tokens = 44
     filler.activate_tasks = lambda blocks, tokens, logits: seen.append((tokens, logits))
@@ -131,8 +132,8 @@ def test_rows_of_logits_are_no_more_than_a_step_has_tokens(contexts: list[Any], 
     assert seen == [(44, 44)]
 
 
-def test_a_chunk_holds_as_many_positions_as_the_learned_sampler_sees(contexts: list[Any]) -> None:
-    """It is given whole blocks, of which a few positions may be masked."""
+def test_chunk_holds_the_positions_of_the_learned_sampler(contexts: list[Any]) -> None:
+    """It gets whole blocks, of which a few positions may be masked."""
     filler = make(Model())
     rule = CommitRule("learned", {"threshold": 0.9})
     few = [Block(0, [1] * 7 + [MASK], rule) for _ in range(4)]
@@ -163,8 +164,8 @@ def test_drafting_is_profiled_before_there_is_a_cache(contexts: list[Any], monke
     assert (filler.forwards, filler.block_forwards) == (0, 0)
 
 
-def test_a_profiled_draft_takes_what_a_drawn_one_takes() -> None:
-    """Its probabilities, in float32, are kept; so is the class that says which they are."""
+def test_profiled_draft_takes_the_memory_of_a_drawn_one() -> None:
+    """Its float32 probabilities are kept, and so is the class that selects them."""
     draft = ProfiledDraft()
     assert isinstance(draft, DraftChoice)
     draft.choose(torch.randn(3, VOCAB), [1, 2, 3], [])
@@ -173,7 +174,7 @@ def test_a_profiled_draft_takes_what_a_drawn_one_takes() -> None:
 
 
 class Runner:
-    """vLLM's, as far as profiling goes: it verifies one draft for each of ``requests``."""
+    """The profiling part of vLLM's runner, which verifies one draft for each of ``requests``."""
 
     def __init__(self, requests: int, vocab_size: int = VOCAB) -> None:
         self.requests, self.vocab_size = requests, vocab_size
@@ -192,7 +193,7 @@ class Runner:
         pass
 
     def profile_run(self) -> None:
-        """Verify one draft a request."""
+        """Verify one draft per request."""
         drafts = SpecDecodeMetadata.make_dummy([[0]] * self.requests, torch.device("cpu"))
         self.rejection_sampler(drafts, None, torch.zeros(2 * self.requests, self.vocab_size), None)
 
@@ -212,7 +213,7 @@ def test_profiling_verifies_as_many_drafts_as_serving_may(
     assert runner.profiled == 1
 
 
-def test_a_gpu_worker_profiles_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_worker_profiles_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(self: Any) -> int:
         self.model_runner.profile_run()
         return 7
@@ -226,8 +227,8 @@ def test_a_gpu_worker_profiles_with_drafts(monkeypatch: pytest.MonkeyPatch) -> N
     assert worker.model_runner.profiled == 1
 
 
-def test_operators_are_warmed_up_before_vllm_s_warm_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends by watching for kernels that are compiled from then on. Forwards are timed when all is compiled."""
+def test_operators_are_warmed_up_before_vllm_ends_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its end it starts to watch for compiled kernels. Forwards are timed when everything is compiled."""
     order: list[str] = []
 
     class Warm:
@@ -245,7 +246,7 @@ def test_operators_are_warmed_up_before_vllm_s_warm_up_ends(monkeypatch: pytest.
     assert order == ["operators", "vLLM", "costs"]
 
 
-def test_memory_limits_drafts_only_where_probabilities_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_limits_drafts_only_if_probabilities_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     by_argmax = True
     monkeypatch.setattr(memory.sampling, "decides_by_argmax", lambda *_: by_argmax)
     runner = SimpleNamespace(rejection_sampler=None, input_batch=SimpleNamespace(sampling_metadata=None))
@@ -256,7 +257,7 @@ def test_memory_limits_drafts_only_where_probabilities_are_computed(monkeypatch:
     assert drafts_allowed(runner, 4000, 131072) == 0
 
 
-def test_the_limits_in_rows_of_131072_tokens() -> None:
+def test_limits_in_rows_of_131072_tokens() -> None:
     assert rows_in(memory.CHUNK_BYTES, 131072) == 512
     assert rows_in(memory.DRAWN_BYTES, 131072) == 1024
     assert drafts_per_request(1, 131072) == 1024

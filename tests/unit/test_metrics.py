@@ -42,7 +42,7 @@ def scrape(prefix: Path) -> str:
     return generate_latest(registry).decode()
 
 
-def test_what_is_published_is_scraped(tmp_path: Path) -> None:
+def test_published_values_are_scraped(tmp_path: Path) -> None:
     publisher, prefix = Publisher(tmp_path / "a-0.json"), tmp_path / "a-"
     assert scrape(prefix) == "", "nothing yet"
     publisher.publish(lambda: SAMPLES)
@@ -61,7 +61,7 @@ def test_what_is_published_is_scraped(tmp_path: Path) -> None:
     assert (tmp_path / "a-1.json").exists(), "another worker's"
 
 
-def test_publishing_is_rare_unless_asked_for(tmp_path: Path) -> None:
+def test_publishing_is_rare_unless_forced(tmp_path: Path) -> None:
     publisher, calls = Publisher(tmp_path / "a.json"), []
     for _ in range(100):
         publisher.publish(lambda: calls.append(1) or SAMPLES)
@@ -70,14 +70,14 @@ def test_publishing_is_rare_unless_asked_for(tmp_path: Path) -> None:
     assert len(calls) == 2
 
 
-def test_a_reader_never_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_never_gets_a_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publisher = Publisher(tmp_path / "a.json")
     publisher.publish(lambda: SAMPLES, now=True)
     seen: list[Any] = []
     original = Path.replace
 
     def replace(self: Path, target: Path) -> Path:
-        seen.append(read_samples(publisher.path))  # the new text is written, but not in place
+        seen.append(read_samples(publisher.path))  # the new text is written, but not yet renamed
         return original(self, target)
 
     monkeypatch.setattr(Path, "replace", replace)
@@ -87,12 +87,12 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_disk_that_fails_does_not_stop_the_engine(tmp_path: Path) -> None:
+def test_failing_disk_does_not_stop_the_engine(tmp_path: Path) -> None:
     Publisher(tmp_path / "absent" / "a.json").publish(lambda: SAMPLES, now=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"samples": [{"x": 1}]}', '{"samples": 3}'])
-def test_an_unreadable_snapshot_is_no_snapshot(tmp_path: Path, text: str) -> None:
+def test_unreadable_snapshot_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     assert read_samples(tmp_path / "a.json") == []
 
@@ -122,7 +122,7 @@ def collectors() -> list[Any]:
 
 @pytest.fixture
 def warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the API process warns of, in an environment of its own; what was registered is taken back."""
+    """The API process's warnings, in a separate environment; registrations are undone."""
     from prometheus_client.registry import REGISTRY
 
     from vllm_nld.serving import collector
@@ -147,7 +147,7 @@ def test_both_processes_find_the_same_file(tmp_path: Path, monkeypatch: pytest.M
     assert find_snapshots(snapshot_prefix(api)) == {}
 
 
-def test_the_first_request_registers_the_collector(
+def test_first_request_registers_the_collector(
     tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import atexit
@@ -171,7 +171,7 @@ def test_the_first_request_registers_the_collector(
     assert warnings == []
 
 
-def test_a_worker_that_is_out_of_reach_is_warned_of_once(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_worker_gives_one_warning(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_nld.serving import collector
 
     now = time.monotonic()
@@ -198,7 +198,7 @@ def test_several_api_servers_get_one_warning_and_no_metrics(
     assert not collectors()
 
 
-def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+def test_link_at_the_path_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     publisher = Publisher(tmp_path / "a.json")
@@ -212,14 +212,14 @@ def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "model"), [("llama", "vllm_nld.SelfSpeculation"), (MODEL_TYPE, None), (MODEL_TYPE, "ngram")]
 )
-def test_nothing_is_registered_for_others(model_type: str, model: str | None, warnings: list[str]) -> None:
+def test_nothing_is_registered_for_other_models(model_type: str, model: str | None, warnings: list[str]) -> None:
     speculative = None if model is None else SimpleNamespace(model=model, num_speculative_tokens=3)
     plugin.admit(config(model_type, speculative), SimpleNamespace(extra_args=None))
     assert not collectors()
 
 
-def test_vllm_is_told_of_no_stat_logger() -> None:
-    """With one, it would keep statistics for every model, even with --disable-log-stats."""
+def test_no_stat_logger_is_registered() -> None:
+    """With one, vLLM would keep statistics for every model, even with --disable-log-stats."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     assert list(groups) == ["vllm.general_plugins"]
 
@@ -229,7 +229,7 @@ def test_worker_samples_follow_the_table() -> None:
     ledger.causal(request, "prefill", "self_speculation", 1, 0)
     ledger.drafted(request, 1)
     ledger.causal(request, "verify", "self_speculation", 4, 3)
-    ledger.drafted(request, 1)  # a block that the request's end leaves unverified
+    ledger.drafted(request, 1)  # a block that is never verified because the request ends
     ledger.denoised(Tally(), 5)
     ledger.causal(Tally(), "commit", "diffusion", 16, 15)
     auto = SimpleNamespace(decisions={("ar", 1): 3, ("self_speculation", 8): 2})
@@ -247,8 +247,8 @@ def test_worker_samples_follow_the_table() -> None:
     assert "acceptance length 4.00" in request.summary()
 
 
-def test_the_dashboard_asks_for_metrics_that_exist() -> None:
-    """By their whole names, and by labels and label values that they carry."""
+def test_dashboard_uses_existing_metrics() -> None:
+    """By their whole names, labels and label values."""
     text = (ROOT / "examples/grafana/nld_dashboard.json").read_text()
     dashboard = json.loads(text)
     assert len(dashboard["panels"]) >= 8

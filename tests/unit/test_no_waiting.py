@@ -1,6 +1,6 @@
-"""Deciding tokens waits for no GPU: nothing is read back, and nothing is copied to it from pageable memory.
+"""Deciding tokens never waits for a GPU: nothing is read back, and nothing is copied to it from pageable memory.
 
-Tensors on the device "meta" stand for a GPU's. They have no data: what would read some fails.
+Tensors on the device "meta" replace a GPU's. They have no data, so any read fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GPU = torch.device("meta")
 
 
 class Crossings(TorchDispatchMode):
-    """Notes operations between devices; a number that fills a tensor is none."""
+    """Records operations between devices. Filling a tensor with a number is not one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Crossings(TorchDispatchMode):
 
 @pytest.fixture
 def crossings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Operations that would wait, as they come; the operators are PyTorch's."""
+    """The list of operations that would wait; the operators are PyTorch's."""
     monkeypatch.setattr(ops, "function", lambda operator, _: getattr(torch_ops, operator))
     make_tensor = torch.tensor
     with Crossings() as mode:
@@ -54,7 +54,7 @@ def crossings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield mode.seen
 
 
-def test_what_counts_as_a_crossing(crossings: list[str]) -> None:
+def test_device_crossings_are_detected(crossings: list[str]) -> None:
     torch.zeros(3, device=GPU) + 1
     assert crossings == []
     torch.tensor([1.0, 2.0]).to(GPU)
@@ -65,7 +65,7 @@ def test_what_counts_as_a_crossing(crossings: list[str]) -> None:
 
 
 @pytest.mark.parametrize("columns", [64, 0])
-def test_the_head_s_choice(crossings: list[str], columns: int) -> None:
+def test_choice_of_best_tokens_does_not_wait(crossings: list[str], columns: int) -> None:
     """Whole logits, and those of a rank; a small vocabulary leaves some ranks none."""
     logits = torch.empty(5, columns, dtype=torch.bfloat16, device=GPU)
     summary = shard_summary(logits, 64)
@@ -75,7 +75,7 @@ def test_the_head_s_choice(crossings: list[str], columns: int) -> None:
     assert crossings == []
 
 
-def test_greedy_verification(crossings: list[str]) -> None:
+def test_greedy_verification_does_not_wait(crossings: list[str]) -> None:
     metadata = SimpleNamespace(
         cu_num_draft_tokens=torch.empty(3, dtype=torch.int32, device=GPU),
         draft_token_ids=torch.empty(9, dtype=torch.int32, device=GPU),

@@ -22,7 +22,7 @@ def draw(seed: int = 0, sequences: int = 3) -> Batch:
     return Batch.draw(torch.randint(6, 24, (sequences, LENGTH), generator=generator), generator)
 
 
-def test_mask_rule() -> None:
+def test_masking_follows_the_recipe() -> None:
     mask = dual_stream_mask(8, 4, torch.device("cpu"))
     assert mask.shape == (16, 16)
     for row in range(16):
@@ -38,8 +38,8 @@ def test_mask_rule() -> None:
             assert bool(mask[row, column]) == allowed, (row, column)
 
 
-def test_ar_part_is_an_ordinary_language_models_loss() -> None:
-    """The clean stream must not see the noise: whatever is masked, the AR loss is the same."""
+def test_ar_part_equals_a_language_model_loss() -> None:
+    """The clean stream must not depend on the noise: the AR loss is equal for any mask."""
     model, batch = models.random_model(models.small_config()), draw()
     with torch.no_grad():
         plain = ar_loss_sum(model, batch.ids)
@@ -53,7 +53,7 @@ def test_ar_part_is_an_ordinary_language_models_loss() -> None:
     assert float(plain) == pytest.approx(-float(chances.sum()), rel=1e-5)
 
 
-def test_diffusion_part_is_a_draft_pass() -> None:
+def test_diffusion_part_equals_a_draft_pass() -> None:
     """Block by block over a cached clean prefix, as the engine drafts, gives the dual stream's diffusion loss."""
     model, batch = models.random_model(models.small_config()), draw(seed=1)
     assert batch.masked.any()
@@ -103,7 +103,7 @@ def test_draft_weights() -> None:
     assert weights == pytest.approx([0, 1, 0.85, 0.85**2] * 2)
 
 
-def test_draft_loss_is_a_single_pass_draft_after_the_prefix() -> None:
+def test_draft_loss_equals_a_single_pass_draft_after_the_prefix() -> None:
     """Every block of the second half, drafted over its cached clean prefix, gives the weighted draft loss."""
     model, ids = models.random_model(models.small_config()), draw(seed=2).ids
     prefix, weights = 2 * BLOCK, draft_weights(BLOCK, BLOCK)
@@ -125,7 +125,7 @@ def test_draft_loss_is_a_single_pass_draft_after_the_prefix() -> None:
     assert float(anchor) == pytest.approx(0, abs=1e-4)
 
 
-def test_anchor_is_the_divergence_from_the_teachers_causal_pass() -> None:
+def test_anchor_equals_divergence_from_causal_pass_of_teacher() -> None:
     model, teacher = (models.random_model(models.small_config(), seed=seed) for seed in (0, 1))
     ids = draw(seed=3).ids
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_anchor_is_the_divergence_from_the_teachers_causal_pass() -> None:
     assert float(anchor) > 1
 
 
-def test_own_text_is_the_models_greedy_continuation() -> None:
+def test_own_text_equals_greedy_continuation() -> None:
     model = models.random_model(models.small_config())
     stream = np.random.default_rng(0).integers(6, 24, 500).astype(np.int32)
     prefix, new_tokens = 8, 6
@@ -146,11 +146,11 @@ def test_own_text_is_the_models_greedy_continuation() -> None:
     text = "".join(map(chr, stream))
     for row in rows.tolist():
         assert "".join(map(chr, row[:prefix])) in text
-        # Own text is made under bfloat16 autocast, the reference in float32: a near-tie may end the agreement.
+        # Own text is made under bfloat16 autocast, the reference in float32, so a near-tie may end the agreement.
         assert row[prefix] == ar_generate(model, row[:prefix], new_tokens, eos_token_id=-1).ids[prefix]
 
 
-def test_an_interrupted_draft_stage_keeps_its_teacher_and_text(tmp_path: Path) -> None:
+def test_interrupted_draft_stage_keeps_its_teacher_and_text(tmp_path: Path) -> None:
     stream = np.random.default_rng(0).integers(6, 24, 500).astype(np.int32)
     args = argparse.Namespace(length=LENGTH, own_rows=6, seed=0)
     first, later = (models.random_model(models.small_config(), seed=seed) for seed in (0, 1))

@@ -18,7 +18,7 @@ from vllm_nld.options import NLDOptions
     ("raw", "threshold"),
     [({}, 0.0), ({"draft_threshold": 0.5}, 0.5), ({"draft_threshold": 1}, 1.0), ({"draft_threshold": 0.0}, 0.0)],
 )
-def test_good(raw: dict[str, object], threshold: float) -> None:
+def test_good_options_are_accepted(raw: dict[str, object], threshold: float) -> None:
     assert NLDOptions.parse(raw).draft_threshold == threshold
 
 
@@ -48,7 +48,7 @@ def test_bad(raw: object, words: list[str]) -> None:
     assert "\n" not in message
 
 
-def test_from_vllm_config() -> None:
+def test_options_are_read_from_vllm_config() -> None:
     def read(additional: object) -> float:
         return NLDOptions.from_vllm_config(SimpleNamespace(additional_config=additional)).draft_threshold
 
@@ -60,8 +60,8 @@ def test_from_vllm_config() -> None:
 
 
 @pytest.mark.parametrize("key", ["nld.mode", "nld_mode", "NLD.draft_threshold", "nld-mode", "Nld"])
-def test_a_misplaced_key_is_refused(key: str) -> None:
-    """vLLM ignores what it does not know in ``additional_config``; a default that was meant must not be lost so."""
+def test_misplaced_key_is_refused(key: str) -> None:
+    """vLLM ignores unknown keys of ``additional_config``, so a misspelled default would be lost."""
     config = SimpleNamespace(additional_config={key: "ar", "nld": {"mode": "diffusion"}, "nldx": 1, "other.nld": 2})
     with pytest.raises(NLDError) as caught:
         NLDOptions.from_vllm_config(config)
@@ -95,7 +95,7 @@ def test_every_number_has_bounds() -> None:
     "value",
     [2**63 - 1, 2**63, 10**400, pytest.param(10**5000, id="5001 digits"), 1e308, math.inf, -math.inf, math.nan, -1],
 )
-def test_no_number_is_too_large_for_the_code_behind_it(key: str, value: float) -> None:
+def test_numbers_out_of_bounds_are_refused(key: str, value: float) -> None:
     with pytest.raises(NLDError, match=rf'^additional_config\["nld"\]\.{key}=.*: input should be') as caught:
         NLDOptions.parse({key: value})
     assert len(str(caught.value)) < 300
@@ -126,7 +126,7 @@ for _ in range(100_000):
     ],
     ids=range(13),
 )
-def test_a_refusal_is_one_short_line_whatever_was_sent(raw: object) -> None:
+def test_refusal_of_any_value_is_one_short_line(raw: object) -> None:
     with pytest.raises(NLDError) as caught:
         NLDOptions.parse(raw)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Any value of any option, of ours or vLLM's, is refused by name or borne by all that acts on it."""
+"""Any value of any option, of ours or vLLM's, is refused by name or handled by all code that uses it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ VLLMS = st.fixed_dictionaries(
         "allowed_token_ids": IDS,
     },
 )
-"""What vLLM itself admits, extremes among it."""
+"""Options that vLLM itself admits, with extreme values."""
 
 
 class RandomModelPass(DraftPass):
@@ -90,7 +90,7 @@ def sampler() -> LearnedSampler:
 
 
 def options_of(draw: Any, engine: EngineTraits, params: Any) -> NLDOptions:
-    """Draw a request's options, in one of their spellings; whatever is refused must be refused by an NLDError."""
+    """Draw a request's options, in one of their forms; any refusal must be an NLDError."""
     mode = draw(NAMES["mode"])
     fitting = [key for key, modes in MODES_OF_KEY.items() if mode in modes]
     keys = draw(st.sets(st.sampled_from(fitting), max_size=3))
@@ -112,7 +112,7 @@ def options_of(draw: Any, engine: EngineTraits, params: Any) -> NLDOptions:
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_what_is_admitted_can_be_acted_on(sampler: LearnedSampler, data: Any) -> None:
+def test_admitted_options_can_be_used(sampler: LearnedSampler, data: Any) -> None:
     mask = data.draw(st.sampled_from([MASK, 0]))
     try:
         params = SamplingParams(**data.draw(VLLMS))

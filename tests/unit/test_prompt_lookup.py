@@ -1,4 +1,4 @@
-"""Drafts that are looked up: where they go, and where they come from."""
+"""Looked-up drafts: their positions, and their sources."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find(tokens: list[int], length: int, most: int = 4, drafts: tuple[int, ...] 
         ([1], 1, None),
     ],
 )
-def test_the_latest_earlier_occurrence_is_followed(tokens: list[int], length: int, expected: Found | None) -> None:
+def test_latest_earlier_occurrence_is_followed(tokens: list[int], length: int, expected: Found | None) -> None:
     assert find(tokens, length) == expected
 
 
@@ -45,7 +45,7 @@ def brute_force(tokens: list[int], length: int, most: int) -> Found | None:
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 4), st.integers(1, 15), st.data())
-def test_a_text_that_grows_is_searched_as_if_it_were_searched_anew(
+def test_growing_text_is_searched_like_a_new_text(
     tokens: list[int], length: int, most: int, data: st.DataObject
 ) -> None:
     lookup, text = Lookup(length, MASK), np.array(tokens, dtype=np.int32)
@@ -64,28 +64,28 @@ def block(confidence: list[float]) -> Block:
 HISTORY = np.array([1, 2, 3, 4, 30, 31, 32, 33, 34, 2, 3], dtype=np.int32)
 
 
-def test_sure_drafts_are_kept_and_the_rest_is_looked_up() -> None:
+def test_sure_drafts_are_kept_and_others_looked_up() -> None:
     own = block([0.9, 0.4, 0.9, 0.9])
     splice(own, Lookup(3, MASK), HISTORY)
     assert own.tokens == [3, 4, 30, 31, 32], "2 3 4 occurred before: 3 is the seed, 4 the sure draft"
     assert own.confidence == [1.0, 0.9, LOOKED_UP, LOOKED_UP + 1, LOOKED_UP + 1]
 
 
-def test_without_a_match_or_doubt_nothing_changes() -> None:
+def test_nothing_changes_without_match_or_unsure_draft() -> None:
     for own, history in ((block([0.9] * 4), HISTORY), (block([0.4] * 4), HISTORY[4:])):
         before = list(own.tokens), list(own.confidence)
         splice(own, Lookup(3, MASK), history)
         assert (own.tokens, own.confidence) == before
 
 
-def test_where_the_mask_token_was_said_the_tail_is_left() -> None:
+def test_tail_is_kept_if_lookup_has_the_mask_token() -> None:
     own = Block(7, [3, 4, 5, 6, 7], confidence=[1.0, 0.9, 0.2, 0.2, 0.2])
     splice(own, Lookup(3, MASK), np.array([2, 3, 4, 9, MASK, 2, 3], dtype=np.int32))
     assert own.tokens == [3, 4, 9, 6, 7]
     assert own.confidence == [1.0, 0.9, LOOKED_UP, 0.2, 0.2]
 
 
-def test_auto_mode_learns_what_they_are_worth() -> None:
+def test_auto_mode_learns_value_of_lookups() -> None:
     calibration = Calibration()
     short, long_ = Found([1, 2], 3).confidence(), Found([1, 2], LONGEST_MATCH).confidence()
     before = list(map(calibration.probability, [0.995, *long_]))
@@ -96,7 +96,7 @@ def test_auto_mode_learns_what_they_are_worth() -> None:
     assert list(map(calibration.probability, [0.995, *long_])) == before
 
 
-def test_a_class_that_looked_poor_is_tried_again_some_day() -> None:
+def test_poor_match_class_is_tried_again_later() -> None:
     calibration, (first, _) = Calibration(), Found([1, 2], 3).confidence()
     guess = calibration.probability(first)
     for _ in range(1000):
@@ -107,13 +107,13 @@ def test_a_class_that_looked_poor_is_tried_again_some_day() -> None:
     assert calibration.probability(first) > 0.9 * guess
 
 
-def test_a_confidence_that_is_no_number_ends_no_engine() -> None:
+def test_nan_confidence_does_not_end_the_engine() -> None:
     calibration = Calibration()
     assert 0 <= calibration.probability(float("nan")) <= 1
     calibration.observe([float("nan")], 0)
 
 
-def test_a_text_that_lost_tokens_is_read_again() -> None:
+def test_shortened_text_is_read_again() -> None:
     lookup = Lookup(2, MASK)
     assert lookup.find(np.array([1, 2, 3, 4, 1, 2]), 1) == Found([3], 2)
     assert lookup.find(np.array([1, 2, 5, 1, 2]), 1) == Found([5], 2)

@@ -1,4 +1,4 @@
-"""Packed weights pass the check of tensor headers, and a float8 cache is refused where it cannot be read."""
+"""Packed weights pass the check of tensor headers, and a float8 cache is refused if it cannot be read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_the_hook_finds_it(folder: Path, quantization: str | None) -> Any:
-    """vLLM's config at the time of the hook: the model config knows the method, ``quant_config`` is not made yet."""
+    """vLLM's config at the time of the hook: the model config has the method, but there is no ``quant_config`` yet."""
     return SimpleNamespace(
         model_config=SimpleNamespace(model=str(folder), hf_config=CONFIG, quantization=quantization),
         load_config=SimpleNamespace(load_format="auto"),
@@ -35,7 +35,7 @@ def as_the_hook_finds_it(folder: Path, quantization: str | None) -> Any:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_packed_weights_are_not_missing(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_packed_weights_do_not_count_as_missing(folder: Path, tmp_path: Path, kind: str) -> None:
     packed = quantize(folder, tmp_path / kind, kind)
     _check_weights(as_the_hook_finds_it(packed, kind))
     with pytest.raises(NLDError, match=r"is missing|has shape"):
@@ -43,7 +43,7 @@ def test_packed_weights_are_not_missing(folder: Path, tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_is_missing_all_the_same_is_named(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_missing_packed_weights_are_named(folder: Path, tmp_path: Path, kind: str) -> None:
     packed = quantize(folder, tmp_path / kind, kind)
     tensors = load_file(packed / "model.safetensors")
     gone = [name for name in tensors if name.startswith("encoder.layers.1.mlp.up_proj.")]
@@ -77,7 +77,7 @@ def config(device: str, cache_dtype: str, quantization: dict[str, Any] | None) -
     ],
     ids=["compressed-tensors", "modelopt nested", "modelopt"],
 )
-def test_a_float8_cache_that_the_checkpoint_asks_for(cache_dtype: str, quantization: dict[str, Any]) -> None:
+def test_float8_cache_of_the_checkpoint_is_refused(cache_dtype: str, quantization: dict[str, Any]) -> None:
     with pytest.raises(NLDError) as caught:
         _check_cache(config("cuda", cache_dtype, quantization))
     for word in ("kv_cache_dtype='fp8'", "the checkpoint's quantization config asks for", "--kv-cache-dtype bfloat16"):
@@ -86,7 +86,7 @@ def test_a_float8_cache_that_the_checkpoint_asks_for(cache_dtype: str, quantizat
     _check_cache(config("cpu", cache_dtype, quantization))
 
 
-def test_a_float8_cache_that_the_user_asks_for() -> None:
+def test_float8_cache_of_the_user_is_refused() -> None:
     with pytest.raises(NLDError) as caught:
         _check_cache(config("cuda", "fp8", None))
     assert "checkpoint" not in str(caught.value)
@@ -94,7 +94,7 @@ def test_a_float8_cache_that_the_user_asks_for() -> None:
         _check_cache(config("cuda", "auto", good))
 
 
-def test_a_scale_per_head_is_refused_by_name() -> None:
+def test_scale_per_head_is_refused_by_name() -> None:
     per_head = COMPRESSED | {"kv_cache_scheme": SCHEME | {"strategy": "attn_head"}}
     with pytest.raises(NLDError, match=r"kv_cache_scheme\.strategy='attn_head'.*'tensor'"):
         _check_cache(config("cpu", "auto", per_head))

@@ -146,7 +146,7 @@ def test_cached_causal_equals_one_pass() -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=2e-4, rtol=1e-4)
 
 
-def test_causal_rows_see_no_future() -> None:
+def test_causal_rows_do_not_depend_on_the_future() -> None:
     model, ids = model_of(0), tokens(1, 12)
     other = ids.clone()
     other[0, 8:] = (other[0, 8:] + 1) % 24
@@ -154,7 +154,7 @@ def test_causal_rows_see_no_future() -> None:
     assert not torch.allclose(model.bidirectional(ids)[:, 0, 6:], model.bidirectional(other)[:, 0, 6:], atol=1e-2)
 
 
-def test_cropped_cache_forgets() -> None:
+def test_cropped_cache_drops_tokens() -> None:
     model, ids = model_of(0), tokens(1, 20)
     cache, fresh = KVCache(), KVCache()
     model.causal(ids[:, :15], cache)
@@ -163,7 +163,7 @@ def test_cropped_cache_forgets() -> None:
     torch.testing.assert_close(model.causal(ids[:, 9:], cache), model.causal(ids[:, 9:], fresh), atol=1e-4, rtol=1e-4)
 
 
-def test_bidirectional_leaves_the_cache() -> None:
+def test_bidirectional_does_not_change_the_cache() -> None:
     model, ids = model_of(0), tokens(1, 20)
     cache = KVCache()
     model.causal(ids[:, :12], cache)
@@ -190,7 +190,7 @@ def test_only_layer_zero_shares_keys_and_values() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_mask_token_is_never_emitted(temperature: float) -> None:
-    """With the head's mask row made to win everywhere, only the explicit rule keeps the token out."""
+    """The head's mask row would win everywhere, so only the explicit rule excludes the token."""
     model = models.random_model(models.small_config(), 4)
     mask_id = model.config.mask_token_id
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_mask_token_is_never_emitted(temperature: float) -> None:
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 8, 13])
 def test_thinking_budget(limit: int) -> None:
-    """The head never says the end token by itself (a zero row loses), so each occurrence was forced."""
+    """The head never predicts the end token (a zero row loses), so each occurrence was forced."""
     model = models.random_model(models.small_config(), 5)
     with torch.no_grad():
         model.diffusion_head.weight[END] = 0
@@ -233,7 +233,7 @@ def test_thinking_budget(limit: int) -> None:
     assert results["ar"].ids[len(PROMPT) :][:limit] == free[:limit]
 
 
-def test_threshold_drafts_take_at_most_one_forward_a_token() -> None:
+def test_threshold_drafts_take_at_most_one_forward_per_token() -> None:
     model, cache = model_of(0), KVCache()
     model.causal(torch.tensor([PROMPT]), cache)
     for threshold, least, most in ((0.0, 1, 1), (0.5, 1, 7), (1.0, 7, 7)):
@@ -272,7 +272,9 @@ class Scripted:
         ([8, 3, 4, 5], 2, [3, 4, 5, 6], 2, 4),
     ],
 )
-def test_acceptance_vector(canvas: list[int], length: int, predictions: list[int], count: int, seed: int) -> None:
+def test_acceptance_vector_is_reproduced(
+    canvas: list[int], length: int, predictions: list[int], count: int, seed: int
+) -> None:
     """The seed and the matched drafts are decided; the first causal token after them seeds the next block."""
     model = Scripted(canvas, predictions)
     result = linear_spec_generate(model, [0], 1 + length, 4)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""vLLM's reload of weights leaves the draft adapter, which is none of the checkpoint's tensors, where it is."""
+"""vLLM's reload of weights keeps the draft adapter, which is not one of the checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from vllm_nld.model.draft_adapter import DraftAdapter
 
 
-def test_a_reload_keeps_the_adapter_and_reports_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+def test_reload_keeps_the_adapter_and_reports_no_failure(caplog: pytest.LogCaptureFixture) -> None:
     reload = pytest.importorskip("vllm.model_executor.model_loader.reload.layerwise")
     model = nn.ModuleList([DraftAdapter(2, 6, 4)])
     reload.record_metadata_for_reloading(model)

@@ -1,4 +1,4 @@
-"""Cores of one's own, and processes that end with the one that started them: with real processes."""
+"""Claimed cores, and processes that end with their parent, tested with real processes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def first_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def test_replicas_share_no_core_and_leave_theirs_when_killed(tmp_path: Path) -> None:
+def test_replicas_share_no_core_and_release_cores_when_killed(tmp_path: Path) -> None:
     holders = [start(CLAIM, "1", "2", folder=tmp_path) for _ in range(2)]
     try:
         assert sorted(map(first_line, holders)) == ["0|1 0|1", "2|3 2|3"]
@@ -82,12 +82,12 @@ def test_replicas_share_no_core_and_leave_theirs_when_killed(tmp_path: Path) -> 
             holder.kill()
 
 
-def test_more_cores_than_there_are_cannot_be_claimed() -> None:
+def test_too_many_cores_cannot_be_claimed() -> None:
     with pytest.raises(NLDError, match=r"cores per worker=4096 with 2 workers: allowed are 1 to"):
         claim_cores(4096, 2)
 
 
-def test_children_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
+def test_children_end_when_their_process_is_killed(tmp_path: Path) -> None:
     parent = start(GUARDED, "my-engine", folder=tmp_path)
     child = int(first_line(parent))
     snapshot = tmp_path / f"vllm-nld-{os.getuid()}-my-engine-0.json"
@@ -111,7 +111,7 @@ def test_children_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
         ("lives", 0.2, 0, ""),
     ],
 )
-def test_a_process_ends_with_its_engine(tmp_path: Path, fate: str, timeout: float, status: int, words: str) -> None:
+def test_process_ends_with_its_engine(tmp_path: Path, fate: str, timeout: float, status: int, words: str) -> None:
     process = start(WATCHED, fate, str(timeout), folder=tmp_path)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == status, errors

@@ -1,4 +1,4 @@
-"""What a request may ask for: ``extra_args["nld"]`` and its HTTP spellings."""
+"""Options of a request: ``extra_args["nld"]`` and its HTTP forms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read(extra_args: Any, traits: EngineTraits | None = None, **params: Any) -> 
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"nld": {}}, {"kv_transfer_params": {}}, {"nld": "{}"}])
-def test_nothing_asked_for_means_auto(extra_args: Any) -> None:
+def test_default_mode_is_auto(extra_args: Any) -> None:
     assert read(extra_args) == NLDOptions()
     assert read(extra_args).mode == "auto"
 
@@ -41,12 +41,12 @@ def test_nothing_asked_for_means_auto(extra_args: Any) -> None:
         {"nld": {"mode": "diffusion"}, "nld.threshold": 0.5, "nld.seed_first": False},
     ],
 )
-def test_the_three_spellings(extra_args: dict[str, Any]) -> None:
+def test_three_forms_of_options_are_equal(extra_args: dict[str, Any]) -> None:
     options = read(extra_args)
     assert (options.mode, options.threshold, options.seed_first) == ("diffusion", 0.5, False)
 
 
-def test_the_engines_defaults_hold_where_the_request_is_silent() -> None:
+def test_engine_defaults_apply_without_request_options() -> None:
     traits = EngineTraits(NLDOptions(mode="diffusion", threshold=0.7, block_length=8), 16)
     assert read({"nld": {"threshold": 0.4}}, traits) == NLDOptions(mode="diffusion", threshold=0.4, block_length=8)
     assert read({"nld": {"mode": "ar"}}, traits).mode == "ar"
@@ -94,7 +94,7 @@ def test_bad(nld: Any, words: list[str]) -> None:
         assert word in message
 
 
-def test_what_diffusion_cannot_hold() -> None:
+def test_parameters_without_diffusion_support_are_refused() -> None:
     diffusion = {"nld": {"mode": "diffusion"}}
     with pytest.raises(NLDError, match=r"bad_words=.*out of order"):
         read(diffusion, bad_words=["x"])
@@ -108,7 +108,7 @@ def test_what_diffusion_cannot_hold() -> None:
     assert read(diffusion, logprobs=3, structured_outputs=object()).mode == "diffusion"
 
 
-def test_an_engine_without_speculation() -> None:
+def test_engine_without_speculation_allows_only_ar() -> None:
     plain = EngineTraits(NLDOptions(), None)
     assert read({"nld": {"mode": "ar"}}, plain).mode == "ar"
     assert read({}, plain).mode == "auto"
@@ -117,58 +117,58 @@ def test_an_engine_without_speculation() -> None:
             read({"nld": {"mode": mode}}, plain)
 
 
-def test_a_checkpoint_without_a_learned_sampler() -> None:
+def test_checkpoint_without_learned_sampler_refuses_it() -> None:
     learned = {"nld": {"mode": "diffusion", "sampler": "learned"}}
     assert read(learned).sampler == "learned"
     with pytest.raises(NLDError, match="learned_sampler"):
         read(learned, EngineTraits(NLDOptions(), 16))
 
 
-def test_every_key_but_mode_says_where_it_applies() -> None:
+def test_every_key_except_mode_has_its_modes() -> None:
     assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode"} == set(NLDOptions.model_fields)
 
 
-def test_booleans_may_arrive_as_numbers() -> None:
-    """``vllm_xargs`` has none."""
+def test_booleans_may_be_numbers() -> None:
+    """``vllm_xargs`` has no booleans."""
     options = read({"nld.mode": "self_speculation", "nld.draft_adapter": 0, "nld.sampled_drafts": 0})
     assert (options.draft_adapter, options.sampled_drafts) == (False, False)
 
 
-def test_the_adapter_is_the_engine_s_to_choose() -> None:
-    with pytest.raises(NLDError, match=r"draft_lora='off' is not a request's to choose.*--additional-config"):
+def test_adapter_can_only_be_set_for_the_server() -> None:
+    with pytest.raises(NLDError, match=r"draft_lora='off' can only be set for the whole server.*--additional-config"):
         read({"nld": {"draft_lora": "off"}})
     with pytest.raises(NLDError, match=r"prompt_lookup=2 has no effect in mode 'ar'"):
         read({"nld": {"mode": "ar", "prompt_lookup": 2}})
 
 
 @pytest.mark.parametrize("key", ["nld_mode", "nld-mode", "NLD.mode", "NLD", "Nld"])
-def test_a_near_miss_of_a_key_is_refused(key: str) -> None:
+def test_misspelled_key_is_refused(key: str) -> None:
     with pytest.raises(NLDError) as caught:
         read({key: "diffusion", "nld.mode": "ar"})
     assert f'extra_args["{key}"] is unknown' in str(caught.value)
     assert '"nld.mode"' in str(caught.value)
 
 
-def test_keys_of_others_are_nobodys_business() -> None:
+def test_foreign_keys_are_ignored() -> None:
     assert read({"nldx": 1, "mode": "diffusion", "other.nld.mode": 2}) == NLDOptions()
 
 
-def test_a_key_given_twice_is_refused() -> None:
+def test_repeated_key_is_refused() -> None:
     with pytest.raises(NLDError, match=r"\.mode is given twice"):
         read({"nld": {"mode": "ar"}, "nld.mode": "diffusion"})
 
 
 @pytest.mark.parametrize("extra_args", [[1], "nld", 3, [["nld", {}]]])
-def test_extra_args_that_are_no_object_are_refused(extra_args: Any) -> None:
+def test_extra_args_without_object_are_refused(extra_args: Any) -> None:
     with pytest.raises(NLDError, match=r"^extra_args=.*object"):
         read(extra_args)
 
 
-def test_keys_that_are_no_strings_are_nobodys_business() -> None:
+def test_keys_that_are_not_strings_are_ignored() -> None:
     assert read({1: 2, None: 3, b"nld": 4, ("nld",): 5}) == NLDOptions()
 
 
-def test_a_refused_key_is_shown_short() -> None:
+def test_refused_key_is_shown_short() -> None:
     for extra_args in ({"nld_" + "x" * 1_000_000: 1}, {"nld." + "x" * 1_000_000: 1}, {"nld.\ud800\n": "\ud800"}):
         with pytest.raises(NLDError) as caught:
             read(extra_args)
@@ -187,7 +187,7 @@ def test_defaults_that_would_refuse_every_request_are_refused_at_start_up() -> N
 
 
 @pytest.mark.parametrize("extra_args", [{"\ud800": "auto"}, {"session": "\ud800"}, {"session": ["a", "\udfff"]}])
-def test_text_that_cannot_be_sent_to_the_engine_is_refused(extra_args: dict[str, Any]) -> None:
+def test_unsendable_text_is_refused(extra_args: dict[str, Any]) -> None:
     from vllm import SamplingParams
 
     config = SimpleNamespace(
@@ -199,7 +199,7 @@ def test_text_that_cannot_be_sent_to_the_engine_is_refused(extra_args: dict[str,
         check_admission(config, SamplingParams(extra_args=extra_args))
 
 
-def test_an_integer_that_cannot_be_sent_to_the_engine_is_refused() -> None:
+def test_unsendable_integer_is_refused() -> None:
     from vllm import SamplingParams
 
     config = SimpleNamespace(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.support import models
-from vllm_nld.reference.model import query_scale, rotate, yarn_inverse_frequencies
+from vllm_nld.reference.model import query_scale, rotate
+from vllm_nld.reference.rope import inverse_frequencies
 
 RELEASED = [
     (
@@ -58,7 +59,7 @@ def test_yarn_of_released_configs(theta: float, factor: float, expected: dict[in
         "beta_fast": 32.0,
         "beta_slow": 1.0,
     }
-    found = yarn_inverse_frequencies(128, rope)
+    found = inverse_frequencies(128, rope)
     assert found.dtype == torch.float64
     assert found.shape == (64,)
     assert found[0] == 1
@@ -67,8 +68,38 @@ def test_yarn_of_released_configs(theta: float, factor: float, expected: dict[in
 
 
 def test_default_rope_is_plain() -> None:
-    found = yarn_inverse_frequencies(8, {"rope_type": "default", "rope_theta": 1e4})
+    found = inverse_frequencies(8, {"rope_type": "default", "rope_theta": 1e4})
     assert found.tolist() == pytest.approx([1, 1e-1, 1e-2, 1e-3])
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_linear_rope_divides_by_the_factor() -> None:
+    found = inverse_frequencies(8, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})
+    assert found.tolist() == pytest.approx([0.25, 0.25e-1, 0.25e-2, 0.25e-3])
+
+
+def test_llama3_rope() -> None:
+    """Of Llama 3.1: short waves are kept, those over 8192 positions are divided by 8, a ramp lies between."""
+    found = inverse_frequencies(128, LLAMA3)
+    plain = 5e5 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    ratio = plain / found
+    assert found.dtype == torch.float64
+    assert ratio[:29].tolist() == [1.0] * 29
+    assert ratio[35:].tolist() == pytest.approx([8.0] * 29)
+    # Component 31: a wave of 3616 positions turns 2.26 times in 8192, 0.42 of the way from 1 turn to 4.
+    wave = 2 * torch.pi / float(plain[31])
+    share = (8192 / wave - 1) / 3
+    assert 0 < share < 1
+    assert float(ratio[31]) == pytest.approx(1 / ((1 - share) / 8 + share))
 
 
 @pytest.mark.parametrize(
@@ -104,15 +135,24 @@ def test_rotate_pairs_halves() -> None:
     assert found.flatten().tolist() == pytest.approx([0.0, 2.0, 1.0, 0.0], abs=1e-6)
 
 
-def test_vllms_rope_is_the_references_in_every_supported_version() -> None:
+ROPES = {
+    "yarn": models.yarn(factor=4.0, original=64),
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4},
+    "llama3": LLAMA3 | {"original_max_position_embeddings": 64},
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_vllm_rope_equals_the_reference_in_every_supported_version(name: str) -> None:
     """vLLM 0.26 ignores ``attention_factor`` and would scale queries and keys by 0.1 ln(factor) + 1."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from vllm_nld.vllm_glue import layers
 
-    config = models.small_config(head_dim=64, rope_parameters=models.yarn(factor=4.0, original=64))
+    config = models.small_config(head_dim=64, rope_parameters=ROPES[name])
     with set_current_vllm_config(VllmConfig()):
         rope = layers.unscaled_rope(64, 256, config.rope_parameters)
-    angles = torch.arange(256)[:, None] * yarn_inverse_frequencies(64, config.rope_parameters)
+    angles = torch.arange(256)[:, None] * inverse_frequencies(64, config.rope_parameters)
     expected = torch.cat((angles.cos(), angles.sin()), dim=1).float()
-    torch.testing.assert_close(rope.cos_sin_cache.float(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rope.cos_sin_cache.float()[:256], expected, atol=1e-4, rtol=0)

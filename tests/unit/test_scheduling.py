@@ -32,7 +32,7 @@ VLLM_S = "vllm.v1.core.sched.scheduler.Scheduler"
         ([], 20, []),
     ],
 )
-def test_what_all_cannot_have_is_shared(wanted: list[int], budget: int, shares: list[int]) -> None:
+def test_scarce_budget_is_shared(wanted: list[int], budget: int, shares: list[int]) -> None:
     assert fair_shares(wanted, budget) == shares
 
 
@@ -48,12 +48,12 @@ def step(**drafted: list[int]) -> Any:
 @pytest.mark.parametrize(
     ("release", "kept"), [((0, 26), [0, 1, 5, 6, 7, 8, 9]), ((0, 32), [0, 1, 5, 6, 7, 8, 9]), ((0, 33), [*range(10)])]
 )
-def test_a_padded_step_loses_its_padding_and_the_grammars_rows_of_it(
+def test_padding_is_removed_from_step_and_grammar(
     release: tuple[int, int], kept: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order of a bitmask is its own; requests without drafts have one row.
+    """A bitmask has its own order; requests without drafts have one row.
 
-    vLLM 0.33 gives every request the same number of rows, and reads the first ones, so all stay.
+    vLLM 0.33 gives every request an equal number of rows, and reads the first ones, so all stay.
     """
     monkeypatch.setattr(padding, "installed_release", lambda: release)
     planned = step(a=[7, 8], b=[-1, -1, -1], c=[9])
@@ -68,7 +68,7 @@ def test_a_padded_step_loses_its_padding_and_the_grammars_rows_of_it(
     assert len(sent.grammar_bitmask) == 10
 
 
-def test_a_step_without_padding_is_left_as_it_is() -> None:
+def test_step_without_padding_is_not_changed() -> None:
     planned = step(a=[7, 8])
     sent = SimpleNamespace(structured_output_request_ids=["a"], grammar_bitmask=np.zeros((3, 1), np.int32))
     assert without_padding(planned) is planned
@@ -85,7 +85,7 @@ def config(budget: int, scheduler: str | None, device: str = "cpu", lora: Any = 
     )
 
 
-def test_a_budget_below_a_block_needs_this_scheduler() -> None:
+def test_budget_below_a_block_needs_this_scheduler() -> None:
     _check_budget(config(15, scheduling.SCHEDULER))
     _check_budget(config(16, VLLM_S))
     with pytest.raises(NLDError, match=r"max_num_batched_tokens=15 with scheduler_cls='vllm.*a block of 16 tokens"):
@@ -93,13 +93,13 @@ def test_a_budget_below_a_block_needs_this_scheduler() -> None:
 
 
 @pytest.mark.parametrize(("device", "lora"), [("cuda", None), ("cpu", object())])
-def test_a_budget_below_a_block_needs_a_forward_that_takes_any_size(device: str, lora: Any) -> None:
+def test_budget_below_a_block_needs_a_forward_of_any_size(device: str, lora: Any) -> None:
     _check_budget(config(16, scheduling.SCHEDULER, device, lora))
     with pytest.raises(NLDError, match=r"max_num_batched_tokens=15 .*use at least 16"):
         _check_budget(config(15, scheduling.SCHEDULER, device, lora))
 
 
-def test_a_scheduler_that_pads_by_other_means_is_refused() -> None:
+def test_scheduler_with_unknown_padding_is_refused() -> None:
     with pytest.raises(NLDError, match="num_spec_tokens"):
         schedule_unpadded(SimpleNamespace(), lambda: None)
 
@@ -130,10 +130,10 @@ DIFFUSION = {"extra_args": {"nld": {"mode": "diffusion"}}}
         (DIFFUSION, {}, 2, 4),
     ],
 )
-def test_rows_that_are_verified_at_once_are_limited_by_who_is_going_to_be_there(
+def test_verified_rows_are_limited_by_requests_of_the_next_step(
     monkeypatch: pytest.MonkeyPatch, running: Any, waiting: Any, places: int, drafts: int
 ) -> None:
-    """A request that joins a batch of greedy ones makes all their drafts go through the rejection sampler."""
+    """If a request joins a batch of greedy ones, all their drafts go through the rejection sampler."""
     monkeypatch.setattr(own_scheduler, "DRAWN_BYTES", 8 * 4 * 100)
     made = NLDScheduler.__new__(NLDScheduler)
     made.vllm_config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 100))

@@ -1,4 +1,4 @@
-"""Seeded requests, verified by their seeds' own draws: every text is that of plain steps, whatever is drafted."""
+"""Seeded requests are verified by their seeds' draws: every text equals that of plain steps, for any drafts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def next_logits(text: Sequence[int]) -> Tensor:
 
 @dataclass
 class Batch:
-    """Four requests, the third without a seed, and the samplers that serve them."""
+    """Four requests, the third without a seed, and their samplers."""
 
     settings: dict[str, Any]
     mode: str = "raw_logprobs"
@@ -89,7 +89,7 @@ class Batch:
         return accepted
 
     def run(self, drafting: torch.Generator | None, perfect: list[list[int]] | None = None) -> int:
-        """Generate; ``drafting`` says how many drafts, and which of them differ from the ``perfect`` ones."""
+        """Generate; ``drafting`` gives the number of drafts, and which of them differ from the ``perfect`` ones."""
         accepted = 0
         while min(map(len, self.texts)) < TOKENS:
             drafts: list[list[int]] = [[] for _ in range(REQUESTS)]

@@ -1,4 +1,4 @@
-"""The selection policies, against the reference's plain ones."""
+"""The selection policies, compared with the reference's plain versions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VALUES = {
 
 @st.composite
 def rules(draw: Any) -> CommitRule:
-    """Any policy that judges by what a row of logits holds, with any values."""
+    """Any policy that needs only a row of logits, with any values."""
     name = draw(st.sampled_from([name for name, policy in POLICIES.items() if "learned" not in policy.needs]))
     values = {option.name: draw(st.sampled_from(VALUES[option.name])) for option in POLICIES[name].options}
     return CommitRule(name, values, draw(st.sampled_from([None, 1, 2, 5])))
@@ -72,22 +72,22 @@ def test_rows_follow_their_own_rules(seed: int, rows: list[tuple[CommitRule, int
         ({"max_steps": 4}, 3, 9, 3),
     ],
 )
-def test_quota(rule: dict[str, Any], masked: int, passes: int, quota: int) -> None:
+def test_quota_is_committed(rule: dict[str, Any], masked: int, passes: int, quota: int) -> None:
     rows = torch.ones(1, masked, dtype=torch.bool)
     given = {"tokens_per_step": rule.get("tokens_per_step")}
     own = Rows(rows, rows.float(), None, None, [given], [passes], [rule.get("max_steps")])
     assert own.quotas().tolist() == [[quota]]
 
 
-def test_the_reference_has_a_twin_of_every_policy() -> None:
-    """Written independently, on purpose: add one to ``reference/diffusion.py`` with every new policy."""
+def test_reference_has_every_policy() -> None:
+    """The reference is independent on purpose: add a version to ``reference/diffusion.py`` with every new policy."""
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
     for name, policy in POLICIES.items():
         values = {option.name: option.default for option in policy.options}
         if "learned" in policy.needs:
             continue  # needs a network; see tests/unit/test_learned_sampler.py
         assert _chosen([MASK] * 3, MASK, logits, logits.argmax(-1), Policy(name, **values), 0)
-    with pytest.raises(ValueError, match="no such policy here"):
+    with pytest.raises(ValueError, match="the reference has no policy"):
         _chosen([MASK] * 3, MASK, logits, logits.argmax(-1), Policy("another"), 0)
 
 
@@ -102,7 +102,7 @@ def test_ties_go_left() -> None:
     assert select([block], masked, torch.full((1, 4), 0.5)).tolist() == [[False, True, True, False]]
 
 
-def test_a_block_is_done() -> None:
+def test_block_is_finished_if_no_mask_precedes_its_stop_token() -> None:
     assert Block(0, [1, 2, 3]).is_done(MASK)
     assert not Block(0, [1, MASK, 3]).is_done(MASK)
     assert Block(0, [1, 9, MASK], stop_ids=frozenset({9})).is_done(MASK)

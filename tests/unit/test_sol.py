@@ -1,4 +1,4 @@
-"""The speed-of-light analysis: its runs replay to the target, and are the longest that do."""
+"""The speed-of-light analysis: its runs lead to the target, and are the longest that do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def simulator(model: ReferenceModel, prompt: list[int], budget: int = 5000) -> t
 
 @torch.inference_mode()
 def serial(model: ReferenceModel, cache: KVCache, state: list[int]) -> list[int]:
-    """Serial denoising, written out again."""
+    """Serial denoising, implemented independently."""
     state = list(state)
     while MASK in state:
         logits = model.bidirectional(torch.tensor([state]), cache)[0]
@@ -38,8 +38,8 @@ def serial(model: ReferenceModel, cache: KVCache, state: list[int]) -> list[int]
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_runs_are_safe_and_the_longest(seed: int) -> None:
-    """Against brute force: every longer run by confidence misses the target."""
+def test_runs_are_safe_and_longest(seed: int) -> None:
+    """Compared with brute force: every longer run by confidence misses the target."""
     model = random_model(small_config(vocab_size=12), seed)
     sim, seed_token = simulator(model, [7, 8, 9, 10 + seed % 2])
     with torch.inference_mode():
@@ -59,10 +59,10 @@ def test_the_runs_are_safe_and_the_longest(seed: int) -> None:
         state = [block.target[i] if i in commit else token for i, token in enumerate(state)]
 
 
-def test_positions_that_do_not_depend_on_each_other_take_one_forward() -> None:
+def test_independent_positions_take_one_forward() -> None:
     model = random_model(small_config(), seed=1)
     with torch.no_grad():
-        for layer in model.encoder.layers:  # nothing but the token itself decides
+        for layer in model.encoder.layers:  # only the token itself matters
             layer.self_attn.o_proj.weight.zero_()
     found = analyse(model, [7, 8, 9], 32, 8)
     assert (found.blocks, found.denoising, found.commits, found.serial) == (4, 4, 4, 28)
@@ -79,7 +79,7 @@ def test_no_more_forwards_than_serial(length: int) -> None:
     assert found.incomplete == 0
 
 
-def test_a_spent_budget_is_told() -> None:
+def test_spent_budget_is_reported() -> None:
     model = random_model(small_config(), seed=3)
     full, cut = analyse(model, [7, 8, 9], 32, 16), analyse(model, [7, 8, 9], 32, 16, budget=20)
     assert cut.incomplete == 2
@@ -97,7 +97,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["sol", *arguments])
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_sol_command_reports(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("def read(self):\n\nimport os\n")
     plot = tmp_path / "plot.png"

@@ -1,4 +1,4 @@
-"""Every field of vLLM's SpeculativeConfig is honoured, refused by name, or known to be checked elsewhere."""
+"""Every field of vLLM's SpeculativeConfig is honored, refused by name, or known to be checked elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_nld.model.speculative_keys import (
     _INSTEAD,
     CHECKED_ELSEWHERE,
     FILLED_BY_VLLM,
-    HONOURED,
+    HONORED,
     check_speculative_keys,
     default_of,
 )
@@ -31,7 +31,7 @@ MEANT_FOR_OTHERS = {
     "use_heterogeneous_vocab",
     "use_local_argmax_reduction",
 }
-"""Refused without a hint: they belong to ways of drafting by name."""
+"""Refused without a hint, because they belong to named draft methods."""
 
 
 def given(**values: Any) -> Any:
@@ -44,20 +44,20 @@ def given(**values: Any) -> Any:
 
 
 def another(value: Any) -> Any:
-    """Some value that is not the default."""
+    """A value that is not the default."""
     if isinstance(value, bool):
         return not value
     return value + 1 if isinstance(value, int | float) else "other"
 
 
-def test_no_field_of_vllm_is_unheard_of() -> None:
-    """A new one is refused until somebody has looked at it: honour it, or add it to the refused ones by name."""
-    known = {*HONOURED, *CHECKED_ELSEWHERE, *FILLED_BY_VLLM, *_INSTEAD, *MEANT_FOR_OTHERS}
+def test_every_field_of_vllm_is_known() -> None:
+    """A new field is refused until it is checked: honor it, or add it to the fields that are refused by name."""
+    known = {*HONORED, *CHECKED_ELSEWHERE, *FILLED_BY_VLLM, *_INSTEAD, *MEANT_FOR_OTHERS}
     assert set(FIELDS) <= known
 
 
-@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {*HONOURED, *CHECKED_ELSEWHERE, *FILLED_BY_VLLM}))
-def test_a_key_without_effect_is_refused_by_name(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {*HONORED, *CHECKED_ELSEWHERE, *FILLED_BY_VLLM}))
+def test_key_without_effect_is_refused_by_name(name: str) -> None:
     value = another(default_of(FIELDS[name]))
     with pytest.raises(NLDError) as caught:
         check_speculative_keys(given(**{name: value}))
@@ -66,13 +66,13 @@ def test_a_key_without_effect_is_refused_by_name(name: str) -> None:
     assert "allowed: leave it out" in message
 
 
-def test_what_is_honoured_and_defaults_pass() -> None:
+def test_honored_keys_and_defaults_pass() -> None:
     check_speculative_keys(given())
     check_speculative_keys(given(num_speculative_tokens=7, method="custom_class", rejection_sample_method="standard"))
     check_speculative_keys(given(prompt_lookup_max=0, prompt_lookup_min=0, draft_model_config=object()))
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
-def test_another_method_than_ours_is_refused(method: str) -> None:
+def test_other_methods_are_refused(method: str) -> None:
     with pytest.raises(NLDError, match=rf"speculative_config\.method='{method}'.*leave method out"):
         check_speculative_keys(given(method=method))

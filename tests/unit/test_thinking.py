@@ -21,8 +21,8 @@ def counted_from_scratch(limit: int, start: list[int], end: list[int], tokens: l
 
 
 @pytest.mark.parametrize(("start", "end"), [([1], [2]), ([1, 1], [2]), ([1, 2], [2, 1, 1])])
-def test_it_says_what_a_whole_reading_says(start: list[int], end: list[int]) -> None:
-    """Tokens come one by one and in blocks, the last one is replaced now and then, and some are taken back."""
+def test_incremental_reading_equals_whole_reading(start: list[int], end: list[int]) -> None:
+    """Tokens come one by one and in blocks, the last one is sometimes replaced, and some are removed."""
     generator = random.Random(0)
 
     def some(most: int) -> list[int]:
@@ -60,7 +60,7 @@ class Watched(list[int]):
         return super().__add__(other)
 
 
-def test_it_reads_new_tokens_only() -> None:
+def test_only_new_tokens_are_read() -> None:
     prompt, output = Watched([5] * 5000), Watched([1, 6])
     budget = ThinkingBudget(400, [1, 6], [2, 6])
     assert budget.left(prompt, output) == 400

@@ -1,4 +1,4 @@
-"""Drafts that are drawn: from the very distribution that the rejection sampler is told, or by the seed's own noise."""
+"""Drawn drafts: from exactly the distribution that the rejection sampler gets, or with the seed's own noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = TypeVar("Kind", bound=TokenChoice)
 
 
 def exponential(logits: Tensor, generators: dict[int, torch.Generator], *_: Any) -> tuple[Tensor, None]:
-    """Stands for vLLM's sampler: Gumbel-max in its exponential form, with every row's own generator."""
+    """Replaces vLLM's sampler: Gumbel-max in its exponential form, with every row's own generator."""
     noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=g) for g in generators.values()])
     return (logits.softmax(-1) / noise).argmax(-1), None
 
@@ -36,7 +36,7 @@ def logits(seed: int = 0) -> torch.Tensor:
     return values
 
 
-def test_draws_follow_the_distribution_that_is_told() -> None:
+def test_draws_follow_the_reported_distribution() -> None:
     counts = torch.zeros(len(POSITIONS), VOCAB)
     for seed in range(4000):
         own = choice(seed)
@@ -57,7 +57,7 @@ def test_positions_are_drawn_independently() -> None:
     assert abs(same / 2000 - expected) < 0.05
 
 
-def test_what_top_k_rules_out_is_neither_drawn_nor_claimed() -> None:
+def test_tokens_outside_top_k_are_neither_drawn_nor_reported() -> None:
     own = choice(3, top_k=2)
     ids = own.choose(logits(), POSITIONS, [])
     assert own.probs is not None
@@ -66,7 +66,7 @@ def test_what_top_k_rules_out_is_neither_drawn_nor_claimed() -> None:
     torch.testing.assert_close(own.peak, own.probs.max(-1).values)
 
 
-def test_a_seed_s_draws_do_not_depend_on_what_is_beside_it() -> None:
+def test_draws_of_a_seed_do_not_depend_on_other_requests() -> None:
     alone, again = choice(9), choice(9)
     first = alone.choose(logits(), POSITIONS, [])
     other = choice(10)
@@ -74,8 +74,8 @@ def test_a_seed_s_draws_do_not_depend_on_what_is_beside_it() -> None:
     assert again.choose(logits(), POSITIONS, []).tolist() == first.tolist()
 
 
-def test_confidence_says_nothing_of_the_draw() -> None:
-    """Else the number of drafts that are verified would depend on it, and the text would not be AR's."""
+def test_confidence_does_not_depend_on_the_draw() -> None:
+    """Otherwise the number of verified drafts would depend on it, and the text would not have AR's distribution."""
     peaks = []
     draws = set()
     for seed in range(5):
@@ -108,8 +108,8 @@ def test_extreme_repetition_penalties_leave_a_distribution(repetition: float) ->
         assert (own.probs[:, 4] == 0).all()
 
 
-def test_a_barred_token_is_neither_drawn_nor_claimed() -> None:
-    """Not even where the request allows nothing else."""
+def test_barred_token_is_neither_drawn_nor_reported() -> None:
+    """Not even if the request allows no other token."""
     for constraints in ({}, {"top_k": 1}, {"allowed": [4]}):
         peaked = logits()
         peaked[:, 4] = 50.0
@@ -122,16 +122,17 @@ def test_a_barred_token_is_neither_drawn_nor_claimed() -> None:
 
 
 @pytest.mark.parametrize("kind", [TokenChoice, SeededDraftChoice])
-def test_noise_belongs_to_a_position(kind: type[TokenChoice]) -> None:
-    """Not to the block, nor to what else is drawn with it."""
+def test_noise_depends_on_the_position(kind: type[TokenChoice]) -> None:
+    """Not on the block, nor on other draws."""
     rows = logits()
     whole = of_seed(kind, 9).choose(rows, POSITIONS, [], 2)
     one = of_seed(kind, 9, prefix=PREFIX + 2).choose(rows[2:3], [POSITIONS[2] - 2], [], 2)
     assert one == whole[2]
 
 
-def test_a_seeded_draft_agrees_with_the_causal_pass() -> None:
-    """Where the two distributions are alike, it nearly always is what the causal pass draws; and it has its own."""
+def test_seeded_draft_agrees_with_the_causal_pass() -> None:
+    """If the two distributions are alike, it nearly always equals the causal pass's draw; it keeps its own
+    distribution."""
     rows = logits()
     near = rows + 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(5))
     agreed, counts = 0, torch.zeros(VOCAB)
@@ -146,7 +147,7 @@ def test_a_seeded_draft_agrees_with_the_causal_pass() -> None:
     assert statistic < 20.5, "0.1 % of fair draws exceed this with 5 degrees of freedom"
 
 
-def test_every_forward_draws_afresh() -> None:
+def test_every_forward_draws_new_numbers() -> None:
     equal = torch.zeros(len(POSITIONS), VOCAB)
     drawn = {tuple(of_seed(TokenChoice, 3).choose(equal, POSITIONS, [], n).tolist()) for n in range(5)}
     assert len(drawn) == 5

@@ -1,11 +1,11 @@
 """The draft adapter: a LoRA on ``o_proj`` that is active only while self-speculation drafts.
 
-Released checkpoints bring one in the folder ``linear_spec_lora``, in the layout of PEFT. It makes the bidirectional
-pass predict what the causal pass is going to say. Prefill, verify, AR and diffusion never see it, so the text stays
-that of the untouched weights. A layer adds ``B (A x)`` to its projection instead of keeping a merged second weight:
-that works over quantized weights and beside per-request LoRAs, and takes 0.4 % more memory at 8B instead of 7 %.
+Released checkpoints contain one in the folder ``linear_spec_lora``, in the layout of PEFT. It makes the bidirectional
+pass predict what the causal pass will say. Prefill, verify, AR and diffusion do not use it, so the text is that of the
+unchanged weights. A layer adds ``B (A x)`` to its projection instead of keeping a merged second weight. That works with
+quantized weights and with per-request LoRAs, and takes 0.4 % more memory at 8B instead of 7 %.
 
-Here: finding and checking it. The layers' part is :mod:`vllm_nld.model.draft_adapter`.
+This module finds and checks it. The layers' part is :mod:`vllm_nld.model.draft_adapter`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DraftLoRA:
         """Read an adapter's configuration and compare its tensors' headers with the model's config.
 
         Raises:
-            NLDError: a file or tensor is missing or misshapen, or the adapter asks for what is not supported.
+            NLDError: a file or tensor is missing or misshapen, or the adapter uses a feature that is not supported.
         """
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
@@ -74,7 +74,7 @@ def _rank_and_scale(settings: Mapping[str, Any], folder: Path) -> tuple[int, flo
         not isinstance(targets, list) or {str(name).split(".")[-1] for name in targets} != {TARGET}
     ):
         raise NLDError(
-            f"{where}: target_modules={targets!r}, but a draft adapter changes {TARGET} alone; allowed: [{TARGET!r}]"
+            f"{where}: target_modules={targets!r}, but a draft adapter changes only {TARGET}; allowed: [{TARGET!r}]"
         )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or rank <= 0:
@@ -123,10 +123,10 @@ def _check_headers(adapter: DraftLoRA, config: NemotronLabsDiffusionConfig) -> N
 def adapter_of(vllm_config: Any) -> DraftLoRA | None:
     """Return the adapter that an engine drafts with, or None.
 
-    ``draft_lora`` is ``"auto"`` (the checkpoint's own, if it brings one), ``"off"``, or a folder.
+    ``draft_lora`` is ``"auto"`` (the checkpoint's own, if it has one), ``"off"``, or a folder.
 
     Raises:
-        NLDError: the adapter is unsuitable, or a folder was asked for that does not exist.
+        NLDError: the adapter is not suitable, or the folder does not exist.
     """
     from vllm_nld.names import PROPOSER_PATHS
     from vllm_nld.options import NLDOptions
@@ -140,7 +140,9 @@ def adapter_of(vllm_config: Any) -> DraftLoRA | None:
     if choice != "auto":
         folder = Path(choice)
         if not folder.is_dir():
-            raise NLDError(f"draft_lora={choice!r} is no folder; allowed: 'auto', 'off', or the path of a PEFT folder")
+            raise NLDError(
+                f"draft_lora={choice!r} is not a folder; allowed: 'auto', 'off', or the path of a PEFT folder"
+            )
     else:
         folder = checkpoint_folder(model.model, model.revision, vllm_config.load_config.download_dir) / FOLDER
         if not folder.is_dir():
@@ -150,9 +152,9 @@ def adapter_of(vllm_config: Any) -> DraftLoRA | None:
 
 @cache
 def checkpoint_folder(model: str, revision: str | None, cache_dir: str | None) -> Path:
-    """Return the local folder of a checkpoint; of one on the hub, the adapter's files are fetched first.
+    """Return the local folder of a checkpoint. If it is on the hub, the adapter's files are fetched first.
 
-    vLLM's own download takes the weights at the top of a repository and leaves its sub-folders out.
+    vLLM's own download fetches the weights at the top of a repository, but not its subfolders.
     """
     if Path(model).is_dir():
         return Path(model)

@@ -1,4 +1,4 @@
-"""Compare a checkpoint folder's tensor names and shapes with its config, from the file headers alone."""
+"""Compare a checkpoint folder's tensor names and shapes with its config. Reads only the file headers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from vllm_nld.errors import NLDError
 
 _SHOWN = 5
 
+HEAD = "diffusion_head.weight"
+"""There unless embeddings are tied: then ``encoder.embed_tokens.weight`` is both."""
+
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
 
 
 def expected_tensors(config: NemotronLabsDiffusionConfig) -> Shapes:
-    """Return released tensor name -> shape: 9 tensors a layer and 3 more."""
+    """Return released tensor name -> shape: 9 tensors per layer and 3 more."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -36,20 +39,20 @@ def expected_tensors(config: NemotronLabsDiffusionConfig) -> Shapes:
         "encoder.norm.weight": (hidden,),
     }
     if not config.tie_word_embeddings:
-        tensors["diffusion_head.weight"] = (config.vocab_size, hidden)
+        tensors[HEAD] = (config.vocab_size, hidden)
     for index in range(config.num_hidden_layers):
         tensors |= {f"encoder.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
     return tensors
 
 
 def check_tensors(folder: Path, config: NemotronLabsDiffusionConfig, quantized: bool = False) -> None:
-    """Check the ``*.safetensors`` of ``folder``; a folder without any is left for vLLM to judge.
+    """Check the ``*.safetensors`` of ``folder``; a folder without any is left to vLLM.
 
     Args:
-        folder: the checkpoint's.
-        config: what its ``config.json`` says.
-        quantized: matrices may be packed: under other names (GPTQ ``qweight``, compressed-tensors ``weight_packed``)
-            and in other shapes. Then only the norms' shapes are checked, and that of every matrix something is there.
+        folder: the checkpoint's folder.
+        config: its ``config.json``.
+        quantized: matrices may be packed, under other names (GPTQ ``qweight``, compressed-tensors ``weight_packed``)
+            and in other shapes. Then only the shapes of the norms are checked, and that every matrix has some tensor.
 
     Raises:
         NLDError: tensors are missing or misshapen; the first few are named.
@@ -67,7 +70,10 @@ def check_tensors(folder: Path, config: NemotronLabsDiffusionConfig, quantized: 
         absent = [f"{name} is missing, packed or plain" for name in matrices if name.rpartition(".")[0] not in modules]
         complain(f"checkpoint {folder}", absent)
         expected = {name: shape for name, shape in expected.items() if len(shape) == 1}
-    complain(f"checkpoint {folder}", differences(found, expected, "config.json asks for"))
+    problems = differences(found, expected, "config.json asks for")
+    if config.tie_word_embeddings and HEAD in found:
+        problems.append(f"{HEAD} is there, but tie_word_embeddings=true in config.json asks for none")
+    complain(f"checkpoint {folder}", problems)
 
 
 def tensor_shapes(file: Path) -> Shapes:
@@ -77,7 +83,7 @@ def tensor_shapes(file: Path) -> Shapes:
 
 
 def differences(found: Shapes, expected: Shapes, wants: str) -> list[str]:
-    """Say which expected tensors are missing, and which have another shape than what ``wants`` it."""
+    """List the expected tensors that are missing or have another shape; ``wants`` says what expects them."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [
         f"{name} has shape {list(found[name])}, {wants} {list(shape)}"

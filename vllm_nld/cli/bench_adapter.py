@@ -1,6 +1,6 @@
 """``vllm-nld bench adapter``: what the draft adapter adds to a draft pass, and to a causal step that does not use it.
 
-One engine with random weights; forwards with and without the adapter alternate, so a drifting machine harms both alike.
+One engine with random weights. Forwards with and without the adapter alternate, so that drift affects both equally.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _causal(llm: Any, runner: Any) -> Callable[[bool], None]:
 
 
 def _alternate(call: Callable[[bool], None], repeats: int) -> dict[str, float]:
-    """Return median milliseconds with and without, and the median ratio of neighbours."""
+    """Return median milliseconds with and without, and the median ratio of adjacent forwards."""
     taken: dict[bool, list[float]] = {True: [], False: []}
     for number in range(-2, repeats):
         for on in (number % 2 == 0, number % 2 != 0):
@@ -129,5 +129,5 @@ def _show(rows: list[dict[str, Any]], repeats: int) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"medians of {repeats} alternating forwards, bfloat16, rank {RANK}; an AR step has it loaded, but off"
+        f"medians of {repeats} alternating forwards, bfloat16, rank {RANK}; in an AR step it is loaded but inactive"
     )

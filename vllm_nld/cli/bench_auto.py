@@ -1,8 +1,7 @@
 """``vllm-nld bench auto``: auto mode against plain AR and always-on self-speculation, over concurrency.
 
-Every mode has an engine of its own, and the engines take turns of half a second: a machine whose speed changes from
-second to second harms all alike. A second engine in AR is the control: how far it is from the first is what the
-measurement cannot tell apart.
+Every mode has its own engine. The engines take turns of half a second, so that changes in the machine's speed affect
+all of them equally. A second AR engine is the control: its distance from the first is the error of measurement.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ ENGINES = {"ar": "ar", "self_speculation": "self_speculation", "auto": "auto", "
 WORKLOADS = ("code", "random", "mix")
 TURN_SECONDS = 0.5
 WARM_UP_TURNS = 6
-"""Turns that are not counted: kernels are compiled, prices and acceptance are learned."""
+"""Turns that are not counted, because kernels are compiled, and prices and acceptance are learned."""
 
 
 @dataclass
@@ -48,8 +47,8 @@ class Client:
 
     Attributes:
         llm: the engine.
-        options: of every request, under ``nld``.
-        jobs: taken in turn, for ever, so that the batch is always full.
+        options: options of every request, under ``nld``.
+        jobs: taken in turn, forever, so that the batch is always full.
         clients: requests in flight.
     """
 
@@ -87,7 +86,7 @@ class Client:
         self._number += 1
 
     def stop(self) -> None:
-        """Abort what is in flight."""
+        """Abort the requests in flight."""
         self.llm.llm_engine.abort_request(list(self._running))
         while self.llm.llm_engine.has_unfinished_requests():
             self.llm.llm_engine.step()
@@ -119,13 +118,13 @@ def run(concurrency: list[int], workloads: list[str], turns: int, max_tokens: in
 
 
 def check_jobs(max_tokens: int, clients: int) -> None:
-    """Refuse requests that the model has no room for; they ask for up to half as much again."""
+    """Refuse requests that the model has no room for. They ask for up to 1.5 times ``max_tokens``."""
     texts = [text for _, text in held_out_prompts(max(8, 2 * clients))]
     check_completions("1.5 times --max-tokens:", max_tokens * 3 // 2, texts)
 
 
 def serving_settings(dtype: str, requests: int) -> dict[str, Any]:
-    """Return the arguments of an engine that is kept busy: the embedded checkpoint, up to ``requests`` at once."""
+    """Return the arguments of an engine for the embedded checkpoint that runs up to ``requests`` at once."""
     return {
         "model": str(checkpoint_path("tiny")),
         "dtype": dtype,
@@ -168,7 +167,7 @@ def _compare(engines: dict[str, Any], workload: str, jobs: list[Job], clients: i
 
 
 def take_turns(runs: dict[str, Client], turns: int) -> dict[str, list[tuple[int, float]]]:
-    """Return the tokens and seconds of every client's turns, the warm-up's left out; who begins changes."""
+    """Return tokens and seconds of every client's turns after the warm-up. The first client changes each turn."""
     taken: dict[str, list[tuple[int, float]]] = {name: [] for name in runs}
     names = list(runs)
     for number in range(-WARM_UP_TURNS, turns):
@@ -188,9 +187,9 @@ def speed(taken: Sequence[tuple[int, float]]) -> float:
 
 
 def auto_to_better(taken: dict[str, list[tuple[int, float]]], turns: Sequence[int]) -> float:
-    """Auto's tokens per second over those of the better fixed mode, over the turns of these numbers.
+    """Auto's tokens per second divided by those of the better fixed mode, in the turns with these numbers.
 
-    AR counts with both its engines: one engine's luck must not raise the bar.
+    AR's speed is that of both its engines, so that one lucky engine does not raise the bar.
     """
     ar = speed([taken[name][turn] for name in ("ar", "control") for turn in turns])
     fixed = max(ar, speed([taken["self_speculation"][turn] for turn in turns]))
@@ -220,8 +219,8 @@ def _interval(turns: int, statistic: Callable[[Sequence[int]], float], repeats: 
 def make_jobs(workload: str, count: int, tokens: int) -> list[Job]:
     """Return requests: held-out code completed greedily, random tokens sampled at temperature 1, or both in turn.
 
-    They ask for half of ``tokens`` to one and a half times as many, as real ones differ: with one length for all, AR
-    would run in lockstep and prefill a whole batch at once, which no server sees and no other mode can.
+    They ask for 0.5 to 1.5 times ``tokens``, because real requests differ. With one length for all, AR would run in
+    lockstep and prefill a whole batch at once. No server sees that, and no other mode can do it.
     """
     code = [Job(text, 0.0) for _, text in held_out_prompts(count)]
     generator = random.Random(0)

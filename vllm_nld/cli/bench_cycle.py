@@ -1,4 +1,4 @@
-"""``vllm-nld bench cycle``: what a draft + verify cycle costs, in AR steps of the same model on the same machine."""
+"""``vllm-nld bench cycle``: the cost of a draft + verify cycle, in AR steps of the same model on the same machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def run(
 ) -> None:
     """Measure every model and block length; print a table or one JSON object.
 
-    With ``layers``, the dummy model has only so many: its ratios mean nothing then, what is outside its forwards does.
+    With ``layers``, the dummy model has only that many. Then its ratios mean nothing, but the time outside its forwards
+    does.
 
     Raises:
         NLDError: a model name is unknown, a block too long for it, or prompt and steps for its positions.
@@ -70,12 +71,12 @@ def check_room(name: str, blocks: list[int], prompt_tokens: int, steps: int) -> 
 
 
 def generated(steps: int, drafts: int | None) -> int:
-    """Return for how many tokens to ask, so that no block is cut short by ``max_tokens`` while it is timed."""
+    """Return how many tokens to ask for, so that ``max_tokens`` cuts no block short while it is timed."""
     return steps * (2 + (drafts or 0)) + 64
 
 
 def machine_limits() -> dict[str, float]:
-    """Return what this machine reaches: bf16 GEMM in GFLOP/s at 32 rows, and reading weights in GB/s at one row."""
+    """Return this machine's speed: bf16 GEMM in GFLOP/s at 32 rows, and reading weights in GB/s at one row."""
     import torch
 
     weight = torch.randn(16384, 8192, dtype=torch.bfloat16)  # 268 MB: larger than any cache
@@ -115,9 +116,9 @@ def _measure_model(
 
 
 def _summary(ar: float, cycle: float, parts: dict[str, float]) -> dict[str, Any]:
-    """Return a result row: times in milliseconds, and what is outside the two forwards.
+    """Return a result row: times in milliseconds, and the time outside the two forwards.
 
-    That is the sum of its parts: a difference of medians that are hundreds of times larger would be noise.
+    The time outside is the sum of its parts. A difference of medians that are hundreds of times larger would be noise.
     """
     outside = sum(seconds for part, seconds in parts.items() if not part.endswith("forward"))
     return {
@@ -159,18 +160,18 @@ def time_decoding(
     watch: Watch | None = None,
     **sampling: Any,
 ) -> list[float]:
-    """Return the seconds of steps (AR) or cycles that decode for some requests at once, after all their prefills.
+    """Return the seconds of AR steps or cycles that decode for some requests at once, after all their prefills.
 
-    A step counts when its tokens come out: an asynchronous engine returns from some calls without any.
+    A step counts when its tokens come out, because an asynchronous engine returns from some calls without tokens.
 
     Args:
         llm: an ``LLM`` that nothing else uses.
-        requests: in flight.
-        prompt_tokens: of each.
-        steps: to time; fewer if the requests end before.
-        drafts: of a cycle at most, so that no block is cut short by ``max_tokens`` while it is timed.
-        watch: runs these steps, and records their parts.
-        sampling: of ``SamplingParams``; greedy by default.
+        requests: requests in flight.
+        prompt_tokens: prompt length of each request.
+        steps: steps to time; fewer if the requests end before.
+        drafts: most drafts of a cycle, so that ``max_tokens`` cuts no block short while it is timed.
+        watch: runs the steps and records their parts.
+        sampling: arguments of ``SamplingParams``; greedy by default.
     """
     from vllm import SamplingParams
 

@@ -1,8 +1,8 @@
-"""``vllm-nld bench drafting``: what the draft adapter, the block length and drawn drafts are worth on held-out text.
+"""``vllm-nld bench drafting``: the gain from draft adapter, block length and drawn drafts on held-out text.
 
-Three tables: acceptance by position, tokens per forward and agreement with AR, one request at a time; speed of the
-lengths that auto mode chooses against fixed ones on a mix of easy and hard requests, engines taking turns; acceptance
-of sampled requests.
+Three tables: (1) acceptance by position, tokens per forward and agreement with AR, one request at a time; (2) speed of
+the lengths that auto mode chooses against fixed lengths, on a mix of easy and hard requests, with engines that take
+turns; (3) acceptance of sampled requests.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(prompts: int, max_tokens: int, concurrency: list[int], turns: int, as_js
 
 @dataclass
 class Run:
-    """What some requests cost and yielded, filled in when they are over."""
+    """Cost and yield of some requests, filled in when they have ended."""
 
     tally: Tally
     by_position: list[int]
@@ -79,7 +79,7 @@ class Run:
 
 @contextlib.contextmanager
 def watched(llm: Any) -> Iterator[Run]:
-    """Count what happens on an engine within the block."""
+    """Count what an engine does within the ``with`` block."""
 
     def positions() -> list[int]:
         found = [metric.values for metric in llm.get_metrics() if metric.name == PER_POSITION]

@@ -1,4 +1,4 @@
-"""``vllm-nld bench modes``: what every mode costs and yields on held-out text, one request at a time."""
+"""``vllm-nld bench modes``: cost and yield of every mode on held-out text, one request at a time."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _one_mode(
 
 
 def _compaction(texts: list[str], max_tokens: int, dtype: str, rounds: int = 3) -> dict[str, Any]:
-    """Return what it saves that finished blocks leave the denoising forward, on a batch of diffusion requests."""
+    """Return what is saved when finished blocks leave the denoising forward, on a batch of diffusion requests."""
     from vllm import SamplingParams
 
     settings = {"model": str(checkpoint_path("tiny")), "dtype": dtype, "max_num_seqs": len(texts)}

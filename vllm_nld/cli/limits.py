@@ -19,13 +19,13 @@ def one_of(option: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def within(option: str, value: float, least: float, most: float, why: str) -> None:
-    """Raise NLDError if ``value`` is no number from ``least`` to ``most``."""
+    """Raise NLDError if ``value`` is not a number from ``least`` to ``most``."""
     if not least <= value <= most:
         raise NLDError(f"{option} {shown_key(value)}: allowed are {least} to {most} ({why})")
 
 
 def check_completions(option: str, tokens: int, texts: Sequence[str]) -> None:
-    """Refuse more ``tokens`` than the embedded checkpoint has room for after the longest of some prompts."""
+    """Refuse more ``tokens`` than the embedded checkpoint has room for after the longest prompt."""
     from tokenizers import Tokenizer
 
     from vllm_nld.checkpoints import checkpoint_path
@@ -37,17 +37,17 @@ def check_completions(option: str, tokens: int, texts: Sequence[str]) -> None:
 
 
 def check_device(name: str) -> None:
-    """Refuse a PyTorch device that is not there."""
+    """Refuse a PyTorch device that this machine lacks."""
     import torch
 
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise NLDError(f"--device {shown_key(name)}: {reason[:200]}; allowed: cpu, or a device that is there") from None
+        raise NLDError(f"--device {shown_key(name)}: {reason[:200]}; allowed: cpu, or a device that exists") from None
 
 
 def check_writable(option: str, path: Path) -> None:
     """Refuse a file whose folder does not exist, before anything is measured for it."""
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise NLDError(f"{option} {shown_key(str(path))}: allowed is a file in a folder that exists")
+        raise NLDError(f"{option} {shown_key(str(path))}: allowed: a file in an existing folder")

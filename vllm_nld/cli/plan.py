@@ -1,4 +1,4 @@
-"""``vllm-nld plan``: memory and speed of a model on GPUs that need not be there, by mode and concurrency."""
+"""``vllm-nld plan``: memory and speed of a model on GPUs, by mode and concurrency; needs none of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import check_writable, within
 from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError, shown_key
-from vllm_nld.planning.cost_model import AR, Mode, Setup, acceptance_at, crossover, estimate, memory, passes
+from vllm_nld.planning.cost_model import AR, PlannedMode, Setup, acceptance_at, crossover, estimate, memory, passes
 from vllm_nld.planning.gpus import HERE, Gpu
 from vllm_nld.planning.models import PUBLISHED, PlannedModel, Published, find_model
 from vllm_nld.planning.this_machine import find_gpu
 
 PLOT_STYLES = ("-", "--", ":", "-.")
 MANY = 1_000_000
-"""GPUs, requests or tokens that a list may name."""
+"""Most GPUs, requests or tokens that a list may name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def run(options: Options, published: bool, measured: Path | None, as_json: bool,
     if published:
         report["published"] = [against_published(figure) for figure in PUBLISHED if figure.model == options.model]
         if not report["published"]:
-            raise NLDError(f"--published with MODEL={options.model}: figures are known of 3b, 8b, 14b")
+            raise NLDError(f"--published with MODEL={options.model}: figures are known for 3b, 8b, 14b")
     if measured is not None:
         report["measured"] = against_measured(measured, gpu)
     if plot is not None:
@@ -70,10 +70,10 @@ def run(options: Options, published: bool, measured: Path | None, as_json: bool,
 
 
 def numbers(option: str, text: str, least: int) -> list[int]:
-    """Return the numbers of a comma-separated list, sorted, each once.
+    """Return the numbers of a comma-separated list, sorted, without repetition.
 
     Raises:
-        NLDError: one is no number, too small or too large.
+        NLDError: one is not a number, too small or too large.
     """
     try:
         found = sorted({int(part) for part in text.split(",")})
@@ -100,8 +100,8 @@ def plan(model: PlannedModel, gpu: Gpu, options: Options) -> dict[str, Any]:
         raise NLDError(f"--block-length {blocks[-1]}: allowed are 2 to {shape.block_size}, the checkpoint's")
     if not 0.5 <= tpf <= shape.block_size / 2:
         raise NLDError(f"--diffusion-tpf {tpf}: allowed are 0.5 to {shape.block_size / 2} (one denoising, one commit)")
-    speculations = [Mode("self_speculation", b, acceptance_at(acceptance, shape.block_size, b)) for b in blocks]
-    modes = [AR, *speculations, *(Mode("diffusion", block, min(tpf, block / 2)) for block in blocks)]
+    speculations = [PlannedMode("self_speculation", b, acceptance_at(acceptance, shape.block_size, b)) for b in blocks]
+    modes = [AR, *speculations, *(PlannedMode("diffusion", block, min(tpf, block / 2)) for block in blocks)]
     return {
         "model": model.name,
         "parameters": shape.parameters,
@@ -120,7 +120,7 @@ def plan(model: PlannedModel, gpu: Gpu, options: Options) -> dict[str, Any]:
 
 
 def _yield(given: float | None, model: PlannedModel, name: str) -> tuple[float, str]:
-    """Return a yield and its source: the option's, or the published one."""
+    """Return a yield and its source: from the option, or published."""
     if given is not None:
         return given, "given"
     if model.yields is None:
@@ -129,12 +129,12 @@ def _yield(given: float | None, model: PlannedModel, name: str) -> tuple[float, 
     return getattr(model.yields, name), getattr(model.yields, source)
 
 
-def _memory(setup: Setup, mode: Mode, concurrency: int) -> dict[str, Any]:
+def _memory(setup: Setup, mode: PlannedMode, concurrency: int) -> dict[str, Any]:
     found = memory(setup, mode, concurrency)
     return {"tp": setup.tp, "mode": mode.label, **dataclasses.asdict(found), "fits": found.fits}
 
 
-def _estimates(setup: Setup, modes: Sequence[Mode], concurrency: int) -> dict[str, Any]:
+def _estimates(setup: Setup, modes: Sequence[PlannedMode], concurrency: int) -> dict[str, Any]:
     """Return one concurrency's row: every mode, and the best one."""
     found = [estimate(setup, mode, concurrency) for mode in modes]
     best = max(found, key=lambda each: each.tokens_per_second)
@@ -159,16 +159,16 @@ def _estimates(setup: Setup, modes: Sequence[Mode], concurrency: int) -> dict[st
     }
 
 
-def _crossover(setup: Setup, mode: Mode) -> dict[str, Any]:
+def _crossover(setup: Setup, mode: PlannedMode) -> dict[str, Any]:
     concurrency, limit = crossover(setup, mode)
     return {"tp": setup.tp, "mode": mode.label, "acceptance": mode.yields, "concurrency": concurrency, "up_to": limit}
 
 
 def against_published(figure: Published) -> dict[str, Any]:
-    """Return a published figure beside what the model says of it."""
+    """Return a published figure next to the cost model's prediction."""
     shape = find_model(figure.model).shape
     setup = Setup(shape, find_gpu(figure.gpu, figure.dtype), 1, figure.dtype, context=figure.context)
-    mode = Mode(figure.mode, figure.block, figure.yields or 1.0)
+    mode = PlannedMode(figure.mode, figure.block, figure.yields or 1.0)
     found = estimate(setup, mode, figure.concurrency)
     predicted = {
         "forward ms": passes(setup, mode, figure.concurrency)[-1][2].seconds * 1e3,
@@ -180,7 +180,7 @@ def against_published(figure: Published) -> dict[str, Any]:
 
 
 def against_measured(path: Path, gpu: Gpu) -> list[dict[str, Any]]:
-    """Return the times of a ``vllm-nld bench cycle --json`` file beside predicted ones, in milliseconds.
+    """Return the times of a ``vllm-nld bench cycle --json`` file next to predicted ones, in milliseconds.
 
     Raises:
         NLDError: the file is not such a report.
@@ -196,7 +196,7 @@ def against_measured(path: Path, gpu: Gpu) -> list[dict[str, Any]]:
 
 def _cycle(row: dict[str, Any], context: int, gpu: Gpu) -> list[dict[str, Any]]:
     setup = Setup(find_model(row["model"]).shape, gpu, context=context)
-    mode, host = Mode("self_speculation", row["block"]), gpu.host_seconds
+    mode, host = PlannedMode("self_speculation", row["block"]), gpu.host_seconds
     ((_, _, step),) = passes(setup, AR, 1)
     (_, _, draft), (_, _, verify) = passes(setup, mode, 1)
     parts = row["parts_ms"]
@@ -272,7 +272,7 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(row["model"], str(row["block"]), row["quantity"], f"{row['predicted_ms']:.2f}",
                           f"{row['measured_ms']:.2f}", f"{row['ratio']:.2f}")  # fmt: skip
         console.print(table)
-    console.print("estimates of decoding alone, by a model: see docs/scaling.md for its assumptions and errors")
+    console.print("estimates of decoding only, from a model; docs/scaling.md has its assumptions and errors")
 
 
 def _memory_table(report: dict[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""``vllm-nld sol``: what a perfect sampler would reach, beside what the real modes reach on the same prompts."""
+"""``vllm-nld sol``: tokens per forward of a perfect sampler, next to those of the real modes on the same prompts."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def run(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """Analyse and print a table or one JSON object.
+    """Analyze and print a table or one JSON object.
 
     Raises:
         NLDError: a file is missing or empty, or the checkpoint cannot be read.
     """
     folder = checkpoint_path(model) if model == "tiny" else Path(model)
     if not (folder / "config.json").is_file():
-        raise NLDError(f"MODEL={model}: no config.json there; allowed: a checkpoint's folder, or tiny")
+        raise NLDError(f"MODEL={model}: no config.json there; allowed: a checkpoint folder, or tiny")
     check_device(device)
     if plot is not None:
         check_writable("--plot", plot)
@@ -64,7 +64,7 @@ def read_prompts(path: Path) -> list[str]:
     """Return a file's prompts: one per line, or of a ``.jsonl`` file each line's ``prompt``.
 
     Raises:
-        NLDError: the file cannot be read, holds no prompt, or a line is not what it should be.
+        NLDError: the file cannot be read, holds no prompt, or a line has the wrong form.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -126,7 +126,7 @@ def speed_of_light(
 
 
 def real_modes(folder: Path, texts: list[str], max_tokens: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """Return TPF (and acceptance length) of the modes, by the reference, at the checkpoint's block length."""
+    """Return TPF (and acceptance length) of the modes, from the reference, at the checkpoint's block length."""
     from vllm_nld.reference import generate, linear_spec_generate
 
     model, tokenizer = _load(folder, device)

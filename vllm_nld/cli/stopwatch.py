@@ -1,6 +1,6 @@
-"""Where the time of a step goes, in an engine that runs in this process: functions of vLLM's and of ours, timed.
+"""Where the time of a step goes, in an engine that runs in this process: timed functions of vLLM and of ours.
 
-Times are exclusive: what a timed function spends in another timed one counts there.
+Times are exclusive: time that a timed function spends in another timed function counts for the other.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 PARTS = ("draft forward", "verify forward", "draft pass", "proposer", "sampling", "scheduler", "runner", "rest")
-"""The two forwards of the model, output layer included; the draft pass beside its forward; the proposer beside the
-draft pass; vLLM's sampler; its scheduler; its model runner beside all of these; the rest of the step."""
+"""The two forwards of the model, with the output layer; the draft pass without its forward; the proposer without the
+draft pass; vLLM's sampler; its scheduler; its model runner without all of these; the rest of the step."""
 
 
 class Watch(Protocol):
@@ -23,12 +23,12 @@ class Watch(Protocol):
 
 
 class Stopwatch:
-    """Times the parts of every step, until it is closed (it is a context manager, too).
+    """Times the parts of every step until it is closed. Also a context manager.
 
     Args:
         llm: an ``LLM`` whose engine core runs in this process.
-        synchronize: waits for the device. Called where a part begins and where it ends, so that a part's time is that
-            of its kernels too; a step takes longer then than it does unwatched. Not needed on a CPU.
+        synchronize: waits for the device. Called where a part begins and where it ends, so that a part's time includes
+            its kernels. Steps then take longer than without. Not needed on a CPU.
     """
 
     def __init__(self, llm: Any, synchronize: Callable[[], None] | None = None) -> None:
@@ -79,7 +79,7 @@ class Stopwatch:
         part, started = self._running.pop()
         spent = time.perf_counter() - started
         self._now[part] = self._now.get(part, 0.0) + spent
-        if self._running:  # not the caller's own
+        if self._running:  # the caller's own time is not counted
             outer = self._running[-1][0]
             self._now[outer] = self._now.get(outer, 0.0) - spent
 

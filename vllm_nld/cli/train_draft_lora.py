@@ -33,7 +33,7 @@ def run(
     """Check everything, then train.
 
     Raises:
-        NLDError: an option, the checkpoint or a file is unsuitable.
+        NLDError: an option, the checkpoint or a file is not suitable.
     """
     from tokenizers import Tokenizer
 
@@ -44,7 +44,7 @@ def run(
     folder = checkpoint_path(model) if model == "tiny" else Path(model)
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise NLDError(f"MODEL={model}: no {name} there; allowed: a checkpoint's folder, or tiny")
+            raise NLDError(f"MODEL={model}: no {name} there; allowed: a checkpoint folder, or tiny")
     stream = Stream.read(data, held_out, Tokenizer.from_file(str(folder / "tokenizer.json")))
     train(folder, stream, settings, schedule, output or folder / "linear_spec_lora", resume, device)
 
@@ -52,13 +52,13 @@ def run(
 def train(
     folder: Path, stream: Stream, settings: Settings, schedule: Schedule, output: Path, resume: bool, device: str
 ) -> bool:
-    """Train with progress on standard error; write the adapter, and beside it the run with its curve.
+    """Train with progress on standard error; write the adapter, and next to it the run with its curve.
 
     Returns:
-        Whether the end is reached; else the time was up.
+        True if training is complete, False if time ran out.
 
     Raises:
-        NLDError: the checkpoint cannot be read, or the output does not suit.
+        NLDError: the checkpoint cannot be read, or the output folder is not suitable.
     """
     import torch
 
@@ -78,7 +78,7 @@ def train(
 
 
 def report(trainer: Trainer, finished: bool) -> None:
-    """Write ``curve.json`` (and ``curve.png``, if matplotlib is there), and say how it went."""
+    """Write ``curve.json`` (and ``curve.png``, if matplotlib is installed), and print a summary."""
     content = {
         "settings": trainer.settings.model_dump(),
         "block_length": trainer.block_length,
@@ -99,7 +99,7 @@ def report(trainer: Trainer, finished: bool) -> None:
     if finished:
         typer.echo(f"adapter: {trainer.output}")
     else:
-        typer.echo(f"time is up after {trainer.step} of {trainer.settings.steps} steps; --resume goes on")
+        typer.echo(f"time is up after {trainer.step} of {trainer.settings.steps} steps; --resume continues")
 
 
 def draw(curve: list[dict[str, Any]], path: Path) -> None:

@@ -1,10 +1,10 @@
-"""The most probable token of a row and its probability, without gathering a vocabulary's logits.
+"""The most probable token of a row and its probability, without gathering the logits of the whole vocabulary.
 
 With tensor parallelism every rank holds the head's rows of a share of the vocabulary. Gathering the logits moves
-``vocab`` numbers per row; a greedy draft needs the largest one, whose it is, and the normaliser. So every shard
-says three numbers per row, and every rank combines them in the same way.
+``vocab`` numbers per row; a greedy draft needs only the largest one, its token and the normalizer. So every shard sends
+three numbers per row, and every rank combines them in the same way.
 
-A draft adapter changes the hidden states that come in here; nothing in this module knows of it.
+A draft adapter changes the hidden states that are passed in; this module does not know about it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Best(NamedTuple):
     """The most probable tokens of some rows.
 
     Attributes:
-        tokens: int64 ``[rows]``; of equally probable ones the lowest id, as ``argmax`` over all logits has it.
+        tokens: int64 ``[rows]``; among equally probable ones the lowest id, like ``argmax`` over all logits.
         probability: float32 ``[rows]``.
     """
 
@@ -31,7 +31,7 @@ class Best(NamedTuple):
 
 
 def best_tokens(model: Any, hidden: Tensor) -> Best:
-    """Return the best tokens of hidden states ``[rows, hidden]``; the mask token never is one.
+    """Return the best tokens of hidden states ``[rows, hidden]``, never the mask token.
 
     Args:
         model: an :class:`vllm_nld.model.network.NLDForCausalLM`; all ranks must call this with the same hidden states.
@@ -58,13 +58,13 @@ def shard_summary(logits: Tensor, first_id: int) -> Tensor:
     """Return a shard's largest logit, its token id and the log of the shard's normaliser, float32 ``[rows, 3]``.
 
     Args:
-        logits: the shard's columns, ``[rows, columns]``, as for :func:`best_of`. There may be none: vLLM pads
-            vocabularies, and a small one lies in the first shards alone.
+        logits: the shard's columns, ``[rows, columns]``, as for :func:`best_of`. There may be none, because vLLM pads
+            vocabularies, and a small one fills only the first shards.
         first_id: token id of the first column. Ids below 2^24 are exact in float32.
     """
     if logits.shape[1] == 0:
         summary = logits.new_full((len(logits), 3), -torch.inf, dtype=torch.float32)
-        summary[:, 1] = 0.0  # an id; filling, unlike a tensor made on the host, waits for no device
+        summary[:, 1] = 0.0  # an id; filling does not wait for the device, unlike a tensor made on the host
         return summary
     tokens, largest, normaliser = ops.function("best_tokens", logits.device.type)(logits)
     return torch.stack((largest, (tokens + first_id).float(), normaliser), 1)
@@ -73,7 +73,7 @@ def shard_summary(logits: Tensor, first_id: int) -> Tensor:
 def combine(summaries: Tensor) -> Best:
     """Combine float32 ``[shards, rows, 3]``, shards in ascending order of their token ids."""
     largest, ids, normalisers = summaries.unbind(-1)
-    shard = largest.argmax(0, keepdim=True)  # the first of equal ones, which has the lowest ids
+    shard = largest.argmax(0, keepdim=True)  # among equal ones the first, which has the lowest ids
     tokens = ids.gather(0, shard).squeeze(0).long()
     probability = (largest.gather(0, shard).squeeze(0) - torch.logsumexp(normalisers, 0)).exp()
     return Best(tokens, probability)

@@ -1,9 +1,9 @@
-"""The draft adapter inside the model: two thin matrices a layer, and when they count.
+"""The draft adapter inside the model: two thin matrices per layer, and when they apply.
 
-On disk it is :mod:`vllm_nld.checkpoints.draft_lora`.
+:mod:`vllm_nld.checkpoints.draft_lora` handles its files.
 
-Whether a forward drafts is known from its metadata alone, as the attention mode is. The operator below is opaque to
-torch.compile, so one compiled graph serves both, and in a causal pass it returns at once.
+Only a forward's metadata says whether it drafts, as for the attention mode. The operator below is opaque to
+torch.compile, so one compiled graph serves both. In a causal pass the operator returns at once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vllm_nld.errors import NLDError
 class DraftAdapter(nn.Module):
     """One layer's share of the adapter.
 
-    Its matrices are buffers: vLLM's loader would miss parameters that are not among the checkpoint's tensors. With
-    tensor parallelism A is cut along its input, as the weight of the row-parallel ``o_proj`` is; the layer sums over
-    ranks behind both.
+    Its matrices are buffers, because vLLM's loader would report parameters that are not in the checkpoint as missing.
+    With tensor parallelism A is split along its input, like the weight of the row-parallel ``o_proj``. The layer sums
+    over ranks after both.
 
     Args:
-        rank: of the adapter.
+        rank: rank of the adapter.
         inputs: heads times head size, of this tensor-parallel rank.
-        outputs: the hidden size.
+        outputs: hidden size.
     """
 
     down: Tensor
@@ -41,7 +41,7 @@ class DraftAdapter(nn.Module):
         self.register_buffer("down", torch.zeros(inputs, rank), persistent=False)
         self.register_buffer("up", torch.zeros(rank, outputs), persistent=False)
         for matrix in (self.down, self.up):
-            # vLLM's reload expects so many elements from the checkpoint, and calls it a failure when they do not come.
+            # vLLM's reload expects this many elements from the checkpoint, and reports a failure if they are missing.
             matrix.weight_loader_numel = 0  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor, output: Tensor) -> None:
@@ -50,7 +50,7 @@ class DraftAdapter(nn.Module):
 
 
 def add_draft_adapter(hidden: Tensor, down: Tensor, up: Tensor, output: Tensor) -> None:
-    """Add ``hidden @ down @ up`` to ``output``, at the tokens that the forward's metadata names, if it names any."""
+    """Add ``hidden @ down @ up`` to ``output``, at the tokens named by the forward's metadata, if any."""
     metadata = get_forward_context().attn_metadata
     if not isinstance(metadata, dict):
         return
@@ -74,20 +74,21 @@ _library.define("add_draft_adapter(Tensor hidden, Tensor down, Tensor up, Tensor
 for _device in ("CPU", "CUDA"):
     _library.impl("add_draft_adapter", add_draft_adapter, dispatch_key=_device)
 torch.library.register_fake("vllm_nld::add_draft_adapter", lambda hidden, down, up, output: None)
-# Not torch.library.custom_op: its wrapper takes longer than all else that a causal pass does here.
+# Not torch.library.custom_op, whose wrapper takes longer than everything else that a causal pass does here.
 
 
 def is_being_captured(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured of what is done with a tensor."""
+    """Whether operations on a tensor are being captured in a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def leave_adapter_out_of_graphs(compilation_config: Any) -> None:
-    """Have vLLM cut the model's graph at the operator, so that no piecewise CUDA graph holds it; idempotent.
+    """Have vLLM split the model's graph at the operator, so that no piecewise CUDA graph contains it; idempotent.
 
-    Whether it does anything is decided whenever it runs; captured in a causal pass, it would never do anything again.
-    vLLM fills ``splitting_ops`` after the config hook and reads it when it compiles, so this is called in between,
-    when the model is made. Where it is empty, there are no piecewise graphs; a draft pass runs no graph at all.
+    The operator decides in every run whether to do anything. If it were captured in a causal pass, it would never do
+    anything again. vLLM fills ``splitting_ops`` after the config hook and reads it when it compiles, so this is called
+    in between, when the model is made. If it is empty, there are no piecewise graphs; a draft pass runs no graph at
+    all.
     """
     operators = compilation_config.splitting_ops
     if operators and OPERATOR not in operators:
@@ -95,13 +96,13 @@ def leave_adapter_out_of_graphs(compilation_config: Any) -> None:
 
 
 def load_adapter(adapter: DraftLoRA, model: nn.Module, shard: int, shards: int) -> None:
-    """Fill a model's :class:`DraftAdapter` modules, the scale multiplied into B in float32.
+    """Fill a model's :class:`DraftAdapter` modules. The scale is multiplied into B in float32.
 
     Args:
-        adapter: on disk.
-        model: whose adapter modules are named ``...layers.N....draft_adapter``.
+        adapter: the adapter's files.
+        model: its adapter modules are named ``...layers.N....draft_adapter``.
         shard: this process's tensor-parallel rank.
-        shards: how many there are.
+        shards: number of tensor-parallel ranks.
     """
     from vllm.model_executor.models.utils import extract_layer_index
 

@@ -1,4 +1,4 @@
-"""Checks and defaults before any weight loads: what vLLM calls ``verify_and_update_config`` for this architecture."""
+"""Checks and defaults before any weight loads: vLLM's hook ``verify_and_update_config`` for this architecture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vllm_nld.vllm_glue import registration, scheduling, workers
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
-"""On CPUs alone so far: what GPU backends do with float8 was never run."""
+"""Only on CPUs so far: float8 was not run with GPU backends."""
 
 
 class NLDEngineConfig:
     """vLLM's per-architecture hook (``vllm/model_executor/models/config.py: MODELS_CONFIG_MAP``).
 
     Attributes:
-        upstream: the hook that vLLM itself has for the architecture, if it serves it.
+        upstream: vLLM's own hook for the architecture, if it has one.
         upstream_serves: whether vLLM itself registers the architecture.
     """
 
@@ -33,7 +33,7 @@ class NLDEngineConfig:
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: Any) -> None:
-        """Nothing to do before the engine's options are known."""
+        """Do nothing: the engine's options are not known yet."""
         if cls.upstream is not None:
             cls.upstream.verify_and_update_model_config(model_config)
 
@@ -42,7 +42,7 @@ class NLDEngineConfig:
         """Refuse what cannot work and fill in defaults.
 
         Raises:
-            NLDError: an option, the checkpoint, or a combination is unsuitable; the message names it.
+            NLDError: an option, the checkpoint, or a combination is not suitable; the message names it.
         """
         if cls.upstream_serves and not _asks_for_this_extension(vllm_config):
             if cls.upstream is not None:
@@ -78,7 +78,7 @@ def _asks_for_this_extension(vllm_config: Any) -> bool:
 
 
 def _use_own_model(model_config: Any) -> None:
-    """Point vLLM's model loader at this extension's model, under a name nobody else registers."""
+    """Point vLLM's model loader at this extension's model, under a name that only this extension registers."""
     if not isinstance(model_config.hf_config, NemotronLabsDiffusionConfig):
         config = NemotronLabsDiffusionConfig.from_dict(model_config.hf_config.to_dict())
         model_config.hf_config = model_config.hf_text_config = config
@@ -105,7 +105,7 @@ def _check_stages(vllm_config: Any) -> None:
     if stages > 1 and device == "cpu" and vllm_config.model_config.enforce_eager:
         raise NLDError(
             f"enforce_eager=True with pipeline_parallel_size={stages} on a CPU: vLLM makes the buffers between stages "
-            "in a warm-up, which its CPU worker leaves out for eager models; leave enforce_eager out"
+            "in a warm-up, which its CPU worker skips for eager models; leave enforce_eager out"
         )
 
 
@@ -118,7 +118,7 @@ def _check_speculation(vllm_config: Any) -> None:
         )
     if parallel.use_ray and not workers.ray_executor_runs_workers():
         raise NLDError(
-            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 with self-speculation: vLLM's older Ray executor goes past the worker, "
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 with self-speculation: vLLM's older Ray executor bypasses the worker, "
             "which then cannot park requests; set it to 1"
         )
     _check_cache(vllm_config)
@@ -132,7 +132,7 @@ def _check_speculation(vllm_config: Any) -> None:
 
 
 def _check_budget(vllm_config: Any) -> None:
-    """Refuse a budget below a block where a cached prompt would never be admitted, or a draft forward would not fit."""
+    """Refuse a budget below a block if a cached prompt would never be admitted, or a draft forward would not fit."""
     scheduler = vllm_config.scheduler_config
     block = 1 + vllm_config.speculative_config.num_speculative_tokens
     if scheduler.max_num_batched_tokens < block and not scheduling.schedules_blocks(scheduler):
@@ -141,7 +141,7 @@ def _check_budget(vllm_config: Any) -> None:
             f"scheduler_cls={scheduler.scheduler_cls!r}: vLLM pads a request with one token to compute to a block of "
             f"{block} tokens, which would never fit; use at least {block}, or leave scheduler_cls out"
         )
-    # A forward runs a block whole. vLLM compiles the model, and makes what LoRAs need, for so many tokens and no more.
+    # A forward runs whole blocks. vLLM compiles the model, and makes the LoRA buffers, for at most this many tokens.
     if scheduler.max_num_batched_tokens < block and (
         vllm_config.device_config.device_type != "cpu" or vllm_config.lora_config is not None
     ):
@@ -153,9 +153,9 @@ def _check_budget(vllm_config: Any) -> None:
 
 
 def _check_cache(vllm_config: Any) -> None:
-    """Refuse a KV cache that the draft pass cannot read, whether the user asks for it or the checkpoint."""
+    """Refuse a KV cache that the draft pass cannot read, whether the user or the checkpoint asks for it."""
     chosen, asked = vllm_config.cache_config.cache_dtype, cache_scheme(vllm_config.model_config.hf_config)
-    # vLLM itself finds a compressed-tensors checkpoint's scheme when it makes the layers, and then takes fp8.
+    # vLLM reads a compressed-tensors checkpoint's scheme only when it makes the layers, and then uses fp8.
     cache_dtype = "fp8" if chosen == "auto" and isinstance(asked, dict) else chosen
     on_cpu = vllm_config.device_config.device_type == "cpu"
     allowed = CACHE_DTYPES + (FLOAT8_CACHE_DTYPES if on_cpu else ())
@@ -173,7 +173,7 @@ def _check_cache(vllm_config: Any) -> None:
 
 
 def cache_scheme(hf_config: Any) -> Any:
-    """Return what a checkpoint's quantization config says of the KV cache: a dict, a name, or None."""
+    """Return the KV cache entry of a checkpoint's quantization config: a dict, a name, or None."""
     quantization = getattr(hf_config, "quantization_config", None) or getattr(hf_config, "compression_config", None)
     if not isinstance(quantization, dict):
         return None
@@ -186,9 +186,9 @@ def cache_scheme(hf_config: Any) -> Any:
 
 
 def _check_weights(vllm_config: Any) -> None:
-    """Compare a local checkpoint's tensor headers with its config; other sources are checked while they load.
+    """Compare a local checkpoint's tensor headers with its config. Other sources are checked during loading.
 
-    vLLM makes ``vllm_config.quant_config`` after this hook; the model config knows the method already.
+    vLLM makes ``vllm_config.quant_config`` after this hook, but the model config already has the method.
     """
     model_config = vllm_config.model_config
     folder = Path(model_config.model)
@@ -197,7 +197,7 @@ def _check_weights(vllm_config: Any) -> None:
 
 
 def install(upstream_serves: bool) -> None:
-    """Put the hook into vLLM's map, in front of any hook that is there already."""
+    """Put the hook into vLLM's map, before any hook that is already there."""
     hooks = registration.model_config_hooks()
     if hooks.get(ARCHITECTURE) is not NLDEngineConfig:
         NLDEngineConfig.upstream = hooks.get(ARCHITECTURE)

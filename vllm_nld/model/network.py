@@ -1,7 +1,7 @@
-"""The NLD network on vLLM's own layers: quantization, tensor parallelism and torch.compile come from them.
+"""The NLD network, made of vLLM's own layers, which bring quantization, tensor parallelism and torch.compile.
 
-Only two things differ from vLLM's Mistral: the attention layer's backend knows draft passes
-(:mod:`vllm_nld.attention`), and the mask token is never a possible answer.
+Only two things differ from vLLM's Mistral: the attention backend also runs draft passes (:mod:`vllm_nld.attention`),
+and the mask token is never an answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm_nld.vllm_glue import cpu_repairs, layers
 class NLDAttention(nn.Module):
     """Grouped-query attention with YaRN and the llama-4 query scale.
 
-    The signature is what ``vllm.model_executor.models.llama.LlamaDecoderLayer`` passes.
+    Takes the arguments that ``vllm.model_executor.models.llama.LlamaDecoderLayer`` passes.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class NLDAttention(nn.Module):
         )
 
     def add_draft_adapter(self, rank: int) -> None:
-        """Make room for an adapter; with tensor parallelism the sum over ranks is taken behind it, once for both."""
+        """Make room for an adapter. With tensor parallelism, one sum over ranks follows projection and adapter."""
         self.draft_adapter = DraftAdapter(rank, self.q_size, self.o_proj.output_size)
         self.sums_itself = self.o_proj.tp_size > 1
         self.o_proj.reduce_results = not self.sums_itself
@@ -108,7 +108,7 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """NLD as vLLM's causal language model; the same object serves draft passes (:mod:`vllm_nld.draft_pass`).
 
     Attributes:
-        draft_lora: the adapter that drafts run with, on disk; the draft pass loads it.
+        draft_lora: the files of the adapter for drafts; the draft pass loads it.
     """
 
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"encoder.": "model.", "diffusion_head.": "lm_head."})
@@ -142,8 +142,8 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def shard_logits(self, hidden_states: Tensor) -> tuple[Tensor, int | None]:
         """Return this tensor-parallel rank's logits ``[tokens, columns]``, and the token id of their first column.
 
-        The mask token is at minus infinity. Padding is cut off: a small vocabulary may lie in the first shard alone.
-        Where all ranks have all logits, these are whole, and None is returned. See :mod:`vllm_nld.model.best_tokens`.
+        The mask token is at minus infinity. Padding is cut off; a small vocabulary may fill only the first shard. If
+        all ranks have all logits, the result is all of them, and None. See :mod:`vllm_nld.model.best_tokens`.
         """
         logits = layers.ungathered_logits(self, hidden_states) if self.lm_head.tp_size > 1 else None
         if logits is None:

@@ -1,4 +1,4 @@
-"""Engine options under which self-speculation cannot be right, or would be lossy: refused by name at start-up."""
+"""Refuses engine options at start-up under which self-speculation would be wrong or lossy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from vllm_nld.errors import NLDError
 from vllm_nld.vllm_glue import workers
 
 LOSSLESS = "standard"
-"""The only ``rejection_sample_method`` whose text is the target's, and which vLLM's V1 runner carries out."""
+"""The only ``rejection_sample_method`` that gives the target's text and that vLLM's V1 runner implements."""
 
 
 def check_speculation_can_be_right(vllm_config: Any) -> None:
-    """Refuse what a draft pass, or the verification of its drafts, cannot be combined with.
+    """Refuse options that a draft pass, or the verification of its drafts, does not work with.
 
     Raises:
         NLDError: the message names the option.
@@ -27,7 +27,7 @@ def check_speculation_can_be_right(vllm_config: Any) -> None:
 def _check_runner(model_config: Any) -> None:
     if model_config.runner_type != "generate":
         raise NLDError(
-            f"runner={model_config.runner_type!r} with a speculative_config: such an engine generates nothing that "
+            f"runner={model_config.runner_type!r} with a speculative_config: such an engine generates no text that "
             "could be drafted; use runner='generate', or leave speculative_config out"
         )
 

@@ -1,7 +1,7 @@
-"""Keys of ``--speculative-config`` that mean nothing here are refused by name, not ignored.
+"""Refuses keys of ``--speculative-config`` that have no effect here, instead of ignoring them.
 
-They are vLLM's, for its own ways of drafting. Here the target model drafts for itself, so there is no draft model to be
-set up, and how drafts are made is an option of this extension.
+vLLM has them for its own draft methods. Here the target model drafts for itself, so there is no draft model to set up,
+and this extension's own options control how drafts are made.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from vllm_nld.errors import NLDError, shown
 
-HONOURED = ("model", "method", "num_speculative_tokens")
+HONORED = ("model", "method", "num_speculative_tokens")
 CHECKED_ELSEWHERE = ("rejection_sample_method", "synthetic_acceptance_rates", "synthetic_acceptance_length")
-"""How drafts are accepted; what is lossy is refused together with the engine's other options."""
+"""How drafts are accepted. Lossy values are refused together with the engine's other options."""
 FILLED_BY_VLLM = ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config")
 METHODS = (None, "custom_class")
 
@@ -39,12 +39,12 @@ _INSTEAD = {
 
 
 def check_speculative_keys(speculative: Any) -> None:
-    """Refuse what the user set in vLLM's ``SpeculativeConfig`` without effect; to be called before vLLM fills it in.
+    """Refuse keys of vLLM's ``SpeculativeConfig`` that the user set without effect. Call it before vLLM fills it.
 
-    A field that this extension has not heard of counts as one without effect.
+    A field that this extension does not know counts as one without effect.
 
     Raises:
-        NLDError: a key has another value than its default.
+        NLDError: the value of such a key is not its default.
     """
     if speculative.method not in METHODS:
         raise NLDError(
@@ -52,10 +52,10 @@ def check_speculative_keys(speculative: Any) -> None:
             "allowed: leave method out"
         )
     for field in dataclasses.fields(speculative):
-        if field.name in HONOURED + CHECKED_ELSEWHERE + FILLED_BY_VLLM:
+        if field.name in HONORED + CHECKED_ELSEWHERE + FILLED_BY_VLLM:
             continue
         value, default = getattr(speculative, field.name), default_of(field)
-        # vLLM's own mark of "not used", in a config that has been filled in and is copied.
+        # vLLM's own mark for "not used", in a copy of a config that was filled in.
         if value == default or (field.name.startswith("prompt_lookup") and value == 0):
             continue
         instead = _INSTEAD.get(field.name, "the target model drafts for itself")

@@ -1,9 +1,9 @@
-"""What a GPU can hold and how fast it decodes, on paper: a small cost model of the three modes.
+"""A small cost model of the three modes: what a GPU can hold and how fast it decodes.
 
-A forward is a sum of parts: the layers' products, the output layer's, attention, the small operators between them,
-passes over the logits, all-reduces, and the time in which kernels start and end. From forwards follow an AR step, a
-cycle of self-speculation (draft and verify) and a diffusion block. ``docs/scaling.md`` lists the assumptions and holds
-them against measurements. Decoding alone is modelled: no prefill, no waiting, all requests alike.
+A forward is a sum of parts: the matrix products of the layers and of the output layer, attention, the small operators
+between them, passes over the logits, all-reduces, and the start and end of kernels. Forwards make up an AR step, a
+cycle of self-speculation (draft and verify) and a diffusion block. ``docs/scaling.md`` lists the assumptions and
+compares them with measurements. Only decoding is modeled: no prefill, no waiting, and all requests alike.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from vllm_nld.errors import NLDError
 from vllm_nld.planning.gpus import FLOAT_BYTES, Gpu
 
 MEMORY_SHARE = 0.9
-"""Of a GPU's memory, what vLLM takes by default."""
+"""Share of a GPU's memory that vLLM takes by default."""
 PAGE = 16
 """Tokens of a KV page."""
 KERNELS = 10
-"""A layer: two norms, qkv, rotary, KV write, attention, output, gate and up, activation, down."""
+"""Kernels of a layer: two norms, qkv, rotary, KV write, attention, output, gate and up, activation, down."""
 PREFILL_CHUNK = 8192
 """Tokens of the largest step, which sizes the activations."""
 MAX_RUNNING = 1024
-"""Requests in a step, at most: where a search for the crossover ends."""
+"""Most requests in a step. The search for the crossover ends here."""
 
 AR_LOGIT_BYTES, DRAFT_LOGIT_BYTES, VERIFY_LOGIT_BYTES = 12, 28, 16
-"""Bytes moved per logit, written by the output layer in 16 bits. AR: that, a float32 copy, argmax. Verify: a gather
-more. Draft: a float32 copy, argmax, and the confidence's sum of exponentials."""
+"""Bytes moved per logit, written by the output layer in 16 bits. AR: that, a float32 copy, argmax. Verify: also a
+gather. Draft: a float32 copy, argmax, and the confidence's sum of exponentials."""
 AR_LOGIT_SPACE, BLOCK_LOGIT_SPACE = 6, 10
-"""Bytes held per logit: 16 bits and the float32 copy; for drafts the exponentials, too."""
+"""Bytes held per logit: 16 bits and the float32 copy; for drafts also the exponentials."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a checkpoint, in its config's words."""
+    """Sizes of a checkpoint, named as in its config."""
 
     vocab_size: int
     hidden_size: int
@@ -55,12 +55,12 @@ class ModelShape:
 
     @cached_property
     def norm_weights(self) -> int:
-        """Weights of all norms; every GPU has them all."""
+        """Weights of all norms. Every GPU has all of them."""
         return (2 * self.layers + 1) * self.hidden_size
 
     @cached_property
     def head_weights(self) -> int:
-        """Weights of the output layer, and as many of the embedding."""
+        """Weights of the output layer. The embedding has as many."""
         return self.vocab_size * self.hidden_size
 
     @property
@@ -70,22 +70,22 @@ class ModelShape:
         return matrices + self.norm_weights
 
     def kv_bytes_per_token(self, bytes_per_value: int, tp: int = 1) -> int:
-        """Bytes of keys and values of one token on one of ``tp`` GPUs; fewer heads than GPUs are repeated."""
+        """Bytes of keys and values of one token on one of ``tp`` GPUs. Fewer heads than GPUs are repeated."""
         return 2 * self.layers * max(1, self.kv_heads // tp) * self.head_dim * bytes_per_value
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model on a number of GPUs, as vLLM would be started.
+    """A model on a number of GPUs, as vLLM would run it.
 
     Attributes:
         tp: GPUs that share each layer.
-        dtype: of the layers' weights; fp8 leaves embedding, output layer and activations in bfloat16.
-        kv_dtype: of keys and values.
+        dtype: type of the layers' weights; with fp8, embedding, output layer and activations stay in bfloat16.
+        kv_dtype: type of keys and values.
         context: cached tokens per request.
 
     Raises:
-        NLDError: a combination that does not exist; the option is named.
+        NLDError: the combination is impossible; the message names the option.
     """
 
     model: ModelShape
@@ -117,7 +117,7 @@ class Setup:
 
     @property
     def wide_bytes(self) -> int:
-        """Bytes of a value of that type."""
+        """Bytes of a value of the wide type."""
         return FLOAT_BYTES[self.wide_dtype]
 
     @property
@@ -134,7 +134,7 @@ class Setup:
         return shared / self.tp + model.norm_weights * self.wide_bytes
 
     def on(self, tp: int) -> Setup:
-        """Return the same with another number of GPUs."""
+        """Return a copy with another number of GPUs."""
         return Setup(self.model, self.gpu, tp, self.dtype, self.kv_dtype, self.context)
 
 
@@ -168,7 +168,7 @@ def forward(setup: Setup, requests: int, rows: int, logit_rows: float, logit_byt
         setup: model and GPUs.
         requests: requests in the batch.
         rows: tokens of each request.
-        logit_rows: of these, how many reach the output layer.
+        logit_rows: how many of these reach the output layer.
         logit_bytes: bytes moved per logit afterwards.
     """
     model, gpu, tp = setup.model, setup.gpu, setup.tp
@@ -196,7 +196,7 @@ def forward(setup: Setup, requests: int, rows: int, logit_rows: float, logit_byt
 
 
 def _collectives(setup: Setup, tokens: float, logits: float) -> float:
-    """Return seconds of the all-reduces (two a layer and the embedding's), and of gathering the logits on one GPU."""
+    """Return seconds of the all-reduces (two per layer, one for the embedding), and of gathering the logits."""
     if setup.tp == 1:
         return 0.0
     others = (setup.tp - 1) / setup.tp
@@ -207,14 +207,14 @@ def _collectives(setup: Setup, tokens: float, logits: float) -> float:
 
 
 @dataclass(frozen=True)
-class Mode:
+class PlannedMode:
     """A way of decoding.
 
     Attributes:
         name: ``ar``, ``self_speculation`` or ``diffusion``.
         block: block length in tokens, seed included; 1 for AR.
-        yields: tokens per AR step (1), per cycle (the acceptance length), or per forward of a diffusion block, its
-            commit counted (TPF).
+        yields: tokens per AR step (1), per cycle (the acceptance length), or per forward of a diffusion block, with its
+            commit (TPF).
     """
 
     name: str
@@ -227,17 +227,17 @@ class Mode:
         return self.name if self.block == 1 else f"{self.name} {self.block}"
 
 
-AR = Mode("ar")
+AR = PlannedMode("ar")
 
 
 def acceptance_at(length: float, trained_block: int, block: int) -> float:
-    """Return the acceptance length of another block length, drafts being accepted with one probability each.
+    """Return the acceptance length at another block length, if each draft is accepted with the same probability ``a``.
 
-    With it, the acceptance length is ``1 + a + a^2 + ...`` over the block's positions. Published lengths of the 8B
-    model at 8, 16 and 32 agree with that to within 5 %.
+    The acceptance length is then ``1 + a + a^2 + ...`` over the block's positions. Published lengths of the 8B model at
+    8, 16 and 32 agree with this to within 5 %.
 
     Raises:
-        NLDError: ``length`` is not one that blocks of ``trained_block`` can have.
+        NLDError: blocks of ``trained_block`` tokens cannot have this ``length``.
     """
     if not 1 <= length <= trained_block:
         raise NLDError(f"--acceptance {length}: allowed are 1 to {trained_block}, the checkpoint's block length")
@@ -252,10 +252,10 @@ def acceptance_at(length: float, trained_block: int, block: int) -> float:
     return expected(high, block)
 
 
-def passes(setup: Setup, mode: Mode, requests: int) -> list[tuple[str, float, Forward]]:
+def passes(setup: Setup, mode: PlannedMode, requests: int) -> list[tuple[str, float, Forward]]:
     """Return what one step of a mode runs: (name, how often, cost).
 
-    A step is an AR step, a cycle of self-speculation, or all forwards that fill and commit one diffusion block.
+    A step is an AR step, a cycle of self-speculation, or all forwards that fill and commit a diffusion block.
     """
     if mode.name == "ar":
         return [("step", 1, forward(setup, requests, 1, 1, AR_LOGIT_BYTES))]
@@ -263,7 +263,7 @@ def passes(setup: Setup, mode: Mode, requests: int) -> list[tuple[str, float, Fo
     if mode.name == "self_speculation":
         draft = forward(setup, requests, mode.block, mode.block - 1, DRAFT_LOGIT_BYTES)
         return [("draft", 1, draft), ("verify", 1, causal)]
-    # The masked positions, which alone need logits, get fewer from forward to forward: half of the block on average.
+    # Only masked positions need logits, and each forward leaves fewer of them: half of the block on average.
     denoise = forward(setup, requests, mode.block, mode.block / 2, DRAFT_LOGIT_BYTES)
     return [("denoise", mode.block / mode.yields - 1, denoise), ("commit", 1, causal)]
 
@@ -273,13 +273,13 @@ class Estimate:
     """Speed of one mode at one concurrency.
 
     Attributes:
-        concurrency: requests that are there; ``running``: of these, how many fit.
+        concurrency: requests at once; ``running``: how many of them fit.
         step_seconds: an AR step, a cycle, or a whole diffusion block.
         tokens_per_step: tokens that a request gets from it.
         longest: the part of a forward that takes longest.
     """
 
-    mode: Mode
+    mode: PlannedMode
     tp: int
     concurrency: int
     running: int
@@ -303,8 +303,8 @@ class Estimate:
         return self.tokens_per_second / self.tp
 
 
-def estimate(setup: Setup, mode: Mode, concurrency: int) -> Estimate:
-    """Return the speed of a mode; requests that do not fit wait, and those that do share the GPU."""
+def estimate(setup: Setup, mode: PlannedMode, concurrency: int) -> Estimate:
+    """Return the speed of a mode. Requests that do not fit wait; the others share the GPU."""
     running = min(concurrency, memory(setup, mode, concurrency).requests)
     parts = passes(setup, mode, max(1, running))
     seconds = sum(times * (cost.seconds + setup.gpu.host_seconds) for _, times, cost in parts)
@@ -317,10 +317,10 @@ class Memory:
     """Bytes on one GPU.
 
     Attributes:
-        weights, activations, reserved: taken before there is a request; activations are those of a prefill chunk.
-        blocks: logits and activations of the rows that requests decode, of ``concurrency`` requests or all that fit.
-        kv_tokens: tokens whose keys and values fit beside them.
-        requests: requests of ``context`` tokens, and an open block each, that fit at once; 0: the model does not fit.
+        weights, activations, reserved: taken before the first request; activations are those of a prefill chunk.
+        blocks: logits and activations of decoded rows, for ``concurrency`` requests or as many as fit.
+        kv_tokens: tokens whose keys and values fit next to them.
+        requests: requests of ``context`` tokens, with an open block each, that fit at once. 0: the model does not fit.
     """
 
     weights: float
@@ -337,8 +337,8 @@ class Memory:
         return self.requests > 0
 
 
-def memory(setup: Setup, mode: Mode, concurrency: int) -> Memory:
-    """Return what one GPU holds. Logits are gathered, so sharing the layers does not share them."""
+def memory(setup: Setup, mode: PlannedMode, concurrency: int) -> Memory:
+    """Return what one GPU holds. Logits are gathered, so tensor parallelism does not split them."""
     model = setup.model
     shared = 2 * model.intermediate_size + model.head_dim * (model.heads + 2 * model.kv_heads)
     row = (4 * model.hidden_size + shared / setup.tp) * setup.wide_bytes
@@ -361,11 +361,11 @@ def memory(setup: Setup, mode: Mode, concurrency: int) -> Memory:
     )
 
 
-def crossover(setup: Setup, mode: Mode) -> tuple[int | None, int]:
-    """Return the least concurrency at which AR yields at least as many tokens/s as ``mode``, and how far was searched.
+def crossover(setup: Setup, mode: PlannedMode) -> tuple[int | None, int]:
+    """Return the lowest concurrency at which AR yields at least as many tokens/s as ``mode``, and the highest searched.
 
-    None: there is none among the concurrencies that fit in both modes. It need not stay so above: with long
-    contexts both modes end up reading KV, which a cycle does for several tokens at once.
+    The first is None if there is none among the concurrencies that fit in both modes. AR may be slower again at higher
+    concurrency: with long contexts both modes mostly read KV, and a cycle reads it for several tokens at once.
     """
     limit = min(MAX_RUNNING, *(memory(setup, each, MAX_RUNNING).requests for each in (AR, mode)))
     for requests in range(1, limit + 1):

@@ -1,4 +1,4 @@
-"""GPUs that ``vllm-nld plan`` knows: what their makers state, and how much of it a decoder reaches.
+"""GPUs that ``vllm-nld plan`` knows: their makers' figures, and the share that a decoder reaches.
 
 Rates are dense (without structured sparsity). Link bandwidth is per direction and GPU, inside one node.
 """
@@ -20,19 +20,19 @@ NVLINK_LATENCY, PCIE_LATENCY = 8e-6, 25e-6
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, and its link to the others of a node.
+    """One GPU, and its link to the other GPUs of a node.
 
     Attributes:
-        name: as in ``--gpu``.
+        name: the value of ``--gpu``.
         memory: bytes.
         bandwidth: memory bandwidth, bytes/s.
         flops: floating point operations/s of a matrix product, by type of the weights.
-        link_bandwidth: bytes/s to the other GPUs, one direction; 0: not known.
-        link_latency: seconds of a collective operation beside its bytes.
-        bandwidth_share, flops_share: what a large kernel reaches of the two rates.
-        kernel_seconds: start and end of one kernel, in which memory and arithmetic units idle.
-        host_seconds: an engine step outside its forward: scheduling, preparation, sampling's bookkeeping.
-        reserved: bytes that neither weights, activations nor KV may have: driver, CUDA graphs, libraries.
+        link_bandwidth: bytes/s to the other GPUs, in one direction; 0: not known.
+        link_latency: seconds of a collective operation in addition to moving its bytes.
+        bandwidth_share, flops_share: share of the two rates that a large kernel reaches.
+        kernel_seconds: start and end of one kernel, during which memory and arithmetic units are idle.
+        host_seconds: an engine step outside its forward: scheduling, preparation, bookkeeping after sampling.
+        reserved: bytes that weights, activations and KV cannot use: driver, CUDA graphs, libraries.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Gpu:
     reserved: float = 2e9
 
     def rate(self, dtype: str) -> float:
-        """Return FLOP/s that a large product of this type reaches.
+        """Return the FLOP/s that a large product of this type reaches.
 
         Raises:
             NLDError: the GPU has no such units.
@@ -68,7 +68,7 @@ class Gpu:
         return float((arithmetic**2 + reads**2) ** 0.5)
 
     def read_seconds(self, moved: float) -> float:
-        """Return the seconds in which so many bytes are read or written."""
+        """Return the seconds that reading or writing ``moved`` bytes takes."""
         return moved / (self.bandwidth * self.bandwidth_share)
 
 

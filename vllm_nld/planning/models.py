@@ -1,8 +1,8 @@
-"""The released NLD models: their sizes, how many drafts of theirs are accepted, and speeds that others published.
+"""The released NLD models: their sizes, how many of their drafts are accepted, and published speeds.
 
 Every figure names its source. "Paper": the models' technical report and cards. "SGLang study": the public repository
-linyewei526/Nemotron-Labs-Diffusion, forward times and serving runs on one B200. All with the released draft LoRA, where
-not said otherwise.
+linyewei526/Nemotron-Labs-Diffusion, forward times and serving runs on one B200. All with the released draft LoRA,
+unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from vllm_nld.planning.cost_model import ModelShape
 
 @dataclass(frozen=True)
 class Yields:
-    """What a mode's forwards yield, as published.
+    """Published yields of a mode's forwards.
 
     Attributes:
         acceptance: acceptance length at the checkpoint's block length.
-        diffusion_tpf: tokens per forward of block diffusion at threshold 0.9, commits counted.
+        diffusion_tpf: tokens per forward of block diffusion at threshold 0.9, with commits.
     """
 
     acceptance: float
@@ -65,10 +65,10 @@ TINY_YIELDS = Yields(3.42, "benchmarks/README.md", 1.28, "benchmarks/README.md")
 def find_model(name: str) -> PlannedModel:
     """Return a model by name (3b, 8b, 14b, tiny), checkpoint folder, or Hugging Face id.
 
-    A checkpoint with the sizes of a released model has its published yields.
+    A checkpoint with the sizes of a released model gets its published yields.
 
     Raises:
-        NLDError: it is none of these, its config cannot be reached, or is no NLD config.
+        NLDError: it is none of these, or its config cannot be reached or is not an NLD config.
     """
     if name in RELEASED:
         return RELEASED[name]
@@ -77,7 +77,7 @@ def find_model(name: str) -> PlannedModel:
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise NLDError(f"MODEL={name}: no config.json there; allowed: a checkpoint's folder, {_names()}")
+            raise NLDError(f"MODEL={name}: no config.json there; allowed: a checkpoint folder, {_names()}")
         shape = _read(name, folder / "config.json")
     else:
         shape = _read(name, _download(name))
@@ -91,14 +91,14 @@ def _names() -> str:
 
 def _download(name: str) -> Path:
     """Return the local copy of a Hugging Face repository's config."""
-    hint = f"allowed: a checkpoint's folder, {_names()}, or a Hugging Face id whose config.json can be reached"
+    hint = f"allowed: a checkpoint folder, {_names()}, or a Hugging Face id whose config.json can be reached"
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise NLDError(f"MODEL={name}: no such folder; {hint}")
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(name, "config.json", etag_timeout=5))
-    except Exception as error:  # network, repository, token, cache: whatever it is, the config is out of reach
+    except Exception as error:  # network, repository, token, cache: in any case the config cannot be reached
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NLDError(f"MODEL={name}: config.json cannot be reached ({reason}); {hint}") from None
 
@@ -113,7 +113,7 @@ def _read(name: str, path: Path) -> ModelShape:
             raise ValueError(f"model_type={raw.get('model_type')!r}, but {MODEL_TYPE!r} is needed")
         config = NemotronLabsDiffusionConfig(**raw)
     except (OSError, ValueError, AttributeError) as error:
-        raise NLDError(f"MODEL={name}: {path} is no config of an NLD model: {error}") from None
+        raise NLDError(f"MODEL={name}: {path} is not the config of an NLD model: {error}") from None
     return ModelShape(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -130,13 +130,13 @@ def _read(name: str, path: Path) -> ModelShape:
 
 @dataclass(frozen=True)
 class Published:
-    """A speed that someone published.
+    """A published speed.
 
     Attributes:
         quantity: ``forward ms`` of one forward over blocks, ``tokens/s`` of one request or ``total tokens/s`` of all.
-        mode: as :class:`vllm_nld.planning.cost_model.Mode` names it.
-        yields: acceptance length of that run; 0 where it does not matter.
-        context: cached tokens per request; where it was not stated, a guess that hardly matters.
+        mode: as :class:`vllm_nld.planning.cost_model.PlannedMode` names it.
+        yields: acceptance length of that run; 0 if it does not matter.
+        context: cached tokens per request; a guess where it was not published, which hardly matters.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""``--gpu here``: this machine's rates, by a few seconds of matrix products."""
+"""``--gpu here``: this machine's rates, measured by a few seconds of matrix products."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ MEASURED = ("bfloat16", "float16", "float32")
 ROWS = 512
 """Rows of the product that is limited by arithmetic."""
 SHAPE, MATRICES = (18432, 3072), 8
-"""Weights of a product, and how many such take turns: 0.9 GB in bfloat16, so that none is found in a cache."""
+"""Shape of a weight, and how many such weights take turns: 0.9 GB in bfloat16, so that no cache holds one."""
 BUDGET = 2.0
 """Seconds for each of the three measurements."""
 CPU_HOST_SECONDS = 1e-3
-"""An engine step outside its forward on a CPU: not measured here, it needs an engine."""
+"""Seconds of an engine step outside its forward on a CPU. Not measured here, because that needs an engine."""
 
 
 def calibrate(dtype: str) -> Gpu:
-    """Measure this machine: memory bandwidth by products with one row, FLOP/s by some with many, and a kernel's start.
+    """Measure this machine: memory bandwidth by products with one row, FLOP/s with many rows, and a kernel's start.
 
-    On a CPU the products are vLLM's own, if it is installed, since those are what the model will run. All cores that
-    PyTorch uses take part. Links between devices are not measured.
+    On a CPU the products are vLLM's, if it is installed, since the model will run those. All cores that PyTorch uses
+    take part. Links between devices are not measured.
 
     Args:
-        dtype: of the weights; the rates of others are not measured.
+        dtype: type of the weights; rates of other types are not measured.
 
     Raises:
-        NLDError: no such products are measured.
+        NLDError: products of this type cannot be measured.
     """
     import torch
 
@@ -52,7 +52,7 @@ def calibrate(dtype: str) -> Gpu:
         memory=torch.cuda.get_device_properties(0).total_memory if gpu else _main_memory(),
         bandwidth=bandwidth,
         flops={dtype: flops},
-        bandwidth_share=1.0,  # these rates are reached, not stated
+        bandwidth_share=1.0,  # these rates are measured, not stated by the maker
         flops_share=1.0,
         kernel_seconds=3e-6 if gpu else kernel,  # CUDA graphs start kernels without the host
         host_seconds=0.5e-3 if gpu else CPU_HOST_SECONDS,
@@ -80,7 +80,7 @@ def _rates(torch: Any, device: str, dtype: str) -> tuple[float, float]:
 
 
 def _vllm_product(layer: Any) -> Callable[[Any], Any]:
-    """Return vLLM's product with the layer's weights, or PyTorch's where vLLM has none."""
+    """Return vLLM's product with the layer's weights, or PyTorch's if vLLM has none."""
     import torch
 
     try:
@@ -95,7 +95,7 @@ def _vllm_product(layer: Any) -> Callable[[Any], Any]:
 
 
 def _kernel_seconds(torch: Any, device: str) -> float:
-    """Return the seconds of an operator that has next to nothing to do."""
+    """Return the seconds of an operator with next to nothing to do."""
     layer = torch.nn.Linear(64, 64, bias=False, device=device)
     row = torch.zeros(1, 64, device=device)
 
@@ -109,9 +109,9 @@ def _kernel_seconds(torch: Any, device: str) -> float:
 
 
 def _median_seconds(call: Callable[[], Any], device: str) -> float:
-    """Return the seconds of a call: the median of those in ``BUDGET`` seconds after a first, of five at least.
+    """Return the seconds of a call: the median of at least five, over ``BUDGET`` seconds, after one warm-up call.
 
-    The median, since that is what a benchmark of the engine states: on a shared machine the fastest call is a rare one.
+    The median, because benchmarks of the engine also state it. On a shared machine the fastest call is rare.
     """
     import torch
 
@@ -131,7 +131,7 @@ def _main_memory() -> float:
 
 
 def find_gpu(name: str, dtype: str) -> Gpu:
-    """Return a GPU by name; ``here`` is measured now, with weights of type ``dtype``.
+    """Return a GPU by name; ``here`` measures this machine now, with weights of type ``dtype``.
 
     Raises:
         NLDError: the name is unknown, or the type is not measured here.

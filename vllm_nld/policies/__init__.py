@@ -1,8 +1,8 @@
 """Selection policies of block diffusion: which masked positions a denoising forward commits. One file a policy.
 
 To add one: write its file, and name it in ``POLICIES`` below. Options, admission, the draft pass, the table in
-``docs/modes.md`` and the tests read the registry. The reference (:mod:`vllm_nld.reference.diffusion`) keeps a twin of
-its own; a test fails until it has one.
+``docs/modes.md`` and the tests read the registry. The reference (:mod:`vllm_nld.reference.diffusion`) has its own
+version of each policy, and a test fails until the new one is there.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from vllm_nld.policies.top_k import TopK
 POLICIES: dict[str, Policy] = {
     policy.name: policy for policy in (ConfidenceThreshold(), TopK(), LeftToRight(), EntropyBudget(), Learned())
 }
-"""By the name that ``nld.sampler`` gives; the first one is the default."""
+"""Policies by their name in ``nld.sampler``; the first is the default."""
 
 OPTIONS: dict[str, Option] = {option.name: option for policy in POLICIES.values() for option in policy.options}
-"""All options of policies, by name; policies may share one."""
+"""All options of policies by name. Policies may share an option."""
 
 __all__ = ["OPTIONS", "POLICIES", "Option", "Policy", "Rows", "policies_with"]
 
 
 def policies_with(option: str) -> tuple[str, ...]:
-    """Return the names of the policies that read an option; empty if it is no policy's."""
+    """Return the names of the policies that read an option; empty if none does."""
     return tuple(name for name, policy in POLICIES.items() if any(own.name == option for own in policy.options))

@@ -1,4 +1,4 @@
-"""What a selection policy is, and what its methods are given."""
+"""The protocol of a selection policy, and the arguments of its methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Need = Literal["entropy", "learned"]
-"""What a policy judges besides confidence: a position's entropy, or the learned sampler's score."""
+"""Values that a policy may need besides confidence: a position's entropy, or the learned sampler's score."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Option:
         name: the key.
         type: its type, for pydantic.
         default: its default.
-        bounds: pydantic's ``ge`` and ``le``.
+        bounds: the arguments ``ge`` and ``le`` of pydantic.
         description: what it does; shown in the documentation.
     """
 
@@ -40,8 +40,8 @@ class Rows:
         masked: bool ``[rows, length]``, the undecided positions.
         confidence: float32 ``[rows, length]``, the chosen token's probability.
         entropy: float32 ``[rows, length]``, nats, if the policy needs it.
-        learned: float32 ``[rows, length]``, the learned sampler's scores, if the policy needs them: 1 where a commit
-            should change nothing.
+        learned: float32 ``[rows, length]``, the learned sampler's scores, if the policy needs them: 1 where committing
+            the token should change nothing.
         values: each row's values of the policy's options.
         passes: forwards that each row's block has taken before this one.
         max_steps: forwards that each row's block may take; None: no limit.
@@ -60,9 +60,9 @@ class Rows:
         return torch.tensor([float(own[option]) for own in self.values])[:, None]
 
     def quotas(self) -> Tensor:
-        """Return how many positions a fixed count commits, int64 ``[rows, 1]``.
+        """Return how many positions to commit with a fixed count, int64 ``[rows, 1]``.
 
-        ``tokens_per_step``; if that is None, an even share of the positions over the forwards that are left, or 1.
+        ``tokens_per_step``; if that is None, an even share of the positions over the remaining forwards, or 1.
         """
         quotas = []
         for own, masked, passes, steps in zip(self.values, self.masked, self.passes, self.max_steps, strict=True):
@@ -74,29 +74,29 @@ class Rows:
 
 
 class Policy(Protocol):
-    """One policy. It commits at least one masked position of every row, or a block would never be done."""
+    """One policy. It commits at least one masked position of every row, or a block would never finish."""
 
     @property
     def name(self) -> str:
-        """What ``nld.sampler`` calls it."""
+        """Its name in ``nld.sampler``."""
 
     @property
     def options(self) -> Sequence[Option]:
-        """The options that it reads: declared to users, checked at admission, handed to :meth:`select`."""
+        """The options that it reads. They are declared to users, checked at admission and passed to :meth:`select`."""
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the draft pass must compute for it. Anything here costs the whole distribution of every position."""
+        """What the draft pass must compute for it. Each need takes the whole distribution of every position."""
 
     def select(self, rows: Rows) -> Tensor:
         """Return the positions to commit, bool ``[rows, length]``, a subset of ``rows.masked``.
 
-        Called after every forward, except in a block's last allowed one, which commits all that is left.
+        Called after every forward, except a block's last allowed one, which commits all remaining positions.
         """
 
 
 def ranks(masked: Tensor, score: Tensor) -> Tensor:
-    """Return each masked position's rank by descending score, int64 ``[rows, length]``; the others come last.
+    """Return each masked position's rank by descending score, int64 ``[rows, length]``; unmasked ones come last.
 
     Ties go to the left position.
     """

@@ -17,7 +17,7 @@ THRESHOLD = Option(
 
 
 def above_threshold(rows: Rows, score: Tensor) -> Tensor:
-    """Return the positions whose score reaches the threshold, and the one of highest confidence."""
+    """Return the positions whose score reaches the threshold, and the position of highest confidence."""
     return rows.masked & ((score >= rows.column(THRESHOLD.name)) | (ranks(rows.masked, rows.confidence) == 0))
 
 

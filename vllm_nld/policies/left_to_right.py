@@ -10,7 +10,7 @@ from vllm_nld.policies.top_k import TOKENS_PER_STEP
 
 
 class LeftToRight:
-    """Takes them by place."""
+    """Commits the leftmost positions first."""
 
     name = "left_to_right"
     options = (TOKENS_PER_STEP,)

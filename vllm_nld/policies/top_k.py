@@ -17,7 +17,7 @@ TOKENS_PER_STEP = Option(
 
 
 class TopK:
-    """Takes them by confidence."""
+    """Commits the positions of highest confidence first."""
 
     name = "top_k"
     options = (TOKENS_PER_STEP,)

@@ -1,4 +1,4 @@
-"""Dense, unpaged NLD in PyTorch: the oracle of the tests and the algorithm on one page."""
+"""Dense, unpaged NLD in PyTorch: the tests compare against it, and it shows the algorithm on one page."""
 
 from vllm_nld.reference.adapter import DraftAdapter
 from vllm_nld.reference.checkpoint import load_reference

@@ -1,4 +1,4 @@
-"""The draft adapter: a low-rank change of every layer's ``o_proj`` that only draft passes of self-speculation see."""
+"""The draft adapter: a low-rank change of every layer's ``o_proj`` that only draft passes of self-speculation apply."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_nld.config import NemotronLabsDiffusionConfig
 
 @dataclass
 class DraftAdapter:
-    """What is added to ``o_proj``: ``scale * B A x`` in each layer.
+    """The term that ``o_proj`` gains in each layer: ``scale * B A x``.
 
     Attributes:
         a: per layer ``[rank, heads * head_dim]``.
@@ -44,17 +44,18 @@ class DraftAdapter:
         return [*self.a, *self.b]
 
     def delta(self, layer: int, x: Tensor) -> Tensor:
-        """Return what ``o_proj`` of ``layer`` gains for its input ``x`` ``[..., heads * head_dim]``, in x's dtype."""
+        """Return the term that ``o_proj`` of ``layer`` gains for its input ``x`` ``[..., heads * head_dim]``, in its
+        dtype."""
         low = x.to(self.a[layer].dtype) @ self.a[layer].T
         return (self.scale * (low @ self.b[layer].T)).to(x.dtype)
 
     def to(self, device: str | torch.device) -> DraftAdapter:
-        """Return it on another device."""
+        """Return the adapter on another device."""
         return DraftAdapter([x.to(device) for x in self.a], [x.to(device) for x in self.b], self.scale)
 
     @classmethod
     def read(cls, folder: str | Path) -> DraftAdapter:
-        """Read what :meth:`write` writes; for the dense reference, which trusts its files."""
+        """Read what :meth:`write` wrote. For the dense reference, which does not check its files."""
         config = json.loads((Path(folder) / CONFIG_FILE).read_text())
         tensors = load_file(Path(folder) / WEIGHTS_FILE)
         layers = range(len(tensors) // 2)
@@ -88,6 +89,6 @@ class DraftAdapter:
             for matrix, tensors in ((0, self.a), (1, self.b))
             for layer, tensor in enumerate(tensors)
         }
-        # save_file would make a file that only its owner may read.
+        # save_file would make a file that only its owner can read.
         (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")

@@ -21,7 +21,7 @@ def load_reference(
         ValueError: a tensor is missing, unexpected or misshapen; the message names each.
     """
     folder = Path(folder)
-    # The released folders keep the draft adapter in a sub-folder, so a flat glob takes the base weights only.
+    # The released folders keep the draft adapter in a subfolder, so a flat glob finds only the base weights.
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors")
@@ -39,5 +39,6 @@ def load_reference(
     ]
     if problems:
         raise ValueError(f"{folder}: " + "; ".join(sorted(problems)))
-    model.load_state_dict(tensors)
+    # Every parameter is there; of tied ones a state dict has both names, the files have one.
+    model.load_state_dict(tensors, strict=False)
     return model.to(dtype).eval()

@@ -1,4 +1,4 @@
-"""Block diffusion, one request at a time, on the dense model, with every selection policy written out plainly."""
+"""Block diffusion, one request at a time, on the dense model, with a plain version of every selection policy."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def generate(
     learned: LearnedSampler | None = None,
     seed_first: bool = True,
 ) -> Generation:
-    """Block diffusion. NFE counts every denoising forward and each block's causal commit; the prefill is free.
+    """Block diffusion. NFE counts every denoising forward and each block's causal commit, but not the prefill.
 
-    A block of which only the first token is used (it ends the text) needs no commit, and none is counted.
+    A block that ends the text with its first token needs no commit, and none is counted.
 
     Args:
-        threshold: for the samplers ``confidence_threshold`` and ``learned``. Without a ``sampler``: a number means
-            ``confidence_threshold``, None means ``top_k`` with an even share of the block per step over
+        threshold: for the samplers ``confidence_threshold`` and ``learned``. Without a ``sampler``, a number means
+            ``confidence_threshold``, and None means ``top_k`` with an even share of the block per step over
             ``block_length`` steps, as in the released code.
-        sampler: ``confidence_threshold`` commits every position at least this sure, ``top_k`` the surest few,
-            ``left_to_right`` the leftmost few, ``entropy_budget`` the longest run by ascending entropy whose sum
-            without its largest is within the budget (nats), ``learned`` what a trained predictor is sure of. Each
-            commits at least one position per forward.
-        tokens_per_step: the few of ``top_k`` and ``left_to_right``; by default an even share over
+        sampler: ``confidence_threshold`` commits every position at least this sure, ``top_k`` the few surest,
+            ``left_to_right`` the few leftmost, ``entropy_budget`` the longest run in ascending order of entropy whose
+            sum without its largest member is within the budget (nats), ``learned`` the positions that a trained
+            predictor is sure of. Each commits at least one position per forward.
+        tokens_per_step: positions that ``top_k`` and ``left_to_right`` commit; by default an even share over
             ``max_denoising_steps``, or 1.
-        max_denoising_steps: the last of so many forwards commits all that is left.
-        seed_first: the causal pass decides a block's first token; else that position is denoised, too.
+        max_denoising_steps: most forwards per block. The last one commits all remaining positions.
+        seed_first: the causal pass decides a block's first token; else that position is also denoised.
     """
     block_length = block_length or model.config.block_size
     if sampler is None:
@@ -135,7 +135,7 @@ def _chosen(block: list[int], mask_id: int, logits: Tensor, tokens: Tensor, poli
         spent = [sum(entropy[row] for row in run[:count]) for count in range(len(run))]
         return [row for row, before in zip(run, spent, strict=True) if row == run[0] or before <= policy.entropy_budget]
     if policy.sampler not in ("top_k", "left_to_right"):
-        raise ValueError(f"{policy.sampler!r} is no such policy here")
+        raise ValueError(f"the reference has no policy {policy.sampler!r}")
     share = policy.tokens_per_step
     if share is None:
         share = 1 if policy.max_steps is None else -(-len(masked) // (policy.max_steps - forwards))

@@ -1,11 +1,11 @@
 """AR and linear self-speculation, one request at a time, on the dense model (block diffusion: ``diffusion.py``).
 
-Names and counting follow the released remote code. NFE counts model forwards; whether the prefill is among them
-differs by method and is stated in each docstring. Deliberate deviations from the released code:
+Names and counting follow the released remote code. NFE counts model forwards; each docstring says whether the prefill
+counts. Deliberate deviations from the released code:
 
-- the mask token is ruled out of every argmax and every sample (so ``threshold`` > 0 always makes progress);
+- the mask token is excluded from every argmax and every sample (so ``threshold`` > 0 always makes progress);
 - the output never exceeds ``max_new_tokens``, and the last block shrinks instead of overshooting;
-- a spent thinking budget puts ``end_think_token_id`` into output and context alike, once.
+- a spent thinking budget puts ``end_think_token_id`` into both output and context, once.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class ThinkingBudget:
 
 @dataclass
 class Generation:
-    """What a method returns.
+    """Result of a method.
 
     Attributes:
         ids: prompt and generated token ids.
         nfe: number of forwards, counted as the method's docstring says.
-        drafts: self-speculation only, the drafted block of each cycle, seed first.
+        drafts: self-speculation only, the drafted block of each cycle, with its seed as first token.
         accepted: self-speculation only, tokens emitted by each cycle (matches + 1), before clipping.
     """
 
@@ -110,7 +110,7 @@ def linear_spec_generate(
     generated = [seed]
     while seed not in eos and len(generated) < max_new_tokens:
         prefix = cache.length
-        # A cycle emits at most block_length tokens: near the end the block shrinks with what may still be emitted.
+        # A cycle emits at most block_length tokens. Near the end the block shrinks to the tokens that are left to emit.
         length = min(block_length, max_new_tokens - len(generated))
         block, forwards = draft_block(model, cache, seed, length, threshold, temperature, generator)
         verified = pick(model.causal(ids_tensor(model, block), cache)[0], temperature, generator).tolist()
@@ -139,7 +139,7 @@ def draft_block(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[list[int], int]:
-    """Return a drafted block of ``length`` tokens, seed first, and the draft forwards (adapter on) it took."""
+    """Return a drafted block of ``length`` tokens, seed first, and the number of draft forwards (adapter on)."""
     mask_id = model.config.mask_token_id
     block, forwards = [seed] + [mask_id] * (length - 1), 0
     while mask_id in block[1:]:
@@ -170,5 +170,5 @@ def eos_ids(model: ReferenceModel, eos_token_id: int | None) -> set[int]:
 
 
 def first_of(tokens: list[int], wanted: set[int]) -> int | None:
-    """Return the place of the first token that is one of ``wanted``, or None."""
+    """Return the index of the first token that is in ``wanted``, or None."""
     return next((i for i, token in enumerate(tokens) if token in wanted), None)

@@ -1,4 +1,4 @@
-"""The NLD network on one page: dense PyTorch, no paging, no kernels; the oracle of the tests.
+"""The NLD network on one page: dense PyTorch, no paging, no kernels. The tests compare against it.
 
 One set of weights, two attention patterns. ``causal`` rows predict the *next* position; ``bidirectional`` rows
 predict their *own* position. Only causal calls may write the KV cache.
@@ -6,9 +6,7 @@ predict their *own* position. Only causal calls may write the KV cache.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +14,7 @@ from torch import Tensor, nn
 
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.reference.adapter import DraftAdapter
-
-
-def yarn_inverse_frequencies(head_dim: int, rope: dict[str, Any]) -> Tensor:
-    """Return the rotary inverse frequencies, float64 ``[head_dim // 2]``, in radians per position.
-
-    YaRN (arXiv 2309.00071, eq. 17-23): fast components keep their frequency, slow ones are divided by ``factor``,
-    with a linear ramp between the components that turn ``beta_fast`` and ``beta_slow`` times in the original context.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    theta = float(rope["rope_theta"])
-    plain = theta**-exponents
-    if rope["rope_type"] != "yarn":
-        return plain
-    original = float(rope["original_max_position_embeddings"])
-
-    def component_turning(rotations: float) -> float:
-        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = max(math.floor(component_turning(rope.get("beta_fast", 32.0))), 0)
-    high = min(math.ceil(component_turning(rope.get("beta_slow", 1.0))), head_dim - 1)
-    index = torch.arange(head_dim // 2, dtype=torch.float64)
-    ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return plain * ((1 - ramp) + ramp / float(rope["factor"]))
+from vllm_nld.reference.rope import inverse_frequencies
 
 
 def query_scale(positions: Tensor, scaling: dict[str, float] | None) -> Tensor:
@@ -66,7 +42,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 @dataclass
 class KVCache:
-    """Keys and values of decided tokens, one ``[batch, kv_heads, length, head_dim]`` pair a layer."""
+    """Keys and values of decided tokens, one ``[batch, kv_heads, length, head_dim]`` pair per layer."""
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -77,13 +53,13 @@ class KVCache:
         return self.keys[0].shape[2] if self.keys else 0
 
     def crop(self, length: int) -> None:
-        """Forget every token from position ``length`` on: the tokens a verify rejected."""
+        """Drop all tokens from position ``length`` on: those that a verify rejected."""
         self.keys = [k[:, :, :length] for k in self.keys]
         self.values = [v[:, :, :length] for v in self.values]
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation, computed in float32."""
+    """Root-mean-square normalization, computed in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -190,8 +166,10 @@ class Encoder(nn.Module):
 class ReferenceModel(nn.Module):
     """Dense NLD model whose parameter names are the released tensor names.
 
+    With tied embeddings ``diffusion_head.weight`` is ``encoder.embed_tokens.weight``: one parameter, by that name.
+
     Attributes:
-        draft_adapter: changes what :meth:`draft` predicts, and nothing else; not among the model's parameters.
+        draft_adapter: changes only what :meth:`draft` predicts. Not one of the model's parameters.
     """
 
     def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
@@ -199,9 +177,11 @@ class ReferenceModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.diffusion_head.weight = self.encoder.embed_tokens.weight
         self.draft_adapter: DraftAdapter | None = None
         self.inverse_frequencies: Tensor
-        frequencies = yarn_inverse_frequencies(config.head_dim, config.rope_parameters)
+        frequencies = inverse_frequencies(config.head_dim, config.rope_parameters)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
     def hidden(
@@ -225,7 +205,7 @@ class ReferenceModel(nn.Module):
         """
         if positions.ndim == 2:
             positions = positions[:, None]
-        # Angles in float64, then rounded once: float32 products of large positions lose the low frequencies.
+        # Angles in float64, then rounded once, because float32 products of large positions lose the low frequencies.
         angles = (positions.double()[..., None] * self.inverse_frequencies).float()
         scale = query_scale(positions, self.config.llama_4_scaling)
         x = self.encoder.embed_tokens(ids)
@@ -241,11 +221,11 @@ class ReferenceModel(nn.Module):
         return self.logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=cache is not None))
 
     def bidirectional(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return logits ``[batch, tokens, vocab]`` with row i predicting position i; leaves ``cache`` as it is."""
+        """Return logits ``[batch, tokens, vocab]`` with row i predicting position i; does not change ``cache``."""
         return self._over_all(ids, cache, None)
 
     def draft(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return what :meth:`bidirectional` does, with the draft adapter if there is one."""
+        """As :meth:`bidirectional`, with the draft adapter if there is one."""
         return self._over_all(ids, cache, self.draft_adapter)
 
     def _over_all(self, ids: Tensor, cache: KVCache | None, adapter: DraftAdapter | None) -> Tensor:
@@ -260,7 +240,7 @@ class ReferenceModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Project ``[..., hidden]`` to float32 ``[..., vocab]``.
 
-        The mask token is ruled out: it stands for "undecided" and is never an answer.
+        The mask token is excluded: it stands for "undecided" and is never an answer.
         """
         logits: Tensor = self.diffusion_head(hidden).float()
         return logits.index_fill(-1, torch.tensor(self.config.mask_token_id, device=logits.device), -torch.inf)

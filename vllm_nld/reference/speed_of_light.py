@@ -1,10 +1,10 @@
 """Speed of light: how few forwards a perfect sampler would need to fill a block (the paper's SOL analysis).
 
-The target of a block is what serial denoising ends with: one position per forward, the surest first. The question is in
-how few forwards the very same block can be reached when several positions are committed at once. After each forward
-the masked positions whose most probable token is the target's are ordered by confidence, and the longest run of that
-order is committed from which serial denoising still ends in the target ("recursive dynamic compaction"). Longest runs
-are a greedy choice, and other subsets are not tried, so the result is a lower bound of what is possible.
+The target of a block is the result of serial denoising, which commits the surest position in each forward. The analysis
+finds how few forwards reach exactly this block when several positions are committed at once. After each forward, the
+masked positions whose most probable token equals the target's are ordered by confidence. The oracle commits the longest
+prefix of this order from which serial denoising still ends in the target ("recursive dynamic compaction"). Longest
+prefixes are a greedy choice, and other subsets are not tried, so the result is a lower bound of what is possible.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class OracleBlock:
     """One block's analysis.
 
     Attributes:
-        target: the block that serial denoising ends with, seed first.
+        target: the result of serial denoising, seed first.
         commits: positions committed by each forward of the oracle, in order.
-        complete: False if the simulation budget ran out: the rest was committed serially then.
+        complete: False if the simulation budget ran out; the rest was then committed serially.
     """
 
     target: list[int]
@@ -35,7 +35,7 @@ class OracleBlock:
 
 @dataclass
 class SpeedOfLight:
-    """A prompt's analysis, or that of several prompts together.
+    """The analysis of one prompt, or of several prompts together.
 
     Attributes:
         tokens: tokens of the filled blocks, seeds included.
@@ -43,7 +43,7 @@ class SpeedOfLight:
         commits: causal forwards, one per block.
         serial: forwards of serial denoising, for comparison.
         simulated: forwards that the analysis itself took.
-        blocks: blocks analysed.
+        blocks: analyzed blocks.
         incomplete: blocks for which the budget ran out.
     """
 
@@ -56,18 +56,18 @@ class SpeedOfLight:
     incomplete: int = 0
 
     def add(self, other: SpeedOfLight) -> None:
-        """Add another analysis' counts."""
+        """Add the counts of another analysis."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     @property
     def tpf_denoising(self) -> float:
-        """Tokens per denoising forward; commits are left out."""
+        """Tokens per denoising forward, without commits."""
         return self.tokens / self.denoising if self.denoising else float(self.tokens)
 
     @property
     def tpf(self) -> float:
-        """Tokens per forward, each block's causal commit counted."""
+        """Tokens per forward, with each block's causal commit."""
         return self.tokens / max(1, self.denoising + self.commits)
 
 
@@ -80,14 +80,14 @@ def analyse(
     budget: int = 5000,
     progress: Callable[[int], None] | None = None,
 ) -> SpeedOfLight:
-    """Analyse the blocks of one prompt; the text goes on with each block's target.
+    """Analyze the blocks of one prompt. The text continues with each block's target.
 
     Args:
         model: the dense model.
         prompt_ids: the prompt.
         max_new_tokens: tokens to generate.
         block_length: tokens of a block, seed included.
-        budget: forwards that the analysis may take, batched probes counted one by one.
+        budget: most forwards that the analysis may run. Each batched probe counts.
         progress: called with the number of tokens whenever a block is done.
     """
     device = model.diffusion_head.weight.device
@@ -117,7 +117,7 @@ class _Simulator:
         self.spent = 0
 
     def analyse(self, seed: int, length: int) -> OracleBlock:
-        """Return the oracle's way through one block."""
+        """Return the analysis of one block."""
         state = [seed] + [self.mask_id] * (length - 1)
         order, target = self._serial(state)
         block = OracleBlock(target)
@@ -143,7 +143,7 @@ class _Simulator:
         return order, [int(token) for token in tokens[0]]
 
     def _look(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for states ``[rows, length]``: surest masked position, most probable tokens, their confidence."""
+        """Return, for states ``[rows, length]``: surest masked position, most probable tokens, and their confidence."""
         rows = len(states)
         self.spent += rows
         expanded = KVCache(
@@ -156,9 +156,9 @@ class _Simulator:
         return confidence.argmax(1), predicted, confidence
 
     def _longest_safe_run(self, state: list[int], target: list[int]) -> list[int]:
-        """Return the positions to commit now: the longest run from which serial denoising still hits the target.
+        """Return the positions to commit now: the longest run from which serial denoising still reaches the target.
 
-        The surest position of all is what serial denoising itself would commit here, so a run of one is safe.
+        Serial denoising itself would commit the surest position here, so a run of one is safe.
         """
         _, predicted, confidence = self._look(torch.tensor([state]))
         right = [
@@ -177,7 +177,7 @@ class _Simulator:
         return right[:longest] or [int(confidence[0].argmax())]
 
     def _reach(self, probes: Tensor, target: Tensor) -> list[bool]:
-        """Return which probes ``[rows, length]`` end in the target when they are denoised serially.
+        """Return which probes ``[rows, length]`` end in the target under serial denoising.
 
         A probe is dropped as soon as it commits a wrong token.
         """

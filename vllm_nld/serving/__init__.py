@@ -1,1 +1,1 @@
-"""What operators of a server see: counts, metrics, and replicas on Ray."""
+"""For operators of a server: counts, metrics, and replicas on Ray."""

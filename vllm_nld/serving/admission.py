@@ -1,7 +1,7 @@
-"""What one request asks of this extension, checked when the request is admitted.
+"""The options of one request, checked when the request is admitted.
 
-The same function serves the API process, where an unsuitable request becomes an HTTP 400, and the worker, where the
-options are acted on.
+The API process, where an unsuitable request becomes an HTTP 400, and the worker, which uses the options, call the same
+function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_nld.policies import POLICIES, policies_with
 LEARNED_SAMPLER_FOLDER = "learned_sampler"
 
 ENGINE_KEYS = ("draft_lora",)
-"""What a request cannot choose: it is settled when the engine loads."""
+"""Options that a request cannot set, because they are fixed when the engine loads."""
 BOOLEANS = {key for key, field in NLDOptions.model_fields.items() if field.annotation is bool}
 
 
@@ -28,9 +28,9 @@ class EngineTraits:
     """What an engine offers to requests.
 
     Attributes:
-        defaults: its own options.
+        defaults: the engine's own options.
         block_length: tokens of the longest block, seed included; None without ``--speculative-config``.
-        learned_sampler: the folder of the checkpoint's learned sampler, if it brings one.
+        learned_sampler: the folder of the checkpoint's learned sampler, if it has one.
         second: whether self-speculation runs on vLLM's second model runner (``docs/runners.md``).
     """
 
@@ -44,7 +44,7 @@ class EngineTraits:
         """Read them from vLLM's config.
 
         Raises:
-            NLDError: the engine's own options are unsuitable.
+            NLDError: the engine's own options are not suitable.
         """
         speculative = vllm_config.speculative_config
         own = speculative is not None and speculative.model in PROPOSER_PATHS
@@ -61,7 +61,7 @@ def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
     """Refuse an unsuitable request of an NLD model before the engine sees it; other models' requests pass.
 
     Returns:
-        What the engine offers; None for other models.
+        The engine's traits; None for other models.
 
     Raises:
         NLDError: see :func:`request_options`; or an integer of vLLM's own is too large.
@@ -78,7 +78,7 @@ def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
 
 
 def _check_integers(params: Any) -> None:
-    """Refuse integers that vLLM cannot send to the engine: it checks most, and answers HTTP 500 for the others."""
+    """Refuse integers that vLLM cannot send to the engine. It checks most, but answers HTTP 500 for the others."""
     for name in getattr(params, "__struct_fields__", ()):
         value = getattr(params, name)
         if isinstance(value, int) and not -(2**63) <= value < 2**64:
@@ -102,7 +102,7 @@ def _is_unsendable(text: str) -> bool:
 
 
 def check_defaults(engine: EngineTraits) -> None:
-    """Refuse defaults of an engine that would have all of its requests refused.
+    """Refuse engine defaults with which every request would be refused.
 
     Raises:
         NLDError: the message names the key, the value, and what is allowed.
@@ -117,14 +117,14 @@ def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
 
     Args:
         params: vLLM's ``SamplingParams``.
-        engine: what the engine offers.
+        engine: the engine's traits.
 
     Raises:
         NLDError: the message names the key, the value, and what is allowed.
     """
     where = f'extra_args["{NAMESPACE}"]'
     own = _own_keys(params.extra_args, where)
-    NLDOptions.parse(own, where)  # complain about the request's own keys first, in their own name
+    NLDOptions.parse(own, where)  # report the request's own keys first, by their own names
     options = NLDOptions.parse(engine.defaults.model_dump(exclude_unset=True) | own, where)
     _check_engine(options, engine, own, where)
     _check_relevance(options, own, where)
@@ -139,8 +139,8 @@ def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
 def _own_keys(extra_args: Any, where: str) -> dict[Any, Any]:
     """Collect the request's keys from the forms it may use.
 
-    A dict, a JSON string of one, or flat ``nld.KEY`` entries: the OpenAI server lets ``vllm_xargs`` hold strings,
-    numbers and lists only.
+    A dict, a JSON string of one, or flat ``nld.KEY`` entries, because the OpenAI server lets ``vllm_xargs`` hold only
+    strings, numbers and lists.
     """
     if extra_args is None:
         return {}
@@ -161,7 +161,7 @@ def _own_keys(extra_args: Any, where: str) -> dict[Any, Any]:
         raise NLDError(f'{where}.{shown_key(key)} is given twice, the other time as "{NAMESPACE}.KEY"; allowed: once')
     for key in flat.keys() & BOOLEANS:
         if isinstance(flat[key], int | float) and flat[key] in (0, 1):
-            flat[key] = bool(flat[key])  # vllm_xargs has no booleans: they arrive as numbers
+            flat[key] = bool(flat[key])  # vllm_xargs has no booleans, so they arrive as numbers
     return nested | flat
 
 
@@ -170,7 +170,7 @@ def _is_flat(key: object) -> bool:
 
 
 def _from_json(text: str, where: str) -> Any:
-    """Parse a request's JSON; Python's parser also fails on deep nesting and on integers of thousands of digits."""
+    """Parse a request's JSON. Python's parser also fails on deep nesting and on integers with thousands of digits."""
     try:
         return json.loads(text, object_pairs_hook=_without_repetition)
     except NLDError as error:
@@ -216,8 +216,8 @@ def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> No
     for key in own:
         if key in ENGINE_KEYS:
             raise NLDError(
-                f"{where}.{key}={shown(own[key])} is not a request's to choose; allowed in "
-                f'--additional-config \'{{"{NAMESPACE}": {{"{key}": ...}}}}\' of the server'
+                f"{where}.{key}={shown(own[key])} can only be set for the whole server, in "
+                f'--additional-config \'{{"{NAMESPACE}": {{"{key}": ...}}}}\''
             )
         modes = MODES_OF_KEY.get(key)
         if modes is not None and options.mode not in modes:
@@ -266,12 +266,12 @@ def _check_second_diffusion(options: NLDOptions, params: Any, where: str) -> Non
 
 
 def _check_diffusion(options: NLDOptions, params: Any, engine: EngineTraits, where: str) -> None:
-    """Refuse what a diffusion request cannot hold."""
+    """Refuse parameters that a diffusion request cannot have."""
     _check_sampler(options, engine, where)
     if params.bad_words:
         raise NLDError(
-            f"bad_words={shown(params.bad_words)} with mode 'diffusion': positions are decided out of order, so a "
-            "word's start may not be known when its end is decided; allowed with mode: auto, ar, self_speculation"
+            f"bad_words={shown(params.bad_words)} with mode 'diffusion': positions are decided out of order, so the "
+            "start of a word may be unknown when its end is decided; allowed with mode: auto, ar, self_speculation"
         )
     if options.seed_first:
         return

@@ -1,9 +1,9 @@
 """The API process's side of the metrics: a Prometheus collector for engines that run this extension's proposer.
 
-It is registered when the engine's first request is admitted. That runs in the process that serves ``/metrics``, for
-NLD engines alone. A stat-logger plugin, vLLM's own way, would have vLLM keep statistics for every model, even with
-``--disable-log-stats``. The snapshots are read when Prometheus scrapes, so that a scrape after the last request sees
-the last values.
+It is registered when the engine's first request is admitted. Admission runs in the process that serves ``/metrics``,
+and only for NLD engines. A stat-logger plugin, vLLM's own way, would make vLLM keep statistics for every model, even
+with ``--disable-log-stats``. The snapshots are read when Prometheus scrapes, so that a scrape after the last request
+gets the last values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_nld.serving.metrics import METRICS, find_snapshots, read_samples, remo
 logger = init_logger("vllm.nld.metrics")
 
 PATIENCE_SECONDS = 60.0
-"""A worker publishes when its first step begins; it may be busy until then."""
+"""Seconds before a warning. A worker publishes when its first step begins, and may be busy until then."""
 
 
 class SnapshotCollector(Collector):
@@ -32,7 +32,7 @@ class SnapshotCollector(Collector):
 
     Args:
         model_name: value of the label ``model_name``.
-        prefix: what the snapshots' paths begin with.
+        prefix: start of the snapshots' paths.
     """
 
     def __init__(self, model_name: str, prefix: Path) -> None:
@@ -59,7 +59,7 @@ class SnapshotCollector(Collector):
                 yield made
 
     def describe(self) -> list[Any]:
-        """Name nothing in advance: there may be no values yet."""
+        """Name no metrics in advance, because there may be no values yet."""
         return []
 
     def _warn(self) -> None:
@@ -72,7 +72,7 @@ def serve_metrics(vllm_config: Any) -> None:
     """Register the collector for an engine with self-speculation; idempotent.
 
     Args:
-        vllm_config: of an engine whose speculation is this extension's.
+        vllm_config: config of an engine that uses this extension's speculation.
     """
     if hasattr(vllm_config, "nld_serves_metrics"):
         return
@@ -81,8 +81,8 @@ def serve_metrics(vllm_config: Any) -> None:
         logger.warning("vllm:nld_* metrics are not served with several API servers (--api-server-count)")
         return
     for collector in [c for c in REGISTRY._collector_to_names if isinstance(c, SnapshotCollector)]:
-        REGISTRY.unregister(collector)  # an engine that was made before in this process
+        REGISTRY.unregister(collector)  # of an earlier engine in this process
     prefix = snapshot_prefix(vllm_config)
     REGISTRY.register(SnapshotCollector(vllm_config.model_config.served_model_name, prefix))
-    # vLLM kills its workers at shutdown (--shutdown-timeout is 0), so they cannot remove their files.
+    # vLLM kills its workers at shutdown (--shutdown-timeout is 0), so they cannot remove their own files.
     atexit.register(remove_snapshots, prefix)

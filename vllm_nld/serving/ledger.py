@@ -1,4 +1,4 @@
-"""What requests have cost and yielded: forwards by kind, tokens by mode, blocks, accepted drafts."""
+"""Counts the cost and yield of requests: forwards by kind, tokens by mode, blocks, accepted drafts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 DECODE_KINDS = {"ar": ("ar",), "self_speculation": ("draft", "verify"), "diffusion": ("denoise", "commit")}
-"""Forwards that a mode's tokens cost. The prefill is free, as in the published TPF of AR and diffusion."""
+"""Kinds of forwards that count for a mode's tokens. The prefill is free, as in AR's and diffusion's published TPF."""
 
 
 @dataclass
 class Tally:
     """Counts of one request, or of all of them.
 
-    A forward that serves n requests counts n times over all of them.
+    In the total, a forward that serves n requests counts n times.
 
     Attributes:
         forwards: by kind: prefill, ar, draft, verify, denoise, commit.
         tokens: generated tokens by mode.
-        blocks: blocks by mode: verified ones of self-speculation, denoised ones of diffusion.
+        blocks: blocks by mode: verified blocks of self-speculation, denoised blocks of diffusion.
         accepted: accepted drafts by mode.
     """
 
@@ -67,15 +67,16 @@ class Tally:
 
 
 class Ledger:
-    """Books every step for the request and for the total."""
+    """Counts every step for the request and for the total."""
 
     def __init__(self) -> None:
         self.total = Tally()
 
     def causal(self, tally: Tally, kind: str, mode: str, tokens: int, accepted: int) -> None:
-        """Book a request's share of a causal pass.
+        """Count a request's share of a causal pass.
 
-        Here a block of self-speculation counts, when it is verified: its request may end, or be preempted, before.
+        A block of self-speculation counts here, when it is verified, because its request may end or be preempted
+        before.
         """
         for book in (tally, self.total):
             book.forwards[kind] += 1
@@ -86,12 +87,12 @@ class Ledger:
                 book.accepted[mode] += accepted
 
     def drafted(self, tally: Tally, passes: int) -> None:
-        """Book the forwards that drafting a block of self-speculation took."""
+        """Count the forwards that drafted a block of self-speculation."""
         for book in (tally, self.total):
             book.forwards["draft"] += passes
 
     def denoised(self, tally: Tally, passes: int) -> None:
-        """Book a diffusion block that was denoised in ``passes`` forwards."""
+        """Count a diffusion block that was denoised in ``passes`` forwards."""
         for book in (tally, self.total):
             book.forwards["denoise"] += passes
             book.blocks["diffusion"] += 1

@@ -1,6 +1,6 @@
 """The extension's metrics: their names, how a worker publishes them, and how another process reads them.
 
-vLLM carries no counters of a custom proposer from the worker to the process that serves ``/metrics``. So the worker
+vLLM does not send counters of a custom proposer from the worker to the process that serves ``/metrics``. So the worker
 writes a small snapshot file, at a path that both derive from the engine's ``instance_id``, and the API process reads it
 (:mod:`vllm_nld.serving.collector`).
 """
@@ -21,12 +21,12 @@ from typing import Any
 from vllm_nld.serving.ledger import Tally
 
 INTERVAL_SECONDS = 0.5
-"""A busy worker publishes at most this often."""
+"""Least seconds between two snapshots of a busy worker."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's place in Prometheus: kind ``counter`` or ``gauge``, its labels, and what it means."""
+    """A metric in Prometheus: its kind (``counter`` or ``gauge``), labels and meaning."""
 
     kind: str
     labels: tuple[str, ...]
@@ -38,7 +38,7 @@ METRICS: dict[str, Metric] = {
     "vllm:nld_request_forwards": Metric(
         "counter",
         ("kind",),
-        "Forwards per request: one that serves n counts n. Kinds: prefill, ar, draft, verify, denoise, commit.",
+        "Forwards per request; one of n requests counts n times. Kinds: prefill, ar, draft, verify, denoise, commit.",
     ),
     "vllm:nld_tokens": Metric("counter", ("mode",), "Generated tokens, by the mode of the step that decided them."),
     "vllm:nld_blocks": Metric("counter", ("mode",), "Blocks verified (self-speculation) or denoised (diffusion)."),
@@ -68,7 +68,7 @@ class Sample:
 
 
 def snapshot_prefix(vllm_config: Any) -> Path:
-    """Return what the paths of an engine's snapshots begin with, the same in the API process and in every worker."""
+    """Return the start of the paths of an engine's snapshots. It is equal in the API process and in every worker."""
     # vLLM appends the data-parallel rank to the id in some set-ups.
     engine = vllm_config.instance_id.partition("_dp")[0]
     return Path(tempfile.gettempdir()) / f"vllm-nld-{os.getuid()}-{engine}-"
@@ -76,7 +76,7 @@ def snapshot_prefix(vllm_config: Any) -> Path:
 
 def snapshot_path(vllm_config: Any) -> Path:
     """Return where this worker publishes: one file per engine and data-parallel rank."""
-    # Not data_parallel_rank: vLLM sets that to 0 in every engine of a dense model, and keeps the rank here.
+    # Not data_parallel_rank, which vLLM sets to 0 in every engine of a dense model; it keeps the rank here.
     parallel = vllm_config.parallel_config
     index = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
     prefix = snapshot_prefix(vllm_config)
@@ -107,9 +107,9 @@ class Publisher:
             return
         self._last = moment
         text = json.dumps({"pid": os.getpid(), "samples": [vars(sample) for sample in samples()]})
-        # A full disk must not stop the engine: metrics are then old, that is all.
+        # A full disk must not stop the engine; the metrics just get old.
         with contextlib.suppress(OSError):
-            # mkstemp follows no link that somebody else put into the shared folder; mode 0600.
+            # mkstemp follows no link that another user put into the shared folder; mode 0600.
             handle, partial = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.name}.")
             try:
                 with os.fdopen(handle, "w") as file:
@@ -124,14 +124,14 @@ class Publisher:
 
 
 def remove_snapshots(prefix: Path) -> None:
-    """Delete the snapshots that begin so, and what a worker that was killed while writing left beside them."""
+    """Delete the snapshots with this prefix, and the temporary files of workers that were killed while writing."""
     for file in prefix.parent.glob(f"{prefix.name}*"):
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Return what a worker last published; empty if it has not, or not on this host."""
+    """Return the samples that a worker last published on this host; empty if there are none."""
     try:
         raw = json.loads(path.read_text())
         return [Sample(**sample) for sample in raw["samples"]]

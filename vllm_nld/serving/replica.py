@@ -1,9 +1,9 @@
-"""What a process needs that hosts one of several engines: cores of its own, and an end that leaves nothing behind.
+"""Help for a process that hosts one of several engines: cores of its own, and an end that leaves nothing behind.
 
-Ray, or what else starts replicas, starts a process again that died. It does not see that a process is useless because
-its engine died or hangs. Nor does it clean up behind one that was killed: vLLM's engine core does not notice that its
-parent is gone, and keeps its memory and its device. The functions here turn the first into a dead
-process, and mend the second.
+Ray, or another tool that starts replicas, restarts a process that died. It does not see that a process is useless
+because its engine died or hangs. It also does not clean up after a killed process: vLLM's engine core does not notice
+that its parent is gone, and keeps its memory and its device. The functions here end a process with a dead or hung
+engine, and clean up after a killed one.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from vllm_nld.errors import NLDError
 from vllm_nld.serving.metrics import remove_snapshots, snapshot_prefix
 
 ERROR_GRACE_SECONDS = 1.0
-"""Between an engine's death and its process's: time for the requests in flight to tell their callers."""
+"""Seconds between the end of an engine and of its process, so that requests in flight can report to their callers."""
 
 LOOK_SECONDS = 0.2
-"""Between two looks whether an engine lives that is being waited for."""
+"""Seconds between two checks whether an engine that must answer is alive."""
 
 _claims: list[int] = []
-"""Lock files of this process's cores; the system releases them when it ends, however it ends."""
+"""Lock files of this process's cores. The system releases them when the process ends, in any way."""
 
 
 def claim_cores(per_worker: int, workers: int = 1, patience: float = 30.0) -> str:
-    """Take CPU cores that no other replica of this user has on this machine, and bind vLLM's threads to them.
+    """Claim CPU cores that no other replica of this user has on this machine, and bind vLLM's threads to them.
 
-    vLLM's CPU threads wait by spinning, so two engines on the same cores are many times slower than one. Call it before
-    the engine is made.
+    vLLM's CPU threads wait by spinning, so two engines on the same cores are many times slower than one. Call this
+    before the engine is made.
 
     Args:
         per_worker: cores for each worker.
-        workers: workers of the replica, which is its tensor-parallel size.
-        patience: seconds to wait for cores, since a replica that was killed may still hold them.
+        workers: workers of the replica, that is, its tensor-parallel size.
+        patience: seconds to wait for cores, because a killed replica may still hold them.
 
     Returns:
         The value of ``VLLM_CPU_OMP_THREADS_BIND``, for instance ``"0,1|2,3"``.
 
     Raises:
-        NLDError: there are not so many cores, or others hold them.
+        NLDError: there are too few cores, or other replicas hold them.
     """
     cores = sorted(os.sched_getaffinity(0))
     size = per_worker * workers
@@ -85,16 +85,16 @@ def _lock(path: Path) -> bool:
 
 
 class Guard:
-    """A small process that waits for this one to end, by whatever cause, and then ends its children.
+    """A small process that waits for this one to end, for any cause, and then ends its children.
 
-    Make it before the engine: the children are known by their process group, which this process becomes the leader of.
+    Make it before the engine. The children are known by their process group, whose leader this process becomes.
     """
 
     def __init__(self) -> None:
         if os.getpgrp() != os.getpid():
             os.setpgid(0, 0)
         command = [sys.executable, "-m", "vllm_nld.serving.replica", str(os.getpgrp())]
-        # In a session of its own, or it would end itself and be ended with its charge.
+        # In a session of its own; else it would end itself, or be ended with the process that it guards.
         self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def forget_metrics_of(self, vllm_config: Any) -> None:
@@ -105,7 +105,7 @@ class Guard:
 
 
 def _guard(group: int) -> None:
-    # The other end of the pipe is held by the guarded process only: the read ends when that process does.
+    # Only the guarded process holds the other end of the pipe, so the read ends when that process does.
     prefix = sys.stdin.buffer.read().decode()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
@@ -114,7 +114,7 @@ def _guard(group: int) -> None:
 
 
 async def check_engine(engine: Any, timeout: float) -> None:
-    """Ask the engine core for a sign of life. It answers between two steps.
+    """Check that the engine core answers. It does so between two steps.
 
     Args:
         engine: vLLM's ``AsyncLLM``.
@@ -133,7 +133,7 @@ async def check_engine(engine: Any, timeout: float) -> None:
             if left <= 0:
                 raise TimeoutError(f"the engine core did not answer for {timeout:g} s")
             await asyncio.wait({answer}, timeout=min(left, LOOK_SECONDS))
-            # A core that dies now leaves the question open forever.
+            # If the core dies now, the question is never answered.
             await engine.check_health()
         answer.result()
     finally:
@@ -143,12 +143,12 @@ async def check_engine(engine: Any, timeout: float) -> None:
 async def end_with(engine: Any, timeout: float, period: float = 1.0) -> NoReturn:
     """Watch the engine, and end this process soon after the engine died or hung.
 
-    A replica that cannot answer is worse than none: it looks idle, and draws requests.
+    A replica that cannot answer is worse than none, because it looks idle and attracts requests.
 
     Args:
         engine: vLLM's ``AsyncLLM``.
         timeout: seconds that the engine core may take to answer.
-        period: seconds between two looks.
+        period: seconds between two checks.
     """
     while True:
         try:

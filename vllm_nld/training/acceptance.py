@@ -1,4 +1,4 @@
-"""Acceptance length on held-out text, as self-speculation would have it, but many cycles in one forward."""
+"""Acceptance length on held-out text, as in self-speculation, but with many cycles in one forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Acceptance:
 
     Attributes:
         cycles: per row of text, the tokens that each cycle yields.
-        block_length: tokens of a drafted block, its given first one included.
+        block_length: tokens of a drafted block, with the given first one.
     """
 
     cycles: list[list[int]]
@@ -49,9 +49,9 @@ def measure(
     blocks: int = 16,
     progress: Callable[[], None] = lambda: None,
 ) -> Acceptance:
-    """Draft from every position behind the prefix, then walk the cycles that self-speculation would have made.
+    """Draft from every position after the prefix, then follow the cycles that self-speculation would have run.
 
-    Verify does not change the text, so the greedy text may be given: cycles are then independent of one another.
+    Verify does not change the text. So the greedy text can be given in advance, and cycles are independent.
 
     Args:
         rows: int64 ``[rows, length]``, ``prefix`` tokens of any text and the model's own greedy continuation.
@@ -70,7 +70,7 @@ def measure(
 
 
 def walk(emitted: list[int], ended: list[bool]) -> list[int]:
-    """Return the cycles' tokens, given what a cycle from each position yields and where the text has ended."""
+    """Return the tokens of each cycle, given the yield of a cycle from each position and where the text has ended."""
     cycles, place = [], 0
     while place < len(emitted) and not ended[place]:
         cycles.append(emitted[place])

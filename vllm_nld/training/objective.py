@@ -1,8 +1,8 @@
 """What the draft adapter learns: drafts that the causal pass of the same frozen weights accepts.
 
-A clean, causal stream runs first, without gradients: its keys and values are what drafts attend to, its logits are what
-drafts are judged by. Then one bidirectional pass drafts many blocks of every sequence at once; a block (its first token
-given, all others masked) sees itself in full and the clean text before it, as a draft pass of self-speculation does.
+First a clean, causal stream runs without gradients. Drafts attend to its keys and values, and are judged by its logits.
+Then one bidirectional pass drafts many blocks of every sequence at once; a block (its first token given, all others
+masked) attends to all of itself and to the clean text before it, as in a draft pass of self-speculation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_nld.reference import DraftAdapter, KVCache, ReferenceModel
 
 _LOGIT_ROWS = 1024
-"""Rows of logits held at once where only the argmax is wanted: a released vocabulary has 131072 entries."""
+"""Rows of logits in memory at once where only the argmax is needed: a released vocabulary has 131072 entries."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Target:
         ids: int64 ``[rows, length]``, the text.
         cache: its keys and values, from causal attention.
         hidden: ``[rows, length, hidden]``; row i predicts position i + 1.
-        tokens: int64 ``[rows, length]``, the argmax of each row: what verify would say.
+        tokens: int64 ``[rows, length]``, the argmax of each row, which is verify's token.
         ended: bool ``[rows, length]``, the generated text has ended at or before this position.
     """
 
@@ -72,8 +72,8 @@ class Drafts:
         hidden = _draft_hidden(model, adapter, target, starts, block_length)[:, :, 1:]
         rows = starts[..., None] + torch.arange(block_length - 1, device=starts.device)
         wanted = _pick(target.tokens, rows)
-        # On text that the model did not write, verify departs from the text at some point; what it would say behind
-        # that is not known, so the block ends there, as it does where the generated text ends.
+        # On text that the model did not write, verify departs from the text at some point. What it would say after that
+        # is unknown, so the block ends there, as it does at the end of the generated text.
         departed = wanted != _pick(target.ids, rows + 1)
         wrong = argmax(model, hidden.detach()) != wanted
         stops = (departed | wrong).to(torch.int64)
@@ -89,12 +89,12 @@ class Drafts:
 def next_cycles(
     model: ReferenceModel, adapter: DraftAdapter | None, target: Target, starts: Tensor, block_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Return where the cycles after those at ``starts`` begin, int64 ``[rows, blocks]``, and what they weigh.
+    """Return where the cycles after those at ``starts`` begin, int64 ``[rows, blocks]``, and their weights.
 
-    In use, a cycle begins at a token that the drafts before it got wrong, not anywhere: blocks that begin anywhere lie
-    mostly where drafts are easy. And each cycle counts once, however long, whereas the cycle after a long one is hit
-    more often by ``starts`` drawn evenly; so it weighs 1 / the tokens of the one before. A cycle that would leave the
-    text is replaced by the one before it.
+    When serving, a cycle begins at a token that the previous drafts got wrong. Blocks that begin at random mostly lie
+    where drafts are easy. Each cycle should also count once, whatever its length, but ``starts`` drawn evenly choose
+    the cycle after a long one more often. So its weight is 1 / the tokens of the previous cycle. A cycle that would
+    leave the text is replaced by the previous one.
     """
     emitted = Drafts.over(model, adapter, target, starts, block_length).emitted()
     after = starts + emitted
@@ -104,8 +104,8 @@ def next_cycles(
 def block_mask(starts: Tensor, block_length: int, length: int) -> Tensor:
     """Return the attention mask of :meth:`Drafts.over`, bool ``[rows, 1, drafted, length + drafted]``.
 
-    Drafted are all tokens of all blocks; columns are [clean text | drafted]. A block sees the clean text before its
-    start, and itself.
+    Rows are the drafted tokens of all blocks; columns are [clean text | drafted]. A block attends to the clean text
+    before its start, and to itself.
     """
     blocks = starts.shape[1]
     clean = torch.arange(length, device=starts.device) < starts[..., None]
@@ -130,11 +130,11 @@ class Objective:
     """The loss; the defaults are the published ones: LK-hybrid distribution matching plus cross-entropy.
 
     Attributes:
-        kl_weight: of the distribution matching.
-        ce_weight: of the cross-entropy against verify's argmax, at temperature 1.
-        temperature: of both distributions that are matched.
-        top_k: they are restricted to the union of so many most probable tokens of each.
-        eta: how quickly LK-hybrid goes from KL to total variation as the distributions come to agree.
+        kl_weight: weight of the distribution matching.
+        ce_weight: weight of the cross-entropy against verify's argmax, at temperature 1.
+        temperature: temperature of both matched distributions.
+        top_k: the distributions are restricted to the union of their ``top_k`` most probable tokens.
+        eta: how quickly LK-hybrid moves from KL to total variation as the distributions agree more.
     """
 
     kl_weight: float = 1.0
@@ -144,7 +144,7 @@ class Objective:
     eta: float = 3.0
 
     def loss_sum(self, model: ReferenceModel, target: Target, drafts: Drafts, weights: Tensor | None = None) -> Tensor:
-        """Return the loss, in nats, summed over the counted drafts; ``weights`` are the blocks', ``[rows, blocks]``."""
+        """Return the loss, in nats, summed over the counted drafts. ``weights`` of the blocks: ``[rows, blocks]``."""
         row = torch.arange(len(target.ids), device=target.ids.device)[:, None, None].expand_as(drafts.rows)
         row, place = row[drafts.counted], drafts.rows[drafts.counted]
         found = model.logits(drafts.hidden[drafts.counted])
@@ -162,15 +162,15 @@ def lk_hybrid(wanted: Tensor, found: Tensor, temperature: float, top_k: int, eta
     """Return the LK-hybrid loss (arXiv 2602.23881) of each row, float32 ``[rows]``.
 
     With p and q the distributions of ``wanted`` and ``found`` (logits ``[rows, vocab]``), and a = sum min(p, q), which
-    is the chance that speculative sampling accepts: l KL(p, q) + (1 - l)(1 - a), where l = exp(-eta a) is held fixed.
-    KL pulls distributions together that have little in common; total variation is what acceptance depends on.
+    is the probability that speculative sampling accepts: l KL(p, q) + (1 - l)(1 - a), where l = exp(-eta a) is held
+    fixed. KL pulls very different distributions together; acceptance depends on the total variation.
     """
-    # Not the mask token: its logit is minus infinity in both.
+    # Without the mask token, whose logit is minus infinity in both.
     top_k = min(top_k, wanted.shape[-1] - 1)
     support = torch.zeros_like(wanted, dtype=torch.bool)
     for logits in (wanted, found.detach()):
         support.scatter_(-1, logits.topk(top_k, dim=-1).indices, True)
-    # Compact before the softmax: the union is far smaller than the vocabulary, and differs in size by row.
+    # Compact before the softmax, because the union is far smaller than the vocabulary. Its size differs by row.
     size = int(support.sum(-1).max())
     inside, columns = support.to(torch.uint8).topk(size, dim=-1)
     log_p, log_q = (

@@ -10,7 +10,7 @@ from vllm_nld.errors import NLDError
 
 
 class Settings(BaseModel):
-    """Everything that decides what a run computes; a resumed run must have the same."""
+    """All settings that decide what a run computes. A resumed run must have the same values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -27,9 +27,7 @@ class Settings(BaseModel):
     blocks: int = Field(default=16, ge=1, le=100_000, description="drafted blocks per sequence")
     own_text: bool = Field(default=True, description="train on the model's greedy continuations, not on the text")
     rows: int = Field(default=2048, ge=1, le=10_000_000, description="sequences to train on")
-    prefix_tokens: int = Field(
-        default=128, ge=1, le=1_000_000, description="of the data, in front of the model's own text"
-    )
+    prefix_tokens: int = Field(default=128, ge=1, le=1_000_000, description="of the data, before the model's own text")
     new_tokens: int = Field(default=128, ge=1, le=1_000_000, description="of own text per sequence")
     held_out_rows: int = Field(default=48, ge=1, le=1_000_000, description="sequences that the curve is measured on")
     kl_weight: float = Field(default=1.0, ge=0)
@@ -44,7 +42,7 @@ class Settings(BaseModel):
         """Build from options.
 
         Raises:
-            NLDError: a value is not allowed; names the option, the value and what is allowed.
+            NLDError: a value is not allowed; the message names the option, the value and what is allowed.
         """
         try:
             return cls(**options)
@@ -65,10 +63,10 @@ class Settings(BaseModel):
         return self.learning_rate * warm * (1 - step / self.steps)
 
     def check_same(self, before: dict[str, Any]) -> None:
-        """Check that a resumed run goes on as it began.
+        """Check that a resumed run has the settings that it began with.
 
         Raises:
-            NLDError: a setting differs; names it and both values.
+            NLDError: a setting differs; the message names it and both values.
         """
         for name, value in self.model_dump().items():
             if name not in before or before[name] != value:

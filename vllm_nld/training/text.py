@@ -1,4 +1,4 @@
-"""The text to train on: pieces of a file, and what the model itself writes behind them."""
+"""The text to train on: pieces of a file, and the model's own continuations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stream:
         """Read the files; without a ``held_out`` one, the last twentieth of ``data`` is held out.
 
         Raises:
-            NLDError: a file cannot be read, is empty, or a line of a ``.jsonl`` file is not what it should be.
+            NLDError: a file cannot be read, is empty, or a line of a ``.jsonl`` file has the wrong form.
         """
         found = encode(read_documents(data, "--data"), tokenizer)
         if held_out is not None:
@@ -53,7 +53,7 @@ class Stream:
 
 
 def read_documents(path: Path, option: str) -> list[str]:
-    """Return the documents of a file: the whole of a text file; of a ``.jsonl`` file, each line's ``text``.
+    """Return the documents of a file: a whole text file, or each line's ``text`` in a ``.jsonl`` file.
 
     Raises:
         NLDError: the file cannot be read, holds no text, or a line has none.
@@ -77,13 +77,13 @@ def read_documents(path: Path, option: str) -> list[str]:
 
 
 def encode(documents: list[str], tokenizer: Any) -> Tensor:
-    """Return all documents as one stream. Special tokens count if they are spelled out in the text."""
+    """Return all documents as one stream. Special tokens written in the text are encoded as such."""
     encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
     return torch.tensor([token for one in encoded for token in one.ids], dtype=torch.int64)
 
 
 def draw(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Return int64 ``[count, length]``: pieces of the stream that begin anywhere."""
+    """Return int64 ``[count, length]``: pieces of the stream with random starts."""
     starts = torch.randint(len(stream) - length + 1, (count,), generator=generator)
     return stream[starts[:, None] + torch.arange(length)]
 
@@ -100,10 +100,10 @@ def continue_greedily(model: ReferenceModel, prefixes: Tensor, new_tokens: int) 
 def own_text(
     model: ReferenceModel, prefixes: Tensor, new_tokens: int, file: Path, progress: Callable[[int], None]
 ) -> Tensor:
-    """Continue ``prefixes`` batch by batch, on the CPU; what an interrupted call has left in ``file`` is taken up.
+    """Continue ``prefixes`` batch by batch, on the CPU. Rows that an interrupted call saved in ``file`` are used.
 
     Args:
-        progress: called with the number of rows that have become ready.
+        progress: called with the number of rows that were finished.
     """
     done = torch.load(file) if file.is_file() else prefixes.new_empty(0, prefixes.shape[1] + new_tokens)
     progress(len(done))
@@ -116,7 +116,7 @@ def own_text(
 
 
 def save(file: Path, content: Any) -> None:
-    """Save with ``torch.save``; renaming makes an interrupted save harmless."""
+    """Save with ``torch.save`` and rename, so that an interrupted save does no harm."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".part")
     torch.save(content, temporary)

@@ -25,12 +25,12 @@ from vllm_nld.training.text import Stream, draw, own_text, save
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run is cut up; changes nothing of what it computes.
+    """How a run is divided. Does not change what it computes.
 
     Attributes:
         save_every: steps between saves.
         measure_every: steps between measurements of the curve.
-        minutes: stop (and save) after so long; None: at the end.
+        minutes: stop (and save) after this time; None: at the end.
     """
 
     save_every: int = 50
@@ -39,11 +39,11 @@ class Schedule:
 
 
 def load_frozen(folder: Path, dtype: torch.dtype, device: str | torch.device) -> ReferenceModel:
-    """Return the model of ``folder``, whose weights take no gradients."""
+    """Return the model of ``folder``, without gradients for its weights."""
     model = load_reference(folder, dtype, device).requires_grad_(False)
     model.config.name_or_path = folder.resolve().name
     if dtype != torch.float32:
-        # Angles are computed from these: they must not be rounded with the weights.
+        # Angles are computed from these, so they must not be rounded with the weights.
         model.inverse_frequencies = load_reference(folder).inverse_frequencies.to(device)
     return model
 
@@ -81,7 +81,7 @@ class Trainer:
 
     @property
     def state_folder(self) -> Path:
-        """Where a run keeps what it needs to go on; not part of the adapter."""
+        """Where a run keeps what it needs to continue; not part of the adapter."""
         return self.output / "training"
 
     @property
@@ -89,10 +89,11 @@ class Trainer:
         return self.state_folder / "state.pt"
 
     def begin(self, resume: bool) -> None:
-        """Make sure that nothing is overwritten, or take up an earlier run.
+        """Make sure that nothing is overwritten, or resume an earlier run.
 
         Raises:
-            NLDError: there is a run that is not to be resumed, none to resume, or one with other settings.
+            NLDError: the folder holds a run but ``resume`` is False, or there is no run to resume, or its settings
+                differ.
         """
         begun = self.state_folder.is_dir() or (self.output / WEIGHTS_FILE).is_file()
         if not resume:
@@ -103,7 +104,7 @@ class Trainer:
             save(self._state_file, self._state())
             return
         if not self._state_file.is_file():
-            raise NLDError(f"--resume: {self.output} holds no run to go on with; leave --resume out, or mend --output")
+            raise NLDError(f"--resume: {self.output} holds no run to continue; leave --resume out, or correct --output")
         state = torch.load(self._state_file, map_location=self.device)
         self.settings.check_same(state["settings"])
         for name, found in self._fingerprints().items():
@@ -119,7 +120,7 @@ class Trainer:
         self.step, self.curve = state["step"], state["curve"]
 
     def run(self, schedule: Schedule, progress: Progress) -> bool:
-        """Train until the end, or until the time is up; returns whether the end is reached."""
+        """Train until the end, or until time runs out; returns whether training is complete."""
         until = time.monotonic() + 60 * schedule.minutes if schedule.minutes else None
         rows, held_out = self._rows(progress)
         if not self.curve:
@@ -139,9 +140,9 @@ class Trainer:
         return True
 
     def train_step(self, rows: Tensor) -> dict[str, float]:
-        """Do one step on a batch drawn from ``rows``, int64 ``[rows, length]``; returns what is logged.
+        """Do one step on a batch drawn from ``rows``, int64 ``[rows, length]``; returns the values to log.
 
-        That is the loss, in nats per block, and the blocks' mean of accepted + 1 before the step.
+        These are the loss, in nats per block, and the mean of accepted + 1 over the blocks, before the step.
         """
         settings = self.settings
         ids = rows[self._turn(len(rows))]
@@ -155,7 +156,7 @@ class Trainer:
             target = Target.of(self.model, part.to(self.device), self.prefix, self.eos)
             cycles, weights = next_cycles(self.model, self.adapter, target, places.to(self.device), self.block_length)
             drafts = Drafts.over(self.model, self.adapter, target, cycles, self.block_length)
-            # Per drafted block, not per counted draft: the parts of a batch then simply add up.
+            # Per drafted block, not per counted draft, so that the parts of a batch add up.
             loss = self.objective.loss_sum(self.model, target, drafts, weights) / starts.numel()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -172,7 +173,7 @@ class Trainer:
         return figures
 
     def _turn(self, count: int) -> Tensor:
-        """Return the rows of this step, int64 ``[batch]``: all take their turn, in another order each time round."""
+        """Return the rows of this step, int64 ``[batch]``: every row once per round, in a new order each round."""
         turns = torch.arange(self.settings.batch) + self.step * self.settings.batch
         chosen = torch.empty_like(turns)
         for lap in sorted(set((turns // count).tolist())):
@@ -183,8 +184,8 @@ class Trainer:
     def _rows(self, progress: Progress) -> tuple[Tensor, Tensor]:
         """Return the text to train on and to measure on, int64 ``[rows, prefix + new_tokens]``.
 
-        What it draws depends on the seed alone, so that a resumed run draws the same. The measurement is always on own
-        text, which is what drafts meet in use.
+        The draws depend only on the seed, so that a resumed run repeats them. Measurements always use own text, because
+        drafts continue own text when serving.
         """
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed + 1)
@@ -234,7 +235,7 @@ class Trainer:
         }
 
     def _fingerprints(self) -> dict[str, str]:
-        """Identify what a run cannot go on without."""
+        """Identify the inputs that a resumed run needs unchanged."""
         return {
             "MODEL": _digest(self.model.diffusion_head.weight.float().cpu()),
             "--data": _digest(self.stream.train),

@@ -1,1 +1,1 @@
-"""Every place that leans on vLLM internals that are not extension points (the ledger: ``docs/patches.md``)."""
+"""Every use of vLLM internals that are not extension points (ledger: ``docs/patches.md``)."""

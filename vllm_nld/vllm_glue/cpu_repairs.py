@@ -1,6 +1,6 @@
-"""Faults of vLLM on CPUs that end an engine or change its text, repaired.
+"""Repairs of vLLM's faults on CPUs that end an engine or change its text.
 
-Each function is called only where the engine runs on a CPU, and fails loudly when vLLM has changed shape.
+Each function is called only if the engine runs on a CPU, and raises an error if vLLM has changed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from vllm_nld.vllm_glue.versions import SUPPORTED
 def repair_seeded_prefills() -> None:
     """Let a seeded request be prefilled in chunks, and recomputed after a preemption.
 
-    A step samples for every request, and drops what it sampled for one whose prompt is not complete. vLLM then takes
-    the random numbers back by ``Generator.set_offset`` (``GPUModelRunner._bookkeeping_sync``), which a CPU's generator
-    lacks: the engine ends. Here such a request is sampled without its generator, which then stays where it was. Does
-    nothing where vLLM does not call ``set_offset``. Idempotent.
+    A step samples for every request, and drops the sample of a request whose prompt is not complete. vLLM then takes
+    the random numbers back with ``Generator.set_offset`` (``GPUModelRunner._bookkeeping_sync``). A CPU's generator
+    lacks that, so the engine ends. Here such a request is sampled without its generator, which then does not advance.
+    Does nothing if vLLM does not call ``set_offset``. Idempotent.
 
     Raises:
-        NLDError: vLLM finds the dropped samples by other means than the ones this knows.
+        NLDError: vLLM finds the dropped samples in another way than this function expects.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -50,14 +50,15 @@ def repair_seeded_prefills() -> None:
 
 
 def repair_cpu_temperature() -> None:
-    """Make sampled requests keep their temperature while speculation is on, on the CPU.
+    """Make sampled requests keep their temperature on the CPU while speculation is on.
 
     vLLM's CPU stand-in for the Triton ``expand`` kernel (``vllm/utils/cpu_triton_utils.py: _expand_kernel_impl``)
-    fills an int64 copy of its output, so a float temperature, top-p or int32 top-k stays uninitialised memory and
-    sampled rows answer almost greedily. Seen in 0.32.0. The PyTorch replacement is right on every version. Idempotent.
+    fills an int64 copy of its output, so a float temperature, top-p or int32 top-k stays uninitialized memory, and
+    sampled rows answer almost greedily. Seen in 0.32.0. The PyTorch replacement is correct on every version.
+    Idempotent.
 
     Raises:
-        NLDError: ``expand_batch_to_tokens`` has another signature than the one replaced.
+        NLDError: ``expand_batch_to_tokens`` has an unknown signature.
     """
     from vllm.v1.sample import rejection_sampler
 

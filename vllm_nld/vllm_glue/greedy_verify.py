@@ -1,8 +1,8 @@
-"""Verification of a step whose requests are all greedy, from the logits as they are.
+"""Verification of a step whose requests are all greedy, straight from the logits.
 
-vLLM's rejection sampler copies all logits to float32, hands the copy through its processors, and takes the argmax.
-Where nothing is there to change a logit (:func:`vllm_nld.vllm_glue.sampling.decides_by_argmax`), one pass over the
-logits says the same.
+vLLM's rejection sampler copies all logits to float32, passes the copy through its processors, and takes the argmax. If
+nothing can change a logit (:func:`vllm_nld.vllm_glue.sampling.decides_by_argmax`), one pass over the logits gives the
+same result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_nld import ops
 
 PLACEHOLDER = -1
-"""Behind the end of a row of sampled tokens (vLLM's ``PLACEHOLDER_TOKEN_ID``)."""
+"""Fills a row after its last sampled token (vLLM's ``PLACEHOLDER_TOKEN_ID``)."""
 
 
 def readable(logits: Tensor) -> bool:
@@ -24,16 +24,17 @@ def readable(logits: Tensor) -> bool:
 
 
 def verify_greedily(metadata: Any, logits: Tensor) -> Tensor:
-    """Return every request's accepted drafts and the verifier's token behind them, as vLLM's rejection sampler does.
+    """Return every request's accepted drafts and the verifier's token after them, as vLLM's rejection sampler does.
 
-    Nothing here waits for a device.
+    Never waits for a device.
 
     Args:
         metadata: vLLM's ``SpecDecodeMetadata``, of R requests with N drafts in all.
-        logits: float32, bfloat16 or float16 ``[N + R, vocab]``, inner stride 1; the metadata says whose each row is.
+        logits: float32, bfloat16 or float16 ``[N + R, vocab]``, inner stride 1; the metadata gives the request of each
+            row.
 
     Returns:
-        int32 ``[R, max_spec_len + 1]``, ``PLACEHOLDER`` behind the end of a row.
+        int32 ``[R, max_spec_len + 1]``, ``PLACEHOLDER`` after the end of a row.
     """
     device = logits.device
     best, _, _ = ops.function("best_tokens", device.type)(logits, False)

@@ -1,4 +1,4 @@
-"""What is needed of vLLM's layers."""
+"""Uses of vLLM's layers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vllm_nld.vllm_glue.versions import SUPPORTED
 def unscaled_rope(head_dim: int, max_position: int, rope_parameters: dict[str, Any]) -> Any:
     """Return vLLM's rotary embedding for NLD: YaRN's frequencies, but no attention factor.
 
-    vLLM 0.32 takes ``attention_factor``, which the config class sets; 0.26 ignores it and takes ``apply_yarn_scaling``.
+    vLLM 0.32 reads ``attention_factor``, which the config class sets; 0.26 ignores it and reads ``apply_yarn_scaling``.
 
     Raises:
-        NLDError: this vLLM scales queries and keys all the same.
+        NLDError: this vLLM scales queries and keys anyway.
     """
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
@@ -27,7 +27,7 @@ def unscaled_rope(head_dim: int, max_position: int, rope_parameters: dict[str, A
 
 
 def ungathered_logits(model: Any, hidden_states: Any) -> Any:
-    """Return a rank's own columns of the logits, padding included; None where this vLLM can only gather them."""
+    """Return a rank's own columns of the logits, with padding; None if this vLLM can only gather them."""
     processor = model.logits_processor
     if "skip_gather" not in inspect.signature(processor.forward).parameters:
         return None

@@ -1,9 +1,9 @@
-"""vLLM's padding of a step, kept out of what this extension runs.
+"""Keeps vLLM's padding out of the steps that this extension runs.
 
-vLLM pads a request that comes with one token to compute, after a cached prompt or a preemption, by drafts of -1
-(``Scheduler.schedule``), so that steps have one size for CUDA graphs; steps of this extension are ragged. Padding would
-have the request sampled by rejecting, with other random numbers than without, takes pages and budget from others, and
-keeps the request out of the engine where the budget is smaller than a block.
+If a request has one token to compute, after a cached prompt or a preemption, vLLM pads it with drafts of -1
+(``Scheduler.schedule``), so that steps have one size for CUDA graphs. Steps of this extension have no fixed size. With
+padding, the request would be sampled by rejection, with other random numbers. Padding also takes pages and budget from
+other requests, and keeps the request out of the engine if the budget is smaller than a block.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from vllm_nld.vllm_glue.versions import FIXED_BITMASK_ROWS, SUPPORTED, installed
 
 
 def schedule_unpadded(scheduler: Any, schedule: Callable[[], Any]) -> Any:
-    """Return the ``SchedulerOutput`` of ``schedule()``, planned without padding.
+    """Return the ``SchedulerOutput`` of ``schedule()``, without padding.
 
     Raises:
-        NLDError: the scheduler has no ``num_spec_tokens``, by which it pads.
+        NLDError: the scheduler has no ``num_spec_tokens``, which controls the padding.
     """
     if not hasattr(scheduler, "num_spec_tokens"):
         raise NLDError(f"this vLLM's Scheduler has no 'num_spec_tokens'; vllm-nld supports vLLM {SUPPORTED}")
@@ -35,16 +35,17 @@ def schedule_unpadded(scheduler: Any, schedule: Callable[[], Any]) -> Any:
 
 
 def _padded(scheduler_output: Any) -> dict[str, int]:
-    """Return how many drafts of -1 requests were padded with."""
+    """Return the number of drafts of -1 that each request was padded with."""
     drafted = scheduler_output.scheduled_spec_decode_tokens
     return {request_id: len(ids) for request_id, ids in drafted.items() if -1 in ids}
 
 
 def without_padding(scheduler_output: Any) -> Any:
-    """Return a ``SchedulerOutput`` whose requests run only their own tokens, where another scheduler pads.
+    """Return a ``SchedulerOutput`` whose requests run only their own tokens, if another scheduler padded them.
 
-    0.32's CPU kernels even take a draft of -1 for an index. The scheduler's own copy is left as it is: it takes the
-    padding back as rejected drafts. What it sends with the step goes through :func:`grammar_without_padding`.
+    The CPU kernels of vLLM 0.32 even use a draft of -1 as an index. The scheduler's own copy is not changed, because
+    the scheduler later counts the padding as rejected drafts. The grammar that it sends with the step goes through
+    :func:`grammar_without_padding`.
     """
     padded = _padded(scheduler_output)
     if not padded:
@@ -59,16 +60,16 @@ def without_padding(scheduler_output: Any) -> Any:
 
 
 def grammar_without_padding(grammar_output: Any, scheduler_output: Any) -> Any:
-    """Return a ``GrammarOutput`` without the rows of padding, of a step that ran by :func:`without_padding`.
+    """Return a ``GrammarOutput`` without the rows of padding, for a step that went through :func:`without_padding`.
 
     The runner finds a request's rows in one of two ways (``v1/structured_output/utils.py: apply_grammar_bitmask``).
     Up to vLLM 0.32 it counts the drafts of the requests before, so rows of padding must go. From 0.33 on, every request
     has as many rows as the longest block takes, of which the first ones are read, so none may go.
 
     Args:
-        grammar_output: the scheduler's; its bitmask is int32 ``[rows, words]``, a row for every draft of a request
-            with a grammar and one more for the token after them. None where no request has a grammar.
-        scheduler_output: the step as the scheduler made it.
+        grammar_output: from the scheduler. Its bitmask is int32 ``[rows, words]``, with a row for every draft of a
+            request with a grammar and one more for the token after them. None if no request has a grammar.
+        scheduler_output: the step from the scheduler.
     """
     if installed_release() >= FIXED_BITMASK_ROWS:
         return grammar_output

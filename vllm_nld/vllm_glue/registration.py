@@ -1,4 +1,4 @@
-"""Hooks into vLLM's registries and configuration: what the plugin installs in every vLLM process."""
+"""Hooks into vLLM's registries and configuration, which the plugin installs in every vLLM process."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def max_draft_tokens() -> int:
 
 
 def check_and_fill_speculative_config(proposer_paths: tuple[str, ...], check: Callable[[Any], None]) -> None:
-    """Call ``check(speculative_config)`` where this extension's proposer is asked for, and fill in a default.
+    """Call ``check(speculative_config)`` if it names this extension's proposer, and fill in a default.
 
     ``num_speculative_tokens`` defaults to the checkpoint's block length - 1: vLLM takes such a default only from a
-    draft model's ``n_predict``; a custom proposer has none. And only before vLLM fills a config in does it show what
-    the user set. So ``SpeculativeConfig.__post_init__`` is wrapped. Idempotent.
+    draft model's ``n_predict``, which a custom proposer lacks. Also, a config shows what the user set only before vLLM
+    fills it in. So ``SpeculativeConfig.__post_init__`` is wrapped. Idempotent.
     """
     from vllm.config import SpeculativeConfig
 
@@ -56,14 +56,14 @@ def check_and_fill_speculative_config(proposer_paths: tuple[str, ...], check: Ca
 
 
 def check_requests_at_admission(check: Callable[[Any, Any], None]) -> None:
-    """Have ``check(vllm_config, sampling_params)`` called for every request before vLLM takes it in.
+    """Have ``check(vllm_config, sampling_params)`` called for every request before vLLM accepts it.
 
-    vLLM has no hook for that while speculation is on: custom logits processors, whose ``validate_params`` would be
-    one, are refused then. So ``InputProcessor.process_inputs`` is wrapped. An :class:`NLDError` becomes vLLM's own
-    validation error, which the OpenAI server answers with HTTP 400. Idempotent.
+    vLLM has no hook for that while speculation is on: it then refuses custom logits processors, whose
+    ``validate_params`` would be one. So ``InputProcessor.process_inputs`` is wrapped. An :class:`NLDError` becomes
+    vLLM's own validation error, which the OpenAI server answers with HTTP 400. Idempotent.
 
     Raises:
-        NLDError: ``process_inputs`` has no argument ``params`` any more.
+        NLDError: ``process_inputs`` has no argument ``params``.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor

@@ -1,13 +1,13 @@
-"""How drafts are verified, by request: by rejection sampling, by the seed's own draws, or not at all.
+"""How each request's drafts are verified: by rejection sampling, by the draws of its seed, or not at all.
 
-Verification of self-speculation is vLLM's rejection sampler as it is, or for greedy steps what gives the same at less
-cost. Two kinds of requests have its target distribution replaced by certainty, after the log-probabilities' copy was
-taken, so those still say what the causal pass thought of each token:
+Self-speculation is verified by vLLM's unchanged rejection sampler, or in greedy steps by a cheaper equivalent. For two
+kinds of requests, the target distribution is replaced by certainty. The log-probabilities are copied before, so they
+still give the causal pass's probability of each token:
 
-- diffusion: certainty of the draft. A denoised block is committed by the causal pass, not judged by it.
+- diffusion: certainty of the draft, because the causal pass commits a denoised block and does not judge it.
 - seeded requests: certainty of the token that the causal pass draws at this position (:mod:`vllm_nld.ops.noise`). A
-  draft is accepted if it is that token, else that token takes its place. The text is AR's with this seed, whatever
-  the draft.
+  draft is accepted if it is that token; else that token replaces it. The text equals AR's text with this seed, for any
+  draft.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def accept_diffusion(rejection_sampler: Any, is_diffusion: Callable[[int], bool]
 
 
 def _make_certain(logits: Tensor, places: Tensor, tokens: Tensor) -> None:
-    """Leave nothing but a token possible, in place.
+    """Make one token the only possible one, in place.
 
     Args:
         logits: float ``[rows, vocab]``.
-        places: int64 ``[places]``, rows.
-        tokens: ``[places]``, what is certain there.
+        places: int64 ``[places]``, the rows to change.
+        tokens: ``[places]``, the certain token of each.
     """
     logits.index_fill_(0, places, -torch.inf)
     logits[places, tokens.long()] = 0.0
@@ -92,15 +92,15 @@ def _seeded(metadata: Any, noise_at: Callable[[int], tuple[Noise, int] | None]) 
 def draw_seeded(
     rejection_sampler: Any, noise_at: Callable[[int], tuple[Noise, int] | None], seed_draws: Callable[[], None]
 ) -> None:
-    """Have seeded requests' tokens drawn by seed and position, in steps with drafts and in steps without; idempotent.
+    """Have seeded requests' tokens drawn by seed and position, in steps with and without drafts; idempotent.
 
     Args:
         rejection_sampler: vLLM's, whose plain sampler also serves steps without drafts.
-        noise_at: returns the random numbers of a row whose drafts its seed verifies, and its first draft's position.
+        noise_at: returns the random numbers of a row whose seed verifies its drafts, and its first draft's position.
         seed_draws: called before the plain sampler draws one token per row.
 
     Raises:
-        NLDError: the samplers lack what this relies on.
+        NLDError: the samplers lack an attribute that this relies on.
     """
     sampler = rejection_sampler.sampler
     plain_forward = sampler.forward
@@ -136,7 +136,7 @@ def draw_seeded(
 
     @functools.wraps(logprobs)
     def get_logprobs(most: Any, metadata: Any, logits: Tensor, targets: Tensor, *others: Any) -> Any:
-        """As vLLM does; ``--logprobs-mode processed_*`` shows what was drawn from, not the certainty."""
+        """As vLLM's; ``--logprobs-mode processed_*`` shows the distribution that was drawn from, not the certainty."""
         for places, kept in drawn_from:
             targets[places] = kept
         return logprobs(most, metadata, logits, targets, *others)
@@ -146,7 +146,7 @@ def draw_seeded(
 
 
 def _draw(sampler: Any, logits: Tensor, seeded: _Seeded, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
-    """Return what the causal pass draws at each place, ``[places]``, and from what, if log-probabilities tell that."""
+    """Return the causal pass's draw at each place, ``[places]``, and its distribution if log-probabilities need it."""
 
     def of_rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[seeded.rows]
@@ -158,12 +158,12 @@ def _draw(sampler: Any, logits: Tensor, seeded: _Seeded, sampling_metadata: Any)
 
 
 def pack_draft_probs(metadata: Any, by_row: Sequence[Tensor | None], vocab_size: int) -> Tensor:
-    """Return a step's draft distributions, float32 ``[drafts, vocab]``; drafts that were not drawn are certain.
+    """Return a step's draft distributions, float32 ``[drafts, vocab]``; other drafts than drawn ones are certain.
 
     Args:
         metadata: vLLM's ``SpecDecodeMetadata``.
-        by_row: float32 ``[drafts or more, vocab]`` of a row whose drafts were drawn, else None.
-        vocab_size: columns.
+        by_row: float32 ``[drafts or more, vocab]`` for a row whose drafts were drawn, else None.
+        vocab_size: number of columns.
     """
     ids = metadata.draft_token_ids.long()[:, None]
     probs = torch.zeros(len(ids), vocab_size, device=ids.device).scatter_(1, ids, 1.0)
@@ -178,12 +178,13 @@ def pack_draft_probs(metadata: Any, by_row: Sequence[Tensor | None], vocab_size:
 def guide_verification(
     rejection_sampler: Any, draft_probs: Callable[[Any], Tensor | None], is_diffusion: Callable[[int], bool]
 ) -> None:
-    """Have a rejection sampler told what drafts were drawn from, and left out where it is not needed; idempotent.
+    """Pass the drafts' distributions to a rejection sampler, and skip it where it is not needed; idempotent.
 
     vLLM asks its own draft models for their distributions, but not a proposer of ``custom_class``. And it runs the
-    rejection sampler in every step, also in one without drafts, where a request with ``top_k`` and no ``top_p`` ends
-    the engine: ``apply_top_k_only`` takes the maximum of nothing (seen in 0.32.0). The plain sampler gives the same.
-    A step of greedy requests only, whose logits nothing changes, is decided by :mod:`vllm_nld.vllm_glue.greedy_verify`.
+    rejection sampler in every step. In a step without drafts, a request with ``top_k`` and no ``top_p`` then ends the
+    engine, because ``apply_top_k_only`` takes the maximum of an empty tensor (seen in 0.32.0). The plain sampler gives
+    the same result. A step with only greedy requests, whose logits nothing changes, is decided by
+    :mod:`vllm_nld.vllm_glue.greedy_verify`.
 
     Args:
         rejection_sampler: vLLM's.
@@ -191,7 +192,7 @@ def guide_verification(
         is_diffusion: whether a row's drafts are accepted anyway (:func:`accept_diffusion`).
 
     Raises:
-        NLDError: the sampler's ``forward`` has other arguments than the ones this knows.
+        NLDError: the sampler's ``forward`` has unknown arguments.
     """
     original = rejection_sampler.forward
     if getattr(original, "is_guided", False):

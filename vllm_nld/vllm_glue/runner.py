@@ -1,4 +1,4 @@
-"""What is needed of vLLM's first model runner."""
+"""Uses of vLLM's first (V1) model runner."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def set_active_loras(runner: Any, by_logit: list[int], by_token: list[int], requ
 
 
 def attach_proposer(runner: Any, drafts: int) -> None:
-    """Introduce the runner's proposer to the runner, and have it asked for drafts near the length limit too.
+    """Attach the proposer to the runner, and have it asked for drafts also near the length limit.
 
-    Without the second part vLLM replaces all drafts of a batch by zeros as soon as one request comes within
+    Without the second part, vLLM replaces all drafts of a batch by zeros as soon as one request is within
     ``drafts`` tokens of ``max_model_len``; this proposer shortens such blocks itself.
 
     Raises:
-        NLDError: the runner lacks what this relies on.
+        NLDError: the runner lacks an attribute that this relies on.
     """
     from vllm_nld.vllm_glue.rejection_sampler import accept_diffusion, draw_seeded, guide_verification
 

@@ -1,4 +1,4 @@
-"""What is known of vLLM's samplers, and repairs of them on the CPU."""
+"""When vLLM's samplers only take an argmax, and the form of their output."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def decides_by_argmax(rejection_sampler: Any, sampling_metadata: Any) -> bool:
-    """Whether vLLM's rejection sampler would take the largest of each row of logits as they are, and return no more.
+    """Whether vLLM's rejection sampler would only take the argmax of each row of unchanged logits.
 
-    All that could change a logit must be known, and off: a field that this vLLM lacks counts as on.
+    Everything that could change a logit must be known and off. A field that this vLLM lacks counts as on.
     """
     on: Any = object()
     plain = {"all_greedy": True, "no_penalties": True, "max_num_logprobs": None, "allowed_token_ids_mask": None}
@@ -27,9 +27,9 @@ def decides_by_argmax(rejection_sampler: Any, sampling_metadata: Any) -> bool:
 
 
 def always_decides_by_argmax(params: Any) -> bool:
-    """Whether no step that holds a request with these ``SamplingParams`` fails :func:`decides_by_argmax` for it.
+    """Whether a request with these ``SamplingParams`` never makes a step fail :func:`decides_by_argmax`.
 
-    Told of a request that may not be in the runner's batch yet, so more cautious than that.
+    The request may not be in the runner's batch yet, so this check is more cautious.
     """
     off = {"temperature": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "min_tokens": 0}
     if any(getattr(params, name) != value for name, value in off.items()):
@@ -39,7 +39,7 @@ def always_decides_by_argmax(params: Any) -> bool:
 
 
 def _is_idle(processor: Any) -> bool:
-    """Whether a logits processor has no request to change logits of; one that is not vLLM's own may always have."""
+    """Whether a logits processor changes no request's logits. One that is not from vLLM may always change them."""
     from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 
     requests = {MinTokensLogitsProcessor: "min_toks", LogitBiasLogitsProcessor: "biases"}.get(type(processor))

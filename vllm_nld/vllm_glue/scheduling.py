@@ -1,4 +1,4 @@
-"""What parking needs of vLLM's scheduler."""
+"""Uses of vLLM's scheduler for parking."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vllm_nld.names import SCHEDULER
 
 
 def use_scheduler_subclass(scheduler_config: Any) -> None:
-    """Choose the scheduler subclass whose steps suit ragged blocks, unless the user chose a scheduler."""
+    """Choose the scheduler subclass for blocks without a fixed size, unless the user chose a scheduler."""
     if scheduler_config.scheduler_cls is None:
         scheduler_config.scheduler_cls = SCHEDULER
 
 
 def schedules_blocks(scheduler_config: Any) -> bool:
-    """Whether the engine's scheduler is this extension's, or a subclass."""
+    """Whether the engine uses this extension's scheduler, or a subclass."""
     chosen = scheduler_config.scheduler_cls
     if chosen is None:
         return False
@@ -28,17 +28,18 @@ def schedules_blocks(scheduler_config: Any) -> bool:
 def parks_requests(vllm_config: Any) -> bool:
     """Whether the engine's scheduler leaves parked requests out of causal passes.
 
-    Not with LoRAs: vLLM counts those of the requests in a step; a parked one would come back on top of ``max_loras``.
+    Not with LoRAs: vLLM counts only those of the requests in a step, so a parked one would return on top of
+    ``max_loras``.
     """
     plain = vllm_config.lora_config is None and parking_obstacle() is None
     return plain and schedules_blocks(vllm_config.scheduler_config)
 
 
 def parking_obstacle() -> str | None:
-    """Return what this vLLM lacks for leaving requests out of a step, or None.
+    """Return the feature that this vLLM lacks for leaving requests out of a step, or None.
 
-    It has no extension point for that. 0.32 has a mechanism of its own, for decodes that are still in flight in a
-    pipeline (``Request.next_decode_eligible_step``), which its ``DiffusionAsyncScheduler`` uses in the same way.
+    vLLM has no extension point for that. 0.32 has its own mechanism, for decodes that are still in flight in a pipeline
+    (``Request.next_decode_eligible_step``). Its ``DiffusionAsyncScheduler`` uses it in the same way.
     """
     import dataclasses
 
@@ -54,7 +55,7 @@ def parking_obstacle() -> str | None:
 
 
 def why_not_parked(vllm_config: Any) -> str:
-    """Return, for an engine that does not park requests, what to change if it should."""
+    """Return what to change so that an engine that does not park requests will."""
     if vllm_config.lora_config is not None:
         return "--enable-lora (a parked request's LoRA would come back on top of max_loras)"
     obstacle = parking_obstacle()

@@ -1,4 +1,4 @@
-"""What travels between vLLM's scheduler and its workers, and how a step is looked at."""
+"""Data that vLLM's scheduler and workers exchange, and how to inspect a step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vllm_nld.vllm_glue.versions import SUPPORTED
 def with_note(carrier: Any, note: Any) -> Any:
     """Return a copy of a ``SchedulerOutput`` or ``ModelRunnerOutput`` that carries a note of this extension.
 
-    Both are plain dataclasses that vLLM pickles where scheduler and worker are not one process, so an attribute more
-    travels along. A copy, because an empty step's ``ModelRunnerOutput`` is one shared object.
+    Both are plain dataclasses that vLLM pickles if scheduler and worker are different processes, so an extra attribute
+    is sent along. A copy, because the ``ModelRunnerOutput`` of empty steps is one shared object.
 
     Raises:
-        NLDError: the object takes no attributes.
+        NLDError: the object accepts no attributes.
     """
     noted = copy.copy(carrier)
     try:

@@ -18,9 +18,9 @@ SECOND_WORKERS = {
 
 
 def use_worker_subclass(parallel_config: Any, second: bool = False) -> None:
-    """Choose the worker subclass that introduces the proposer to the model runner, unless the user chose a worker.
+    """Choose the worker subclass that attaches the proposer to the model runner, unless the user chose a worker.
 
-    The platform fills ``worker_cls`` after this hook, so its choice is asked for here.
+    The platform sets ``worker_cls`` after this hook, so this asks for its choice.
 
     Args:
         parallel_config: vLLM's.
@@ -40,17 +40,17 @@ def use_worker_subclass(parallel_config: Any, second: bool = False) -> None:
 
 
 def ray_executor_runs_workers() -> bool:
-    """Whether the chosen Ray executor runs a step by ``Worker.execute_model``, as the multiprocessing one does."""
+    """Whether the chosen Ray executor runs a step with ``Worker.execute_model``, like the multiprocessing executor."""
     from vllm import envs
 
     return bool(getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False))
 
 
 def transfers_layer_by_layer(kv_transfer_config: Any) -> bool:
-    """Whether a KV connector works inside the attention of every layer, instead of between forwards.
+    """Whether a KV connector transfers inside the attention of every layer, instead of between forwards.
 
-    vLLM calls two hooks around each layer's attention of any forward that has metadata, a draft's too. Most connectors
-    leave them empty. One that may do either says so by ``requires_piecewise_for_cudagraph``.
+    vLLM calls two hooks around each layer's attention in any forward with metadata, also in drafts. Most connectors
+    leave them empty. A connector that may use either way says so with ``requires_piecewise_for_cudagraph``.
     """
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -67,7 +67,7 @@ def transfers_layer_by_layer(kv_transfer_config: Any) -> bool:
 
 
 def _is_empty(function: Callable[..., Any]) -> bool:
-    """Whether a function only returns, as its source says."""
+    """Whether a function's source only returns."""
     import ast
     import textwrap
 

@@ -1,4 +1,4 @@
-"""Plain vLLM on the same shape, card and run: what a cycle is to be compared with."""
+"""Plain vLLM on the same shape, card and run, to compare a cycle with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_check.serving import core, plain, runner
 
 
 def run(check: Check) -> None:
-    """Time its decode steps, and give the cycles measured before in these."""
+    """Time its decode steps, and convert the measured cycles to these."""
     from vllm_nld.cli.bench_cycle import time_decoding
 
     llm, sizes = plain(check), check.sizes

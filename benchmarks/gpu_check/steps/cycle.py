@@ -1,4 +1,4 @@
-"""What a cycle of draft and verify costs, with several requests in flight, and where its time goes."""
+"""The cost of a cycle of draft and verify with several requests in flight, and where its time goes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_check.serving import speculative
 
 
 def run(check: Check) -> None:
-    """Time cycles and AR steps of the same engine; then the parts of a cycle, waiting for the device at each."""
+    """Time cycles and AR steps of the same engine; then the parts of a cycle, with a wait for the device at each."""
     from vllm_nld.cli.bench_cycle import time_decoding
     from vllm_nld.cli.stopwatch import Stopwatch
 

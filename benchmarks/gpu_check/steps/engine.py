@@ -1,4 +1,4 @@
-"""Does the engine start on the 8B shape, and what did vLLM decide?"""
+"""Starts the engine on the 8B shape, and records vLLM's choices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_check.serving import core, runner, speculative
 
 
 def run(check: Check) -> None:
-    """Start it, and write down every decision that the others' figures depend on."""
+    """Start it, and record every choice that the figures of other steps depend on."""
     llm = speculative(check)
     config = core(llm).vllm_config
     compilation, scheduler = config.compilation_config, config.scheduler_config

@@ -1,4 +1,4 @@
-"""The tests that need an engine on a GPU: against the reference, eager and with CUDA graphs."""
+"""The tests that compare an engine on a GPU with the reference, eager and with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from gpu_check.steps.kernels import run_tests
 
 
 def run(check: Check) -> None:
-    """Run them. In a dry run they are collected, and skip themselves.
+    """Run them. In a dry run they are collected and skipped.
 
     Raises:
         AssertionError: a test failed, or none ran.

@@ -1,4 +1,4 @@
-"""Greedy self-speculation against AR, token by token, on small models with real differences between tokens."""
+"""Compares greedy self-speculation with AR, token by token, on small models with clear differences between tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Case:
     """A model in a dtype.
 
     Attributes:
-        name: shown.
-        dtype: of weights and cache.
+        name: name in the output.
+        dtype: type of weights and cache.
         backend: vLLM's attention backend; None for its own choice.
-        must_agree: whether a different token is a fault. In bfloat16 a verify pass rounds other than an AR step does.
+        must_agree: whether a different token is a fault. In bfloat16 a verify pass rounds differently from an AR step.
         tiny: the embedded checkpoint; else random weights with heads of 128, as the released models have.
         eager: without CUDA graphs.
     """
@@ -42,16 +42,16 @@ CASES = (
 
 
 def run(check: Check) -> None:
-    """Compare in every case; one that fails does not keep the others from running.
+    """Compare in every case; a failed case does not stop the others.
 
     Raises:
-        AssertionError: a text differs where none may.
+        AssertionError: a text differs in a case that must agree.
     """
     # vLLM's Triton attention leaves float32 products to Triton, whose default is TF32: 10 bits of mantissa.
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
-    cases = CASES if not check.dry else CASES[:2]  # eager and with graphs are the same there
+    cases = CASES if not check.dry else CASES[:2]  # eager and graphs do not differ there
     wrong = [case.name for case in cases if not _agrees(check, case)]
-    assert not wrong, f"self-speculation is not AR: {'; '.join(wrong)}"
+    assert not wrong, f"self-speculation differs from AR: {'; '.join(wrong)}"
 
 
 def _agrees(check: Check, case: Case) -> bool:

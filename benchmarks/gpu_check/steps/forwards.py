@@ -1,4 +1,4 @@
-"""What a forward costs by its tokens, and what a cycle consists of for the device: launches, waits, idle time."""
+"""The cost of a forward by its tokens, and a cycle's launches, waits and idle time of the device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _forwards(check: Check, llm: Any) -> None:
 
     def causal(tokens: int) -> None:
         with torch.inference_mode():
-            model_runner._dummy_run(tokens)  # by a graph where vLLM has one of that size
+            model_runner._dummy_run(tokens)  # with a graph if vLLM has one of that size
         check.synchronize()
 
     repeats = 2 if check.dry else 15
@@ -74,7 +74,7 @@ def _profile(check: Check, llm: Any) -> None:
 
 
 class Profiled:
-    """Stands in for a stopwatch: profiles the steps that are timed, and nothing before them."""
+    """Replaces a stopwatch: profiles only the timed steps."""
 
     def __init__(self, start: Callable[[], Any], synchronize: Callable[[], None]) -> None:
         self._start = start
@@ -95,7 +95,7 @@ class Profiled:
         return outputs
 
     def finish(self) -> tuple[Counter[str], float]:
-        """Return how often the host called what, and for how many seconds the device was busy."""
+        """Return the number of each host call, and the seconds for which the device was busy."""
         from torch._C._autograd import DeviceType
 
         self._profile.__exit__(None, None, None)
@@ -104,7 +104,7 @@ class Profiled:
         for event in self._profile.events():
             if event.device_type == DeviceType.CPU:
                 calls[event.name] += 1
-            elif not getattr(event, "is_user_annotation", False):  # those span what lies between kernels, too
+            elif not getattr(event, "is_user_annotation", False):  # those also span the time between kernels
                 spans.append((event.time_range.start, event.time_range.end))
         return calls, covered(spans) * 1e-6
 

@@ -1,4 +1,4 @@
-"""The operators' tests on the device: CUDA and Triton kernels against float64."""
+"""The operators' tests on the device: CUDA and Triton kernels compared with float64."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ GPU_FILES = (
 )
 DRY_FILES = ("gpu", "kernels/test_operators.py")
 EVERY = 100
-"""Tests between two figures of how many have passed."""
+"""Tests between two figures of the number that passed."""
 
 
 def run(check: Check) -> None:
-    """Run them, in several processes where pytest can.
+    """Run them, in several processes if pytest can.
 
     Raises:
         AssertionError: a test failed, or none ran.
@@ -42,7 +42,7 @@ def run_tests(check: Check, files: tuple[str, ...], options: list[str]) -> None:
     import pytest
 
     results = Results(check)
-    # The package under test is the checkout, wherever the caller stands.
+    # The package under test is the checkout, from any working directory.
     os.chdir(ROOT)
     status = pytest.main([*(f"tests/{name}" for name in files), "-q", "-p", "no:cacheprovider", *options], [results])
     results.report()
@@ -51,14 +51,14 @@ def run_tests(check: Check, files: tuple[str, ...], options: list[str]) -> None:
 
 
 class Results:
-    """A pytest plugin that counts, and tells of failures at once."""
+    """A pytest plugin that counts, and reports failures at once."""
 
     def __init__(self, check: Check) -> None:
         self.check = check
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Take note of a test's call, or of what its fixtures did instead."""
+        """Record the outcome of a test's call, or of its fixtures if they failed or skipped."""
         if report.when != "call" and report.outcome == "passed":
             return
         self.counts[report.outcome] += 1

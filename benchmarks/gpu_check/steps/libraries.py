@@ -1,4 +1,4 @@
-"""Do the libraries load, and do one cache write and one attention call of vLLM's give what PyTorch's SDPA does?"""
+"""Checks that the libraries load, and that a cache write and an attention call of vLLM agree with PyTorch's SDPA."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from gpu_check.check import Check
 
 ALLOWED = 0.05
-"""Largest difference from SDPA in bfloat16, of outputs about 1."""
+"""Largest difference from SDPA in bfloat16, for outputs of about 1."""
 
 
 def run(check: Check) -> None:
-    """Import, then compare on one batch, in both orders that a page can have in memory.
+    """Import, then compare on one batch, for both orders of a page in memory.
 
     Raises:
         AssertionError: an implementation is wrong.

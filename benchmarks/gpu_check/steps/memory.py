@@ -1,4 +1,4 @@
-"""How much memory many requests at once take, greedy and sampled, and whether vLLM had reckoned with it."""
+"""Memory of many requests at once, greedy and sampled, and whether vLLM's profiling covers it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PROFILED = (
     "non_torch_memory",
     "available_kv_cache_memory_bytes",
 )
-"""What vLLM's GPU worker notes when it profiles, in bytes."""
+"""Attribute in which vLLM's GPU worker stores the profiled bytes."""
 
 
 def run(check: Check) -> None:
-    """Run some cycles of many requests, and hold the peak against what was there before and what was profiled."""
+    """Run some cycles of many requests, and compare the peak with the memory before and with the profiled memory."""
     from vllm_nld.cli.bench_cycle import time_decoding
 
     llm, sizes = speculative(check), check.sizes
@@ -38,7 +38,7 @@ def run(check: Check) -> None:
 
 
 def _reset(check: Check) -> float:
-    """Return the bytes in use now, from which the peak is counted."""
+    """Return the bytes in use now. The peak counts from here."""
     if check.device == "cpu":
         return _resident()
     import torch

@@ -1,4 +1,4 @@
-"""How long attention takes: ours, and its peers, at a model's sizes; and how long the host is busy with a call."""
+"""Time of our attention and its peers at a model's sizes, and host time of a call."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gpu_check.check import Check
 from gpu_check.points import FlexPoint, GPUPoint, device_medians, host_seconds, implementations, make_point
 
 FLEX_POINTS = ((1024, 32, 8), (8192, 32, 1))
-"""(prefix, block length, rows): each has to be compiled, so few."""
+"""(prefix, block length, rows). Few, because each must be compiled."""
 
 
 def run(check: Check) -> None:
-    """Time every point until time is short; long blocks first, as those are what is served."""
+    """Time every point until time runs short. Long blocks first, because serving uses those."""
     modules, reasons = implementations(check.device)
     for name, reason in reasons.items():
         check.figure("not available", reason, of=name)
@@ -52,7 +52,7 @@ def _measure(check: Check, modules: dict[str, Any], prefix: int, length: int, ro
         try:
             call()
             check.synchronize()
-        except Exception as error:  # one peer's failure costs that peer only
+        except Exception as error:  # a peer's failure does not affect the others
             check.figure("failed", f"{type(error).__name__}: {error}"[:500], of=name, **where)
             del calls[name]
     for name, seconds in device_medians(check.device, calls, check.sizes.point_seconds).items():

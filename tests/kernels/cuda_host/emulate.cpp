@@ -1,4 +1,4 @@
-// How the tests steer the emulation.
+// Controls of the emulation for tests.
 #include "simt.h"
 
 extern "C" void nld_emulate(int seed, int processors, int shared_limit) {

@@ -1,12 +1,13 @@
-// A CUDA thread block on the CPU: what csrc/cuda/platform.cuh asks for, so that the kernels themselves run in tests.
+// A CUDA thread block on the CPU: implements csrc/cuda/platform.cuh, so that the kernels themselves run in tests.
 //
 // Every thread is a fiber. It runs until it has to wait: at a barrier for the block, at a warp instruction (shuffle,
-// ldmatrix, mma) for its warp. Blocks run one after another. To bring mistakes to light:
-// - threads run in an order drawn anew at every turn;
-// - asynchronous copies happen at the latest moment that CUDA allows (the wait), or at the earliest (the copy): a draw;
+// ldmatrix, mma) for its warp. Blocks run one after another. To reveal mistakes:
+// - threads run in a new random order at every turn;
+// - asynchronous copies happen at the latest moment that CUDA allows (the wait), or at the earliest (the copy), at
+  // random;
 // - shared memory starts as NaN;
-// - addresses outside shared memory or not aligned, lanes of a warp at different instructions, threads that wait for
-//   ever and copies that nobody waits for make the launch fail.
+// - addresses outside shared memory or not aligned, lanes of a warp at different instructions, threads that wait
+  // forever and copies that no thread waits for make the launch fail.
 #pragma once
 
 #include <math.h>
@@ -93,7 +94,7 @@ inline int shared_limit = 227 * 1024;
 
 inline const char* failure = nullptr;
 
-// Gives the launch up.
+// Aborts the launch.
 [[noreturn]] inline void fail(const char* what) {
     failure = what;
     setcontext(&block->scheduler);
@@ -113,7 +114,7 @@ inline void check_shared(const void* address, size_t bytes) {
     if (reinterpret_cast<uintptr_t>(place) % bytes != 0) fail("shared address not aligned");
 }
 
-// Lane's place in an 8 x 8 matrix.
+// A lane's place in an 8 x 8 matrix.
 inline uint32_t element(const Thread* lanes, int matrix, int row, int column) {
     uint16_t bits;
     memcpy(&bits, lanes[8 * matrix + row].address + 2 * column, 2);
@@ -139,7 +140,7 @@ inline float half_of(uint32_t word, int which, bool bfloat16) {
     return bfloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
 }
 
-// The fragment layouts of mma.m16n8k16 as PTX defines them. in: a[4], b[2]; out: what is added to c.
+// The fragment layouts of mma.m16n8k16 as PTX defines them. in: a[4], b[2]; out: the terms added to c.
 inline void multiply(Thread* lanes) {
     const bool bfloat16 = lanes[0].argument != 0;
     static float a[16][16], b[16][8];
@@ -189,7 +190,7 @@ inline void execute(Operation operation, Thread* lanes) {
     }
 }
 
-// The last lane to come executes the instruction for the whole warp.
+// The last lane to arrive executes the instruction for the whole warp.
 inline void warp_instruction(Operation operation) {
     const size_t warp_index = static_cast<size_t>(current) / 32;
     Warp& warp = block->warps[warp_index];
@@ -253,7 +254,7 @@ inline void run(Block& now) {
             progress = true;
         }
         if (!progress) {
-            failure = "threads wait for ever";
+            failure = "threads wait forever";
             return;
         }
     }

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "platform.cuh"
-// platform.cuh first: it brings the emulation that kernel headers need
+// platform.cuh first, because it includes the emulation that kernel headers need
 #include "accept_prefix.cuh"
 #include "attention_merge.cuh"
 #include "attention_plan.h"
@@ -103,7 +103,7 @@ void test_workspace_has_no_overlap() {
     CHECK(workspace(3, 2, 1, 10, 64).floats() == 0);
 }
 
-// Sums over pieces of a softmax, merged as attention_merge does it, against the softmax over everything.
+// Compares sums over parts of a softmax, merged as in attention_merge, with the softmax over everything.
 void test_merging() {
     for (int round = 0; round < 500; ++round) {
         const int splits = draw(2, 9), size = 32;
@@ -131,7 +131,7 @@ void test_merging() {
             const int64_t entry = space.entry(0, 0, split, 0);
             partials[static_cast<size_t>(space.statistics(entry))] = maximum;
             partials[static_cast<size_t>(space.statistics(entry)) + 1] = sum;
-            if (keys == 0) continue;  // the sums stay NaN: nobody may read them
+            if (keys == 0) continue;  // the sums stay NaN and must not be read
             for (int i = 0; i < size; ++i)
                 partials[static_cast<size_t>(space.sums(entry) + i)] = sums[static_cast<size_t>(i)];
         }
@@ -183,7 +183,7 @@ void test_layouts() {
 
 template <typename T>
 void test_rounding(int mantissa_bits, int least_exponent) {
-    for (uint32_t bits = 0; bits < 65536; ++bits) {  // every finite number, and the middle between two, comes back
+    for (uint32_t bits = 0; bits < 65536; ++bits) {  // every finite number, and the middle between two, is restored
         const T number = {static_cast<uint16_t>(bits)};
         const float value = to_float(number);
         if (value != value || isinf(value)) continue;

@@ -1,10 +1,10 @@
-"""A vLLM platform plugin for tests: vLLM's CPU platform, which Ray may place.
+"""A vLLM platform plugin for tests: vLLM's CPU platform with a Ray resource.
 
-vLLM names no Ray resource for CPUs, and so refuses Ray there. This names Ray's own ``GPU``, of which the test cluster
-has two on paper, so that all runs as on GPU machines but for the device. The package knows nothing of it.
+vLLM names no Ray resource for CPUs, and so refuses Ray there. This names Ray's own ``GPU``. The test cluster claims to
+have two, so that everything except the device is as on GPU machines. The package does not know about this plugin.
 """
 
 
 def platform() -> str:
-    """Return the class that vLLM is to use; the entry point in the folder beside."""
+    """Return the class that vLLM is to use. The entry point is in the folder next to this one."""
     return "ray_cpu.platform.RayCpuPlatform"

@@ -1,11 +1,11 @@
-"""What follows the head's product: finding each row's token and normaliser, and exchanging them over ranks.
+"""Times the steps after the head's product: finding each row's token and normalizer, and exchanging them between ranks.
 
-First best_tokens against the same in PyTorch, in one process with all cores: what a draft needs (token, largest logit,
-normaliser), and what greedy verification needs (the token). Then what a draft's head exchanges and costs with tensor
+First it compares best_tokens with PyTorch, in one process with all cores: the results for a draft (token, largest
+logit, normalizer), and for greedy verification (the token). Then the exchange and cost of a draft's head with tensor
 parallelism: all logits gathered, or three numbers per row; two processes, one core each, on vLLM's own communicator.
-Also what it costs that the first rank decides for all.
+Also the cost of sending the first rank's decision to all.
 
-python benchmarks/vocab_head.py --json results.json
+python benchmarks/best_tokens.py --json results.json
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def timed(call: Any, seconds: float) -> float:
 
 
 def measure_operator(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time best_tokens and what it replaces."""
+    """Time best_tokens and the code that it replaces."""
     import torch
     from attention import medians
 
@@ -53,7 +53,7 @@ def measure_operator(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     best_tokens = ops.function("best_tokens", "cpu")
 
     def draft_in_pytorch(logits: Any) -> None:
-        for rows in torch.split(logits, 16):  # stay in the cache while they are read several times
+        for rows in torch.split(logits, 16):  # so that rows stay in the cache while they are read several times
             rows = rows.float()
             rows.gather(1, rows.argmax(-1, keepdim=True)), torch.logsumexp(rows, -1)
 
@@ -74,7 +74,7 @@ def measure_operator(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure(rank: int, store: str, arguments: argparse.Namespace, results: Any) -> None:
-    """One rank's work; the first one reports."""
+    """One rank's work; the first rank reports."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % len(os.sched_getaffinity(0))]})
     os.environ |= {"VLLM_DIST_IDENT": Path(store).name, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     import torch
@@ -103,26 +103,26 @@ def measure(rank: int, store: str, arguments: argparse.Namespace, results: Any) 
             def gathered(logits: Any = logits) -> Any:
                 return best_of(tensor_model_parallel_all_gather(logits))
 
-            def summarised(logits: Any = logits) -> Any:
+            def summarized(logits: Any = logits) -> Any:
                 summary = shard_summary(logits, rank * columns)
                 return combine(tensor_model_parallel_all_gather(summary[None], dim=0))
 
-            assert torch.equal(gathered().tokens, summarised().tokens), "the choices differ"
+            assert torch.equal(gathered().tokens, summarized().tokens), "the choices differ"
             hidden = torch.randn(rows, HIDDEN).bfloat16()
             found = {
                 "rows": rows,
                 "vocab": arguments.vocab,
                 "bytes_gathered": logits.nbytes,
-                "bytes_summarised": rows * 3 * 4,
+                "bytes_summarized": rows * 3 * 4,
                 "ms_gathered": timed(gathered, arguments.seconds) * 1e3,
-                "ms_summarised": timed(summarised, arguments.seconds) * 1e3,
+                "ms_summarized": timed(summarized, arguments.seconds) * 1e3,
                 "ms_product": timed(lambda x=hidden: torch.nn.functional.linear(x, weight), arguments.seconds) * 1e3,
             }
             if rank == 0:
                 results.put(found)
         decision = (dict.fromkeys(range(32), 16), 0)
         agreed = timed(lambda: first_rank_decides(lambda: decision), arguments.seconds) * 1e6
-        # The reader is the one that waits.
+        # The reader waits.
         if rank == RANKS - 1:
             results.put({"us_first_rank_decides": agreed})
         torch.distributed.barrier()
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vocab", type=int, default=131072)
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256])
-    parser.add_argument("--operator-rows", type=int, nargs="+", default=[1, 33, 256], help="for best_tokens alone")
+    parser.add_argument("--operator-rows", type=int, nargs="+", default=[1, 33, 256], help="only for best_tokens")
     parser.add_argument("--seconds", type=float, default=2.0, help="per measurement")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -159,14 +159,14 @@ def main() -> None:
         for process in ranks:
             process.join()
     table = Table(
-        "rows", "exchanged per rank, gathered", "summarised", "gathered, ms", "summarised, ms", "head product, ms"
+        "rows", "exchanged per rank, gathered", "summarized", "gathered, ms", "summarized, ms", "head product, ms"
     )
     for one in (one for one in found if "rows" in one):
         table.add_row(
             str(one["rows"]),
             f"{one['bytes_gathered'] / 2**20:.1f} MiB",
-            f"{one['bytes_summarised']} B",
-            *(f"{one[key]:.2f}" for key in ("ms_gathered", "ms_summarised", "ms_product")),
+            f"{one['bytes_summarized']} B",
+            *(f"{one[key]:.2f}" for key in ("ms_gathered", "ms_summarized", "ms_product")),
         )
     Console().print(table)
     (agreed,) = (one["us_first_rank_decides"] for one in found if "us_first_rank_decides" in one)

@@ -1,4 +1,4 @@
-"""The head split over ranks: the same token as one rank's argmax, ties included, and the same probability."""
+"""The head split over ranks gives the token of one rank's argmax, also with ties, and its probability."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vllm_nld.model.best_tokens import best_of, combine, shard_summary
 
 
 def split(logits: Tensor, columns: int, shards: int) -> Tensor:
-    """Summaries of shards of so many columns; the last ones may have fewer, or none."""
+    """Summaries of shards with this many columns; the last ones may have fewer, or none."""
     starts = [min(shard * columns, logits.shape[1]) for shard in range(shards)]
     return torch.stack([shard_summary(logits[:, start : start + columns], start) for start in starts])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("vocab", "columns", "shards"), [(1000, 500, 2), (24, 32, 2), (1000, 256, 4), (130, 64, 4)])
-def test_shards_say_what_the_whole_says(dtype: torch.dtype, vocab: int, columns: int, shards: int) -> None:
-    """In bfloat16 many logits are equal; (24, 32, 2) and (130, 64, 4) leave shards of padding alone."""
+def test_combined_shards_equal_the_whole(dtype: torch.dtype, vocab: int, columns: int, shards: int) -> None:
+    """In bfloat16 many logits are equal; (24, 32, 2) and (130, 64, 4) have shards with only padding."""
     logits = (torch.randn(256, vocab, generator=torch.Generator().manual_seed(vocab)) * 3).to(dtype)
     logits[:, 5] = -torch.inf  # the mask token
     found, whole = combine(split(logits, columns, shards)), best_of(logits)
@@ -31,7 +31,7 @@ def test_shards_say_what_the_whole_says(dtype: torch.dtype, vocab: int, columns:
     torch.testing.assert_close(found.probability, whole.probability)
 
 
-def test_of_equal_logits_the_lowest_id_wins() -> None:
+def test_lowest_id_wins_among_equal_logits() -> None:
     logits = torch.zeros(3, 12)
     logits[1, [3, 7, 11]] = 2.0
     logits[2, :5] = -torch.inf
@@ -45,7 +45,7 @@ def test_ids_of_large_vocabularies_are_exact() -> None:
     assert combine(shard_summary(logits, (1 << 24) - 4)[None]).tokens.tolist() == [(1 << 24) - 1, (1 << 24) - 3]
 
 
-def test_who_needs_all_logits() -> None:
+def test_requests_that_need_all_logits() -> None:
     def block(**settings: object) -> Block:
         return Block(0, [1, 2], **settings)  # type: ignore[arg-type]
 
