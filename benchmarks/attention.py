@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vllm_nld.ops import cpp_ops
+from vllm_nld.ops import BlockAttention, cpp_ops
 from vllm_nld.ops.pages import STRIDED, TILED, PageLayout
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 128
@@ -94,10 +94,11 @@ class Point:
     def ours(self, implementation: Any = cpp_ops) -> Tensor:
         """The operator under test, in one of its implementations."""
         keys, values = self.layout.split(self.cache, DIM)
-        implementation.block_attention(
-            self.query, self.key, self.value, keys, values, self.table, self.prefixes, self.starts, self.kinds, None,
+        call = BlockAttention(
+            self.query, self.key, self.value, keys, values, self.table, self.prefixes, self.starts, self.kinds,
             DIM**-0.5, 1.0, 1.0, self.length, self.prefix, self.output,
         )  # fmt: skip
+        implementation.block_attention(call)
         return self.output
 
     def gather_sdpa(self) -> Tensor:

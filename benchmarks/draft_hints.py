@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.draft_lora import FOLDER
 from vllm_nld.checkpoints.held_out import held_out_prompts
-from vllm_nld.draft_pass import prompt_lookup
+from vllm_nld.draft_sources import prompt_lookup
 from vllm_nld.reference import DraftAdapter, KVCache, ReferenceModel, ar_generate, load_reference
 from vllm_nld.reference.generate import ids_tensor
 

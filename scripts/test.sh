@@ -8,7 +8,7 @@ venv=${VLLM_NLD_VENV:-.venv}
 [ -x "$venv/bin/vllm-nld" ] || scripts/setup.sh --no-demo
 [ $# -eq 0 ] || exec "$venv/bin/python" -m pytest "$@"
 failed=()
-"$venv/bin/python" -m pytest -n 2 --dist loadfile -m "not alone" || failed+=("sharing the machine")
+"$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone" || failed+=("sharing the machine")
 "$venv/bin/python" -m pytest -m alone || failed+=("alone")
 [ ${#failed[@]} -eq 0 ] && echo "test: both parts passed" && exit
 echo "test: failed: ${failed[*]}" >&2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 TESTS = Path(__file__).parent
 
 ALONE = ("server", "ray", "gpu", "v2")
-"""Tiers whose tests start their own processes, or measure. They need the whole machine (``scripts/test.sh``)."""
+"""Tiers whose tests keep several processes busy at once, or measure: they need all cores (``scripts/test.sh``)."""
 
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
 # the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
@@ -40,3 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(getattr(pytest.mark, tier))
         if tier in ALONE:
             item.add_marker(pytest.mark.alone)
+
+
+_unfreeze = gc.unfreeze  # tests.support.engines takes it away from vLLM
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections: it is most of all objects, and never is garbage."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter free everything when it ends: compiled modules report what is left as leaks."""
+    _unfreeze()

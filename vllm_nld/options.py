@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from vllm_nld.draft_sources import OPTIONS as SOURCE_OPTIONS
 from vllm_nld.errors import NLDError, shown, shown_key
 from vllm_nld.names import NAMESPACE
-from vllm_nld.policies import OPTIONS, POLICIES
+from vllm_nld.option import Option
+from vllm_nld.policies import OPTIONS as POLICY_OPTIONS
+from vllm_nld.policies import POLICIES
 
 Mode = Literal["auto", "ar", "diffusion", "self_speculation"]
 
@@ -36,25 +39,28 @@ def _option(default: Any, description: str, *, modes: Sequence[Mode], **bounds: 
     return Field(default=default, description=description, json_schema_extra={"modes": list(modes)}, **bounds)
 
 
+def _declared(options: Iterable[Option], modes: Sequence[Mode]) -> dict[str, Any]:
+    """Return pydantic fields of options that policies or sources bring along."""
+    return {own.name: (own.type, _option(own.default, own.description, modes=modes, **own.bounds)) for own in options}
+
+
 if TYPE_CHECKING:
     Sampler = str
-    PolicyOptions = BaseModel
+    RegisteredOptions = BaseModel
 else:
     Sampler = Literal[tuple(POLICIES)]
-    PolicyOptions = create_model(
-        "PolicyOptions",
+    RegisteredOptions = create_model(
+        "RegisteredOptions",
         __config__=_CONFIG,
-        **{
-            own.name: (own.type, _option(own.default, own.description, modes=DIFFUSION, **own.bounds))
-            for own in OPTIONS.values()
-        },
+        **_declared(SOURCE_OPTIONS.values(), SPECULATIVE),
+        **_declared(POLICY_OPTIONS.values(), DIFFUSION),
     )
 
 
-class NLDOptions(PolicyOptions):
+class NLDOptions(RegisteredOptions):
     """Options under ``nld``. Unknown keys, wrong types and unbounded numbers are refused.
 
-    Each selection policy (:mod:`vllm_nld.policies`) adds its own.
+    Each draft source (:mod:`vllm_nld.draft_sources`) and each selection policy (:mod:`vllm_nld.policies`) adds its own.
     """
 
     model_config = _CONFIG
@@ -87,15 +93,6 @@ class NLDOptions(PolicyOptions):
     draft_adapter: bool = _option(
         default=True,
         description="Self-speculation. Draft with the engine's adapter, if it has one.",
-        modes=SPECULATIVE,
-    )
-    prompt_lookup: int = _option(
-        default=3,
-        ge=0,
-        le=16,
-        description="Self-speculation. After the first unsure draft, draft what followed this many last tokens at "
-        "their latest earlier occurrence in prompt and text (drawn drafts are not replaced); in auto mode, "
-        "also do this instead of drafting. 0 turns it off.",
         modes=SPECULATIVE,
     )
     sampled_drafts: bool = _option(
@@ -145,8 +142,9 @@ class NLDOptions(PolicyOptions):
 
     @classmethod
     def keys(cls) -> list[str]:
-        """Return the names of all options, those of selection policies last."""
-        return [*(name for name in cls.model_fields if name not in OPTIONS), *OPTIONS]
+        """Return the names of all options, those of draft sources and selection policies last."""
+        registered = [*SOURCE_OPTIONS, *POLICY_OPTIONS]
+        return [*(name for name in cls.model_fields if name not in registered), *registered]
 
     @classmethod
     def parse(cls, raw: object, where: str = f'additional_config["{NAMESPACE}"]') -> NLDOptions:

@@ -101,6 +101,6 @@ DRY = Sizes(
     crowd=4,
     layers=2,
     new_tokens=12,
-    cases="torch and (accept or move)",
+    cases="torch and accept",
 )
 """Sizes of a dry run: every code path, on a CPU, in a minute."""

@@ -98,18 +98,18 @@ def make_point(device: str, prefix: int, length: int, rows: int, **settings: Any
     return point
 
 
-def implementations(device: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the modules that compute attention on a device, by name, and why the others do not."""
-    modules, reasons = {}, {}
+def implementations(device: str) -> tuple[dict[str, ops.Implementation], dict[str, str]]:
+    """Return the implementations that compute attention on a device, by name, and why the others do not."""
+    usable, reasons = {}, {}
     for found in ops.IMPLEMENTATIONS:
         if device not in found.devices:
             continue
         reason = found.unavailable(torch.device(device))
         if reason is None:
-            modules[found.name] = found.load()
+            usable[found.name] = found
         else:
             reasons[found.name] = reason
-    return modules, reasons
+    return usable, reasons
 
 
 def device_medians(device: str, calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:

@@ -29,13 +29,13 @@ void write_row(const BestTokens& call, int64_t row, const BestPart* parts, int64
         if (!std::isnan(best->largest) && !(part->largest <= best->largest)) best = part;
     call.tokens[row] = best->token;
     call.largest[row] = best->largest;
-    if (call.normalisers == nullptr) return;
-    call.normalisers[row] = best->largest;  // infinity or NaN replaces the whole sum
+    if (call.normalizers == nullptr) return;
+    call.normalizers[row] = best->largest;  // infinity or NaN replaces the whole sum
     if (!std::isfinite(best->largest)) return;
     double sum = 0;
     for (const BestPart* part = parts; part < parts + segments; ++part)
         sum += part->sum * std::exp(double{part->largest} - best->largest);
-    call.normalisers[row] = static_cast<float>(best->largest + std::log(sum));
+    call.normalizers[row] = static_cast<float>(best->largest + std::log(sum));
 }
 
 }  // namespace

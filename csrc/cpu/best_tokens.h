@@ -1,4 +1,4 @@
-// The largest logit of every row, its token and the row's normaliser. docs/operators.md says what the arguments mean.
+// The largest logit of every row, its token and the row's normalizer. docs/operators.md says what the arguments mean.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct BestTokens {
     DType dtype;         // not float8
     int64_t rows, vocab, row_stride;
     int64_t* tokens;
-    float *largest, *normalisers;  // normalisers may be null
+    float *largest, *normalizers;  // normalizers may be null
 };
 
 // A row is read in independent segments of this many tokens. Their results are combined in order, so the result depends

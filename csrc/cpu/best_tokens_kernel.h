@@ -100,7 +100,7 @@ template <class T>
 inline BestPart search_segment(const BestTokens& call, int64_t row, int64_t segment) {
     const int64_t first = segment * kSegment, rest = call.vocab - first, count = rest < kSegment ? rest : kSegment;
     const T* logits = static_cast<const T*>(call.logits) + row * call.row_stride + first;
-    return call.normalisers == nullptr ? search<T, false>(logits, count, first) : search<T, true>(logits, count, first);
+    return call.normalizers == nullptr ? search<T, false>(logits, count, first) : search<T, true>(logits, count, first);
 }
 
 inline void search_segment(const BestTokens& call, int64_t row, int64_t segment, BestPart& part) {

@@ -4,16 +4,17 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
+#include "accept_prefix.h"
 #include "best_tokens.h"
 #include "block_attention.h"
-#include "compaction.h"
 
 namespace {
+
+// Raised with every change of a schema below or of what its arguments mean; cpp_ops.py compares it with its own number.
+constexpr int64_t kAbiVersion = 2;
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -106,11 +107,8 @@ void check_rows(const nld::BlockAttention& call, int64_t tokens, int64_t pages_p
                             "; allowed: 0 to ", pages - 1);
         }
         const int32_t kind = call.mask_kinds[row];
-        STD_TORCH_CHECK(kind >= nld::kAll && kind <= nld::kWords, "block_attention: mask_kinds[", row, "] is ", kind,
-                        "; allowed: 0 (all), 1 (causal), 2 (mask_words)");
-        STD_TORCH_CHECK(kind != nld::kWords || int64_t{call.mask_width} * 32 >= length, "block_attention: mask_kinds[",
-                        row, "] asks for mask_words, which ",
-                        call.mask_width == 0 ? "are not given" : "are too narrow for the block");
+        STD_TORCH_CHECK(kind == nld::kAll || kind == nld::kCausal, "block_attention: mask_kinds[", row, "] is ", kind,
+                        "; allowed: 0 (all), 1 (causal)");
     }
 }
 
@@ -121,8 +119,8 @@ void run_in_parallel(int count, void (*body)(int, void*), void* context) {
 }
 
 void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor block_table,
-                     Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, std::optional<Tensor> mask_words,
-                     double scale, double k_scale, double v_scale, int64_t, int64_t, Tensor output) {
+                     Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, double scale, double k_scale,
+                     double v_scale, int64_t, int64_t, Tensor output) {
     STD_TORCH_CHECK(query.dim() == 3, "block_attention: query has ", query.dim(), " dimensions; needed: 3");
     STD_TORCH_CHECK(key.dim() == 3, "block_attention: key has ", key.dim(), " dimensions; needed: 3");
     STD_TORCH_CHECK(prefix_lens.dim() == 1, "block_attention: prefix_lens must have 1 dimension(s)");
@@ -162,10 +160,6 @@ void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, T
     call.prefix_lens = ints(prefix_lens, "prefix_lens", 1, rows);
     call.block_starts = ints(block_starts, "block_starts", 1, rows + 1);
     call.mask_kinds = ints(mask_kinds, "mask_kinds", 1, rows);
-    call.mask_words = mask_words ? ints(*mask_words, "mask_words", 2, tokens) : nullptr;
-    call.mask_width = mask_words ? static_cast<int>(mask_words->size(1)) : 0;
-    STD_TORCH_CHECK(!mask_words || mask_words->stride(0) == call.mask_width || tokens <= 1,
-                    "block_attention: mask_words must be contiguous");
     call.scale = static_cast<float>(scale);
     check_rows(call, tokens, block_table.size(1), key_pages.size(0));
     // The workspace lives as long as the calling thread. An engine calls from one thread.
@@ -173,7 +167,7 @@ void block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, T
     nld::block_attention(call, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel, workspace);
 }
 
-std::tuple<Tensor, Tensor, Tensor> best_tokens(Tensor logits, bool with_normaliser) {
+std::tuple<Tensor, Tensor, Tensor> best_tokens(Tensor logits, bool with_normalizer) {
     STD_TORCH_CHECK(logits.dim() == 2, "best_tokens: logits has ", logits.dim(), " dimensions; needed: 2");
     const int64_t rows = logits.size(0), vocab = logits.size(1);
     STD_TORCH_CHECK(vocab > 0, "best_tokens: logits has no columns; needed: 1 or more");
@@ -181,17 +175,19 @@ std::tuple<Tensor, Tensor, Tensor> best_tokens(Tensor logits, bool with_normalis
                     "; needed: 1");
     Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long),
            largest = torch::stable::new_empty(logits, {rows}, ScalarType::Float),
-           normalisers = torch::stable::new_empty(logits, {with_normaliser ? rows : 0}, ScalarType::Float);
+           normalizers = torch::stable::new_empty(logits, {with_normalizer ? rows : 0}, ScalarType::Float);
     nld::BestTokens call;
     call.logits = logits.data_ptr();
     call.dtype = dtype_of(logits, "best_tokens", "logits", false);
     call.rows = rows, call.vocab = vocab, call.row_stride = logits.stride(0);
     call.tokens = static_cast<int64_t*>(tokens.data_ptr());
     call.largest = static_cast<float*>(largest.data_ptr());
-    call.normalisers = with_normaliser ? static_cast<float*>(normalisers.data_ptr()) : nullptr;
+    call.normalizers = with_normalizer ? static_cast<float*>(normalizers.data_ptr()) : nullptr;
     nld::best_tokens(call, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel);
-    return {tokens, largest, normalisers};
+    return {tokens, largest, normalizers};
 }
+
+int64_t abi_version() { return kAbiVersion; }
 
 std::string instruction_set(std::string force) {
     STD_TORCH_CHECK(nld::force_isa(force.c_str()), "instruction_set: '", force, "' is not available on this machine");
@@ -234,48 +230,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> accept_prefix(Tensor drafts, Tensor t
     return {accepted, tokens, token_starts, seeds};
 }
 
-void move_kv(std::vector<Tensor> caches, Tensor sources, Tensor targets) {
-    const int64_t *from = longs(sources, "move_kv", "sources"), *to = longs(targets, "move_kv", "targets");
-    const int64_t count = sources.size(0);
-    STD_TORCH_CHECK(targets.size(0) == count, "move_kv: ", count, " sources and ", targets.size(0), " targets");
-    std::vector<nld::MovedPages> pools;
-    pools.reserve(caches.size());
-    for (const Tensor& cache : caches) {
-        STD_TORCH_CHECK(cache.dim() == 4, "move_kv: a cache has ", cache.dim(), " dimensions; needed: 4");
-        const int64_t slots = cache.size(0) * cache.size(2);
-        for (int64_t i = 0; i < count; ++i)
-            STD_TORCH_CHECK(from[i] >= 0 && from[i] < slots && to[i] >= 0 && to[i] < slots, "move_kv: move ", i,
-                            " is from ", from[i], " to ", to[i], "; allowed: 0 to ", slots - 1);
-        pools.push_back({static_cast<char*>(cache.data_ptr()), static_cast<int>(cache.element_size()), cache.size(1),
-                         cache.size(2), cache.size(3), cache.stride(0), cache.stride(1), cache.stride(2),
-                         cache.stride(3)});
-    }
-    STD_TORCH_CHECK(nld::moves_are_independent(from, to, count),
-                    "move_kv: a target is another move's source or target");
-    nld::move_kv(pools, from, to, count, static_cast<int>(torch::stable::get_num_threads()), run_in_parallel);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(vllm_nld_cpu, m) {
     m.def(
         "block_attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor "
         "block_table, "
-        "Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, Tensor? mask_words, float scale, float k_scale, "
+        "Tensor prefix_lens, Tensor block_starts, Tensor mask_kinds, float scale, float k_scale, "
         "float v_scale, int max_length, int max_prefix, Tensor(a!) output) -> ()");
-    m.def("best_tokens(Tensor logits, bool with_normaliser=True) -> (Tensor, Tensor, Tensor)");
+    m.def("best_tokens(Tensor logits, bool with_normalizer=True) -> (Tensor, Tensor, Tensor)");
     m.def("accept_prefix(Tensor drafts, Tensor targets, Tensor starts) -> (Tensor, Tensor, Tensor, Tensor)");
-    m.def("move_kv(Tensor(a!)[] caches, Tensor sources, Tensor targets) -> ()");
     m.def("instruction_set(str force) -> str");
+    m.def("abi_version() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_nld_cpu, CPU, m) {
     m.impl("block_attention", TORCH_BOX(&block_attention));
     m.impl("best_tokens", TORCH_BOX(&best_tokens));
     m.impl("accept_prefix", TORCH_BOX(&accept_prefix));
-    m.impl("move_kv", TORCH_BOX(&move_kv));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_nld_cpu, CompositeExplicitAutograd, m) {
     m.impl("instruction_set", TORCH_BOX(&instruction_set));
+    m.impl("abi_version", TORCH_BOX(&abi_version));
 }

@@ -31,7 +31,7 @@ struct Pages {
     bool tiled() const { return tokens > 0; }
 };
 
-enum MaskKind : int32_t { kAll = 0, kCausal = 1, kWords = 2 };
+enum MaskKind : int32_t { kAll = 0, kCausal = 1 };
 
 // One call. docs/operators.md says what the tensors mean.
 struct BlockAttention {
@@ -44,8 +44,6 @@ struct BlockAttention {
     const int32_t* prefix_lens;
     const int32_t* block_starts;
     const int32_t* mask_kinds;
-    const int32_t* mask_words;  // may be null if no row uses them
-    int mask_width;
     float scale;  // > 0
 };
 

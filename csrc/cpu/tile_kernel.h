@@ -10,39 +10,21 @@
 
 namespace nld::NLD_ISA {
 
-// Mask of the 64 keys from `first` on that a query attends to.
-inline uint64_t visible(const BlockAttention& call, const Item& item, int query, int first) {
-    auto below = [](int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; };
-    const uint64_t prefix = below(int64_t{item.prefix} - first);
-    const int length = call.block_starts[item.row + 1] - call.block_starts[item.row];
-    switch (call.mask_kinds[item.row]) {
-        case kAll:
-            return below(int64_t{item.prefix} + length - first);
-        case kCausal:
-            return below(int64_t{item.prefix} + query + 1 - first);
-        default:
-            break;
-    }
-    uint64_t bits = prefix;
-    const int32_t* words = call.mask_words + int64_t{call.block_starts[item.row] + query} * call.mask_width;
-    for (int i = 0; i < 64; ++i) {
-        const int token = first + i - item.prefix;
-        if (token < 0 || token >= length || token / 32 >= call.mask_width) continue;
-        bits |= uint64_t{(static_cast<uint32_t>(words[token / 32]) >> (token % 32)) & 1} << i;
-    }
-    return bits;
+// Number of keys that a query attends to, counted from the start of the prefix.
+inline int64_t keys_seen(const BlockAttention& call, const Item& item, int query) {
+    if (call.mask_kinds[item.row] == kCausal) return int64_t{item.prefix} + query + 1;
+    return int64_t{item.prefix} + call.block_starts[item.row + 1] - call.block_starts[item.row];
 }
 
+// Mask of the 64 keys from `first` on that a query attends to.
+inline uint64_t visible(const BlockAttention& call, const Item& item, int query, int first) {
+    const int64_t n = keys_seen(call, item, query) - first;
+    return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+}
+
+// Whether all of the item's queries see all keys of the tile; under either mask the first query sees the fewest.
 inline bool all_visible(const BlockAttention& call, const Item& item, int first) {
-    const int length = call.block_starts[item.row + 1] - call.block_starts[item.row];
-    switch (call.mask_kinds[item.row]) {
-        case kAll:
-            return first + kTile <= item.prefix + length;
-        case kCausal:
-            return first + kTile <= item.prefix + item.first + 1;
-        default:
-            return first + kTile <= item.prefix;
-    }
+    return first + kTile <= keys_seen(call, item, item.first);
 }
 
 // Turns the scores of up to kRows queries into probabilities, and rescales the accumulator where a maximum grew.

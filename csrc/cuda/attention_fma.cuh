@@ -85,8 +85,7 @@ struct FmaKernel {
         for (int i = 0; i < kQueries; ++i) {
             const int query = work.first_query + first_row() + i;
             const int token = least(query, work.queries - 1) / params.group;
-            const uint32_t word = kind == kMaskWords ? mask_word(params, work, token, tile.first) : 0;
-            if (key >= tile.end || !sees(kind, token, key, word)) scores[i] = minus_infinity();
+            if (key >= tile.end || !sees(kind, token, key)) scores[i] = minus_infinity();
         }
     }
 

@@ -129,16 +129,13 @@ struct MmaKernel {
         for (int half = 0; half < 2; ++half) {
             const int query = first_query(work) + 8 * half;
             const int token = least(query, work.queries - 1) / params.group;  // queries after the last are discarded
-            uint32_t word = 0;
 #pragma unroll
             for (int key_tile = 0; key_tile < kKeyTiles; ++key_tile) {
                 const int first = tile.first + 8 * key_tile;
-                if (key_tile % 4 == 0 && kind == kMaskWords) word = mask_word(params, work, token, first);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int key = first + column + i;
-                    if (key >= tile.end || !sees(kind, token, key, word))
-                        scores[key_tile][2 * half + i] = minus_infinity();
+                    if (key >= tile.end || !sees(kind, token, key)) scores[key_tile][2 * half + i] = minus_infinity();
                 }
             }
         }

@@ -44,9 +44,6 @@ struct AttentionParams {
     const int32_t* prefix_lens;
     const int32_t* block_starts;
     const int32_t* mask_kinds;
-    const int32_t* mask_words;
-    int64_t mask_words_stride;
-    int mask_width;
     int group;
     int head_size;
     int page_size;

@@ -39,7 +39,7 @@ inline int check_shapes(const NldBlockAttention& call) {
     if (call.head_size < 32 || call.head_size > 256 || call.head_size % 16 != 0) return NLD_BAD_SHAPE;
     if (call.kv_heads < 1 || call.heads < 1 || call.heads % call.kv_heads != 0) return NLD_BAD_SHAPE;
     if (call.rows < 0 || call.max_length < 0 || call.max_prefix < 0 || call.page_size < 1) return NLD_BAD_SHAPE;
-    if (call.mask_width < 0 || call.split_limit < 0) return NLD_BAD_SHAPE;
+    if (call.split_limit < 0) return NLD_BAD_SHAPE;
     if (static_cast<int64_t>(call.max_length) * (call.heads / call.kv_heads) > (1 << 30)) return NLD_BAD_SHAPE;
     if (call.rows > 65535 || static_cast<int64_t>(call.kv_heads) * kMostSplits > 65535) return NLD_TOO_MANY;
     return NLD_OK;
@@ -110,9 +110,6 @@ inline AttentionParams attention_params(const NldBlockAttention& call, const Lau
     params.prefix_lens = call.prefix_lens;
     params.block_starts = call.block_starts;
     params.mask_kinds = call.mask_kinds;
-    params.mask_words = call.mask_words;
-    params.mask_words_stride = call.mask_words_stride;
-    params.mask_width = call.mask_words == nullptr ? 0 : call.mask_width;
     params.group = call.heads / call.kv_heads;
     params.head_size = call.head_size;
     params.page_size = call.page_size;

@@ -37,13 +37,6 @@ NLD_DEVICE Work find_work(const AttentionParams& params) {
     return work;
 }
 
-// A word of the mask of the query at `token` of the row's block; without a word, nothing is visible.
-NLD_DEVICE uint32_t mask_word(const AttentionParams& params, const Work& work, int token, int key_token) {
-    const int word = key_token / 32;
-    if (work.mask_kind != kMaskWords || word >= params.mask_width) return 0;
-    return static_cast<uint32_t>(params.mask_words[(work.start + token) * params.mask_words_stride + word]);
-}
-
 // Whether some of the tile's keys are hidden from some of the CTA's queries.
 template <int kN>
 NLD_DEVICE bool needs_mask(const Work& work, const Tile& tile) {

@@ -25,7 +25,7 @@ struct BestParams {
     BestPart* parts;  // [rows, segments]
     int64_t* tokens;
     float* largest;
-    float* normalisers;  // or null
+    float* normalizers;  // or null
     int vocab;
     int segments;
     bool aligned;  // every row begins at a multiple of 16 bytes
@@ -143,9 +143,9 @@ best_row(const NLD_GRID_CONSTANT BestParams params) {
     if (thread_index() != 0) return;
     params.tokens[row] = best.token;
     params.largest[row] = best.largest;
-    if (params.normalisers == nullptr) return;
+    if (params.normalizers == nullptr) return;
     // An infinity or NaN replaces the whole sum.
-    params.normalisers[row] = is_finite(best.largest) ? best.largest + natural_log(best.sum) : best.largest;
+    params.normalizers[row] = is_finite(best.largest) ? best.largest + natural_log(best.sum) : best.largest;
 }
 
 }  // namespace nld

@@ -44,15 +44,12 @@ struct NldBlockAttention {
     int64_t block_table_stride;
     const int32_t* prefix_lens;   // [R]
     const int32_t* block_starts;  // [R + 1]
-    const int32_t* mask_kinds;    // [R]
-    const int32_t* mask_words;    // [T, W] or null
-    int64_t mask_words_stride;
-    int32_t mask_width;  // W, 0 without mask_words
-    int32_t rows;        // R
-    int32_t heads;       // H
-    int32_t kv_heads;    // Hkv
-    int32_t head_size;   // D
-    int32_t page_size;   // S
+    const int32_t* mask_kinds;    // [R], 0 all (bidirectional) or 1 causal
+    int32_t rows;                 // R
+    int32_t heads;                // H
+    int32_t kv_heads;             // Hkv
+    int32_t head_size;            // D
+    int32_t page_size;            // S
     int32_t max_length;
     int32_t max_prefix;
     int32_t type;        // NldType of query, key, value, output: not a float8 one
@@ -83,35 +80,12 @@ struct NldAcceptPrefix {
 
 int nld_accept_prefix(const struct NldAcceptPrefix* call, cudaStream_t stream);
 
-// One of a layer's two caches, [P, Hkv, S, D]; strides count elements.
-struct NldCache {
-    void* pages;
-    int64_t strides[4];  // page, head, slot, element
-};
-
-struct NldMoveKv {
-    const struct NldCache* caches;  // DEVICE array
-    const int64_t* sources;         // [N] page * S + place
-    const int64_t* targets;         // [N]
-    int32_t cache_count;
-    int32_t moves;  // N
-    int32_t kv_heads;
-    int32_t page_size;
-    int32_t head_size;
-    int32_t element_bytes;  // 1, 2 or 4
-    int32_t vector_bytes;   // result of nld_move_kv_vector_bytes for these caches; element_bytes is always valid
-};
-
-// The widest access that suits all caches: 16, or element_bytes. Takes a HOST array; call once per set of caches.
-int nld_move_kv_vector_bytes(const struct NldCache* caches, int count, int head_size, int element_bytes);
-int nld_move_kv(const struct NldMoveKv* call, cudaStream_t stream);
-
 struct NldBestTokens {
     const void* logits;  // [rows, vocab], inner stride 1
     int64_t row_stride;  // counts elements
     int64_t* tokens;     // [rows]
     float* largest;      // [rows]
-    float* normalisers;  // [rows], or null if not needed
+    float* normalizers;  // [rows], or null if not needed
     int32_t rows;
     int32_t vocab;
     int32_t type;     // NldType of the logits: not a float8 one
@@ -125,6 +99,9 @@ int nld_best_tokens(const struct NldBestTokens* call, cudaStream_t stream);
 
 // A static text for a return value of the functions above.
 const char* nld_cuda_message(int status);
+
+// Raised with every change of a function or struct above; vllm_nld/ops/cuda_ops.py compares it with its own number.
+int nld_cuda_abi_version(void);
 
 // 1 when this library is the emulation on the CPU that the tests build (tests/kernels/cuda_host), 0 when it is CUDA.
 int nld_cuda_emulated(void);

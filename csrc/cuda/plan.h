@@ -41,17 +41,15 @@ inline int page_shift(int page_size) {
 
 // Masks of the fresh block.
 
-enum MaskKind { kMaskAll = 0, kMaskCausal = 1, kMaskWords = 2 };
+enum MaskKind { kMaskAll = 0, kMaskCausal = 1 };
 
 // Fresh tokens that any query up to `last_token` of the block may see.
 NLD_HOST_DEVICE int fresh_end(int kind, int length, int last_token) {
     return kind == kMaskCausal ? least(length, last_token + 1) : length;
 }
-// Whether the query at `query_token` sees the fresh token `key_token`; `word` is word key_token / 32 of its mask.
-NLD_HOST_DEVICE bool sees(int kind, int query_token, int key_token, uint32_t word) {
-    if (kind == kMaskAll) return true;
-    if (kind == kMaskCausal) return key_token <= query_token;
-    return ((word >> (key_token & 31)) & 1u) != 0;
+// Whether the query at `query_token` sees the fresh token `key_token`.
+NLD_HOST_DEVICE bool sees(int kind, int query_token, int key_token) {
+    return kind == kMaskAll || key_token <= query_token;
 }
 
 // Tiles of keys: those of the prefix first, then those of the fresh block. No tile mixes the two.

@@ -1,9 +1,8 @@
-// The launchers of accept_prefix, move_kv and best_tokens, and the rest of the interface.
+// The launchers of accept_prefix and best_tokens, and the rest of the interface.
 #include <initializer_list>
 
 #include "accept_prefix.cuh"
 #include "best_tokens.cuh"
-#include "move_kv.cuh"
 #include "plan.h"
 
 int nld_accept_prefix(const NldAcceptPrefix* call, cudaStream_t stream) {
@@ -16,28 +15,6 @@ int nld_accept_prefix(const NldAcceptPrefix* call, cudaStream_t stream) {
     if (call->drafts_total > 0 && call->drafts == nullptr) return NLD_NULL_POINTER;
     const int shared_bytes = (nld::kAcceptWarps + 1) * static_cast<int>(sizeof(int));
     return nld::launch(nld::accept_prefix, 1, 1, 1, nld::kAcceptThreads, shared_bytes, stream, *call);
-}
-
-int nld_move_kv_vector_bytes(const NldCache* caches, int count, int head_size, int element_bytes) {
-    int64_t bits = static_cast<int64_t>(head_size) * element_bytes;
-    for (int i = 0; i < count; ++i) {
-        if (caches[i].strides[3] != 1) return element_bytes;
-        bits |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(caches[i].pages));
-        for (int dimension = 0; dimension < 3; ++dimension) bits |= caches[i].strides[dimension] * element_bytes;
-    }
-    return bits % 16 == 0 ? 16 : element_bytes;
-}
-
-int nld_move_kv(const NldMoveKv* call, cudaStream_t stream) {
-    if (call == nullptr) return NLD_NULL_POINTER;
-    if (call->cache_count < 0 || call->moves < 0 || call->kv_heads < 1 || call->page_size < 1 || call->head_size < 1)
-        return NLD_BAD_SHAPE;
-    if (call->element_bytes != 1 && call->element_bytes != 2 && call->element_bytes != 4) return NLD_BAD_TYPE;
-    if (call->vector_bytes != call->element_bytes && call->vector_bytes != 16) return NLD_BAD_SHAPE;
-    if (call->cache_count > 65535) return NLD_TOO_MANY;
-    if (call->cache_count == 0 || call->moves == 0) return NLD_OK;
-    if (call->caches == nullptr || call->sources == nullptr || call->targets == nullptr) return NLD_NULL_POINTER;
-    return nld::launch(nld::move_kv, call->moves, call->cache_count, 1, nld::kMoveThreads, 0, stream, *call);
 }
 
 int nld_best_tokens_workspace(const NldBestTokens* call, size_t* bytes) {
@@ -54,18 +31,18 @@ namespace {
 using BestKernel = void (*)(nld::BestParams);
 
 template <typename T>
-BestKernel best_segment_kernel(bool with_normaliser) {
-    return with_normaliser ? nld::best_segment<T, true> : nld::best_segment<T, false>;
+BestKernel best_segment_kernel(bool with_normalizer) {
+    return with_normalizer ? nld::best_segment<T, true> : nld::best_segment<T, false>;
 }
 
-BestKernel best_segment_kernel(int type, bool with_normaliser) {
+BestKernel best_segment_kernel(int type, bool with_normalizer) {
     switch (type) {
         case NLD_FLOAT32:
-            return best_segment_kernel<float>(with_normaliser);
+            return best_segment_kernel<float>(with_normalizer);
         case NLD_BFLOAT16:
-            return best_segment_kernel<nld::BFloat16>(with_normaliser);
+            return best_segment_kernel<nld::BFloat16>(with_normalizer);
         case NLD_FLOAT16:
-            return best_segment_kernel<nld::Float16>(with_normaliser);
+            return best_segment_kernel<nld::Float16>(with_normalizer);
         default:
             return nullptr;
     }
@@ -77,7 +54,7 @@ int nld_best_tokens(const NldBestTokens* call, cudaStream_t stream) {
     size_t bytes = 0;
     const int status = nld_best_tokens_workspace(call, &bytes);
     if (status != NLD_OK) return status;
-    const BestKernel segment_kernel = best_segment_kernel(call->type, call->normalisers != nullptr);
+    const BestKernel segment_kernel = best_segment_kernel(call->type, call->normalizers != nullptr);
     if (segment_kernel == nullptr) return NLD_BAD_TYPE;
     if (call->rows == 0) return NLD_OK;
     if (call->logits == nullptr || call->tokens == nullptr || call->largest == nullptr || call->workspace == nullptr)
@@ -87,7 +64,7 @@ int nld_best_tokens(const NldBestTokens* call, cudaStream_t stream) {
     const bool aligned = (static_cast<int64_t>(reinterpret_cast<uintptr_t>(call->logits)) | row_bytes) % 16 == 0;
     const int segments = nld::ceil_div(call->vocab, nld::kBestSegment);
     const nld::BestParams params = {call->logits, call->row_stride, static_cast<nld::BestPart*>(call->workspace),
-                                    call->tokens, call->largest,    call->normalisers,
+                                    call->tokens, call->largest,    call->normalizers,
                                     call->vocab,  segments,         aligned};
     const int shared_bytes = nld::kBestWarps * static_cast<int>(sizeof(nld::BestPart));
     const int launched =
@@ -110,10 +87,12 @@ const char* nld_cuda_message(int status) {
         case NLD_SHARED_MEMORY:
             return "the device has too little shared memory for this head size";
         case NLD_TOO_MANY:
-            return "more rows, heads, caches or tokens than a grid can have";
+            return "more rows, heads or tokens than a grid can have";
         default:
             return nld::device_message(status);
     }
 }
+
+int nld_cuda_abi_version(void) { return 2; }
 
 int nld_cuda_emulated(void) { return nld::kEmulated; }

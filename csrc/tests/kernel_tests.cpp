@@ -11,9 +11,9 @@
 #include <thread>
 #include <vector>
 
+#include "accept_prefix.h"
 #include "best_tokens.h"
 #include "block_attention.h"
-#include "compaction.h"
 
 namespace {
 
@@ -84,10 +84,10 @@ struct Buffer {
 struct Case {
     int seed;
     DType dtype, cache;
-    int rows, heads, kv_heads, dim, page_size, pages, width;
+    int rows, heads, kv_heads, dim, page_size, pages;
     bool columns;  // column-major key pages
     bool tiled;    // tiles of 16 by 2 instead
-    std::vector<int32_t> table, prefixes, starts, kinds, words;
+    std::vector<int32_t> table, prefixes, starts, kinds;
     int pages_per_row;
     std::unique_ptr<Buffer> query, key, value, key_pages, value_pages, output;
     nld::BlockAttention call;
@@ -110,7 +110,7 @@ struct Case {
         for (int row = 0; row < rows; ++row) {
             prefixes.push_back(pick({0, 1, page_size, page_size + 3, 70, 200, 700}));
             starts.push_back(starts.back() + pick({0, 1, 2, 7, 16, 33, 90}));
-            kinds.push_back(pick({0, 1, 2}));
+            kinds.push_back(pick({0, 1}));
         }
         fill(random);
     }
@@ -120,10 +120,7 @@ struct Case {
         for (int prefix : prefixes) pages_per_row = std::max(pages_per_row, (prefix + page_size - 1) / page_size);
         pages = rows * pages_per_row;
         const int tokens = starts.back();
-        width = 3;
         table.assign(rows * pages_per_row, 1 << 30);
-        words.resize(tokens * width);
-        for (auto& word : words) word = static_cast<int32_t>(random());
         auto fresh = [&](int count) {
             auto buffer = std::make_unique<Buffer>(static_cast<size_t>(tokens) * count * dim, bytes_of(dtype));
             for (size_t i = 0; i < buffer->values.size(); ++i)
@@ -160,7 +157,6 @@ struct Case {
         call.output = {output->data.get(), int64_t{heads} * dim, dim};
         call.block_table = table.data(), call.table_stride = pages_per_row;
         call.prefix_lens = prefixes.data(), call.block_starts = starts.data(), call.mask_kinds = kinds.data();
-        call.mask_words = words.data(), call.mask_width = width;
         call.scale = 0.25f;
     }
 
@@ -196,9 +192,7 @@ struct Case {
     bool sees(int row, int query_token, int key_token) const {
         if (key_token < prefixes[row]) return true;
         const int other = key_token - prefixes[row];
-        if (kinds[row] == nld::kAll) return true;
-        if (kinds[row] == nld::kCausal) return other <= query_token;
-        return words[(starts[row] + query_token) * width + other / 32] >> (other % 32) & 1;
+        return kinds[row] == nld::kAll || other <= query_token;
     }
 
     double at(const Buffer& pool, const nld::Pages& pages_, const Buffer& fresh_, int row, int t, int h, int d) const {
@@ -286,7 +280,7 @@ struct Logits {
             put(&buffer.data[i * bytes_of(dtype)], dtype, value);
     }
 
-    bool right(const int64_t* tokens, const float* largest, const float* normalisers) const {
+    bool right(const int64_t* tokens, const float* largest, const float* normalizers) const {
         for (int64_t row = 0; row < rows; ++row) {
             const double* logits = &buffer.values[row * vocab];
             int64_t best = 0;
@@ -297,7 +291,7 @@ struct Logits {
             const double expected = std::isinf(logits[best]) ? logits[best] : logits[best] + std::log(sum);
             auto same = [](double a, double b) { return a == b || std::fabs(a - b) < 1e-5 || (a != a && b != b); };
             if (tokens[row] != best || !same(largest[row], logits[best])) return false;
-            if (normalisers != nullptr && !same(normalisers[row], expected)) return false;
+            if (normalizers != nullptr && !same(normalizers[row], expected)) return false;
         }
         return true;
     }
@@ -309,10 +303,10 @@ void test_best_tokens(const char* isa, int cases) {
         const int64_t sizes[] = {1, 15, 64, 67, 1000, nld::kSegment - 1, nld::kSegment + 5};
         const Logits logits(static_cast<DType>(random() % 3), 1 + random() % 3, sizes[random() % 7], random);
         for (int threads : {1, 2, 7}) {
-            for (bool with_normalisers : {true, false}) {
+            for (bool with_normalizers : {true, false}) {
                 std::vector<int64_t> tokens(logits.rows);
-                std::vector<float> largest(logits.rows), normalisers(logits.rows);
-                float* wanted = with_normalisers ? normalisers.data() : nullptr;
+                std::vector<float> largest(logits.rows), normalizers(logits.rows);
+                float* wanted = with_normalizers ? normalizers.data() : nullptr;
                 nld::best_tokens({logits.buffer.data.get(), logits.dtype, logits.rows, logits.vocab, logits.vocab,
                                   tokens.data(), largest.data(), wanted},
                                  threads, run_threads);
@@ -335,27 +329,6 @@ void test_accept_prefix() {
     if (!right) fail("accept_prefix", "-", 0);
 }
 
-void test_move_kv() {
-    const int pages = 3, heads = 2, size = 4, dim = 8;
-    std::vector<int16_t> cache(pages * heads * size * dim);
-    for (size_t i = 0; i < cache.size(); ++i) cache[i] = static_cast<int16_t>(i);
-    const auto before = cache;
-    const std::vector<int64_t> from = {11, 5}, to = {0, 6};
-    nld::move_kv(
-        {{reinterpret_cast<char*>(cache.data()), 2, heads, size, dim, heads * size * dim, size * dim, 1, size}},
-        from.data(), to.data(), 2, 3, run_threads);
-    auto at = [&](int64_t slot, int h, int d) {
-        return slot / size * heads * size * dim + h * size * dim + d * size + slot % size;
-    };
-    for (int64_t slot = 0; slot < pages * size; ++slot)
-        for (int h = 0; h < heads; ++h)
-            for (int d = 0; d < dim; ++d)
-                if (cache[at(slot, h, d)] != before[at(slot == 0 ? 11 : slot == 6 ? 5 : slot, h, d)])
-                    fail("move_kv", "-", 0);
-    const int64_t chain_from[] = {1, 2}, chain_to[] = {2, 3};
-    if (nld::moves_are_independent(chain_from, chain_to, 2)) fail("moves_are_independent", "-", 0);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -370,7 +343,6 @@ int main(int argc, char** argv) {
         std::printf("%s: %d cases\n", isa.name, cases);
     }
     test_accept_prefix();
-    test_move_kv();
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

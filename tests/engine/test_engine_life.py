@@ -231,7 +231,7 @@ def test_lowered_length_limit_reaches_the_proposer(model: ReferenceModel, folder
         running = runner(llm)
         limit = running.max_model_len
         assert limit < 256
-        assert running.drafter.max_model_len == limit
+        assert running.drafter.sizes.max_model_len == limit
         assert running.effective_drafter_max_model_len == limit + 7
         expected = ar_generate(model, prompt, limit - 100, eos_token_id=-1).ids[100:]
         assert generate(llm, [prompt], max_tokens=500, ignore_eos=True) == [expected]

@@ -266,14 +266,14 @@ def test_full_cache_preempts_parked_requests(folder: Path, model: ReferenceModel
     with engine(folder, spec=True, block_size=32, num_gpu_blocks_override=14, max_model_len=224) as llm:
         watched = Watched(llm)
         interrupted: list[str] = []
-        original = watched.drafter._unpark
+        original = watched.drafter.parked.drop
 
-        def unpark(request_id: str) -> Any:
+        def drop(request_id: str) -> Any:
             state = original(request_id)
             interrupted.extend([name(request_id)] * (state is not None))
             return state
 
-        watched.drafter._unpark = unpark
+        watched.drafter.parked.drop = drop
         for index, (prompt, nld) in enumerate(zip(prompts, kinds, strict=True)):
             watched.add(str(index), prompt, 120, nld)
         watched.until(lambda: not watched.engine.has_unfinished_requests(), limit=2000)

@@ -23,7 +23,7 @@ def test_two_pipeline_stages_give_the_tokens_of_one(tmp_path: Path, monkeypatch:
         expected = generate(alone, PROMPTS)
         sampled = generate(alone, PROMPTS, temperature=1.0, seed=4)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() > 1 else "0|0")
-    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "200")
     # vLLM's CPU worker makes the buffers between stages when it warms up, which it does not do for eager models. Traced
     # by dynamo without a compiler, the model is warmed up and nothing is compiled.
     settings |= {"enforce_eager": False, "compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"}}

@@ -46,11 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def solo(folder: Path) -> Iterator[dict[str, list[list[int]]]]:
+def solo(folder: Path) -> dict[str, list[list[int]]]:
     """Every prompt's text in every mode, undisturbed and one at a time."""
     with engine(folder, spec=True, max_num_seqs=4, max_model_len=256) as llm:
         shun_ar(llm)
-        yield {
+        return {
             way: [texts(llm, [ids], [sampled(options, seed)])[0] for seed, ids in enumerate(PROMPTS)]
             for way, options in WAYS.items()
         }

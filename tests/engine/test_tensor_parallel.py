@@ -78,7 +78,7 @@ def llm(expected: Any) -> Iterator[Any]:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() > 1 else "0|0")
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # collective_rpc takes functions
-        patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")  # in case ranks wait for each other
+        patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "200")  # in case ranks wait for each other
         with engine(checkpoint_path("tiny"), spec=True, tensor_parallel_size=2, **SETTINGS) as made:
             yield made
 
@@ -110,7 +110,7 @@ def skew(worker: Any) -> list[float]:
 
 
 def forwards(llm: Any) -> list[dict[str, int]]:
-    return llm.collective_rpc("nld_counters", timeout=30)
+    return llm.collective_rpc("nld_counters", timeout=100)
 
 
 def test_first_rank_decides_for_auto_mode(llm: Any, expected: list[list[int]]) -> None:
@@ -153,7 +153,7 @@ def test_requests_fail_soon_after_a_rank_dies(llm: Any) -> None:
     failed = time.monotonic()
     thread.join()
     print(f"failed {failed - killed[0]:.1f} s after the kill")
-    assert 0 <= failed - killed[0] < 30
+    assert 0 <= failed - killed[0] < 100
     for _ in range(300):
         if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers):
             break

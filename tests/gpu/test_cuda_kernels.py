@@ -32,12 +32,6 @@ def test_accept_prefix(rows: int) -> None:
     cuda_cases.check_accept(cuda_ops, rows, rows, "cuda")
 
 
-@pytest.mark.parametrize("layout", ["plain", "fused", "shifted", "transposed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
-def test_move_kv(dtype: torch.dtype, layout: str) -> None:
-    cuda_cases.check_move(cuda_ops, dtype, layout, "cuda")
-
-
 @pytest.mark.parametrize("name", cases.BEST_SPECS)
 def test_best_tokens(name: str) -> None:
     cases.check_best(cuda_ops, cases.BEST_SPECS[name], "cuda")
@@ -46,21 +40,3 @@ def test_best_tokens(name: str) -> None:
 def test_best_tokens_of_unaligned_rows() -> None:
     cases.check_best_anywhere(cuda_ops, "cuda")
     cases.check_best_alone(cuda_ops, "cuda")
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float32", "5 splits bfloat16"])
-def test_captured_graph_follows_the_lengths(name: str) -> None:
-    """Captured once, replayed with other prefix lengths: the grid depends only on padded sizes."""
-    batch = cuda_cases.BATCHES[name]
-    arguments, expected, _ = cuda_cases.build(batch)
-    moved = {k: x.cuda() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}
-    lengths = moved["prefix_lens"].clone()  # type: ignore[attr-defined]
-    moved["prefix_lens"].zero_()  # type: ignore[attr-defined]
-    cuda_ops.block_attention(**moved, split_limit=batch.split_limit)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        cuda_ops.block_attention(**moved, split_limit=batch.split_limit)
-    moved["prefix_lens"].copy_(lengths)  # type: ignore[attr-defined]
-    graph.replay()
-    found = moved["output"][: expected.shape[0]].double().cpu()  # type: ignore[index]
-    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)

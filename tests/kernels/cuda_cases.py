@@ -13,6 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from tests.kernels import cases
+from vllm_nld.ops import BlockAttention
+
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NAN = float("nan")
 
@@ -44,18 +47,18 @@ class Batch:
     seed: int = 0
 
 
-MIXED = ((150, 9, 0), (0, 12, 1), (37, 0, 0), (64, 17, 2), (1, 1, 1))
-LONG = ((700, 3, 1), (0, 2, 0), (290, 5, 2))
+MIXED = ((150, 9, 0), (0, 12, 1), (37, 0, 0), (64, 17, 1), (1, 1, 1))
+LONG = ((700, 3, 1), (0, 2, 0), (290, 5, 0))
 BATCHES = {
     "bfloat16": Batch(MIXED),
     "float16": Batch(MIXED, torch.float16),
     "float32": Batch(MIXED, torch.float32),
     **{
-        f"head {size} {str(dtype)[6:]}": Batch(((70, 7, 1), (0, 4, 2)), dtype, head_size=size, group=2)
+        f"head {size} {str(dtype)[6:]}": Batch(((70, 7, 1), (0, 4, 0)), dtype, head_size=size, group=2)
         for size in (32, 48, 80, 96, 112, 128, 144, 192, 208, 256)
         for dtype in (torch.bfloat16, torch.float32)
     },
-    "several query tiles": Batch(((40, 70, 1), (3, 40, 2)), kv_heads=1, head_size=32, slack=20),
+    "several query tiles": Batch(((40, 70, 1), (3, 40, 0)), kv_heads=1, head_size=32, slack=20),
     "group of 1": Batch(MIXED, group=1),
     "group of 3": Batch(MIXED, torch.float16, group=3, slack=1),
     "group of 8, wide": Batch(((70, 9, 0), (0, 3, 1)), group=8, kv_heads=1, head_size=128),
@@ -80,7 +83,7 @@ BATCHES = {
         for limit in (1, 2, 5, 64)
         for dtype in (torch.bfloat16, torch.float32)
     },
-    "split, nothing fresh seen": Batch(((600, 2, 2), (0, 3, 2)), seed=5),
+    "split, and no prefix": Batch(((600, 2, 0), (0, 3, 1)), seed=5),
 }
 
 
@@ -88,7 +91,7 @@ def random_batch(seed: int) -> Batch:
     """Draw a batch."""
     draw = random.Random(seed)
     rows = tuple(
-        (draw.choice((0, draw.randrange(1, 40), draw.randrange(1, 400))), draw.randrange(0, 40), draw.randrange(3))
+        (draw.choice((0, draw.randrange(1, 40), draw.randrange(1, 400))), draw.randrange(0, 40), draw.randrange(2))
         for _ in range(draw.randrange(1, 5))
     )
     return Batch(
@@ -109,11 +112,11 @@ def random_batch(seed: int) -> Batch:
 
 def check(module: ModuleType, batch: Batch, device: str) -> None:
     """Compare ``module.block_attention`` with the reference, and check that nothing else was written."""
-    arguments, expected, keys = build(batch)
+    call, expected, keys = build(batch)
     used = expected.shape[0]
-    moved = {name: _move(x, device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-    module.block_attention(**moved, split_limit=batch.split_limit)
-    found = moved["output"].double().cpu()
+    call = cases.on_device(call, device)
+    module.block_attention(call, split_limit=batch.split_limit)
+    found = call.output.double().cpu()
     assert found[used:].isnan().all(), "padding was written"
     error = (found[:used] - expected).abs().max().item() if used else 0.0
     # Weights and the result are rounded to the dtype; float32 sums over many keys in another order.
@@ -122,7 +125,7 @@ def check(module: ModuleType, batch: Batch, device: str) -> None:
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"  # NaN also fails
 
 
-def build(batch: Batch) -> tuple[dict[str, object], Tensor, int]:
+def build(batch: Batch) -> tuple[BlockAttention, Tensor, int]:
     """Return the arguments of block_attention, the float64 output of the used tokens, and the most keys of a query."""
     generator = torch.Generator().manual_seed(batch.seed)
     lengths, prefixes = [row[1] for row in batch.rows], [row[0] for row in batch.rows]
@@ -144,40 +147,35 @@ def build(batch: Batch) -> tuple[dict[str, object], Tensor, int]:
             for pages in (key_pages, value_pages):
                 drawn = torch.randn(batch.kv_heads, size, generator=generator).to(cache)
                 _raw(pages)[page, :, slot] = _raw(drawn)
-    words = torch.randint(-(2**31), 2**31, (used + 3, max(1, -(-max(lengths) // 32))), generator=generator)
-    words[torch.rand(used + 3, generator=generator) < 0.25] = 0
     k_scale, v_scale = (0.75, 1.5) if batch.cache else (1.0, 1.0)
-    arguments: dict[str, object] = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "key_pages": key_pages,
-        "value_pages": value_pages,
-        "block_table": table,
-        "prefix_lens": torch.tensor(prefixes, dtype=torch.int32),
-        "block_starts": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        "mask_kinds": torch.tensor([row[2] for row in batch.rows], dtype=torch.int32),
-        "mask_words": words.to(torch.int32),
-        "scale": 1.5 * size**-0.5,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "max_length": max(lengths) + batch.slack % 64,
-        "max_prefix": max(prefixes) + batch.slack,
-        "output": output,
-    }
-    return arguments, _reference(batch, arguments), max(map(sum, zip(prefixes, lengths, strict=True)))
+    call = BlockAttention(
+        query=query,
+        key=key,
+        value=value,
+        key_pages=key_pages,
+        value_pages=value_pages,
+        block_table=table,
+        prefix_lens=torch.tensor(prefixes, dtype=torch.int32),
+        block_starts=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        mask_kinds=torch.tensor([row[2] for row in batch.rows], dtype=torch.int32),
+        scale=1.5 * size**-0.5,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        max_length=max(lengths) + batch.slack % 64,
+        max_prefix=max(prefixes) + batch.slack,
+        output=output,
+    )
+    return call, _reference(batch, call), max(map(sum, zip(prefixes, lengths, strict=True)))
 
 
-def _reference(batch: Batch, arguments: dict[str, object]) -> Tensor:
-    given = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
-    words = given["mask_words"].long()
-    query, key, value = (given[name].double() for name in ("query", "key", "value"))
-    key_pages = given["key_pages"].float().double() * float(arguments["k_scale"])  # type: ignore[arg-type]
-    value_pages = given["value_pages"].float().double() * float(arguments["v_scale"])  # type: ignore[arg-type]
+def _reference(batch: Batch, call: BlockAttention) -> Tensor:
+    query, key, value = (x.double() for x in (call.query, call.key, call.value))
+    key_pages = call.key_pages.float().double() * call.k_scale
+    value_pages = call.value_pages.float().double() * call.v_scale
     result, start = [], 0
     for row, (prefix, length, kind) in enumerate(batch.rows):
         tokens = torch.arange(prefix)
-        pages, slots = given["block_table"][row, tokens // batch.page_size].long(), tokens % batch.page_size
+        pages, slots = call.block_table[row, tokens // batch.page_size].long(), tokens % batch.page_size
         keys = torch.cat((key_pages[pages, :, slots], key[start : start + length]))
         values = torch.cat((value_pages[pages, :, slots], value[start : start + length]))
         for token in range(length):
@@ -185,11 +183,9 @@ def _reference(batch: Batch, arguments: dict[str, object]) -> Tensor:
             seen = torch.ones(length, dtype=torch.bool)
             if kind == 1:
                 seen = other <= token
-            if kind == 2:
-                seen = (words[start + token, other // 32] >> (other % 32)) & 1 == 1
             mask = torch.cat((torch.ones(prefix, dtype=torch.bool), seen))
             grouped = query[start + token].view(batch.kv_heads, batch.group, -1)
-            scores = torch.einsum("hgd,nhd->hgn", grouped, keys[mask]) * float(arguments["scale"])  # type: ignore[arg-type]
+            scores = torch.einsum("hgd,nhd->hgn", grouped, keys[mask]) * call.scale
             result.append(torch.einsum("hgn,nhd->hgd", scores.softmax(-1), values[mask]).flatten(0, 1))
         start += length
     return torch.stack(result) if result else query.new_zeros(0, *query.shape[1:])
@@ -228,12 +224,6 @@ def _raw(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.element_size() == 1 else x
 
 
-def _move(x: Tensor, device: str) -> Tensor:
-    """Move a view with its strides and its whole storage."""
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
-    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
-
-
 def check_accept(module: ModuleType, rows: int, seed: int, device: str) -> None:
     """Compare ``module.accept_prefix`` with a loop."""
     draw = random.Random(seed)
@@ -259,28 +249,6 @@ def check_accept(module: ModuleType, rows: int, seed: int, device: str) -> None:
     )
     for x, y in zip(found, expected, strict=True):
         assert x.tolist() == y
-
-
-def check_move(module: ModuleType, dtype: torch.dtype, layout: str, device: str) -> None:
-    """Compare ``module.move_kv`` with indexing; every other slot keeps its bits."""
-    shape = (4, 3, 16, 48)
-    generator = torch.Generator().manual_seed(0)
-    caches = [pool for _ in range(3) for pool in _pages(shape, dtype, layout)]
-    for pool in caches:
-        _raw(pool).copy_(_raw(torch.randn(shape, generator=generator).to(dtype)))
-    slots = torch.randperm(64, generator=generator)
-    sources, targets = slots[:20], slots[20:40]
-    sources[3] = sources[4]
-    targets[7] = sources[7] = slots[50]
-    expected = []
-    for pool in caches:
-        wanted = _raw(pool).clone()
-        wanted[targets // 16, :, targets % 16] = wanted[sources // 16, :, sources % 16]
-        expected.append(wanted)
-    moved = [_move(pool, device) for pool in caches]
-    module.move_kv(moved, sources.to(device), targets.to(device))
-    for pool, wanted in zip(moved, expected, strict=True):
-        assert torch.equal(_raw(pool).cpu(), wanted)
 
 
 def small(batch: Batch) -> Batch:

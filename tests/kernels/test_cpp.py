@@ -11,8 +11,7 @@ import torch
 
 from tests.kernels import cases
 from tests.kernels.test_operators import run_examples
-from vllm_nld import ops
-from vllm_nld.ops import cpp_ops
+from vllm_nld.ops import BlockAttention, cpp_ops
 
 CPU = torch.device("cpu")
 REASON = cpp_ops.unavailable(CPU)
@@ -62,7 +61,7 @@ def test_any_number_of_threads(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for name in ("one long row", "long row next to short ones", "all masks", "nothing fresh"):
+        for name in ("one long row", "long row next to short ones", "both masks", "nothing fresh"):
             cases.check(cpp_ops, cases.EDGE_SPECS[name], torch.float32)
     finally:
         torch.set_num_threads(before)
@@ -117,12 +116,12 @@ def test_unsuitable_logits_are_an_error(logits: torch.Tensor, message: str) -> N
         cpp_ops.best_tokens(logits)
 
 
-def spoiled(**changes: Any) -> dict[str, Any]:
+def spoiled(**changes: Any) -> BlockAttention:
     """Arguments of a small valid call with some of them replaced; functions are given the valid one."""
-    arguments = cases.attention_arguments(cases.AttentionSpec((20, 3), (4, 2), (0, 2)), torch.float32)
-    for name, change in changes.items():
-        arguments[name] = change(arguments[name]) if callable(change) else change
-    return arguments
+    call = cases.attention_arguments(cases.AttentionSpec((20, 3), (4, 2), (0, 1)), torch.float32)
+    return call._replace(
+        **{name: change(getattr(call, name)) if callable(change) else change for name, change in changes.items()}
+    )
 
 
 def with_entry(index: Any, value: int) -> Any:
@@ -151,9 +150,8 @@ def in_tiles(tokens: tuple[int, int], dims: tuple[int, int]) -> Any:
         ({"block_starts": with_entry(2, 7)}, r"block_starts\[2\] is 7; allowed: 4 to 6"),
         ({"block_starts": with_entry(1, 9)}, r"block_starts\[1\] is 9"),
         ({"block_starts": with_entry(0, -2)}, r"block_starts\[0\] is -2"),
-        ({"mask_kinds": with_entry(0, 3)}, r"mask_kinds\[0\] is 3; allowed: 0"),
-        ({"mask_words": None}, "asks for mask_words, which are not given"),
-        ({"mask_words": lambda x: x[:3]}, "mask_words must have 2 dimension"),
+        ({"mask_kinds": with_entry(0, 2)}, r"mask_kinds\[0\] is 2; allowed: 0 \(all\), 1 \(causal\)"),
+        ({"mask_kinds": with_entry(1, -1)}, r"mask_kinds\[1\] is -1"),
         ({"query": lambda x: x.double()}, "dtype of query is not supported; allowed: float32"),
         ({"key": lambda x: x.bfloat16()}, "dtype of key differs"),
         ({"output": lambda x: x.half()}, "dtype of output differs"),
@@ -175,10 +173,10 @@ def in_tiles(tokens: tuple[int, int], dims: tuple[int, int]) -> Any:
     ],
 )  # fmt: skip
 def test_unsuitable_input_is_an_error(changes: dict[str, Any], message: str) -> None:
-    arguments = spoiled(**changes)
+    call = spoiled(**changes)
     with pytest.raises(RuntimeError, match=message):
-        cpp_ops.block_attention(**arguments)
-    assert arguments["output"].isnan().all(), "something was written"
+        cpp_ops.block_attention(call)
+    assert call.output.isnan().all(), "something was written"
 
 
 @pytest.mark.parametrize(
@@ -195,60 +193,35 @@ def test_unsuitable_drafts_are_an_error(drafts: Any, targets: Any, starts: Any, 
         cpp_ops.accept_prefix(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("sources", "targets", "message"),
-    [
-        ([0, 64], [1, 2], "move 1 is from 64 to 2; allowed: 0 to 63"),
-        ([0], [-1], "move 0 is from 0 to -1"),
-        ([0, 1], [1, 2], "a target is another move's source"),
-        ([0, 1], [5, 5], "a target is another move's source or target"),
-        ([0, 1], [5], "2 sources and 1 targets"),
-    ],
-)
-def test_unsuitable_moves_are_an_error(sources: Any, targets: Any, message: str) -> None:
-    cache = torch.randn(4, 2, 16, 32)
-    before = cache.clone()
-    with pytest.raises(RuntimeError, match=message):
-        cpp_ops.move_kv([cache], torch.tensor(sources), torch.tensor(targets))
-    assert torch.equal(cache, before)
-
-
-def test_torch_accepts_the_operators() -> None:
-    """Schemas, fake implementations and aliasing, also under torch.compile."""
-    arguments = cases.attention_arguments(cases.EDGE_SPECS["all masks"], torch.float32)
+def test_operators_write_only_what_their_schemas_declare() -> None:
+    call = cases.attention_arguments(cases.EDGE_SPECS["both masks"], torch.float32)
     accept = torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3, 4, 9]), torch.tensor([0, 2, 3], dtype=torch.int32)
-    moves = [torch.randn(4, 2, 16, 32)], torch.tensor([0, 1]), torch.tensor([5, 6])
-    arguments["output"].zero_()  # NaN is unequal to itself
-    for library in (torch.ops.vllm_nld, torch.ops.vllm_nld_cpu):
-        torch.library.opcheck(library.block_attention.default, (), arguments)
-        torch.library.opcheck(library.accept_prefix.default, accept)
-        torch.library.opcheck(library.move_kv.default, moves)
-        for with_normaliser in (True, False):
-            torch.library.opcheck(library.best_tokens.default, (torch.randn(3, 100), with_normaliser))
+    call.output.zero_()  # NaN is unequal to itself
+    library = torch.ops.vllm_nld_cpu
+    torch.library.opcheck(library.block_attention.default, tuple(call), test_utils="test_schema")
+    torch.library.opcheck(library.accept_prefix.default, accept, test_utils="test_schema")
+    for with_normalizer in (True, False):
+        arguments = torch.randn(3, 100), with_normalizer
+        torch.library.opcheck(library.best_tokens.default, arguments, test_utils="test_schema")
 
 
-def test_compiled_code_can_call_the_operators() -> None:
-    arguments = cases.attention_arguments(cases.EDGE_SPECS["whole pages"], torch.float32)
-    expected = arguments["output"].clone()
-    cpp_ops.block_attention(**(arguments | {"output": expected}))
-
-    @torch.compile(fullgraph=True, backend="eager")
-    def double(arguments: dict[str, Any]) -> torch.Tensor:
-        ops.block_attention(**arguments)
-        return arguments["output"] * 2
-
-    assert torch.equal(double(arguments), expected * 2)
+def test_schema_has_the_fields_of_the_arguments_in_order() -> None:
+    """They are passed by position."""
+    schema = torch.ops.vllm_nld_cpu.block_attention.default._schema
+    assert tuple(argument.name for argument in schema.arguments) == BlockAttention._fields
 
 
 def test_library_of_another_version_is_reported_without_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """An editable install keeps its compiled part until it is installed again."""
-
-    def lacks(*_: Any) -> None:
-        raise RuntimeError("operator vllm_nld_cpu::best_tokens does not exist")
-
-    monkeypatch.setattr(cpp_ops, "_register_fakes", lacks)
+    monkeypatch.setattr(cpp_ops, "ABI_VERSION", cpp_ops.ABI_VERSION + 1)
     reason = cpp_ops._load.__wrapped__()  # its result is cached once per process
-    assert "install vllm-nld again" in reason
+    assert f"have version {cpp_ops.ABI_VERSION - 1}, needed is {cpp_ops.ABI_VERSION}" in reason
+    assert reason.endswith("install vllm-nld again")
     monkeypatch.setattr(cpp_ops, "_load", lambda: reason)
     with pytest.raises(RuntimeError, match="install vllm-nld again"):
         cpp_ops.instruction_set()
+
+
+def test_library_without_a_version_counts_as_version_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "vllm_nld_cpu", object())
+    assert "have version 1, needed" in cpp_ops._load.__wrapped__()

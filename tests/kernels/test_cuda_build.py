@@ -90,11 +90,11 @@ def test_order_of_threads_does_not_matter(emulated: ModuleType, library: Path, n
     batch = cuda_cases.small(cuda_cases.BATCHES[name])
     for seed in range(3):
         steer(library, seed)
-        arguments = cuda_cases.build(batch)[0]
-        emulated.block_attention(**arguments, split_limit=batch.split_limit)
-        outputs.append(arguments["output"])
+        call = cuda_cases.build(batch)[0]
+        emulated.block_attention(call, split_limit=batch.split_limit)
+        outputs.append(call.output)
     for output in outputs[1:]:
-        assert torch.equal(output.nan_to_num(), outputs[0].nan_to_num())  # type: ignore[attr-defined]
+        assert torch.equal(output.nan_to_num(), outputs[0].nan_to_num())
 
 
 def test_small_shared_memory(emulated: ModuleType, library: Path) -> None:
@@ -109,12 +109,6 @@ def test_small_shared_memory(emulated: ModuleType, library: Path) -> None:
 @pytest.mark.parametrize("rows", [1, 31, 1024, 1025, 2500])
 def test_accept_prefix(emulated: ModuleType, rows: int) -> None:
     cuda_cases.check_accept(emulated, rows, rows, "cpu")
-
-
-@pytest.mark.parametrize("layout", ["plain", "fused", "shifted", "transposed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
-def test_move_kv(emulated: ModuleType, dtype: torch.dtype, layout: str) -> None:
-    cuda_cases.check_move(emulated, dtype, layout, "cpu")
 
 
 @pytest.mark.parametrize("name", cases.BEST_SPECS)
@@ -142,20 +136,33 @@ def test_every_float16_is_widened(emulated: ModuleType) -> None:
 
 
 def test_mistakes_have_messages(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = cuda_cases.build(cuda_cases.BATCHES["bfloat16"])[0]
+    call = cuda_cases.build(cuda_cases.BATCHES["bfloat16"])[0]
     with pytest.raises(NLDError, match="all four must be the same"):
-        cuda_ops.block_attention(**{**arguments, "key": arguments["key"].float()})  # type: ignore[attr-defined]
+        cuda_ops.block_attention(call._replace(key=call.key.float()))
     with pytest.raises(NLDError, match="prefix_lens must be contiguous and"):
-        cuda_ops.block_attention(**{**arguments, "prefix_lens": arguments["prefix_lens"].long()})  # type: ignore[attr-defined]
+        cuda_ops.block_attention(call._replace(prefix_lens=call.prefix_lens.long()))
     with pytest.raises(NLDError, match="a size is out of range"):
-        cuda_ops.block_attention(**{**arguments, "query": arguments["query"][..., :24]})  # type: ignore[index]
+        cuda_ops.block_attention(call._replace(query=call.query[..., :24]))
     with pytest.raises(NLDError, match="logits has inner stride 2; needed: 1"):
         cuda_ops.best_tokens(torch.zeros(3, 8)[:, ::2])
-    with pytest.raises(NLDError, match="more rows, heads, caches or tokens than a grid"):
+    with pytest.raises(NLDError, match="more rows, heads or tokens than a grid"):
         cuda_ops.best_tokens(torch.empty(1, 1 << 29, dtype=torch.bfloat16))
     monkeypatch.setenv(cuda_ops.LIBRARY, "/nowhere.so")
     with pytest.raises(NLDError, match="cannot load the CUDA operators"):
         cuda_ops.accept_prefix(*(torch.zeros(1, dtype=d) for d in (torch.int64, torch.int64, torch.int32)))
+
+
+def test_library_of_another_version_is_reported_without_crash(
+    library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It would read the structs wrongly."""
+    other = shutil.copy(library, tmp_path)  # a library is loaded once per path
+    monkeypatch.setenv(cuda_ops.LIBRARY, str(other))
+    monkeypatch.setattr(cuda_ops, "ABI_VERSION", cuda_ops.ABI_VERSION + 1)
+    reason = cuda_ops.unavailable(torch.device("cuda"))
+    assert f"have version {cuda_ops.ABI_VERSION - 1}, needed is {cuda_ops.ABI_VERSION}" in str(reason)
+    monkeypatch.setenv(cuda_ops.LIBRARY, str(Path(torch.__file__).parent / "lib/libc10.so"))  # has no version
+    assert "have version 1, needed" in str(cuda_ops.unavailable(torch.device("cuda")))
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import cases
-from tests.kernels.implementations import Implementation, having
+from tests.kernels.implementations import INTERPRETED, effort, having, skip_unless_usable
 from vllm_nld.errors import NLDError
+from vllm_nld.ops import Implementation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,70 +28,67 @@ def run_examples(count: int, strategy: st.SearchStrategy, body) -> None:  # type
     quiet(given(strategy)(body))()
 
 
+@pytest.fixture(autouse=True)
+def usable(implementation: Implementation, device: str) -> None:
+    skip_unless_usable(implementation, device)
+
+
 @pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", cases.EDGE_SPECS)
 def test_attention_edges(implementation: Implementation, device: str, dtype: torch.dtype, name: str) -> None:
-    module = implementation.load(device)
     if dtype in implementation.dtypes:
-        cases.check(module, cases.EDGE_SPECS[name], dtype, device)
+        cases.check(implementation, cases.EDGE_SPECS[name], dtype, device)
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", cases.TILED_SPECS)
 def test_attention_over_tiles(implementation: Implementation, device: str, dtype: torch.dtype, name: str) -> None:
-    """Only the implementations for CPUs read pages in tiles; the others refuse them with a message."""
-    module, spec = implementation.load(device), cases.TILED_SPECS[name]
-    if implementation.tiles:
-        cases.check(module, spec, dtype, device)
+    """Some implementations read pages in tiles; the others refuse them with a message."""
+    spec = cases.TILED_SPECS[name]
+    if implementation.reads_tiles:
+        cases.check(implementation, spec, dtype, device)
     elif dtype in implementation.dtypes:
         with pytest.raises(NLDError, match="tiles"):
-            module.block_attention(**cases.attention_arguments(spec, dtype, device))
+            implementation.block_attention(cases.attention_arguments(spec, dtype, device))
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
 def test_attention(implementation: Implementation, device: str) -> None:
-    module = implementation.load(device)
-    specs = cases.attention_specs(implementation.longest_prefix, tiles=implementation.tiles)
+    budget = effort(implementation)
+    specs = cases.attention_specs(budget.longest_prefix, tiles=implementation.reads_tiles)
     drawn = st.tuples(specs, st.sampled_from(implementation.dtypes))
-    run_examples(implementation.examples, drawn, lambda pair: cases.check(module, *pair, device))
+    run_examples(budget.examples, drawn, lambda pair: cases.check(implementation, *pair, device))
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
-@pytest.mark.parametrize("name", ["long row next to short ones", "all masks"])
+@pytest.mark.parametrize("name", ["long row next to short ones", "both masks"])
 def test_attention_is_deterministic(implementation: Implementation, device: str, name: str) -> None:
-    module = implementation.load(device)
-    cases.check_deterministic(module, cases.EDGE_SPECS[name], torch.bfloat16, device, implementation.repeats)
+    runs = effort(implementation).repeats
+    cases.check_deterministic(implementation, cases.EDGE_SPECS[name], torch.bfloat16, device, runs)
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("accept_prefix"))
 def test_accept_prefix(implementation: Implementation, device: str) -> None:
-    module = implementation.load(device)
-    run_examples(implementation.examples, cases.accept_specs(), lambda spec: cases.check_accept(module, spec, device))
+    examples = effort(implementation).examples
+    run_examples(examples, cases.accept_specs(), lambda spec: cases.check_accept(implementation, spec, device))
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
 @pytest.mark.parametrize("name", cases.BEST_SPECS)
 def test_best_tokens_edges(implementation: Implementation, device: str, name: str) -> None:
-    cases.check_best(implementation.load(device), cases.BEST_SPECS[name], device)
+    cases.check_best(implementation, cases.BEST_SPECS[name], device)
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
 def test_best_tokens_of_unaligned_rows(implementation: Implementation, device: str) -> None:
-    module = implementation.load(device)
-    cases.check_best_anywhere(module, device)
-    cases.check_best_alone(module, device)
+    cases.check_best_anywhere(implementation, device)
+    cases.check_best_alone(implementation, device)
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("best_tokens"))
 def test_best_tokens(implementation: Implementation, device: str) -> None:
-    module = implementation.load(device)
-    specs = cases.best_specs(2 * (cases.GPU_SEGMENT if implementation.interpreted else cases.SEGMENT))
-    run_examples(implementation.examples, specs, lambda spec: cases.check_best(module, spec, device))
-
-
-@pytest.mark.parametrize(("implementation", "device"), having("move_kv"))
-def test_move_kv(implementation: Implementation, device: str) -> None:
-    module = implementation.load(device)
-    run_examples(implementation.examples, cases.move_specs(), lambda spec: cases.check_move(module, spec, device))
+    specs = cases.best_specs(2 * (cases.GPU_SEGMENT if implementation.name in INTERPRETED else cases.SEGMENT))
+    examples = effort(implementation).examples
+    run_examples(examples, specs, lambda spec: cases.check_best(implementation, spec, device))

@@ -10,7 +10,7 @@ import torch
 
 from tests.kernels.implementations import INTERPRETING
 from tests.kernels.triton_compiler import Compilation, pretended_gpu
-from vllm_nld.ops import triton_ops
+from vllm_nld.ops import BlockAttention, triton_ops
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="this process interprets")
@@ -24,19 +24,19 @@ def compiled() -> Iterator[list[Compilation]]:
         yield log
 
 
-def attend(rows: int, length: int, prefix: int, columns: int, words: int | None = None) -> None:
+def attend(rows: int, length: int, prefix: int, columns: int) -> None:
     """Call block_attention with a batch of ``rows`` equal rows; query, key and value lie in one tensor."""
     tokens = rows * length
     joined = torch.zeros(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     query, key, value = joined.split([HEADS, KV_HEADS, KV_HEADS], 1)
     pages = torch.zeros(4, 2, 16, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     lists = torch.zeros(3 * rows + 2, dtype=torch.int32)  # some do not begin at a multiple of 16 bytes
-    triton_ops.block_attention(
+    call = BlockAttention(
         query, key, value, pages[:, 0].transpose(1, 2), pages[:, 1].transpose(1, 2),
         torch.zeros(rows, columns + 1, dtype=torch.int32)[:, 1:], lists[:rows], lists[rows : 2 * rows + 1],
-        lists[2 * rows + 1 : 3 * rows + 1], None if words is None else torch.zeros(tokens, words, dtype=torch.int32),
-        0.125, 1.0, 1.0, length, prefix, torch.empty_like(query),
+        lists[2 * rows + 1 : 3 * rows + 1], 0.125, 1.0, 1.0, length, prefix, torch.empty_like(query),
     )  # fmt: skip
+    triton_ops.block_attention(call)
 
 
 def accept(rows: int, drafts: int) -> None:
@@ -53,7 +53,6 @@ def names(compiled: list[Compilation]) -> list[str]:
 BATCHES: dict[str, list[tuple[int, ...]]] = {
     "one tile": [(1, 4, 0, 1), (2, 4, 17, 2), (16, 3, 100, 16), (33, 4, 500, 32)],
     "split prefixes": [(1, 16, 600, 38), (1, 15, 4096, 256), (4, 16, 5000, 313), (2, 9, 8000, 500)],
-    "mask words": [(1, 32, 0, 1, 1), (3, 17, 9, 1, 2), (16, 30, 100, 7, 16)],
     "several tiles": [(1, 32, 0, 1), (1, 60, 0, 1), (2, 64, 10, 1), (16, 300, 0, 1)],
 }
 
@@ -78,7 +77,7 @@ def test_batch_sizes_compile_no_new_kernel_of_other_operators(compiled: list[Com
         triton_ops.best_tokens(torch.zeros(rows, VOCAB, dtype=torch.bfloat16))
     assert names(compiled)[2:] == ["best_kernel", "best_merge_kernel"]
     for rows in (1, 2, 16, 33):
-        triton_ops.best_tokens(torch.zeros(rows, VOCAB, dtype=torch.bfloat16), with_normaliser=False)
+        triton_ops.best_tokens(torch.zeros(rows, VOCAB, dtype=torch.bfloat16), with_normalizer=False)
     assert len(compiled) == 6, names(compiled)
 
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels import cases
-from tests.kernels.implementations import HALF, INTERPRETING
+from tests.kernels.implementations import INTERPRETING
 from vllm_nld.errors import NLDError
 from vllm_nld.ops import xformers_ops
+from vllm_nld.ops.implementation import HALF
 
 pytest.importorskip("xformers")
 

@@ -19,9 +19,12 @@ def address_of(cluster: Any) -> str:
     return getattr(cluster, "address", cluster)
 
 
-STARTS = 240.0
+STARTS = 480.0
 """Seconds for a replica to start. It imports vLLM twice, the second time in its engine core, on the cores that others
 leave free: half a minute on two idle cores. The limit is long because only a failing test waits that long."""
+
+SOON = 120.0
+"""Seconds for what takes a few on idle cores, for the same reason. Without what is tested, it would never happen."""
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str, seen: Callable[[], object] = str) -> float:

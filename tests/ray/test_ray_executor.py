@@ -62,7 +62,7 @@ def test_two_ray_workers_give_the_tokens_of_one_until_one_is_killed(ray_cluster:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:] + done.stdout[-2000:]
@@ -77,4 +77,4 @@ def test_two_ray_workers_give_the_tokens_of_one_until_one_is_killed(ray_cluster:
         assert worker["draft_forwards"] > 0
     assert first["draft_forwards"] == second["draft_forwards"]
     assert "EngineDeadError" in found["death"]["error"], found["death"]
-    assert 0 <= found["death"]["seconds"] < 30
+    assert 0 <= found["death"]["seconds"] < 100  # on a busy machine; a step may take 300

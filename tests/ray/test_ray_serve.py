@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,15 +18,26 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.ray.processes import EXAMPLES, SMALL_REPLICA, STARTS, address_of, alive, engine_processes, replicas, wait_for
+from tests.ray.processes import (
+    EXAMPLES,
+    SMALL_REPLICA,
+    SOON,
+    STARTS,
+    address_of,
+    alive,
+    engine_processes,
+    replicas,
+    wait_for,
+)
+from tests.support.ports import reserved_port
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
 MODEL = str(checkpoint_path("tiny"))
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 ACTORS = "ray::ServeReplica:nld:NLDServer"
-LONGEST = 30.0
+LONGEST = SOON
 """Limit of a request's seconds, also when processes die."""
 
 
@@ -39,11 +49,14 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster: Any, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One replica, or two under load."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         sys.executable,
         str(EXAMPLES / "ray_serve.py"),
@@ -53,7 +66,7 @@ def service(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
         str(port),
     ]
     command += ["--min-replicas", "1", "--max-replicas", "2", "--target-requests", "1", "--upscale-delay", "0"]
-    command += [*SMALL_REPLICA, "--hang-timeout", "10", "--drain", "1", "--", MODEL]
+    command += [*SMALL_REPLICA, "--hang-timeout", "30", "--drain", "1", "--", MODEL]
     command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
     command += ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(1 << 27), "--enforce-eager"]
     path = tmp_path_factory.mktemp("serve") / "log"
@@ -66,13 +79,13 @@ def service(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield Service(process, f"http://127.0.0.1:{port}/v1", path)
     finally:
         process.terminate()
-        process.wait(30)
-    wait_for(lambda: not replicas(ACTORS), 20, "no replica is left")
+        process.wait(SOON)
+    wait_for(lambda: not replicas(ACTORS), SOON, "no replica is left")
 
 
 @pytest.fixture(scope="module")
 def client(service: Service) -> OpenAI:
-    return OpenAI(base_url=service.url, api_key="none", timeout=60, max_retries=0)
+    return OpenAI(base_url=service.url, api_key="none", timeout=2 * LONGEST, max_retries=0)
 
 
 def test_every_mode_streamed_and_not(client: OpenAI) -> None:
@@ -200,8 +213,8 @@ def _kill_a_replica(load: Load, service: Service) -> float:
     engine = engine_processes(victim)
     started = time.monotonic()
     os.kill(victim, signal.SIGKILL)
-    wait_for(lambda: not alive(engine), 10, "the engine of a killed replica ends")
-    wait_for(lambda: load.count(failed=True) > 0, 10, "its requests fail")
+    wait_for(lambda: not alive(engine), SOON, "the engine of a killed replica ends")
+    wait_for(lambda: load.count(failed=True) > 0, SOON, "its requests fail")
     _finish(load, 8)
     assert load.count(failed=True) < len(load.threads), "requests of the other replica also failed"
     assert psutil.pid_exists(other)
@@ -213,7 +226,7 @@ def _kill_an_engine(load: Load) -> None:
     victim, other = replicas_that("RUNNING")
     failed = load.count(failed=True)
     engine_processes(victim)[0].kill()
-    wait_for(lambda: not psutil.pid_exists(victim), 10, "a replica ends with its engine")
+    wait_for(lambda: not psutil.pid_exists(victim), SOON, "a replica ends with its engine")
     _finish(load, 8)
     assert load.count(failed=True) > failed
     assert psutil.pid_exists(other)

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Any
 
 from tests.support import extremes
 from tests.support.extremes import FLOATS, INTEGERS, JUNK
+from tests.support.ports import reserved_port
 from vllm_nld.checkpoints import checkpoint_path
 
 RAW = [  # bodies that json.dumps would not write
@@ -134,11 +134,8 @@ def is_alive(base_url: str) -> bool:
     )
 
 
-def serve(log: Path) -> tuple[subprocess.Popen[bytes], str]:
+def serve(port: int, log: Path) -> tuple[subprocess.Popen[bytes], str]:
     """Start ``vllm serve`` on the embedded checkpoint and wait until it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}']
     command += ["--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
@@ -176,13 +173,14 @@ def main() -> None:
     parser.add_argument("--base-url", help="of a running server; else one is started")
     parser.add_argument("--log", type=Path, default=Path("fuzz_server.log"), help="of the server that is started")
     options = parser.parse_args()
-    server, base_url = (None, options.base_url) if options.base_url else serve(options.log)
-    try:
-        statuses, faults = fuzz(base_url, options.requests, options.seed, options.at_once)
-        alive = is_alive(base_url)
-    finally:
-        if server is not None:
-            stop(server)
+    with reserved_port() as port:
+        server, base_url = (None, options.base_url) if options.base_url else serve(port, options.log)
+        try:
+            statuses, faults = fuzz(base_url, options.requests, options.seed, options.at_once)
+            alive = is_alive(base_url)
+        finally:
+            if server is not None:
+                stop(server)
     for fault in faults:
         print(fault)
     by_status = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from openai import OpenAI
 
 from tests.server.fuzz_requests import fuzz, is_alive
+from tests.support.ports import reserved_port
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
@@ -34,10 +34,13 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base_url(log: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def base_url(port: int, log: Path) -> Iterator[str]:
     command = [str(BIN / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port), "--host", "127.0.0.1"]
     command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
     command += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
@@ -53,7 +56,7 @@ def base_url(log: Path) -> Iterator[str]:
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        for _ in range(240):
+        for _ in range(480):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
                 break
@@ -69,7 +72,7 @@ def base_url(log: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(base_url: str) -> OpenAI:
-    return OpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=120)
+    return OpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ class Parsed:
 
 def metric(base_url: str, name: str, label: str = "") -> float:
     """A metric's value, summed over the series that carry ``label``."""
-    text = urllib.request.urlopen(f"{base_url}/metrics", timeout=10).read().decode()
+    text = urllib.request.urlopen(f"{base_url}/metrics", timeout=60).read().decode()
     lines = [line for line in text.splitlines() if line.startswith(f"{name}{{") or line.startswith(f"{name}_total{{")]
     lines = [line for line in lines if label in line]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
@@ -329,7 +332,7 @@ def test_metrics_distinguish_the_modes(client: OpenAI, model: str, base_url: str
 
 def test_example_client_runs(base_url: str) -> None:
     command = [sys.executable, str(EXAMPLES / "openai_client.py"), "--base-url", f"{base_url}/v1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,27 @@ SelfSpeculation.pricing_seconds = 0.2
 DRAFTS_OF_THE_REFERENCE: dict[str, Any] = {"mode": "self_speculation", "prompt_lookup": 0}
 
 
+@functools.cache
+def prepare_process() -> None:
+    """Do once what vLLM does again for each of the many engines of a process: with it, one starts in half a second."""
+    from vllm import LLM  # noqa: F401
+    from vllm.platforms import current_platform
+    from vllm.v1.engine import core, llm_engine  # noqa: F401
+
+    if current_platform.is_cpu():
+        import vllm_nld.worker.cpu  # noqa: F401
+    # An engine asks for ten full garbage collections. Each takes half a second, for it looks at all that was imported,
+    # which never is garbage. So that is left out, and nothing else: vLLM's own freeze would keep dead engines.
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]
+    # It looks through all modules for kernels to replace: a second time there are none.
+    platform = type(current_platform)
+    if hasattr(platform, "register_triton_kernel_overrides"):
+        once = functools.cache(platform.register_triton_kernel_overrides)
+        platform.register_triton_kernel_overrides = staticmethod(once)
+
+
 @contextlib.contextmanager
 def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | None = None, **settings: Any) -> Iterator:
     """Yield an LLM on random or embedded weights.
@@ -26,6 +49,7 @@ def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | Non
     """
     from vllm import LLM
 
+    prepare_process()
     speculative = None
     if spec:
         speculative = {"model": PROPOSER} | ({} if spec is True else {"num_speculative_tokens": spec})
@@ -97,13 +121,14 @@ def replace_drafts(llm: Any, drafts: Callable[[Any], list[int]]) -> None:
 
 
 def shun_ar(llm: Any, drafts: Callable[[int], int] = lambda count: count) -> None:
-    """Have auto mode verify ``drafts(n)`` of every n looked-up drafts, and draft if there are none, at any price."""
+    """Have auto mode verify ``drafts(n)`` of every n drafts at hand, and draft if there is none, at any price."""
+    from vllm_nld.auto.candidates import Taken
     from vllm_nld.auto.search import Search
 
     class Eager(Search):
-        def lookups(self, found: Any, requests: int, tokens: int) -> tuple[dict[int, int], float, float]:
-            taken = {row: drafts(len(chances)) for row, chances in found.items()}
-            taken = {row: count for row, count in taken.items() if count}
+        def at_hand(self, offers: Any, requests: int, tokens: int) -> tuple[dict[int, Taken], float, float]:
+            taken = {row: Taken(offer.source, drafts(len(offer.chances))) for row, offer in offers.items()}
+            taken = {row: some for row, some in taken.items() if some.drafts}
             return taken, 0.0, float("inf") if taken else 0.0
 
         def floor(self, requests: int, tokens: int) -> float:

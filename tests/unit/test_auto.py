@@ -7,12 +7,15 @@ import random
 
 import pytest
 
-from vllm_nld.auto.acceptance import TRIES, Acceptance, Calibration, Prior
-from vllm_nld.auto.candidates import ALL_AR, Candidate, Choice
+from vllm_nld.auto.candidates import ALL_AR, AtHand, Candidate, Choice, Taken, most_promising
 from vllm_nld.auto.costs import KNOWN, RECENT, CostCurve
 from vllm_nld.auto.expectations import REMEMBERED_DRAFTS, ExpectedVsActual
 from vllm_nld.auto.mode import STEPS_PER_CHOICE, AutoMode
 from vllm_nld.auto.probing import AR_SAMPLES, PROBE_SHARE
+from vllm_nld.draft_sources.acceptance import TRIES, Acceptance, Prior
+from vllm_nld.draft_sources.base import ByForward
+from vllm_nld.draft_sources.calibration import Calibration
+from vllm_nld.draft_sources.model_drafts import chance_classes
 from vllm_nld.ops.sizes import round_size
 
 
@@ -30,8 +33,12 @@ def candidates(*rates: float) -> list[Candidate]:
     found = []
     for row, rate in enumerate(rates):
         acceptance = Acceptance(Prior(), accepted=1e6 * rate, tested=1e6, blocks=TRIES)
-        found.append(Candidate(row, acceptance, 16))
+        found.append(Candidate(row, ByForward("forward", acceptance, 16)))
     return found
+
+
+def at_hand(*chances: float) -> AtHand:
+    return AtHand("at hand", chances)
 
 
 def test_good_drafts_are_chosen_and_bad_ones_are_not() -> None:
@@ -65,7 +72,8 @@ def test_busy_device_decodes_one_token_at_a_time() -> None:
 
 def test_request_block_limit_is_respected() -> None:
     (candidate,) = candidates(0.95)
-    assert made().plan([Candidate(0, candidate.acceptance, 3)], 1, 1).choice.blocks == {0: 3}
+    candidate.forward.longest = 3
+    assert made().plan([candidate], 1, 1).choice.blocks == {0: 3}
 
 
 def test_ar_is_priced_before_any_choice() -> None:
@@ -93,70 +101,76 @@ def test_choice_of_ar_is_kept_for_some_steps() -> None:
     assert auto.decisions["ar", 1] == 2 + 2 * STEPS_PER_CHOICE + 2
 
 
-def test_looked_up_drafts_are_verified_without_drafting() -> None:
+def test_drafts_at_hand_are_verified_without_drafting() -> None:
     """At 1 s + 0.01 s per token, 15 drafts of which 10 are accepted are well worth 0.15 s; poor ones are not."""
     (good,), (poor,) = candidates(0.1), candidates(0.1)
-    good.found, poor.found = [0.9] * 15, [0.02] * 15
-    assert made().plan([good], 1, 1).choice == Choice({}, {0: 15})
+    good.at_hand, poor.at_hand = at_hand(*[0.9] * 15), at_hand(*[0.02] * 15)
+    assert made().plan([good], 1, 1).choice == Choice({}, {0: Taken("at hand", 15)})
     assert made().plan([poor], 1, 1).choice == ALL_AR
 
 
-def test_request_with_looked_up_drafts_does_not_draft() -> None:
+def test_request_with_drafts_at_hand_does_not_draft() -> None:
     four = candidates(0.97, 0.97, 0.97, 0.97)
-    four[0].found = [0.97] * 15
+    four[0].at_hand = at_hand(*[0.97] * 15)
     choice = made().plan(four, 4, 4).choice
-    assert choice == Choice({1: 16, 2: 16, 3: 16}, {0: 15})
+    assert choice == Choice({1: 16, 2: 16, 3: 16}, {0: Taken("at hand", 15)})
 
 
-def test_looked_up_drafts_are_chosen_by_chance_up_to_sizes_with_a_kernel() -> None:
+def test_drafts_at_hand_are_chosen_by_chance_up_to_sizes_with_a_kernel() -> None:
     pair = candidates(0.1, 0.1)
-    pair[0].found, pair[1].found = [0.9] * 15, [0.5] * 15
-    lookups = made(slope=0.08).plan(pair, 2, 2).choice.lookups
-    assert lookups[0] > lookups.get(1, 0)
-    assert round_size(size := 2 + sum(lookups.values())) == size
+    pair[0].at_hand, pair[1].at_hand = at_hand(*[0.9] * 15), at_hand(*[0.5] * 15)
+    choice = made(slope=0.08).plan(pair, 2, 2).choice
+    assert choice.at_hand[0].drafts > (choice.at_hand[1].drafts if 1 in choice.at_hand else 0)
+    assert round_size(size := 2 + choice.tokens_at_hand) == size
 
 
-def test_lookups_are_considered_in_every_step() -> None:
-    """For drafting, a choice of AR holds for some steps, but a lookup may find something at any token."""
+def test_most_promising_of_several_sources_is_offered() -> None:
+    """Twenty drafts that are wrong from the third on are worth less than four good ones."""
+    long_, short = AtHand("long", [0.9, 0.9, *[0.01] * 18]), AtHand("short", [0.9] * 4)
+    assert most_promising([long_, short]) == short == most_promising([short])
+
+
+def test_drafts_at_hand_are_considered_in_every_step() -> None:
+    """For drafting, a choice of AR holds for some steps, but a source may find something at any token."""
     auto = made()
     auto.plan(candidates(0.1, 0.1), 2, 2)
-    poor, found = (auto.replan([0, 1], 2, 2, {1: chances}) for chances in ([0.02] * 15, [0.95] * 14))
+    poor, found = (auto.replan([0, 1], 2, 2, {1: at_hand(*chances)}) for chances in ([0.02] * 15, [0.95] * 14))
     assert poor is not None and found is not None
     assert poor.choice == ALL_AR
-    assert found.choice == Choice({}, {1: 14})
-    assert auto.decisions == {("ar", 1): 2 + 2 + 1, ("prompt_lookup", 15): 1}
+    assert found.choice == Choice({}, {1: Taken("at hand", 14)})
+    assert auto.decisions == {("ar", 1): 2 + 2 + 1, ("at hand", 15): 1}
 
 
-def test_lookup_does_not_delay_drafting() -> None:
-    """If drafting pays, the step after a looked-up one is planned again; if it does not, AR is kept."""
+def test_drafts_at_hand_do_not_delay_drafting() -> None:
+    """If drafting pays, the step after one with drafts at hand is planned again; if not, AR is kept."""
     for rate, settled in ((0.8, 0), (0.1, STEPS_PER_CHOICE)):
         auto = made()
         (candidate,) = candidates(rate)
-        candidate.found = [0.95] * 15
+        candidate.at_hand = at_hand(*[0.95] * 15)
         cycle = auto.plan([candidate], 1, 1)
-        assert cycle.choice == Choice({}, {0: 15})
+        assert cycle.choice == Choice({}, {0: Taken("at hand", 15)})
         assert cycle.steps == settled
 
 
-def test_better_draft_is_preferred_to_a_poor_lookup() -> None:
+def test_better_draft_is_preferred_to_poor_ones_at_hand() -> None:
     (candidate,) = candidates(0.95)
-    candidate.found = [0.5] + [0.7] * 14
+    candidate.at_hand = at_hand(0.5, *[0.7] * 14)
     assert made().plan([candidate], 1, 1).choice == Choice({0: 16}, {})
 
 
-def test_idle_requests_are_probed_while_others_use_lookups() -> None:
+def test_idle_requests_are_probed_while_others_have_drafts_at_hand() -> None:
     auto, probed = made(slope=0.05), 0
     for _ in range(2000):
         pair = candidates(0.05, 0.05)
-        pair[0].found, pair[1].idle_steps = [0.95] * 15, 10_000
+        pair[0].at_hand, pair[1].forward.idle_steps = at_hand(*[0.95] * 15), 10_000
         cycle = auto.plan(pair, 2, 2)
         choice = cycle.choice
-        assert 0 in choice.lookups
+        assert 0 in choice.at_hand
         if choice.blocks:
             assert set(choice.blocks) == {1}
             probed += 1
             cycle.drafted(8, 1.4)
-        size = 2 + sum(choice.lookups.values()) + sum(choice.blocks.values()) - len(choice.blocks)
+        size = 2 + choice.tokens_at_hand + sum(choice.blocks.values()) - len(choice.blocks)
         cycle.finish(2, size, 0, 1 + 0.05 * size)
     assert 5 < probed < 100
 
@@ -177,7 +191,7 @@ def test_probes_stay_within_their_budget() -> None:
     auto, idle, probing, busy = made(), 0, 0.0, 0.0
     for _ in range(20_000):
         (candidate,) = candidates(0.05)
-        candidate.idle_steps = idle
+        candidate.forward.idle_steps = idle
         cycle = auto.plan([candidate], 1, 1)
         chosen = cycle.choice.drafts
         idle = 0 if chosen else idle + 1
@@ -199,7 +213,7 @@ def test_probes_with_a_dropped_causal_pass_are_charged() -> None:
     (candidate,) = candidates(0.05)
     for _ in range(500):
         auto.plan([candidate], 1, 1).finish(1, 1, 0, 0.0101)
-    candidate.idle_steps, saved, probes = 100, auto.probing.saved, 0
+    candidate.forward.idle_steps, saved, probes = 100, auto.probing.saved, 0
     for _ in range(100):
         cycle = auto.plan([candidate], 1, 1)
         if cycle.choice.blocks:
@@ -217,7 +231,7 @@ def test_no_request_is_probed_if_good_drafts_would_not_pay() -> None:
     for _ in range(1000):
         idle = candidates(*[0.1] * 16)
         for candidate in idle:
-            candidate.idle_steps = 10_000
+            candidate.forward.idle_steps = 10_000
         cycle = auto.plan(idle, 16, 16)
         assert cycle.choice == ALL_AR
         cycle.finish(16, 16, 0, 0.16)
@@ -339,12 +353,12 @@ def test_acceptance_learns_and_forgets() -> None:
 
 
 def test_confidence_is_calibrated_by_outcome() -> None:
-    calibration = Calibration()
-    assert calibration.probability(0.97) == pytest.approx(0.97)
+    calibration, (sure, even) = Calibration(), chance_classes([0.97, 0.5])
+    assert calibration.probability(sure) == pytest.approx(0.97)
     for _ in range(500):
-        calibration.observe([0.97], 0)
-    assert calibration.probability(0.97) < 0.1
-    assert calibration.probability(0.5) == pytest.approx(0.55)
+        calibration.observe([sure], 0)
+    assert calibration.probability(sure) < 0.1
+    assert calibration.chances([even, sure, even])[0] == pytest.approx(0.55)
 
 
 def test_new_request_is_tried_if_good_ones_are_common() -> None:

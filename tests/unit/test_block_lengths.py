@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_nld.auto.acceptance import Acceptance, Prior
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.forward import DraftPass
 from vllm_nld.draft_pass.token_choice import DraftChoice
+from vllm_nld.draft_sources.acceptance import Prior
 from vllm_nld.options import NLDOptions
-from vllm_nld.proposer.requests import RequestState
+from vllm_nld.proposer.blocks import Sizes, diffusion_block, draft_block
+from vllm_nld.proposer.causal_step import CausalStep
+from vllm_nld.proposer.request_state import RequestState
 from vllm_nld.proposer.thinking import ThinkingBudget
 
 MASK = 99
@@ -41,7 +43,7 @@ def state(
         num_computed_tokens=3 + len(generated) - 1,
         num_prompt_tokens=3,
     )
-    return RequestState("r", cached, NLDOptions.parse(options or {}), Acceptance(Prior()), no_sampler, thinking)
+    return RequestState("r", cached, NLDOptions.parse(options or {}), Prior(), no_sampler, thinking)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_cutting_drawn_drafts_before_a_start_changes_no_distribution(start: list
     draft, target = torch.randn(2, vocab, generator=torch.Generator().manual_seed(4))
     draft[3] = target[3] = 2.0  # the token that would open the section is likely
     made = state([7, 6], ThinkingBudget(50, start, [13]), temperature=1.0)
-    block = made.draft_block(6, 4, 2, MASK, vocab)
+    block = draft_block(made, Sizes(2, vocab, MASK, 100), 6, 4, 2)
     assert isinstance(block.choice, DraftChoice)
     block.choice.choose(draft[None], [1], [])
     assert block.choice.probs is not None
@@ -108,7 +110,7 @@ def test_cutting_drawn_drafts_before_a_start_changes_no_distribution(start: list
 
 
 def diffusion(made: RequestState, room: int = 100) -> Block | None:
-    return made.diffusion_block(made.cached.output_token_ids[-1], 10, room, 8, MASK, 24)
+    return diffusion_block(made, Sizes(8, 24, MASK, 11 + room), made.cached.output_token_ids[-1], 10)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +155,11 @@ def test_stop_token_ends_a_request() -> None:
 
 def test_prefill_is_distinguished_from_decoding() -> None:
     made = state([7, 7])
-    assert not made.is_prefill({"r": 1}, {})
-    assert not made.is_prefill({"r": 8}, {"r": [1] * 7})
-    assert made.is_prefill({"r": 8}, {}), "a resumption"
+    assert not CausalStep({"r": 1}).is_prefill(made)
+    assert not CausalStep({"r": 8}, {"r": [1] * 7}).is_prefill(made)
+    assert CausalStep({"r": 8}).is_prefill(made), "a resumption"
     made.cached.num_computed_tokens = 2
-    assert made.is_prefill({"r": 1}, {}), "the last token of a prompt"
+    assert CausalStep({"r": 1}).is_prefill(made), "the last token of a prompt"
 
 
 def test_groups_fit_into_a_forward() -> None:

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends import cpu_attn  # before any simulation, becaus
 from tests.support.cpus import write_columns, write_tiles
 from vllm_nld import ops
 from vllm_nld.attention import backend
-from vllm_nld.ops import cpp_ops
+from vllm_nld.ops import cpp_ops, torch_ops
 from vllm_nld.ops.pages import STRIDED, TILED
 
 HEAD_DIM, PAGE_SIZE = 64, 128
@@ -44,8 +44,7 @@ KINDS = {
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kind]:
     """Simulate such a CPU."""
     kind = KINDS[request.param]
-    cpp = next(one for one in ops.IMPLEMENTATIONS if one.name == "cpp")
-    monkeypatch.setattr(ops, "implementation", lambda *_: cpp)
+    monkeypatch.setattr(ops, "implementation", lambda *_: cpp_ops.IMPLEMENTATION)
     monkeypatch.setattr(cpp_ops, "instruction_set", lambda force="": kind.instruction_set)
     monkeypatch.setattr(type(current_platform), "get_cpu_architecture", lambda *_: CpuArchEnum.X86)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: kind.amx)
@@ -111,5 +110,5 @@ def test_steps_over_a_float8_cache_stay_with_vllm(kind: Kind) -> None:
 
 
 def test_only_cpp_operators_run_causal_steps(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "implementation", lambda *_: SimpleNamespace(name="torch"))
+    monkeypatch.setattr(ops, "implementation", lambda *_: torch_ops.IMPLEMENTATION)
     assert not takes_operator(Layer(torch.bfloat16), step())

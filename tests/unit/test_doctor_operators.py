@@ -1,32 +1,72 @@
-"""``doctor`` names what computes each operator."""
+"""``doctor`` names what computes each operator, and the documentation what each implementation can do."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from vllm_nld import ops
-from vllm_nld.cli.doctor import _operators
+from vllm_nld.cli.doctor import _operator_packages, _operators
+from vllm_nld.ops import Implementation, torch_ops, xformers_ops
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "operators.md"
 
 
 def test_operator_with_another_implementation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_name = {implementation.name: implementation for implementation in ops.IMPLEMENTATIONS}
-    monkeypatch.setattr(
-        ops, "implementation", lambda operator, _: by_name["xformers" if operator == "block_attention" else "torch"]
-    )
-    assert "xformers (accept_prefix, move_kv, best_tokens: torch)" in _operators()
+    chosen = {"block_attention": xformers_ops.IMPLEMENTATION}
+    monkeypatch.setattr(ops, "implementation", lambda operator, _: chosen.get(operator, torch_ops.IMPLEMENTATION))
+    assert "xformers (accept_prefix, best_tokens: torch)" in _operators()
 
 
-@pytest.mark.parametrize("name", ["cpp", "torch"])
-def test_implementation_of_all_operators_is_named_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    by_name = {implementation.name: implementation for implementation in ops.IMPLEMENTATIONS}
-    if by_name[name].unavailable(ops.torch.device("cpu")):
-        pytest.skip(f"no {name} here")
-    monkeypatch.setattr(ops, "implementation", lambda operator, _: by_name[name])
+def names(implementation: Implementation) -> str:
+    return implementation.name
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS, ids=names)
+def test_implementation_of_all_operators_is_named_once(
+    implementation: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if implementation.unavailable(torch.device("cpu")) or implementation.operators != ops.OPERATORS:
+        pytest.skip(f"{implementation.name} does not compute all of them here")
+    monkeypatch.setattr(ops, "implementation", lambda operator, _: implementation)
+    assert _operators().startswith(implementation.name)
     assert "best_tokens" not in _operators()
+
+
+def test_packages_of_implementations_are_named() -> None:
+    assert {"triton", "xformers"} <= set(_operator_packages())
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton", "torch"])
 def test_gpu_implementations_have_all_operators(name: str) -> None:
     """The drafts' logits are largest there, so no operator may fall back to PyTorch."""
-    module = next(one for one in ops.IMPLEMENTATIONS if one.name == name).load()
-    assert [operator for operator in ops.OPERATORS if not hasattr(module, operator)] == []
+    assert next(one for one in ops.IMPLEMENTATIONS if one.name == name).operators == ops.OPERATORS
+
+
+def test_last_implementation_has_all_operators_on_every_device() -> None:
+    last = ops.IMPLEMENTATIONS[-1]
+    assert last.operators == ops.OPERATORS
+    assert set(last.devices) == {device for one in ops.IMPLEMENTATIONS for device in one.devices}
+    assert all(last.unavailable(torch.device(device)) is None for device in last.devices)
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS, ids=names)
+def test_implementation_has_its_line_in_the_documentation(implementation: Implementation) -> None:
+    assert row(implementation) in DOCUMENTATION.read_text().splitlines()
+
+
+def test_implementations_are_documented_in_order_of_preference() -> None:
+    lines = DOCUMENTATION.read_text().splitlines()
+    places = [lines.index(row(implementation)) for implementation in ops.IMPLEMENTATIONS]
+    assert places == list(range(places[0], places[0] + len(places)))
+
+
+def row(one: Implementation) -> str:
+    """The line of an implementation in the table of docs/operators.md."""
+    operators = "all" if one.operators == ops.OPERATORS else ", ".join(one.operators)
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in one.dtypes)
+    yes = {True: "yes", False: "no"}
+    cells = one.name, ", ".join(one.devices), operators, dtypes, yes[one.reads_tiles], yes[one.graph_safe], one.needs
+    return f"| {' | '.join(cells)} |"

@@ -14,8 +14,8 @@ OLD_NAMES = ("replica", "learned_sampler")
 """Modules that moved, by their old names, for one more release."""
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("names", "errors"),
-    ("policies",),
+    ("names", "errors", "option"),
+    ("policies", "draft_sources"),
     ("config", "options", "ops"),
     ("checkpoints", "serving", "vllm_glue", "attention"),
     ("planning", "model"),

@@ -84,7 +84,7 @@ NUMBERS = [
 
 
 def test_every_number_has_bounds() -> None:
-    assert len(NUMBERS) == 8
+    assert len(NUMBERS) >= 8
     for key in NUMBERS:
         kinds = {type(bound) for bound in NLDOptions.model_fields[key].metadata}
         assert {Ge, Le} <= kinds, key

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 from vllm_nld.draft_pass.block import Block
@@ -25,10 +26,12 @@ from vllm_nld.draft_pass.learned_sampler import LearnedSampler, LearnedSamplerCo
 from vllm_nld.errors import NLDError
 from vllm_nld.model.best_tokens import Best
 from vllm_nld.options import MODES_OF_KEY, NLDOptions
+from vllm_nld.proposer.blocks import Sizes, diffusion_block, draft_block
 from vllm_nld.proposer.requests import Requests
 from vllm_nld.serving.admission import EngineTraits, request_options
 
 VOCAB, MASK, LONGEST = 20, 5, 16
+current_platform.import_kernels()  # a worker's first deed; its sampler on CPUs needs them
 EXAMPLES = int(os.environ.get("NLD_FUZZ_EXAMPLES", "150"))
 """More by hand: NLD_FUZZ_EXAMPLES=5000 takes some minutes."""
 INTEGERS = [-(2**63), -1, 0, 1, 2, 3, 15, 16, 17, 1000, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**400]
@@ -129,13 +132,13 @@ def test_admitted_options_can_be_used(sampler: LearnedSampler, data: Any) -> Non
         model_config=SimpleNamespace(hf_config=SimpleNamespace(mask_token_id=mask)),
         sampler=SimpleNamespace(topk_topp_sampler=TopKTopPSampler()),
     )
-    state = Requests(runner, engine, None).state("request")
+    state, sizes = Requests(runner, engine, None).state("request"), Sizes(LONGEST, VOCAB, mask, 56)
     block: Block | None
     if state.is_diffusion:
-        block = state.diffusion_block(9, 5, 50, LONGEST, mask, VOCAB)
+        block = diffusion_block(state, sizes, 9, 5)
     else:
         length = state.longest_draft_block(options.block_length or LONGEST)
-        block = state.draft_block(9, 5, length, mask, VOCAB) if length > 1 else None
+        block = draft_block(state, sizes, 9, 5, length) if length > 1 else None
     if block is None:
         return
     assert block.length <= LONGEST

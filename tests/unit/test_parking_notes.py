@@ -10,6 +10,7 @@ import pytest
 
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.errors import NLDError
+from vllm_nld.proposer.diffusion import DiffusionRequest
 from vllm_nld.proposer.parking import FORWARDS_PER_LOOK, Parked, SchedulerNote, WorkerNote, may_leave
 from vllm_nld.vllm_glue import scheduling, steps
 
@@ -21,7 +22,8 @@ VLLM_S = "vllm.v1.core.sched.scheduler.Scheduler"
 def parked(*blocks: list[int]) -> Parked:
     made = Parked()
     for index, tokens in enumerate(blocks):
-        made.park(cast(Any, SimpleNamespace(request_id=str(index))), Block(0, list(tokens)))
+        state = SimpleNamespace(request_id=str(index), diffusion=DiffusionRequest(overrules=True))
+        made.park(cast(Any, state), Block(0, list(tokens)))
     return made
 
 
@@ -45,7 +47,7 @@ def test_causal_pass_is_due_when_it_has_work(
 
 def test_finished_blocks_are_taken_once() -> None:
     requests = parked(OPEN, DONE, OPEN)
-    assert [state.request_id for state, _ in requests.take_done(MASK)] == ["1"]
+    assert [state.request_id for state in requests.take_done(MASK)] == ["1"]
     assert requests.take_done(MASK) == []
     assert requests.ids == {"0", "2"}
     assert requests.drop("0") is not None

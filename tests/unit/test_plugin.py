@@ -52,3 +52,20 @@ def test_unsupported_vllm_registers_nothing(monkeypatch: pytest.MonkeyPatch, cap
         logger.removeHandler(caplog.handler)
     assert {record.getMessage() for record in caplog.records} == {versions.unsupported_reason()}
     assert sys.excepthook is hook
+
+
+def test_the_release_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of an engine asks for it, and to parse a distribution's metadata takes several milliseconds."""
+    read: list[str] = []
+
+    def version(distribution: str) -> str:
+        read.append(distribution)
+        return "0.30.1"
+
+    monkeypatch.setattr(versions, "version", version)
+    try:
+        versions.installed_release.cache_clear()
+        assert [versions.installed_release() for _ in range(3)] == [(0, 30)] * 3
+    finally:
+        versions.installed_release.cache_clear()
+    assert len(read) == 1

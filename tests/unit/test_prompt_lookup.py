@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nld.auto.acceptance import Calibration
-from vllm_nld.draft_pass.block import Block
-from vllm_nld.draft_pass.prompt_lookup import LONGEST_MATCH, LOOKED_UP, Found, Lookup, splice
+from vllm_nld.draft_sources.calibration import Calibration
+from vllm_nld.draft_sources.model_drafts import chance_classes
+from vllm_nld.draft_sources.prompt_lookup import FIRST, LATER, LONGEST_MATCH, MATCH_CLASSES, Found, Lookup
 
 MASK = 99
 
@@ -57,60 +57,40 @@ def test_growing_text_is_searched_like_a_new_text(
         assert lookup.find(text[:size], most, drafts) == brute_force(tokens[:size] + drafts, length, most)
 
 
-def block(confidence: list[float]) -> Block:
-    return Block(7, [3, 4, 5, 6, 7], confidence=[1.0, *confidence])
-
-
-HISTORY = np.array([1, 2, 3, 4, 30, 31, 32, 33, 34, 2, 3], dtype=np.int32)
-
-
-def test_sure_drafts_are_kept_and_others_looked_up() -> None:
-    own = block([0.9, 0.4, 0.9, 0.9])
-    splice(own, Lookup(3, MASK), HISTORY)
-    assert own.tokens == [3, 4, 30, 31, 32], "2 3 4 occurred before: 3 is the seed, 4 the sure draft"
-    assert own.confidence == [1.0, 0.9, LOOKED_UP, LOOKED_UP + 1, LOOKED_UP + 1]
-
-
-def test_nothing_changes_without_match_or_unsure_draft() -> None:
-    for own, history in ((block([0.9] * 4), HISTORY), (block([0.4] * 4), HISTORY[4:])):
-        before = list(own.tokens), list(own.confidence)
-        splice(own, Lookup(3, MASK), history)
-        assert (own.tokens, own.confidence) == before
-
-
-def test_tail_is_kept_if_lookup_has_the_mask_token() -> None:
-    own = Block(7, [3, 4, 5, 6, 7], confidence=[1.0, 0.9, 0.2, 0.2, 0.2])
-    splice(own, Lookup(3, MASK), np.array([2, 3, 4, 9, MASK, 2, 3], dtype=np.int32))
-    assert own.tokens == [3, 4, 9, 6, 7]
-    assert own.confidence == [1.0, 0.9, LOOKED_UP, 0.2, 0.2]
+def test_match_has_a_class() -> None:
+    assert len(FIRST) == len(LATER) == len(MATCH_CLASSES) + 1
+    for match, level in ((1, 0), (4, 1), (LONGEST_MATCH, len(MATCH_CLASSES))):
+        drafts = Found([7, 8, 9], match).drafts()
+        assert (drafts.tokens, drafts.classes) == ([7, 8, 9], [FIRST[level], LATER[level], LATER[level]])
 
 
 def test_auto_mode_learns_value_of_lookups() -> None:
     calibration = Calibration()
-    short, long_ = Found([1, 2], 3).confidence(), Found([1, 2], LONGEST_MATCH).confidence()
-    before = list(map(calibration.probability, [0.995, *long_]))
-    assert list(map(calibration.probability, short)) < before[1:]
+    short, long_ = Found([1, 2], 3).drafts().classes, Found([1, 2], LONGEST_MATCH).drafts().classes
+    others = chance_classes([0.995]) + long_
+    before = calibration.chances(others)
+    assert calibration.chances(short) < before[1:]
     for _ in range(50):
         calibration.observe(short, 0)
     assert calibration.probability(short[0]) < 0.1
-    assert list(map(calibration.probability, [0.995, *long_])) == before
+    assert calibration.chances(others) == before
 
 
 def test_poor_match_class_is_tried_again_later() -> None:
-    calibration, (first, _) = Calibration(), Found([1, 2], 3).confidence()
-    guess = calibration.probability(first)
+    calibration, classes = Calibration(), Found([1, 2], 3).drafts().classes
+    guess = calibration.probability(classes[0])
     for _ in range(1000):
-        calibration.observe([first], 0)
-    assert calibration.probability(first) < 0.02
+        calibration.observe(classes, 0)
+    assert calibration.probability(classes[0]) < 0.02
     for _ in range(100_000):
-        calibration.forget(first)
-    assert calibration.probability(first) > 0.9 * guess
+        calibration.offered(classes)
+    assert calibration.probability(classes[0]) > 0.9 * guess
 
 
 def test_nan_confidence_does_not_end_the_engine() -> None:
-    calibration = Calibration()
-    assert 0 <= calibration.probability(float("nan")) <= 1
-    calibration.observe([float("nan")], 0)
+    calibration, classes = Calibration(), chance_classes([float("nan")])
+    assert 0 <= calibration.probability(classes[0]) <= 1
+    calibration.observe(classes, 0)
 
 
 def test_shortened_text_is_read_again() -> None:

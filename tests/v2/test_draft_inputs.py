@@ -12,7 +12,7 @@ import torch
 from tests.support.interpreted import INTERPRETING
 
 if INTERPRETING:
-    from vllm_nld.ops.torch_ops import BIDIRECTIONAL
+    from vllm_nld.ops import BIDIRECTIONAL
     from vllm_nld.speculator import kernels
     from vllm_nld.speculator.buffers import OWN_STREAM, DraftBuffers, Shape, StepTensors
 

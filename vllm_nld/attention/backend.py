@@ -1,4 +1,4 @@
-"""The platform's attention backend, taught to recognise a draft pass.
+"""The platform's attention backend, extended with draft passes.
 
 The mode switch is the forward context: a layer whose metadata is a :class:`DraftMetadata` attends bidirectionally
 inside each block and over the request's cached prefix; any other metadata goes to the platform's own backend. The
@@ -19,19 +19,20 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm_nld import ops
 from vllm_nld.attention.layout import find_layout, scales, typed_cache
 from vllm_nld.errors import NLDError
+from vllm_nld.ops.arguments import CAUSAL, BlockAttention
 from vllm_nld.ops.pages import PageLayout
-from vllm_nld.ops.torch_ops import CAUSAL
 
 
 @dataclass(frozen=True)
 class DraftMetadata:
-    """Attention metadata of one draft pass, shared by all layers: what ``ops.block_attention`` asks for.
+    """Attention metadata of one draft pass, shared by all layers: the fields of :class:`BlockAttention` that do not
+    depend on the layer.
 
     Attributes:
         block_table: int32 ``[rows, pages]``, the pages that hold each row's prefix (padding is never read).
         prefix_lens: int32 ``[rows]``, cached tokens.
         block_starts: int32 ``[rows + 1]``, where each row's tokens start.
-        mask_kinds: int32 ``[rows]``, see ``docs/operators.md``.
+        mask_kinds: int32 ``[rows]``, ``ops.BIDIRECTIONAL`` or ``ops.CAUSAL``.
         max_length: tokens of the longest block.
         max_prefix: tokens of the longest prefix.
         adapted: the tokens that the draft adapter applies to: all, or int64 indices, or a factor of 0 or 1 per token
@@ -64,7 +65,7 @@ class BlockTable:
             NLDError: no step has run yet, so there is no block table.
         """
         if self.pages is None:
-            raise NLDError("a draft pass was asked for before the first model step")
+            raise NLDError("a draft pass was requested before the first model step")
         count = -(-tokens // page_size)
         index = torch.tensor(rows, device=self.pages.device)
         return self.pages[index, :count].int()
@@ -77,7 +78,7 @@ def block_attention_backend(head_dim: int, cache_config: CacheConfig | None) -> 
     if getattr(chosen, "forward_includes_kv_cache_update", False):
         raise NLDError(
             f"attention backend {chosen.get_name()} writes the KV cache inside its forward, so a draft pass cannot "
-            "leave the cache alone; choose another with --attention-backend"
+            "leave the cache unchanged; choose another with --attention-backend"
         )
     return _with_draft_passes(chosen)
 
@@ -151,7 +152,7 @@ def block_table(vllm_config: Any) -> BlockTable:
 
 
 def page_layout(layer: Any) -> PageLayout:
-    """Return the layer's page layout, found out once."""
+    """Return the layer's page layout, found once."""
     if not hasattr(layer, "nld_page_layout"):
         layer.nld_page_layout = find_layout(layer)
     layout: PageLayout = layer.nld_page_layout
@@ -159,7 +160,7 @@ def page_layout(layer: Any) -> PageLayout:
 
 
 def has_strided_pages(layer: Any) -> bool:
-    """Whether the layer's pages can be read, and are not in tiles; found out once."""
+    """Whether the layer's pages can be read, and are not in tiles; found once."""
     if not hasattr(layer, "nld_has_strided_pages"):
         try:
             layer.nld_has_strided_pages = not page_layout(layer).tiled
@@ -170,13 +171,13 @@ def has_strided_pages(layer: Any) -> bool:
 
 
 def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | None:
-    """Return a causal step as blocks with a causal mask, or None where the platform's own attention is the better one.
+    """Return a causal step as blocks with a causal mask, or None if the platform's own attention is better.
 
     In bfloat16 on a CPU with AVX-512 the operator is faster as soon as a row has several queries: verify passes,
-    commits and prefills. Their keys and values were written to the cache before, but are at hand, too. Single tokens
-    read the cache and little else, which the platform's kernel does as well. With a float8 cache the platform's
-    attention sees the fresh tokens quantized, in AR as in a verify pass, and so it must. Tiled pages mean that the
-    platform has AMX, which outruns the operator, and an unknown layout is none of AR's business.
+    commits and prefills. Their keys and values were written to the cache before, but are also available here. Single
+    tokens mostly read the cache, which the platform's kernel does as well. With a float8 cache AR
+    attends to quantized fresh tokens, so verify passes must do so: the platform runs them. Tiled pages mean that the
+    platform has AMX, which is faster than the operator. An unknown layout is no error here: AR does not need it.
     """
     if metadata is None or not fast_causal(query.device.type, query.dtype):
         return None
@@ -191,7 +192,7 @@ def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | N
             block_table=metadata.block_table[:rows].int(),
             prefix_lens=metadata.seq_lens[:rows].int() - starts.diff(),
             block_starts=starts,
-            mask_kinds=torch.full((rows,), CAUSAL, dtype=torch.int32),
+            mask_kinds=torch.full((rows,), CAUSAL, dtype=torch.int32, device=starts.device),
             max_length=metadata.max_query_len,
             max_prefix=metadata.max_seq_len,
         )
@@ -201,14 +202,8 @@ def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | N
 
 @cache
 def fast_causal(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether causal steps of several queries a row should use the operator."""
-    if device_type != "cpu" or dtype != torch.bfloat16:
-        return False
-    if ops.implementation("block_attention", device_type).name != "cpp":
-        return False
-    from vllm_nld.ops.cpp_ops import instruction_set
-
-    return instruction_set() in ("avx512bf16", "avx512")
+    """Whether causal steps of several queries a row should use the operator, as its implementation states."""
+    return ops.implementation("block_attention", device_type).fast_causal(dtype)
 
 
 def block_forward(
@@ -217,23 +212,27 @@ def block_forward(
     """Write attention over cached prefixes and blocks into ``output`` ``[tokens, heads, head_dim]`` and return it."""
     head_dim = layer.head_size
     key_pages, value_pages = page_layout(layer).split(typed_cache(layer), head_dim)
-    ops.function("block_attention", query.device.type)(
-        query.view(len(query), -1, head_dim),
-        key.view(len(key), -1, head_dim),
-        value.view(len(value), -1, head_dim),
+    k_scale, v_scale = scales(layer)
+    tokens = query.shape[0]  # padding included
+    # By position, in the order of the fields: keywords take longer, and this runs once a layer.
+    call = BlockAttention(
+        query.view(tokens, -1, head_dim),
+        key.view(tokens, -1, head_dim),
+        value.view(tokens, -1, head_dim),
         key_pages,
         value_pages,
         blocks.block_table,
         blocks.prefix_lens,
         blocks.block_starts,
         blocks.mask_kinds,
-        None,
         scale,
-        *scales(layer),
+        k_scale,
+        v_scale,
         blocks.max_length,
         blocks.max_prefix,
-        output.view(len(output), -1, head_dim),
+        output.view(tokens, -1, head_dim),
     )
-    if blocks.tokens is not None and blocks.tokens < len(output):
-        output[blocks.tokens :] = 0  # a quantization with one scale for all tokens would look at what was there before
+    ops.function("block_attention", query.device.type)(call)
+    if blocks.tokens is not None and blocks.tokens < tokens:
+        output[blocks.tokens :] = 0  # a quantization with one scale for all tokens would include what was there before
     return output

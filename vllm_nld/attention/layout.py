@@ -1,6 +1,6 @@
 """Which page layout an attention layer's cache has.
 
-It is found out by a probe, so that a changed layout stops with an error instead of wrong drafts.
+A probe finds it, so that a changed layout stops with an error instead of wrong drafts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def typed_cache(layer: Any) -> Tensor:
 
 def scales(layer: Any) -> tuple[float, float]:
     """Return what an attention layer's cached keys and values are multiplied by; 1 unless the cache is float8."""
-    if typed_cache(layer).element_size() > 1:
+    if layer.kv_cache.element_size() > 1:
         return 1.0, 1.0
     return float(layer._k_scale_float), float(layer._v_scale_float)
 
@@ -59,7 +59,7 @@ def find_layout(layer: Any) -> PageLayout:
         layer.impl.do_kv_cache_update(layer, written[0], written[1], scratch, slots)
         read = layout.gather(scratch.view(cache.dtype), head_dim, pages, tokens)
         scaled = [part[0].transpose(0, 1).float() * scale for part, scale in zip(read, scales(layer), strict=True)]
-        # A scale that is no power of two rounds what is stored.
+        # A scale that is not a power of two rounds what is stored.
         tolerance = 0.15 if quantized else 0.0
         found = torch.stack(scaled)
         if found.shape == written.shape and torch.allclose(found, written.float(), rtol=tolerance, atol=0):

@@ -1,8 +1,8 @@
 """One decision for all tensor-parallel ranks.
 
 Every rank runs the same proposer on the same tokens, so nearly everything comes out the same everywhere. What a clock
-decides does not, and ranks that disagree on a block's length wait for each other for ever, in different collectives.
-Such decisions are the first rank's.
+decides does not, and ranks that disagree on a block's length wait for each other forever, in different collectives.
+The first rank makes such decisions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Decision = TypeVar("Decision")
 
 
 def first_rank_decides(decide: Callable[[], Decision]) -> Decision:
-    """Return on every rank what ``decide()`` returns on the first; it is called there alone.
+    """Return on every rank what ``decide()`` returns on the first; it is called only there.
 
     Every rank must call this at the same point. The others wait for the first, as they would in the next collective
     anyway. One small pickled message through vLLM's message queue (shared memory within a node): no device is involved.

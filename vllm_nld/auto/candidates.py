@@ -1,15 +1,37 @@
-"""The requests that auto mode chooses for, and what it may choose."""
+"""The requests that auto mode chooses for, and what it may choose. Draft sources are names here, no more."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
-from vllm_nld.auto.acceptance import Acceptance
+from vllm_nld.draft_sources.acceptance import Acceptance
+from vllm_nld.draft_sources.base import ByForward
 
 GOOD_RATE = 0.9
 """Acceptance rate of a request that would be worth finding: where not even that pays, no request is probed."""
+
+
+class AtHand(NamedTuple):
+    """Drafts that a source has without a draft forward.
+
+    Attributes:
+        source: its name.
+        chances: for each draft, how likely it is accepted if those before it are.
+    """
+
+    source: str
+    chances: Sequence[float]
+
+
+class Taken(NamedTuple):
+    """How many of a source's drafts at hand are verified."""
+
+    source: str
+    drafts: int
 
 
 @dataclass
@@ -18,17 +40,13 @@ class Candidate:
 
     Attributes:
         row: its row in the batch.
-        acceptance: what is known of its drafts.
-        longest: tokens of its longest possible block, seed included; at least 2.
-        idle_steps: steps since it last drafted.
-        found: for each draft that a lookup offers it, how likely it is accepted if those before it are.
+        forward: what a draft forward would yield.
+        at_hand: what can be verified without one; None if there is nothing.
     """
 
     row: int
-    acceptance: Acceptance
-    longest: int
-    idle_steps: int = 0
-    found: Sequence[float] = ()
+    forward: ByForward
+    at_hand: AtHand | None = None
 
     def offers(self, lengths: Sequence[int]) -> list[tuple[float, int, float]]:
         """Return its possible blocks, longest first: their last draft's chance, their length, their gain.
@@ -36,36 +54,56 @@ class Candidate:
         Args:
             lengths: to choose from, ascending.
         """
-        rate = self.acceptance.hopeful_rate
-        possible = dict.fromkeys(min(length, self.longest) for length in reversed(lengths))
-        return [(rate ** (n - 1), n, self.acceptance.hopeful_tokens(n) - 1) for n in possible]
+        acceptance, longest = self.forward.acceptance, self.forward.longest
+        rate = acceptance.hopeful_rate
+        possible = dict.fromkeys(min(length, longest) for length in reversed(lengths))
+        return [(rate ** (n - 1), n, acceptance.hopeful_tokens(n) - 1) for n in possible]
 
 
 class Choice(NamedTuple):
     """What the requests of a step do; a request in neither takes an AR step.
 
     Attributes:
-        blocks: tokens of the block to draft, seed included, by row.
-        lookups: looked-up drafts to verify without drafting, by row.
+        blocks: tokens of the block to draft by a forward, seed included, by row.
+        at_hand: drafts to verify without drafting, by row.
     """
 
     blocks: dict[int, int]
-    lookups: dict[int, int]
+    at_hand: dict[int, Taken]
 
     @property
     def drafts(self) -> bool:
         """Whether any request has drafts."""
-        return bool(self.blocks or self.lookups)
+        return bool(self.blocks or self.at_hand)
+
+    @property
+    def tokens_at_hand(self) -> int:
+        """Drafts that are verified without a draft forward."""
+        return sum(taken.drafts for taken in self.at_hand.values())
 
 
 ALL_AR = Choice({}, {})
 
 
-def label(row: int, choice: Choice) -> tuple[str, int]:
-    """Return what a row does: the mode, and the tokens that its next causal pass runs."""
+def most_promising(offers: Sequence[AtHand]) -> AtHand:
+    """Return the drafts of which the most are accepted on average, if all are verified."""
+    if len(offers) == 1:
+        return offers[0]
+    return max(offers, key=lambda offer: sum(accumulate(offer.chances, operator.mul)))
+
+
+def label(row: int, choice: Choice, forward_source: Mapping[int, str]) -> tuple[str, int]:
+    """Return what a row does: the source of its drafts or ``ar``, and the tokens that its next causal pass runs.
+
+    Args:
+        row: of the batch.
+        choice: made for it.
+        forward_source: the source that a draft forward's drafts come from, by row.
+    """
     if row in choice.blocks:
-        return "self_speculation", choice.blocks[row]
-    return ("prompt_lookup", 1 + choice.lookups[row]) if row in choice.lookups else ("ar", 1)
+        return forward_source[row], choice.blocks[row]
+    taken = choice.at_hand.get(row)
+    return ("ar", 1) if taken is None else (taken.source, 1 + taken.drafts)
 
 
 def longest_blocks_above(
@@ -84,5 +122,5 @@ def longest_blocks_above(
 
 def assume_good(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates as they would be if their drafts were good."""
-    good = Acceptance(candidates[0].acceptance.prior, accepted=1e6 * GOOD_RATE, tested=1e6)
-    return [replace(candidate, acceptance=good, found=()) for candidate in candidates]
+    good = Acceptance(candidates[0].forward.acceptance.prior, accepted=1e6 * GOOD_RATE, tested=1e6)
+    return [Candidate(own.row, replace(own.forward, acceptance=good)) for own in candidates]

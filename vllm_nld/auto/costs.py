@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Callable
 from itertools import accumulate
 from statistics import median_low
+
+from vllm_nld.ops.sizes import round_size
 
 RECENT = 15
 """Measurements of one size whose median is its price, so that one page fault or one compilation does not count."""
@@ -132,3 +135,16 @@ class Costs:
         """
         for curve in (self.ar, self.verify, self.draft):
             curve.start(size, forward_seconds)
+
+    def measure(self, forward: Callable[[int], float], largest: int, go_on: Callable[[], bool]) -> None:
+        """Time forwards of growing size, at start-up.
+
+        Args:
+            forward: runs one over so many tokens, and returns its seconds.
+            largest: size to measure.
+            go_on: asked before every size.
+        """
+        size = 4
+        while size <= largest and go_on():
+            self.start(size, min(forward(size) for _ in range(3)))  # the first one compiles kernels
+            size = round_size(size + 1)

@@ -1,9 +1,9 @@
 """Auto mode: per step and per request, AR or self-speculation, and how long a block, by expected tokens per second.
 
 A step of the engine decides R + G tokens, one per request and G by accepted drafts, and takes C seconds. Both depend on
-which requests draft, how long their blocks are, how many of the drafts are verified, and which requests verify
-looked-up drafts instead; the choice that maximizes (R + G) / C is taken. Every choice produces the same text as AR;
-only the speed differs.
+which requests draft, how long their blocks are, how many of the drafts are verified, and which requests instead verify
+drafts that are at hand without a forward; the choice that maximizes (R + G) / C is taken. Every choice produces the
+same text as AR; only the speed differs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from vllm.logger import init_logger
 
-from vllm_nld.auto.candidates import ALL_AR, Candidate, Choice, label
+from vllm_nld.auto.candidates import ALL_AR, AtHand, Candidate, Choice, label
 from vllm_nld.auto.costs import Costs
 from vllm_nld.auto.cycle import Cycle, Expectation
 from vllm_nld.auto.prices import Prices
@@ -53,7 +53,7 @@ class AutoMode:
     Attributes:
         search: finds the best choice; its prices are what steps cost here.
         probing: takes steps to learn something.
-        decisions: how often a request got which ``(mode, block length)``.
+        decisions: how often a request got which ``(source of drafts or "ar", block length)``.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class AutoMode:
         # Only the rank that decided knows what it expects.
         cycle = own[0] if own else Cycle(self.search, self.probing, choice, steps, planned=True)
         self._settled = Settled((requests, tokens, [candidate.row for candidate in candidates]), steps)
-        self.decisions.update(label(candidate.row, choice) for candidate in candidates)
+        by_forward = {candidate.row: candidate.forward.source for candidate in candidates}
+        self.decisions.update(label(candidate.row, choice, by_forward) for candidate in candidates)
         return cycle
 
     def _decide(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> Cycle:
@@ -123,30 +124,30 @@ class AutoMode:
             prices.actual(requests).forget()
             return None
         drafting = [candidate for candidate in candidates if candidate.row in blocks]
-        gain = sum(candidate.acceptance.expected_tokens(blocks[candidate.row]) - 1 for candidate in drafting)
-        tokens += sum(choice.lookups.values())
+        gain = sum(own.forward.acceptance.expected_tokens(blocks[own.row]) - 1 for own in drafting)
+        tokens += choice.tokens_at_hand
         return Expectation(gain, prices.cycle_seconds(tokens, sum(blocks.values()), len(blocks)))
 
-    def replan(self, rows: list[int], requests: int, tokens: int, found: Mapping[int, Sequence[float]]) -> Cycle | None:
+    def replan(self, rows: list[int], requests: int, tokens: int, at_hand: Mapping[int, AtHand]) -> Cycle | None:
         """Return a cycle without a draft forward, if just these rows did without a moment ago; else None.
 
         Nothing was learned since that a plan would weigh, and planning takes host time, which an AR step feels. Only
-        lookups find something new with every token.
+        drafts at hand may be new with every token.
 
         Args:
             rows: that :meth:`plan` would choose for.
             requests: as there.
             tokens: as there.
-            found: chances of looked-up drafts, by row.
+            at_hand: what could be verified without a draft forward, by row.
         """
         batch, steps = self._settled
         if steps == 0 or batch != (requests, tokens, rows):
             return None
         self._settled = Settled(batch, steps - 1)
         choice = ALL_AR
-        if found:
-            choice, _ = self._together(lambda: (Choice({}, self.search.lookups(found, requests, tokens)[0]), 0))
-        self.decisions.update(label(row, choice) for row in rows)
+        if at_hand:
+            choice, _ = self._together(lambda: (Choice({}, self.search.at_hand(at_hand, requests, tokens)[0]), 0))
+        self.decisions.update(label(row, choice, {}) for row in rows)
         return Cycle(self.search, self.probing, choice, steps - 1, planned=True)
 
     def _prices(self, requests: int) -> str:

@@ -61,21 +61,21 @@ class Probing:
         blocks = self._blocks(candidates, requests, tokens, choice)
         if not blocks:
             return None
-        prices, given = self._search.prices, tokens + sum(choice.lookups.values())
+        prices, given = self._search.prices, tokens + choice.tokens_at_hand
         extra = prices.cycle_seconds(given, sum(blocks.values()), len(blocks)) - prices.plain_seconds(requests, given)
-        return Probe(Choice(blocks, choice.lookups), "acceptance is unknown") if self._can_afford(extra) else None
+        return Probe(Choice(blocks, choice.at_hand), "acceptance is unknown") if self._can_afford(extra) else None
 
     def _blocks(self, candidates: Sequence[Candidate], requests: int, tokens: int, choice: Choice) -> dict[int, int]:
         """Return blocks of the requests that did not draft for longest; none if even good drafts would not pay."""
-        idle = [c for c in candidates if c.idle_steps >= PROBE_EVERY and c.row not in choice.lookups]
+        idle = [c for c in candidates if c.forward.idle_steps >= PROBE_EVERY and c.row not in choice.at_hand]
         if not idle:
             return {}
         floor = self._search.floor(requests, tokens)
         if not self._search.drafting(assume_good(idle), requests, tokens, tokens, floor, gain=1.0)[0]:
             return {}
-        idle = sorted(idle, key=lambda candidate: -candidate.idle_steps)[:PROBED_REQUESTS]
+        idle = sorted(idle, key=lambda candidate: -candidate.forward.idle_steps)[:PROBED_REQUESTS]
         length = min(PROBE_LENGTH, self._search.lengths[-1])
-        return {candidate.row: min(length, candidate.longest) for candidate in idle}
+        return {candidate.row: min(length, candidate.forward.longest) for candidate in idle}
 
     def _can_afford(self, seconds: float) -> bool:
         """Whether the savings cover this estimate; what a probe really costs is charged when it is known."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from vllm_nld.auto.candidates import Candidate, Choice, longest_blocks_above
+from vllm_nld.auto.candidates import AtHand, Candidate, Choice, Taken, longest_blocks_above
 from vllm_nld.auto.prices import Prices
 from vllm_nld.ops.sizes import round_size
 
@@ -62,18 +62,18 @@ class Search:
 
     def best(self, candidates: Sequence[Candidate], requests: int, tokens: int) -> Best:
         """Return what yields the most tokens per second."""
-        found = {candidate.row: candidate.found for candidate in candidates if candidate.found}
-        lookups, gained, rate = self.lookups(found, requests, tokens)
+        offers = {candidate.row: candidate.at_hand for candidate in candidates if candidate.at_hand is not None}
+        taken, gained, rate = self.at_hand(offers, requests, tokens)
         everyone, best = self.drafting(candidates, requests, tokens, tokens, self.floor(requests, tokens))
         if not everyone:
-            return Best(Choice({}, lookups), True)
-        if not lookups:
+            return Best(Choice({}, taken), True)
+        if not taken:
             return Best(Choice(everyone, {}), False)
-        # A request with good looked-up drafts need not draft.
-        rest = [candidate for candidate in candidates if candidate.row not in lookups]
-        given = tokens + sum(lookups.values())
+        # A request with good drafts at hand need not draft.
+        rest = [candidate for candidate in candidates if candidate.row not in taken]
+        given = tokens + Choice({}, taken).tokens_at_hand
         blocks, better = self.drafting(rest, requests, tokens + gained, given, MARGIN * rate)
-        return Best(Choice(blocks, lookups) if better >= best else Choice(everyone, {}), False)
+        return Best(Choice(blocks, taken) if better >= best else Choice(everyone, {}), False)
 
     def floor(self, requests: int, tokens: int) -> float:
         """Return the tokens per second that drafting has to beat."""
@@ -113,20 +113,22 @@ class Search:
                 best, blocks = rate, choice
         return blocks, best
 
-    def lookups(
-        self, found: Mapping[int, Sequence[float]], requests: int, tokens: int
-    ) -> tuple[dict[int, int], float, float]:
-        """Return how many looked-up drafts to verify, by row, what they gain, and the tokens per second.
+    def at_hand(
+        self, offers: Mapping[int, AtHand], requests: int, tokens: int
+    ) -> tuple[dict[int, Taken], float, float]:
+        """Return which drafts at hand to verify, by row, what they gain, and the tokens per second.
 
-        None if they do not beat AR. ``found`` holds the chances of looked-up drafts, by row.
+        None if they do not beat AR. ``offers`` are by row.
         """
         rate = self.prices.plain_rate(requests, tokens)
-        if not found:
+        if not offers:
             return {}, 0.0, rate
-        worth = self.worth(list(found.values()), tokens, 0.0, self.prices.actual(requests).plain)
+        chances = [offer.chances for offer in offers.values()]
+        worth = self.worth(chances, tokens, 0.0, self.prices.actual(requests).plain)
         if worth.rate < MARGIN * rate:
             return {}, 0.0, rate
-        return {row: n for row, n in zip(found, worth.kept, strict=True) if n}, worth.gain, worth.rate
+        kept = zip(offers.items(), worth.kept, strict=True)
+        return {row: Taken(offer.source, n) for (row, offer), n in kept if n}, worth.gain, worth.rate
 
     def worth(
         self, chances: Sequence[Sequence[float]], tokens: int, seconds_before: float, slowness: float = 1.0

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from vllm_nld.ops import Implementation
 
-PACKAGES = ("torch", "transformers", "triton", "xformers", "ray", "openai")
 REQUIRED = ("torch", "transformers")
+OPTIONAL = ("ray", "openai")
+"""Next to those that implementations of the operators need."""
 PLUGIN = "vllm_nld"
 """Name of the entry point by which vLLM finds this extension."""
 
@@ -53,7 +54,10 @@ def examine() -> dict[str, Any]:
     vllm = installed_vllm()
     versions: dict[str, str | None] = {"vllm-nld": __version__, "python": platform.python_version()}
     versions["vllm"] = " ".join(vllm) if vllm else None
-    versions |= {name: _version(name) for name in PACKAGES}
+    versions |= {name: _version(name) for name in REQUIRED}
+    if versions["torch"]:
+        versions |= {name: _version(name) for name in _operator_packages()}
+    versions |= {name: _version(name) for name in OPTIONAL}
     missing = [f"{name}: pip install {name}" for name in REQUIRED if versions[name] is None]
     reason = unsupported_reason()
     if reason:
@@ -81,6 +85,13 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _operator_packages() -> list[str]:
+    """Name the packages that implementations of the operators need."""
+    from vllm_nld import ops
+
+    return [one.package for one in ops.IMPLEMENTATIONS if one.package]
 
 
 def _torchvision_problem() -> str | None:
@@ -142,16 +153,14 @@ def _operators() -> str:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = ops.implementation("block_attention", device.type)
-    if chosen.name == "cpp":
-        from vllm_nld.ops.cpp_ops import instruction_set
-
-        return f"C++ ({instruction_set()} for bfloat16){_elsewhere(chosen, device)}"
     missing = [
         f"no {other.name}: {reason}"
         for other in ops.IMPLEMENTATIONS[: ops.IMPLEMENTATIONS.index(chosen)]
         if device.type in other.devices and (reason := other.unavailable(device))
     ]
-    return "; ".join([chosen.name + _elsewhere(chosen, device), *missing])
+    details = chosen.details()
+    named = f"{chosen.name} ({details})" if details else chosen.name
+    return "; ".join([named + _elsewhere(chosen, device), *missing])
 
 
 def _elsewhere(chosen: Implementation, device: torch.device) -> str:

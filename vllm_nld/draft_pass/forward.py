@@ -25,8 +25,8 @@ from vllm_nld.draft_pass.selection import needed, needs_logits, select
 from vllm_nld.draft_pass.token_choice import DraftChoice
 from vllm_nld.model.best_tokens import Best, best_tokens, probability_of
 from vllm_nld.model.draft_adapter import load_adapter
+from vllm_nld.ops.arguments import BIDIRECTIONAL
 from vllm_nld.ops.sizes import round_size
-from vllm_nld.ops.torch_ops import BIDIRECTIONAL
 
 if TYPE_CHECKING:
     from vllm_nld.draft_pass.learned_sampler import LearnedSampler
@@ -353,6 +353,6 @@ def _rounded_size(size: int, limit: int) -> int:
 
 
 def _padded(rows: list[list[bool]]) -> Tensor:
-    """Return bool ``[rows, longest]``, False behind the end of a shorter row."""
+    """Return bool ``[rows, longest]``, False after the end of a shorter row."""
     longest = max(len(row) for row in rows)
     return torch.tensor([row + [False] * (longest - len(row)) for row in rows])

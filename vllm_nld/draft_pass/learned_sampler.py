@@ -82,7 +82,7 @@ class LearnedSampler(nn.Module):
         self.config = config
         self.register_buffer("token_features", torch.zeros(config.vocab_size, config.token_dims))
         self.inputs = nn.Linear(config.token_dims + STATISTICS, config.d_model)
-        # The nearest neighbours say most; attention alone is slow to find them.
+        # The nearest neighbors say most; attention by itself is slow to find them.
         self.neighbours = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, padding=1)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(

@@ -62,7 +62,7 @@ class TokenChoice:
             logits: raw, float32 ``[positions, vocab]``, of the masked positions.
             positions: their places in the block.
             committed: the block's tokens decided so far, for penalties.
-            forward: the block's how-manieth this is, from 1.
+            forward: number of this forward in the block, from 1.
         """
         if self.temperature == 0:
             return self._constrain(logits.clone(), positions, committed).argmax(-1)
@@ -129,7 +129,7 @@ class DraftChoice(TokenChoice):
 
     Speculative sampling (Leviathan et al. 2023, appendix A.1; vLLM's ``rejection_sampler.py``) is exact if a draft is
     drawn from the distribution that the sampler is told, given the drafts before it. Here every position's
-    distribution follows from prefix and seed alone, and the draws are independent. Nothing that depends on a draw may
+    distribution follows from prefix and seed only, and the draws are independent. Nothing that depends on a draw may
     decide how many drafts are verified, so their confidence is the distribution's peak, not the drawn token's share.
 
     Attributes:
@@ -151,7 +151,7 @@ class DraftChoice(TokenChoice):
         # Summed in float64: in float32 the tail of 131072 tokens would be drawn too rarely or too often.
         sums = self.probs.cumsum(-1, dtype=torch.float64)
         generator = self.noise.generator(self.prefix, logits.device, forward)
-        # Numbers for positions before the first, too, so that a position's does not depend on which are asked for.
+        # Also numbers for positions before the first, so that a position's does not depend on which are asked for.
         draws = torch.rand(max(positions) + 1, dtype=torch.float64, device=logits.device, generator=generator)
         return torch.searchsorted(sums, draws[positions, None] * sums[:, -1:], right=True).squeeze(1)
 

@@ -17,7 +17,7 @@ import torch
 from vllm_nld.attention.backend import DraftMetadata, block_forward
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.model.best_tokens import best_tokens
-from vllm_nld.ops.torch_ops import BIDIRECTIONAL
+from vllm_nld.ops.arguments import BIDIRECTIONAL
 from vllm_nld.vllm_glue.greedy_verify import verify_greedily
 
 if TYPE_CHECKING:

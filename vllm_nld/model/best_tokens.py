@@ -45,8 +45,8 @@ def best_tokens(model: Any, hidden: Tensor) -> Best:
 
 def best_of(logits: Tensor) -> Best:
     """Return the best tokens of whole logits ``[rows, vocab]``: float32, bfloat16 or float16, inner stride 1."""
-    tokens, largest, normaliser = ops.function("best_tokens", logits.device.type)(logits)
-    return Best(tokens, (largest - normaliser).exp())
+    tokens, largest, normalizer = ops.function("best_tokens", logits.device.type)(logits)
+    return Best(tokens, (largest - normalizer).exp())
 
 
 def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
 
 
 def shard_summary(logits: Tensor, first_id: int) -> Tensor:
-    """Return a shard's largest logit, its token id and the log of the shard's normaliser, float32 ``[rows, 3]``.
+    """Return a shard's largest logit, its token id and the log of the shard's normalizer, float32 ``[rows, 3]``.
 
     Args:
         logits: the shard's columns, ``[rows, columns]``, as for :func:`best_of`. There may be none, because vLLM pads
@@ -66,14 +66,14 @@ def shard_summary(logits: Tensor, first_id: int) -> Tensor:
         summary = logits.new_full((len(logits), 3), -torch.inf, dtype=torch.float32)
         summary[:, 1] = 0.0  # an id; filling does not wait for the device, unlike a tensor made on the host
         return summary
-    tokens, largest, normaliser = ops.function("best_tokens", logits.device.type)(logits)
-    return torch.stack((largest, (tokens + first_id).float(), normaliser), 1)
+    tokens, largest, normalizer = ops.function("best_tokens", logits.device.type)(logits)
+    return torch.stack((largest, (tokens + first_id).float(), normalizer), 1)
 
 
 def combine(summaries: Tensor) -> Best:
     """Combine float32 ``[shards, rows, 3]``, shards in ascending order of their token ids."""
-    largest, ids, normalisers = summaries.unbind(-1)
+    largest, ids, normalizers = summaries.unbind(-1)
     shard = largest.argmax(0, keepdim=True)  # among equal ones the first, which has the lowest ids
     tokens = ids.gather(0, shard).squeeze(0).long()
-    probability = (largest.gather(0, shard).squeeze(0) - torch.logsumexp(normalisers, 0)).exp()
+    probability = (largest.gather(0, shard).squeeze(0) - torch.logsumexp(normalizers, 0)).exp()
     return Best(tokens, probability)

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vllm_nld.ops import OPERATORS, fake_accept_prefix, fake_best_tokens, native_library
+import vllm_nld
+from vllm_nld.ops.arguments import BlockAttention
+from vllm_nld.ops.implementation import Implementation
+
+ABI_VERSION = 2
+"""Of the operators' schemas; ``csrc/cpu/bindings.cpp`` has the same number."""
+
+
+def native_library() -> Path | None:
+    """Return the compiled CPU library's path, or None if the install is pure Python.
+
+    An editable install keeps it in site-packages, next to the package that is in the source tree.
+    """
+    for folder in vllm_nld.__path__:
+        path = Path(folder) / "native" / "libvllm_nld_cpu.so"
+        if path.is_file():
+            return path
+    return None
 
 
 @cache
 def _load() -> str | None:
-    """Load the library once; returns why that failed, or None."""
+    """Load the library once; return why that failed, or None."""
     path = native_library()
     if path is None:
         return "it was not compiled at installation (no C++ compiler, or torch was not installed before)"
@@ -21,24 +40,16 @@ def _load() -> str | None:
         load(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
-    try:
-        _register_fakes()
-    except RuntimeError:  # an operator is missing
-        return f"{path} was compiled for another version of vllm-nld; install vllm-nld again"
+    library = torch.ops.vllm_nld_cpu
+    version = library.abi_version() if hasattr(library, "abi_version") else 1
+    if version != ABI_VERSION:
+        found = f"its operators have version {version}, needed is {ABI_VERSION}"
+        return f"{path} was compiled for another version of vllm-nld ({found}); install vllm-nld again"
     return None
 
 
-def _register_fakes() -> None:
-    """Tell torch.compile what the operators return; what they write is in their schemas."""
-    register: Any = torch.library.register_fake
-    register("vllm_nld_cpu::block_attention", lambda *_: None)
-    register("vllm_nld_cpu::move_kv", lambda *_: None)
-    register("vllm_nld_cpu::accept_prefix", fake_accept_prefix)
-    register("vllm_nld_cpu::best_tokens", fake_best_tokens)
-
-
 def unavailable(device: torch.device) -> str | None:
-    """Return why these operators cannot be used, or None if they can."""
+    """Return why these operators cannot be used, or None if they can. Loads the library."""
     return f"it serves cpu, not {device.type}" if device.type != "cpu" else _load()
 
 
@@ -56,7 +67,43 @@ def instruction_set(force: str = "") -> str:
     return name
 
 
-def __getattr__(name: str) -> Any:
-    if name in OPERATORS and _load() is None:
-        return getattr(torch.ops.vllm_nld_cpu, name).default
-    raise AttributeError(name)
+def block_attention(call: BlockAttention) -> None:
+    """Write attention over paged prefixes and fresh blocks into ``call.output``.
+
+    Raises:
+        RuntimeError: an argument is unsuitable; the message names it and what is allowed.
+    """
+    torch.ops.vllm_nld_cpu.block_attention.default(*call)
+
+
+def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return accepted, tokens, token_starts and seeds (``docs/operators.md``); errors as of ``block_attention``."""
+    accepted: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.vllm_nld_cpu.accept_prefix.default(
+        drafts, targets, starts
+    )
+    return accepted
+
+
+def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, largest and normalizer (``docs/operators.md``); errors as of ``block_attention``."""
+    best: tuple[Tensor, Tensor, Tensor] = torch.ops.vllm_nld_cpu.best_tokens.default(logits, with_normalizer)
+    return best
+
+
+def _fast_causal(dtype: torch.dtype) -> bool:
+    """Whether it is faster than vLLM's attention in causal steps: in bfloat16, with AVX-512."""
+    return dtype == torch.bfloat16 and instruction_set() in ("avx512bf16", "avx512")
+
+
+IMPLEMENTATION = Implementation(
+    name="cpp",
+    devices=("cpu",),
+    block_attention=block_attention,
+    accept_prefix=accept_prefix,
+    best_tokens=best_tokens,
+    needs="a C++ compiler at installation",
+    obstacle=unavailable,
+    reads_tiles=True,
+    fast_causal=_fast_causal,
+    details=lambda: f"{instruction_set()} for bfloat16",
+)

@@ -1,10 +1,10 @@
-"""Random numbers that belong to a position of a text, and not to the step that happens to decide it.
+"""Random numbers that belong to a position of a text, and not to the step that decides it.
 
 vLLM gives a seeded request one generator, which moves on with every draw. How many draws there were before a position
 depends on the schedule: on preemptions, on drafts that were cut, on block lengths. Here every draw has a generator of
 its own, seeded by the request's seed and the position. All draws are made by vLLM's own sampler, so drafts and
-verification see the very noise that an AR step sees: the draft ``argmax(q / e)`` is mostly the token ``argmax(p / e)``
-that the causal pass draws from its own distribution, and where it is, it is accepted.
+verification see the same noise as an AR step: the draft ``argmax(q / e)`` is mostly the token ``argmax(p / e)``
+that the causal pass draws from its own distribution, and if it is, it is accepted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Noise:
     """A request's random numbers.
 
     Attributes:
-        seed: any integer; different seeds have nothing to do with each other.
+        seed: any integer; different seeds give unrelated numbers.
         sampler: draws from logits.
     """
 
@@ -41,7 +41,7 @@ class Noise:
 
         Args:
             position: of the token, from the start of the prompt.
-            forward: 0 for the causal pass and for drafts, which are to agree with it; from 1 on for denoising forwards.
+            forward: 0 for the causal pass and for drafts, which should agree with it; from 1 on for denoising forwards.
         """
         name = f"{self.seed}/{position}/{forward}".encode()
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")

@@ -1,7 +1,7 @@
 """Reading keys and values back from vLLM's paged KV cache.
 
 vLLM's backends store pages differently (and change it between versions). Each known layout is one entry of
-``LAYOUTS``; which one a layer uses is found out by experiment, so that a changed layout stops with an error instead
+``LAYOUTS``; which one a layer uses is found by experiment, so that a changed layout stops with an error instead
 of wrong drafts.
 """
 
@@ -59,7 +59,7 @@ def page_size(pool: Tensor) -> int:
 
 
 def refuse_tiles(pool: Tensor, reader: str) -> None:
-    """Raise NLDError if a view is of tiles, which ``reader`` cannot read."""
+    """Raise NLDError if a view has tiles, which ``reader`` cannot read."""
     if pool.dim() != 4:
         raise NLDError(f"{reader} attention reads no pages in tiles ({pool.dim()} dimensions); needed: 4 dimensions")
 
@@ -97,7 +97,7 @@ def _fits_tiles(shape: torch.Size, head_dim: int) -> bool:
 
 
 def _split_tiles(cache: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """vLLM's CPU cache where products are AMX's: keys in tiles of 16 tokens by 2 dimensions, values of 2 by 16."""
+    """vLLM's CPU cache on CPUs with AMX: keys in tiles of 16 tokens by 2 dimensions, values of 2 by 16."""
     pages, heads, size, _ = cache.shape
     halves = cache.view(pages, heads, 2, size * head_dim)
     keys = halves[:, :, 0].view(pages, heads, size // 16, head_dim // 2, 16, 2)
@@ -109,7 +109,7 @@ STRIDED = (
     PageLayout("column-major key pages (CPU)", 0, _split_column_pages, _fused_shape),
     PageLayout("row-major key pages (CPU)", 0, _split_row_pages, _fused_shape),
     PageLayout(
-        "keys beside values, [pages, kv_heads, page_size, 2 * head_dim]",
+        "keys next to values, [pages, kv_heads, page_size, 2 * head_dim]",
         0,
         lambda cache, d: (cache[..., :d], cache[..., d:]),
         _fused_shape,

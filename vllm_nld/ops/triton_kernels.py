@@ -12,10 +12,10 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def _kernel(*changing: str) -> Callable[[Callable[..., Any]], Any]:
-    """Make a kernel that is not compiled anew for the values of ``changing`` arguments.
+    """Make a kernel that is not compiled again for other values of the ``changing`` arguments.
 
-    Triton compiles in whether an integer is 1, and whether it or an address divides by 16. That helps for what is the
-    same in all of a model's calls; sizes of a batch would have it compile while requests wait.
+    Triton compiles in whether an integer is 1, and whether it or an address divides by 16. That helps for values
+    that are the same in all of a model's calls; for sizes of a batch it would compile while requests wait.
     """
     compiled: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=changing)
     return compiled
@@ -26,7 +26,7 @@ def _float8_to_half(raw, E5M2: tl.constexpr):
     """Decode bytes of float8_e5m2 (exactly) or float8_e4m3fn (divided by 256) into float16.
 
     By hand, because Triton refuses float8_e4m3fn on GPUs before Ada. An e4m3 number's exponent and mantissa, moved into
-    float16's fields, mean the same divided by 2 ** (15 - 7), subnormal numbers included; the caller's scale makes up.
+    float16's fields, mean the number divided by 2 ** (15 - 7), also if subnormal; the caller's scale corrects it.
     """
     wide = raw.to(tl.int16)
     if E5M2:
@@ -76,28 +76,26 @@ def _load_page_tile(
     tile = tl.load(pages + page * s_page + place * s_place + dim * s_dim, mask=in_prefix & in_head, other=0)
     if FP8:
         tile = _float8_to_half(tile, E5M2).to(DTYPE)
-    return tile  # once: the compiler wants all of a function's returns to be of one type, also those that are never run
+    return tile  # one return, because Triton requires all returns to have one type, even those that never run
 
 
 @_kernel(
-    "block_table", "prefix_lens", "block_starts", "mask_kinds", "mask_words",
-    "table_row", "words_token", "tiles", "splits",
+    "block_table", "prefix_lens", "block_starts", "mask_kinds", "table_row", "tiles", "splits",
 )  # fmt: skip
 def attention_kernel(
-    query, key, value, key_pages, value_pages, block_table, prefix_lens, block_starts, mask_kinds, mask_words, output,
+    query, key, value, key_pages, value_pages, block_table, prefix_lens, block_starts, mask_kinds, output,
     part_acc, part_top, part_total,
     q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head,
     kp_page, kp_head, kp_place, kp_dim, vp_page, vp_head, vp_place, vp_dim,
-    table_row, words_token,
-    tiles, splits, scale_log2, page_scale_log2, page_value_scale,
+    table_row, tiles, splits, scale_log2, page_scale_log2, page_value_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    WORDS: tl.constexpr, FP8: tl.constexpr, E5M2: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    FP8: tl.constexpr, E5M2: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of a row's queries for one KV head, over one part of the prefix and (part 0) the block.
 
     Grid: (rows * tiles, KV heads, splits). A tile is BLOCK_M of the row's (token, head of the group) pairs. With SPLIT,
-    unnormalised sums go to part_acc float32 [T, H, splits, D], part_top and part_total float32 [T, H, splits].
+    unnormalized sums go to part_acc float32 [T, H, splits, D], part_top and part_total float32 [T, H, splits].
     """
     row = tl.program_id(0) // tiles
     kv_head = tl.program_id(1).to(tl.int64)  # heads of a cache may be more than 2 ** 31 elements apart
@@ -149,7 +147,7 @@ def attention_kernel(
         kind = tl.load(mask_kinds + row)
         kinds = tl.full([BLOCK_M], 0, tl.int32) + kind  # the interpreter broadcasts a scalar condition wrongly
         last = (tl.minimum(begin + BLOCK_M, length * GROUP) - 1) // GROUP
-        stop = tl.where(kind == 1, last + 1, length)  # nothing behind the tile's last query is seen if causal
+        stop = tl.where(kind == 1, last + 1, length)  # if causal, nothing after the tile's last query is visible
         for offset in range(0, stop, BLOCK_N):
             other = offset + tl.arange(0, BLOCK_N)
             exists = other < length
@@ -159,11 +157,6 @@ def attention_kernel(
             v_at = value + kv_head * v_head + (there * v_token)[:, None] + dim[None, :]
             v = tl.load(v_at, mask=exists[:, None] & in_head[None, :], other=0.0)
             visible = (kinds != 1)[:, None] | (other[None, :] <= token[:, None])
-            if WORDS:
-                words_at = mask_words + (at * words_token)[:, None] + (other // 32)[None, :]
-                need = ((kinds == 2) & in_block)[:, None] & exists[None, :]
-                word = tl.load(words_at, mask=need, other=-1)
-                visible = visible & (((word >> (other % 32)[None, :]) & 1) != 0)
             acc, top, total = _attend(acc, top, total, q, k, v, visible & exists[None, :], scale_log2, UPCAST)
 
     if SPLIT:
@@ -194,7 +187,7 @@ def merge_kernel(
     total = tl.load(part_total + part, mask=split < splits, other=0.0)
     highest = tl.max(top, 0)
     weight = tl.where(total > 0, tl.exp2(top - highest), 0.0)
-    # A part without keys has stored no sums: what lies there may be NaN.
+    # A part without keys has stored no sums: its memory may hold NaN.
     mask = (total > 0)[:, None] & (dim < D)[None, :]
     acc = tl.load(part_acc + part[:, None] * D + dim[None, :], mask=mask, other=0.0)
     norm = tl.sum(weight * total, 0)
@@ -220,7 +213,7 @@ def count_kernel(drafts, targets, starts, accepted, BLOCK: tl.constexpr):
 
 @_kernel("targets", "starts", "accepted", "tokens", "token_starts", "seeds")
 def pack_kernel(targets, starts, accepted, tokens, token_starts, seeds, BLOCK: tl.constexpr):
-    """Copy a row's accepted tokens and the one behind them to their place. Grid: (R,)."""
+    """Copy a row's accepted tokens and the one after them to their place. Grid: (R,)."""
     row = tl.program_id(0)
     before = 0
     for offset in range(0, row, BLOCK):
@@ -235,34 +228,12 @@ def pack_kernel(targets, starts, accepted, tokens, token_starts, seeds, BLOCK: t
     tl.store(seeds + row, tl.load(source + count - 1))
 
 
-@_kernel("table", "sources", "targets")
-def move_kernel(table, sources, targets, FIELDS: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy one slot of one cache. Grid: (moves, caches).
-
-    table int64 [caches, FIELDS]: address, KV heads, page size, head size, and the strides of page, head, place and
-    component. One table for all layers makes it one launch.
-    """
-    entry = table + tl.program_id(1) * FIELDS
-    base = tl.load(entry).to(tl.pointer_type(TYPE))
-    heads, size, dims = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-    s_page, s_head, s_place, s_dim = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
-    source = tl.load(sources + tl.program_id(0))
-    target = tl.load(targets + tl.program_id(0))
-    from_slot = base + (source // size) * s_page + (source % size) * s_place
-    to_slot = base + (target // size) * s_page + (target % size) * s_place
-    for offset in range(0, heads * dims, BLOCK):
-        element = offset + tl.arange(0, BLOCK)
-        inside = (element // dims) * s_head + (element % dims) * s_dim
-        mask = element < heads * dims
-        tl.store(to_slot + inside, tl.load(from_slot + inside, mask=mask), mask=mask)
-
-
 @triton.jit
 def _best_of(logit, token, total, SUM: tl.constexpr):
     """Reduce logits float32 [N] to ``(largest, token, total)``: the first NaN or, if there is none, the first largest.
 
-    token int32 [N], no two alike, and total float32 [N]: the sum of exponentials relative to the logit that each entry
-    stands for. The result's is relative to the largest one; NaN and infinities leave no total that means anything.
+    token int32 [N], all different, and total float32 [N]: for each entry, a sum of exponentials relative to its logit.
+    The result's total is relative to the largest logit; with NaN or infinities it has no meaning.
     """
     strange = logit != logit
     rank = tl.max(strange.to(tl.int32), 0)
@@ -271,7 +242,7 @@ def _best_of(logit, token, total, SUM: tl.constexpr):
     chosen = tl.min(tl.where(best, token, 0x7FFFFFFF), 0)
     added = 0.0
     if SUM:
-        # Minus infinity less itself is NaN, but counts as nothing.
+        # Minus infinity minus itself is NaN, but must add nothing.
         shrink = tl.where(logit == float("-inf"), 0.0, tl.exp2((logit - peak) * _LOG2E))
         added = tl.sum(total * shrink, 0)
     return tl.where(rank > 0, float("nan"), peak), chosen, added
@@ -298,7 +269,7 @@ def best_kernel(
 
 @_kernel()
 def best_merge_kernel(
-    part_largest, part_token, part_total, tokens, largest, normalisers,
+    part_largest, part_token, part_total, tokens, largest, normalizers,
     SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Combine the segments of one row. Grid: (rows,)."""
@@ -307,7 +278,7 @@ def best_merge_kernel(
     part = row * SEGMENTS + segment
     exists = segment < SEGMENTS
     top = tl.load(part_largest + part, mask=exists, other=float("-inf"))
-    # Segments that lack have tokens of their own, after all others.
+    # Missing segments get tokens of their own, after all others.
     token = tl.where(exists, tl.load(part_token + part, mask=exists, other=0), 0x7FFF0000 + segment)
     total = top
     if SUM:
@@ -317,4 +288,4 @@ def best_merge_kernel(
     tl.store(largest + row, best)
     if SUM:
         finite = tl.abs(best) < float("inf")
-        tl.store(normalisers + row, tl.where(finite, best + tl.log(tl.where(finite, added, 1.0)), best))
+        tl.store(normalizers + row, tl.where(finite, best + tl.log(tl.where(finite, added, 1.0)), best))

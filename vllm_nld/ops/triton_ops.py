@@ -1,7 +1,7 @@
-"""The operators of ``docs/operators.md`` as Triton kernels: for GPUs without a compiler at hand.
+"""The operators of ``docs/operators.md`` as Triton kernels: for GPUs without nvcc.
 
 Nothing here waits for the GPU: launch sizes come from shapes and the host-side bounds, so that calls can be captured in
-a CUDA graph (after one call outside, which compiles the kernels and, for ``move_kv``, uploads the table of caches).
+a CUDA graph (after one call outside, which compiles the kernels).
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_nld.ops import check_logits, fake_best_tokens
+from vllm_nld.ops.arguments import BlockAttention, check_logits, empty_best
+from vllm_nld.ops.implementation import Implementation
 from vllm_nld.ops.pages import refuse_tiles
 
 _LOG2E = math.log2(math.e)
 _E4M3_SHIFT = 256.0
-"""What decoding float8_e4m3fn leaves to the scale; see ``_float8_to_half``."""
+"""Factor that decoding float8_e4m3fn leaves to the scale; see ``_float8_to_half``."""
 _LEAST_SPLIT = 256
-"""Cached tokens that are worth a program of their own."""
+"""Fewest cached tokens for a program of their own."""
 _MOST_SPLITS = 32
 _SEGMENT = 4096
 """Logits that one program searches: a row of 131072 makes 32 programs. Independent of the batch, as results must be."""
-_BYTES = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Say why these functions cannot run on a device; None if they can."""
+    """Return why these functions cannot run on a device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'vllm-nld[triton]')"
     if device.type == "cuda":
@@ -43,14 +43,14 @@ def unavailable(device: torch.device) -> str | None:
 
 @cache
 def _interpreted() -> bool:
-    """Whether Triton's own library came up interpreted: what counts is the environment when Triton was imported."""
+    """Whether Triton interprets its kernels. The environment at Triton's import decides that."""
     import triton.language as tl
 
     return type(tl.sum).__name__ == "InterpretedFunction"
 
 
 def _kernels() -> Any:
-    """Import on first use: without Triton, this module must still say why it is unavailable."""
+    """Import on first use: without Triton, this module must still explain that."""
     from vllm_nld.ops import triton_kernels
 
     return triton_kernels
@@ -74,69 +74,56 @@ def _tile_sizes(pairs: int, head_dim: int, element_size: int) -> tuple[int, int,
 
 
 def split_count(programs: int, max_prefix: int, processors: int) -> int:
-    """Return into how many parts prefixes are cut, so that a small batch with a long prefix fills the GPU."""
+    """Return the number of parts of each prefix, so that a small batch with a long prefix fills the GPU."""
     wanted = -(-2 * processors // programs)
     return max(1, min(wanted, max_prefix // _LEAST_SPLIT, _MOST_SPLITS))
 
 
-def block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    block_table: Tensor,
-    prefix_lens: Tensor,
-    block_starts: Tensor,
-    mask_kinds: Tensor,
-    mask_words: Tensor | None,
-    scale: float,
-    k_scale: float,
-    v_scale: float,
-    max_length: int,
-    max_prefix: int,
-    output: Tensor,
-) -> None:
-    """Write attention of every fresh token over its row's cached prefix and its own block (``docs/operators.md``)."""
+def block_attention(call: BlockAttention) -> None:
+    """Write attention of every fresh token over its row's cached prefix and its own block into ``call.output``.
+
+    Raises:
+        NLDError: the pages are in tiles.
+    """
+    query, key, value, output = call.query, call.key, call.value, call.output
+    key_pages, k_scale, v_scale = call.key_pages, call.k_scale, call.v_scale
     refuse_tiles(key_pages, "Triton")
     kernels = _kernels()
     tokens, heads, head_dim = query.shape
-    rows, kv_heads = prefix_lens.shape[0], key.shape[1]
+    rows, kv_heads = call.prefix_lens.shape[0], key.shape[1]
     group = heads // kv_heads
-    if rows == 0 or max_length == 0:
+    if rows == 0 or call.max_length == 0:
         return
-    block_m, block_n, block_d = _tile_sizes(max_length * group, head_dim, query.element_size())
-    tiles = -(-max_length * group // block_m)
-    splits = split_count(rows * tiles * kv_heads, max_prefix, _processors(query.device))
+    block_m, block_n, block_d = _tile_sizes(call.max_length * group, head_dim, query.element_size())
+    tiles = -(-call.max_length * group // block_m)
+    splits = split_count(rows * tiles * kv_heads, call.max_prefix, _processors(query.device))
 
     float8 = key_pages.element_size() == 1
     if not float8:
         k_scale = v_scale = 1.0
     elif key_pages.dtype == torch.float8_e4m3fn:
         k_scale, v_scale = k_scale * _E4M3_SHIFT, v_scale * _E4M3_SHIFT
-    pages = [pool.view(torch.uint8) if float8 else pool for pool in (key_pages, value_pages)]
+    pages = [pool.view(torch.uint8) if float8 else pool for pool in (key_pages, call.value_pages)]
 
-    # Without splitting, the parts are never touched, but a kernel wants pointers.
+    # Without splitting, the parts are never accessed, but a kernel needs pointers.
     scratch: list[Tensor] = [output] * 3
     if splits > 1:
         parts = (tokens, heads, splits)
         scratch = [query.new_empty(size, dtype=torch.float32) for size in ((*parts, head_dim), parts, parts)]
     kernels.attention_kernel[(rows * tiles, kv_heads, splits)](
-        query, key, value, *pages, block_table, prefix_lens, block_starts, mask_kinds,
-        block_starts if mask_words is None else mask_words, output, *scratch,
+        query, key, value, *pages, call.block_table, call.prefix_lens, call.block_starts, call.mask_kinds,
+        output, *scratch,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *output.stride()[:2],
-        *key_pages.stride(), *value_pages.stride(),
-        block_table.stride(0), 0 if mask_words is None else mask_words.stride(0),
-        tiles, splits, scale * _LOG2E, scale * k_scale * _LOG2E, v_scale,
+        *key_pages.stride(), *call.value_pages.stride(), call.block_table.stride(0),
+        tiles, splits, call.scale * _LOG2E, call.scale * k_scale * _LOG2E, v_scale,
         HEADS=heads, GROUP=group, D=head_dim, PAGE=key_pages.shape[2],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        WORDS=mask_words is not None, FP8=float8, E5M2=key_pages.dtype == torch.float8_e5m2,
-        SPLIT=splits > 1, UPCAST=_interpreted(),
+        FP8=float8, E5M2=key_pages.dtype == torch.float8_e5m2, SPLIT=splits > 1, UPCAST=_interpreted(),
         num_warps=8 if block_m * block_d >= 64 * 128 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         kernels.merge_kernel[(tokens, heads)](
-            *scratch, block_starts, output, rows, splits, *output.stride()[:2],
+            *scratch, call.block_starts, output, rows, splits, *output.stride()[:2],
             HEADS=heads, D=head_dim, BLOCK_S=_power_of_two(_MOST_SPLITS), BLOCK_D=block_d,
         )  # fmt: skip
 
@@ -155,30 +142,8 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
     return accepted, tokens, token_starts, seeds
 
 
-def move_kv(caches: list[Tensor], sources: Tensor, targets: Tensor) -> None:
-    """Copy keys and values of every source slot to its target slot, in all layers (``docs/operators.md``)."""
-    kernels = _kernels()
-    if not caches or sources.shape[0] == 0:
-        return
-    import triton.language as tl
-
-    for width in {pool.element_size() for pool in caches}:  # all caches of a model are of one dtype: one launch
-        chosen = [pool for pool in caches if pool.element_size() == width]
-        described = tuple((pool.data_ptr(), *pool.shape[1:], *pool.stride()) for pool in chosen)
-        kernels.move_kernel[(sources.shape[0], len(chosen))](
-            _cache_table(described, sources.device), sources, targets,
-            FIELDS=len(described[0]), TYPE=getattr(tl, _BYTES[width]), BLOCK=256,
-        )  # fmt: skip
-
-
-@lru_cache(maxsize=16)
-def _cache_table(described: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Return int64 ``[caches, 8]`` for ``move_kernel``; uploaded once, as an engine's caches never move."""
-    return torch.tensor(described, dtype=torch.int64, device=device)
-
-
-def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's most probable token, its logit and the row's normaliser (``docs/operators.md``).
+def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's most probable token, its logit and the row's normalizer (``docs/operators.md``).
 
     Raises:
         NLDError: the logits are not two-dimensional, contiguous within rows, and of an allowed dtype.
@@ -186,18 +151,31 @@ def best_tokens(logits: Tensor, with_normaliser: bool = True) -> tuple[Tensor, T
     check_logits(logits)
     kernels = _kernels()
     rows, vocab = logits.shape
-    tokens, largest, normalisers = fake_best_tokens(logits, with_normaliser)
+    tokens, largest, normalizers = empty_best(logits, with_normalizer)
     if rows == 0:
-        return tokens, largest, normalisers
+        return tokens, largest, normalizers
     segments = -(-vocab // _SEGMENT)
     tops = logits.new_empty(rows, segments, dtype=torch.float32)
     places = logits.new_empty(rows, segments, dtype=torch.int32)
-    totals = torch.empty_like(tops) if with_normaliser else tops
+    totals = torch.empty_like(tops) if with_normalizer else tops
     kernels.best_kernel[(rows, segments)](
-        logits, tops, places, totals, logits.stride(0), vocab, BLOCK=_SEGMENT, SUM=with_normaliser
+        logits, tops, places, totals, logits.stride(0), vocab, BLOCK=_SEGMENT, SUM=with_normalizer
     )
     kernels.best_merge_kernel[(rows,)](
-        tops, places, totals, tokens, largest, normalisers if with_normaliser else largest,
-        SEGMENTS=segments, BLOCK=_power_of_two(segments), SUM=with_normaliser,
+        tops, places, totals, tokens, largest, normalizers if with_normalizer else largest,
+        SEGMENTS=segments, BLOCK=_power_of_two(segments), SUM=with_normalizer,
     )  # fmt: skip
-    return tokens, largest, normalisers
+    return tokens, largest, normalizers
+
+
+IMPLEMENTATION = Implementation(
+    name="triton",
+    devices=("cuda",),
+    block_attention=block_attention,
+    accept_prefix=accept_prefix,
+    best_tokens=best_tokens,
+    needs="`pip install 'vllm-nld[triton]'`",
+    package="triton",
+    obstacle=unavailable,
+    graph_safe=True,
+)

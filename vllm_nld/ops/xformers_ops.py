@@ -1,8 +1,7 @@
 """``block_attention`` of ``docs/operators.md`` by xformers: its kernels over the prefix and over the block, merged.
 
-Each part is one of xformers' own attention biases over tokens laid end to end, so nothing is padded and no mask exists,
-except for rows whose mask is given as words. The biases hold lengths on the host, so every call waits for the GPU once:
-this cannot be captured in a CUDA graph.
+Each part is one of xformers' own attention biases over tokens laid end to end, so nothing is padded and no mask exists.
+The biases hold lengths on the host, so every call waits for the GPU once, and cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ import torch
 from torch import Tensor
 
 from vllm_nld.errors import NLDError
+from vllm_nld.ops.arguments import CAUSAL, BlockAttention
+from vllm_nld.ops.implementation import HALF, Implementation
 from vllm_nld.ops.pages import refuse_tiles
-from vllm_nld.ops.torch_ops import CAUSAL, WORDS, block_mask
 
-DTYPES = (torch.float16, torch.bfloat16)
 _PAGE = 16
 """Page sizes that xformers reads in place are multiples of this."""
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Say why this function cannot run on a device; None if it can."""
+    """Return why this function cannot run on a device; None if it can."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install 'vllm-nld[xformers]')"
     if device.type != "cuda":
@@ -59,32 +58,16 @@ class Rows:
     tokens: Tensor
 
 
-def block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    block_table: Tensor,
-    prefix_lens: Tensor,
-    block_starts: Tensor,
-    mask_kinds: Tensor,
-    mask_words: Tensor | None,
-    scale: float,
-    k_scale: float,
-    v_scale: float,
-    max_length: int,
-    max_prefix: int,
-    output: Tensor,
-) -> None:
-    """Write attention of every fresh token over its row's cached prefix and its own block (``docs/operators.md``).
+def block_attention(call: BlockAttention) -> None:
+    """Write attention of every fresh token over its row's cached prefix and its own block into ``call.output``.
 
     Raises:
-        NLDError: none of xformers' kernels takes these tensors; says what each one objects to.
+        NLDError: the pages are in tiles, or none of xformers' kernels takes these tensors; the message says why.
     """
-    refuse_tiles(key_pages, "xformers")
-    host = torch.cat((prefix_lens, mask_kinds, block_starts)).tolist()  # one wait instead of three
-    count = prefix_lens.shape[0]
+    refuse_tiles(call.key_pages, "xformers")
+    query, key, value, output = call.query, call.key, call.value, call.output
+    host = torch.cat((call.prefix_lens, call.mask_kinds, call.block_starts)).tolist()  # one wait instead of three
+    count = call.prefix_lens.shape[0]
     cached, kinds, starts = host[:count], host[count : 2 * count], host[2 * count :]
     lengths = [b - a for a, b in pairwise(starts)]
     filled = [row for row in range(count) if lengths[row]]
@@ -95,26 +78,15 @@ def block_attention(
 
     for kind in {kinds[row] for row in filled}:
         chosen = rows([row for row in filled if kinds[row] == kind])
+        bias = _biases().BlockDiagonalMask.from_seqlens(chosen.lengths, device=query.device)
         q, k, v = (x[chosen.tokens] for x in (query, key, value))
-        if kind == WORDS:
-            assert mask_words is not None
-            part = _attend_words(chosen, q, k, v, mask_words[chosen.tokens], scale)
-        else:
-            bias = _biases().BlockDiagonalMask.from_seqlens(chosen.lengths, device=query.device)
-            part = _attend(q, k, v, bias.make_causal() if kind == CAUSAL else bias, scale)
+        part = _attend(q, k, v, bias.make_causal() if kind == CAUSAL else bias, call.scale)
         with_prefix = [row for row in chosen.numbers if cached[row]]
         output[chosen.tokens] = part.output
         if with_prefix:
             seen = rows(with_prefix)
-            keys, values, bias = _prefix(
-                (key_pages, value_pages),
-                (k_scale, v_scale),
-                block_table,
-                seen,
-                [cached[row] for row in with_prefix],
-                query,
-            )
-            prefix = _attend(query[seen.tokens], keys, values, bias, scale)
+            keys, values, bias = _prefix(call, seen, [cached[row] for row in with_prefix])
+            prefix = _attend(query[seen.tokens], keys, values, bias, call.scale)
             inside = torch.isin(chosen.tokens, seen.tokens, assume_unique=True)
             output[seen.tokens] = merge(prefix, Part(part.output[inside], part.lse[inside])).to(output.dtype)
 
@@ -136,58 +108,24 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Any, scale: float
     return Part(out[0].flatten(1, 2), lse[0, ..., : query.shape[0]].flatten(0, 1).T.float())
 
 
-def _attend_words(rows: Rows, query: Tensor, keys: Tensor, values: Tensor, words: Tensor, scale: float) -> Part:
-    """Attend inside blocks whose mask is given as words, ``[tokens, W]``.
-
-    No bias of xformers describes such a mask, so the rows are padded to ``[rows, longest]`` with an additive one.
-    """
-    longest = -(-max(rows.lengths) // 8) * 8  # xformers wants aligned rows of the bias
-    heads, kv_heads, device = query.shape[1], keys.shape[1], query.device
-    visible = torch.zeros(len(rows.lengths), longest, longest, dtype=torch.bool, device=device)
-    places = []
-    for row, (length, own) in enumerate(zip(rows.lengths, torch.split(words, rows.lengths), strict=True)):
-        visible[row, :length, :length] = block_mask(WORDS, length, own, device)
-        places.append(row * longest + torch.arange(length))
-    at = torch.cat(places).to(device)
-    # A query that sees nothing would be NaN: it sees everything instead, and its part then counts for nothing.
-    blind = ~visible.any(-1)
-    bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible & ~blind[..., None], -torch.inf)
-    bias = bias[:, None, None].expand(-1, kv_heads, heads // kv_heads, -1, -1)
-
-    def padded(x: Tensor) -> Tensor:
-        full = x.new_zeros(len(rows.lengths) * longest, *x.shape[1:]).index_copy_(0, at, x)
-        return _grouped(full.view(len(rows.lengths), longest, *x.shape[1:]), kv_heads, heads)
-
-    out, lse = _partial(padded(query), padded(keys), padded(values), bias, scale)
-    nothing = blind.flatten()[at][:, None]
-    flat_out = out.flatten(2, 3).flatten(0, 1)[at].masked_fill(nothing[..., None], 0.0)
-    flat_lse = lse[..., :longest].flatten(1, 2).transpose(1, 2).flatten(0, 1)[at].float()
-    return Part(flat_out, flat_lse.masked_fill(nothing, -torch.inf))
-
-
 def _grouped(x: Tensor, kv_heads: int, heads: int) -> Tensor:
     """Bring ``[B, M, heads or kv_heads, D]`` into xformers' grouped form ``[B, M, Hkv, H / Hkv, D]`` without a copy."""
     x = x.view(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, x.shape[3])
     return x.expand(-1, -1, -1, heads // kv_heads, -1)
 
 
-def _prefix(
-    pools: tuple[Tensor, Tensor],
-    scales: tuple[float, float],
-    table: Tensor,
-    rows: Rows,
-    cached: list[int],
-    query: Tensor,
-) -> tuple[Tensor, Tensor, Any]:
-    """Return keys, values ``[K, Hkv, D]`` and the bias that shows every row its prefix in them.
+def _prefix(call: BlockAttention, rows: Rows, cached: list[int]) -> tuple[Tensor, Tensor, Any]:
+    """Return keys, values ``[K, Hkv, D]`` and the bias that shows every row its prefix, of ``cached`` tokens, in them.
 
-    Pages are read in place where xformers can; otherwise the used ones are copied, dequantised, row after row.
+    Pages are read in place where xformers can; otherwise the used ones are copied, dequantized, row after row.
     """
-    biases, size = _biases(), pools[0].shape[2]
+    pools, scales = (call.key_pages, call.value_pages), (call.k_scale, call.v_scale)
+    table, query = call.block_table, call.query
+    biases, size = _biases(), call.key_pages.shape[2]
     width = -(-max(cached) // size)
     used = torch.tensor([-(-n // size) for n in cached], device=table.device)
     ids = table[torch.tensor(rows.numbers, device=table.device), :width]
-    # Entries behind the prefix may be anything; xformers wants ids of pages that exist.
+    # Entries after the prefix may be anything; xformers needs ids of pages that exist.
     ids = ids.masked_fill(torch.arange(width, device=table.device) >= used[:, None], 0)
     if all(in_place(pool, query.dtype) for pool in pools):
         bias = biases.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
@@ -217,7 +155,7 @@ def in_place(pages: Tensor, dtype: torch.dtype) -> bool:
 def _partial(query: Tensor, keys: Tensor, values: Tensor, bias: Any, scale: float) -> tuple[Tensor, Tensor]:
     """Call the first of xformers' kernels that takes the input; output and log-sum-exp in its own shapes.
 
-    By itself, xformers looks for partial attention among the kernels with a backward pass only.
+    By itself, xformers looks for partial attention only among the kernels with a backward pass.
     """
     objections = []
     page_size = getattr(bias, "page_size", None)
@@ -255,7 +193,7 @@ def _operators(page_size: int | None) -> tuple[Any, ...]:
 
 
 def _fmha() -> Any:
-    """Import on first use: without xformers, this module must still say why it is unavailable."""
+    """Import on first use: without xformers, this module must still explain that."""
     from xformers.ops import fmha
 
     return fmha
@@ -265,3 +203,14 @@ def _biases() -> Any:
     from xformers.ops.fmha import attn_bias
 
     return attn_bias
+
+
+IMPLEMENTATION = Implementation(
+    name="xformers",
+    devices=("cuda",),
+    block_attention=block_attention,
+    needs="`pip install 'vllm-nld[xformers]'`, compute capability 8.0",
+    package="xformers",
+    obstacle=unavailable,
+    dtypes=HALF,
+)

@@ -7,7 +7,8 @@ version of each policy, and a test fails until the new one is there.
 
 from __future__ import annotations
 
-from vllm_nld.policies.base import Option, Policy, Rows
+from vllm_nld.option import Option
+from vllm_nld.policies.base import Policy, Rows
 from vllm_nld.policies.confidence_threshold import ConfidenceThreshold
 from vllm_nld.policies.entropy_budget import EntropyBudget
 from vllm_nld.policies.learned import Learned

@@ -9,27 +9,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from vllm_nld.option import Option
+
 Need = Literal["entropy", "learned"]
 """Values that a policy may need besides confidence: a position's entropy, or the learned sampler's score."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option of a policy, under ``nld``.
-
-    Attributes:
-        name: the key.
-        type: its type, for pydantic.
-        default: its default.
-        bounds: the arguments ``ge`` and ``le`` of pydantic.
-        description: what it does; shown in the documentation.
-    """
-
-    name: str
-    type: Any
-    default: Any
-    bounds: Mapping[str, float]
-    description: str
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vllm_nld.policies.base import Need, Option, Rows, ranks
+from vllm_nld.option import Option
+from vllm_nld.policies.base import Need, Rows, ranks
 
 THRESHOLD = Option(
     "threshold",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_nld.policies.base import Need, Option, Rows, ranks
+from vllm_nld.option import Option
+from vllm_nld.policies.base import Need, Rows, ranks
 
 ENTROPY_BUDGET = Option(
     "entropy_budget",

@@ -1,6 +1,6 @@
 """Parked requests: their diffusion block is denoised while causal passes go on without them.
 
-Nobody then waits for another request's block. The worker denoises, the scheduler leaves parked requests out of causal
+No request then waits for another one's block. The worker denoises, the scheduler leaves parked requests out of causal
 passes; each tells the other what it knows by a note on the objects that vLLM passes between the two anyway.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from vllm_nld.draft_pass.block import Block
-from vllm_nld.proposer.requests import RequestState
+from vllm_nld.proposer.request_state import RequestState
 
 FORWARDS_PER_LOOK = 4
-"""Denoising forwards that run in a row while nobody else has anything to do. Then the scheduler looks for new requests,
-which costs a fraction of a forward. A number and not a time, because all tensor-parallel ranks must agree on it."""
+"""Denoising forwards that run in a row while no other request has anything to do. Then the scheduler looks for new
+ones, which costs a fraction of a forward. A number and not a time, because all tensor-parallel ranks must agree."""
 
 
 @dataclass(frozen=True)
@@ -45,41 +45,39 @@ class SchedulerNote:
 
 
 class Parked:
-    """The parked requests of a worker, with their blocks."""
+    """The requests of a worker that are in the phase PARKED, in the order in which they came."""
 
     def __init__(self) -> None:
-        self._blocks: dict[str, tuple[RequestState, Block]] = {}
+        self._states: dict[str, RequestState] = {}
 
     def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._blocks
+        return len(self._states)
 
     @property
     def ids(self) -> frozenset[str]:
-        """Ids of the parked requests."""
-        return frozenset(self._blocks)
+        """Their ids."""
+        return frozenset(self._states)
 
     @property
     def blocks(self) -> list[Block]:
-        """Their blocks, in the order in which they were opened."""
-        return [block for _, block in self._blocks.values()]
+        """Their blocks."""
+        return [state.diffusion.block for state in self._states.values()]
 
     def park(self, state: RequestState, block: Block) -> None:
         """Take a request in until its block is done."""
-        self._blocks[state.request_id] = (state, block)
+        state.diffusion.park(block)
+        self._states[state.request_id] = state
 
-    def take_done(self, mask_token_id: int) -> list[tuple[RequestState, Block]]:
-        """Remove and return the requests whose block is done."""
-        done = [pair for pair in self._blocks.values() if pair[1].is_done(mask_token_id)]
-        for state, _ in done:
-            del self._blocks[state.request_id]
+    def take_done(self, mask_token_id: int) -> list[RequestState]:
+        """Remove and return the requests whose block is done; the caller hands their tokens out."""
+        done = [state for state in self._states.values() if state.diffusion.block.is_done(mask_token_id)]
+        for state in done:
+            del self._states[state.request_id]
         return done
 
-    def drop(self, request_id: str) -> tuple[RequestState, Block] | None:
-        """Remove a request whose block is never going to be done here."""
-        return self._blocks.pop(request_id, None)
+    def drop(self, request_id: str) -> RequestState | None:
+        """Remove and return a request whose block is not going to be done here; None if it is not parked."""
+        return self._states.pop(request_id, None)
 
 
 def may_leave(forwards: int, unfinished: Collection[Block], parked: Parked, others: bool, mask_token_id: int) -> bool:

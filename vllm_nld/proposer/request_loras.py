@@ -12,7 +12,7 @@ from vllm_nld.vllm_glue.runner import set_active_loras
 class TaskLoRAs:
     """Makes every token of a forward use the LoRA of the request that its block belongs to.
 
-    A draft of a request with a LoRA is verified by the model with that LoRA, so it is drafted with it, too, and with
+    A draft of a request with a LoRA is verified by the model with that LoRA, so it is also drafted with it, and with
     the draft adapter on top. vLLM sets its own mapping again before every causal pass.
 
     Args:

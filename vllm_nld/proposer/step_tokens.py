@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_nld.proposer.requests import RequestState
+from vllm_nld.proposer.request_state import RequestState
 
 TokenArray = np.ndarray[Any, np.dtype[Any]]
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_nld.draft_sources import SOURCES
 from vllm_nld.serving.ledger import Tally
 
 INTERVAL_SECONDS = 0.5
@@ -47,7 +48,8 @@ METRICS: dict[str, Metric] = {
     "vllm:nld_decisions": Metric(
         "counter",
         ("mode", "block_length"),
-        "What auto mode chose, per request and step: ar (block length 1), self_speculation or prompt_lookup.",
+        "What auto mode chose, per request and step: ar (block length 1), or a draft source: "
+        f"{', '.join(source.name for source in SOURCES)}.",
     ),
     "vllm:nld_tokens_per_forward": Metric(
         "gauge", ("mode",), "Tokens per decode forward since start-up (draft, verify, denoise and commit all count)."

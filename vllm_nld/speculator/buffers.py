@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_nld.attention.backend import DraftMetadata
-from vllm_nld.ops.torch_ops import BIDIRECTIONAL
+from vllm_nld.ops import BIDIRECTIONAL
 from vllm_nld.speculator import kernels
 
 OWN_STREAM = 1 << 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 OLDEST, NEWEST = (0, 26), (0, 33)
@@ -25,6 +26,7 @@ def release_of(version_text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version_text.split(".")[:2] if part.isdigit())
 
 
+@cache  # asked for in every step; reading it takes milliseconds
 def installed_release() -> tuple[int, ...]:
     """Return (major, minor) of the installed vLLM; empty where there is none."""
     found = installed_vllm()

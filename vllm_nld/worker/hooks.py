@@ -61,7 +61,7 @@ class IntroducesProposer:
         drafter = self.model_runner.drafter
         drafter.begin_step(scheduler_output)
         if self._publisher is not None:
-            # vLLM tells of the last request's end by a step without tokens: the last one for as long as it is idle.
+            # vLLM reports the last finished request in an empty step, and no step follows while the engine is idle.
             idle = not busy and not drafter.parked
             self._publisher.publish(lambda: worker_samples(drafter, self._target_forwards), now=idle)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]

@@ -1,32 +1,29 @@
 """Drafts from what was said before: text that repeats itself, or its prompt, continues as it did the last time.
 
-They take no forward. Behind a drafted block's first unsure draft, where verify would most likely stop, they replace
-what was drafted. Where lengths are chosen (auto mode), they can also stand alone, without any draft forward.
-``benchmarks/draft_hints.py`` compares ways of combining.
+They take no forward. After a drafted block's first unsure draft, where verification would most likely stop, they
+replace what was drafted. Where lengths are chosen (auto mode), they can also stand on their own, without a draft
+forward. ``benchmarks/draft_hints.py`` compares ways of combining.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
-import numpy as np
+from vllm_nld.draft_sources.base import Drafts, DraftSource, NewRequest, Text
+from vllm_nld.draft_sources.calibration import ChanceClass
+from vllm_nld.option import Option
 
-from vllm_nld.draft_pass.block import Block
-
-UNSURE = 0.5
-"""Confidence below which a draft is more often wrong than right."""
 LONGEST_MATCH = 16
 """Matches are not followed back any further."""
 MATCH_CLASSES = (4, 6, 9, LONGEST_MATCH)
 """Shortest matches of the classes above the lowest: the longer the match, the more it promises."""
-LOOKED_UP = 2.0
-"""Stands, with the class of the match added, for the confidence of a looked-up draft; what those are worth is learned
-(:class:`vllm_nld.auto.acceptance.Calibration`)."""
-
-Tokens = np.ndarray[Any, np.dtype[Any]]
+FIRST = tuple(ChanceClass(f"looked up, first, match class {i}", x) for i, x in enumerate((0.5, 0.6, 0.7, 0.8, 0.9)))
+"""Of the first draft of a run, by match: it is less certain than the others."""
+LATER = tuple(ChanceClass(f"looked up, later, match class {i}", x) for i, x in enumerate((0.7, 0.75, 0.8, 0.85, 0.9)))
+"""Of the others."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +38,10 @@ class Found:
     tokens: list[int]
     match: int
 
-    def confidence(self) -> list[float]:
-        """Return what stands for the drafts' confidence: the first draft of a run is less certain than its others."""
-        level = LOOKED_UP + 2 * bisect_right(MATCH_CLASSES, self.match)
-        return [level] + [level + 1] * (len(self.tokens) - 1)
-
-    def block(self, seed: int, prefix: int) -> Block:
-        """Return a full block of self-speculation, which takes no forward; ``prefix`` tokens come before the seed."""
-        return Block(prefix, [seed, *self.tokens], confidence=[1.0, *self.confidence()])
-
-    def first(self, count: int) -> Found:
-        """Return the same with no more than ``count`` tokens."""
-        return Found(self.tokens[:count], self.match)
+    def drafts(self) -> Drafts:
+        """Return them as drafts of their match's class."""
+        level = bisect_right(MATCH_CLASSES, self.match)
+        return Drafts(list(self.tokens), [FIRST[level]] + [LATER[level]] * (len(self.tokens) - 1))
 
 
 class Lookup:
@@ -68,7 +57,7 @@ class Lookup:
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}
 
-    def find(self, text: Tokens, most: int, drafts: Sequence[int] = ()) -> Found | None:
+    def find(self, text: Text, most: int, drafts: Sequence[int] = ()) -> Found | None:
         """Return what followed the last ``length`` tokens at their latest earlier occurrence; None if there is none.
 
         A match that ends close before the end is a loop, and goes on as one.
@@ -97,12 +86,12 @@ class Lookup:
             found = found[: found.index(self._mask_token_id)]
         return Found(found, _match(tokens, end, length)) if found else None
 
-    def may_find(self, text: Tokens) -> bool:
+    def may_find(self, text: Text) -> bool:
         """Whether the end of the text, as for :meth:`find`, has an earlier occurrence."""
         self._extend(text)
         return tuple(self._tokens[-self.length :]) in self._ends
 
-    def _extend(self, text: Tokens) -> None:
+    def _extend(self, text: Text) -> None:
         """Note where runs end, all but the one at the very end: that one is looked for."""
         if len(self._tokens) == len(text):
             return
@@ -114,24 +103,41 @@ class Lookup:
             self._ends[tuple(self._tokens[end - self.length : end])] = end
 
 
+class PromptLookup(DraftSource):
+    """Looks up what followed the last tokens of the text, and of sure drafts, before."""
+
+    name = "prompt_lookup"
+    options = (
+        Option(
+            "prompt_lookup",
+            int,
+            3,
+            {"ge": 0, "le": 16},
+            "Self-speculation. After the first unsure draft, draft what followed this many last tokens at their latest "
+            "earlier occurrence in prompt and text (drawn drafts are not replaced); in auto mode, also do this instead "
+            "of drafting. 0 turns it off.",
+        ),
+    )
+    takes_forward = False
+
+    def __init__(self, length: int, mask_token_id: int) -> None:
+        self._lookup = Lookup(length, mask_token_id)
+
+    @classmethod
+    def open(cls, request: NewRequest) -> Self | None:
+        length = request.values["prompt_lookup"]
+        return cls(length, request.mask_token_id) if length and request.knows_prompt else None
+
+    def offer(self, text: Text, most: Callable[[], int], after: Sequence[int] = ()) -> Drafts | None:
+        if not after and not self._lookup.may_find(text):
+            return None
+        found = self._lookup.find(text, most(), after)
+        return None if found is None else found.drafts()
+
+
 def _match(tokens: list[int], end: int, known: int) -> int:
     """Return how many tokens before ``end`` agree with the last ones, ``known`` of which do."""
     match, last = known, len(tokens) - 1
     while match < LONGEST_MATCH and match < end and tokens[end - 1 - match] == tokens[last - match]:
         match += 1
     return match
-
-
-def splice(block: Block, lookup: Lookup, text: Tokens) -> None:
-    """Replace the drafts behind a filled block's first unsure one, in place.
-
-    Args:
-        block: of self-speculation, seed first.
-        lookup: the request's.
-        text: int ``[tokens]``, prompt and text up to and with the seed.
-    """
-    unsure = next((place for place in range(1, block.length) if block.confidence[place] < UNSURE), block.length)
-    found = lookup.find(text, block.length - unsure, block.tokens[1:unsure])
-    if found is not None:
-        end = unsure + len(found.tokens)
-        block.tokens[unsure:end], block.confidence[unsure:end] = found.tokens, found.confidence()

@@ -1,14 +1,12 @@
-"""How likely drafts are accepted: per request from its history, per token from the draft's own confidence."""
+"""How likely a request's drafts are accepted, from its history and that of others."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_nld.draft_pass.prompt_lookup import LOOKED_UP
+from vllm_nld.draft_sources.calibration import Calibration
 
 MEMORY = 0.95
 """Weight that a request's earlier blocks keep when a new one is verified."""
@@ -18,12 +16,10 @@ RECENT = 32
 """Ended requests that say what a good one is."""
 TRIES = 2
 """Blocks that tell whether a request is a good one."""
-FORGET_LOOKUPS = 1e-4
-"""Share of the evidence on looked-up drafts that is lost whenever some are offered."""
 
 
 class Prior:
-    """What to expect of a request before, and beside, its own evidence: the average, and how much it counts.
+    """What to expect of a request besides its own evidence: the average, and how much it counts.
 
     Greedy, sampled and seeded requests have one each: their drafts are accepted by different rules.
 
@@ -49,7 +45,7 @@ class Prior:
         return sum(best) / len(best)
 
     def note_end(self, own: Acceptance) -> None:
-        """Take note of a request that is over, if it drafted at all; little evidence is drawn towards the average."""
+        """Record a request that is over, if it drafted at all; little evidence is drawn toward the average."""
         if own.all_tested:
             weight = self.WEIGHTS[1]  # two lucky blocks make no good request
             self._recent.append((own.all_accepted + weight * self.rate) / (own.all_tested + weight))
@@ -65,7 +61,7 @@ class Prior:
         return self.WEIGHTS[max(range(len(self.WEIGHTS)), key=lambda i: self._scores[i])]
 
     def observe(self, own: Acceptance, drafts: int, accepted: int) -> None:
-        """Take note of a verified block of a request whose evidence was ``own`` until then."""
+        """Learn from a verified block of a request whose evidence was ``own`` until then."""
         tested = min(accepted + 1, drafts)
         for index, weight in enumerate(self.WEIGHTS):
             rate = min(max(own.rate_with(weight), 0.01), 0.99)
@@ -82,10 +78,10 @@ class Acceptance:
     Attributes:
         prior: what is usual on this server.
         accepted: accepted drafts, older ones weighing less.
-        tested: drafts put to the test, likewise.
+        tested: drafts tested, likewise.
         blocks: verified blocks so far.
         all_accepted: accepted drafts, all weighing the same.
-        all_tested: drafts put to the test, likewise.
+        all_tested: drafts tested, likewise.
     """
 
     prior: Prior
@@ -105,7 +101,7 @@ class Acceptance:
         return (self.accepted + weight * self.prior.rate) / (self.tested + weight)
 
     def observe(self, drafts: int, accepted: int) -> None:
-        """Take note of a verified block of ``drafts`` drafts, the first ``accepted`` of which were accepted."""
+        """Learn from a verified block of ``drafts`` drafts, the first ``accepted`` of which were accepted."""
         self.prior.observe(self, drafts, accepted)
         self.blocks += 1
         self.all_accepted += accepted
@@ -138,51 +134,3 @@ class Acceptance:
 def _cycle_tokens(rate: float, length: int) -> float:
     rate = min(rate, 0.999)
     return float((1 - rate**length) / (1 - rate))
-
-
-class Calibration:
-    """Turns a draft's confidence into the probability that it is accepted, from what was observed.
-
-    Drafts that were looked up (:mod:`vllm_nld.draft_pass.prompt_lookup`) have no confidence but classes of their own,
-    by the length of the match: the first draft of a run, and its others.
-    """
-
-    EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-    MIDDLES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 0.97, 0.995)
-    FIRST_GUESSES = (0.5, 0.6, 0.7, 0.8, 0.9)
-    LATER_GUESSES = (0.7, 0.75, 0.8, 0.85, 0.9)
-    GUESS_WEIGHT = 4.0
-
-    def __init__(self) -> None:
-        self._guesses = [*self.MIDDLES]
-        for pair in zip(self.FIRST_GUESSES, self.LATER_GUESSES, strict=True):
-            self._guesses += pair
-        self._accepted = [0.0] * len(self._guesses)
-        self._tested = [0.0] * len(self._guesses)
-
-    def _bin(self, confidence: float) -> int:
-        if confidence >= LOOKED_UP:
-            return len(self.MIDDLES) + int(confidence - LOOKED_UP)
-        return bisect_right(self.EDGES, confidence)  # also if it is NaN
-
-    def probability(self, confidence: float) -> float:
-        """Return the probability that a draft of this confidence is accepted, given that those before it were."""
-        bin_ = self._bin(confidence)
-        # Confidence is taken at its word until there is evidence.
-        return (self.GUESS_WEIGHT * self._guesses[bin_] + self._accepted[bin_]) / (
-            self.GUESS_WEIGHT + self._tested[bin_]
-        )
-
-    def forget(self, confidence: float) -> None:
-        """Let the evidence on looked-up drafts grow older: a class that looks poor is not tried, so would for ever."""
-        bin_ = self._bin(confidence)
-        self._accepted[bin_] *= 1 - FORGET_LOOKUPS
-        self._tested[bin_] *= 1 - FORGET_LOOKUPS
-
-    def observe(self, confidences: Sequence[float], accepted: int) -> None:
-        """Take note of a verified block: its drafts' confidences, and how many of them were accepted."""
-        for position, confidence in enumerate(confidences[: accepted + 1]):
-            bin_ = self._bin(confidence)
-            # Slowly forgetting: traffic changes.
-            self._accepted[bin_] = 0.999 * self._accepted[bin_] + (position < accepted)
-            self._tested[bin_] = 0.999 * self._tested[bin_] + 1

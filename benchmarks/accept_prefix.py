@@ -1,6 +1,6 @@
-"""Accept-prefix compaction and the KV move on the CPU: C++ compared with PyTorch, medians of one run.
+"""accept_prefix on the CPU: C++ compared with PyTorch, medians of one run.
 
-python benchmarks/compaction.py --json results.json
+python benchmarks/accept_prefix.py --json results.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import COLUMNS, DIM, KV_HEADS, PAGE, medians
+from attention import medians
 from rich.console import Console
 from rich.table import Table
 
@@ -37,32 +37,6 @@ def acceptance(rows: int, length: int, seconds: float) -> dict[str, Any]:
     return {"operator": "accept_prefix", "rows": rows, "length": length, **result(times)}
 
 
-def moves(rows: int, length: int, layers: int, seconds: float) -> dict[str, Any]:
-    """Every row moves ``length - 1`` slots, in all layers, keys and values."""
-    pages = max(4, 2 * rows * length // PAGE + 1)
-    caches = []
-    for _ in range(layers):
-        caches += COLUMNS.split(torch.randn(pages, KV_HEADS, PAGE, 2 * DIM).bfloat16(), DIM)
-    slots = torch.randperm(pages * PAGE, generator=torch.Generator().manual_seed(0))
-    count = rows * (length - 1)
-    sources, targets = slots[:count].contiguous(), slots[count : 2 * count].contiguous()
-    times = medians(
-        {
-            "ours": lambda: cpp_ops.move_kv(caches, sources, targets),
-            "torch": lambda: torch_ops.move_kv(caches, sources, targets),
-        },
-        seconds,
-    )
-    moved = 2.0 * len(caches) * count * KV_HEADS * DIM * 2  # read and written
-    return {
-        "operator": f"move_kv, {layers} layers",
-        "rows": rows,
-        "length": length,
-        **result(times),
-        "gb_per_s": round(moved / times["ours"] / 1e9, 2),
-    }
-
-
 def result(times: dict[str, float]) -> dict[str, Any]:
     """Microseconds and ratio."""
     return {
@@ -72,11 +46,10 @@ def result(times: dict[str, float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure both operators."""
+    """Measure every combination."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--length", type=int, nargs="+", default=[16, 32])
-    parser.add_argument("--layers", type=int, default=26)
     parser.add_argument("--seconds", type=float, default=0.5, help="per point")
     parser.add_argument("--json", type=Path, help="write the report here")
     args = parser.parse_args()
@@ -84,7 +57,6 @@ def main() -> None:
     if reason:
         parser.error(f"the C++ operators are not available: {reason}")
     results = [acceptance(rows, length, args.seconds) for rows in args.rows for length in args.length]
-    results += [moves(rows, length, args.layers, args.seconds) for rows in args.rows for length in args.length]
     if args.json:
         args.json.write_text(json.dumps({"results": results}, indent=1) + "\n")
     table = Table("operator", "rows", "L", "ours us", "PyTorch us", "PyTorch / ours")
