@@ -20,6 +20,7 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from vllm_nld import ops
 from vllm_nld.attention.backend import page_layout
 from vllm_nld.errors import NLDError
 from vllm_nld.model.best_tokens import best_tokens
@@ -156,10 +157,13 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Make the buffers, and plan the graphs, if the engine uses any for decoding."""
         self._set_pages(self._runner.block_tables)
-        if cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
-            self._graphs = {
-                drawn: DraftGraphs(self.vllm_config, self.device, self.block_length) for drawn in (False, True)
-            }
+        if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
+            return
+        operator = ops.implementation("block_attention", self.device.type)
+        if not operator.graph_safe:
+            logger.warning("Draft passes run without CUDA graphs: the operator %s waits for the device", operator.name)
+            return
+        self._graphs = {drawn: DraftGraphs(self.vllm_config, self.device, self.block_length) for drawn in (False, True)}
 
     def capture(self) -> None:
         """Capture the draft pass, head and choice included, for growing numbers of requests."""
