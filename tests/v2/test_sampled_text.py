@@ -34,7 +34,7 @@ def llm(model: ReferenceModel, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def params(mode: str, **settings: Any) -> Any:
     from vllm import SamplingParams
 
-    own = {"max_tokens": 12, "detokenize": False, "temperature": 0.9, "extra_args": {"nld": {"mode": mode}}}
+    own = {"max_tokens": 8, "detokenize": False, "temperature": 0.9, "extra_args": {"nld": {"mode": mode}}}
     return SamplingParams(**(own | settings))
 
 
@@ -53,7 +53,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "presence": {"temperature": 0.0, "presence_penalty": 1.1},
     "frequency, seeded": {"seed": 5, "frequency_penalty": 0.8},
     "allowed": {"temperature": 0.0, "allowed_token_ids": [6, 7, 8, 9]},
-    "min tokens": {"temperature": 0.0, "min_tokens": 7, "stop_token_ids": [6, 7, 8, 9, 10]},
+    "min tokens": {"temperature": 0.0, "min_tokens": 5, "stop_token_ids": [6, 7, 8, 9, 10]},
     "stop token": {"temperature": 0.0, "stop_token_ids": [8, 9]},
     "logprobs": {"temperature": 0.0, "logprobs": 3},
     "logprobs, seeded": {"seed": 6, "logprobs": 2, "prompt_logprobs": 2},
@@ -121,17 +121,14 @@ def exact(model: ReferenceModel, prompt: list[int], place: int, temperature: flo
     raise AssertionError
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 4}], ids=["all tokens", "top k"])
-def test_unseeded_texts_have_ar_s_distribution(llm: Any, model: ReferenceModel, settings: dict[str, Any]) -> None:
+def test_unseeded_texts_have_ar_s_distribution(llm: Any, model: ReferenceModel) -> None:
     """Verified by vLLM's rejection sampler from what the drafts were drawn from. Places 1 and 2 are drafts'."""
     assert runner(llm).speculator.draft_logits is not None
     (prompt,) = random_prompts([6], VOCAB, seed=2)
-    count = 24 * 12
+    count = 24 * 7
     before = accepted(llm)
-    found = run(llm, [prompt], [params("self_speculation", n=count, max_tokens=3, temperature=1.3, **settings)])
+    found = run(llm, [prompt], [params("self_speculation", n=count, max_tokens=3, temperature=1.3)])
     assert count / 10 < accepted(llm) - before < 2 * count  # some are, some are not
-    if settings:
-        return  # the filter's own exactness is vLLM's; here nothing may break
     for place in (1, 2):
         seen = Counter(output.token_ids[place] for output in found)
         counts = torch.tensor([seen[token] for token in range(VOCAB)])
