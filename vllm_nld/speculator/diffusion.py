@@ -46,15 +46,16 @@ class Diffusing:
         eos, own = self.params.eos_token_id, frozenset(self.params.stop_token_ids or ())
         return own if eos is None or self.params.ignore_eos else own | {eos}
 
-    def after(self, committed: int, offered: int) -> list[int]:
-        """Return what is left of the block: a causal pass with no room for all of it commits a part.
+    def after(self, committed: int, offered: int) -> list[int] | None:
+        """Return what is left of a block of which a causal pass had no room for all; None if it is committed.
+
+        Nothing may be left, if the pass decided the block's last token. The seed of the next block is yet to come then.
 
         Args:
             committed: drafts that the pass has accepted.
             offered: drafts that it had room for; the token after them was the block's, too.
         """
-        cut = committed == offered < len(self.handed)
-        return self.handed[offered + 1 :] if cut else []
+        return self.handed[offered + 1 :] if committed == offered < len(self.handed) else None
 
 
 class Diffusion:
@@ -109,9 +110,9 @@ class Diffusion:
         for row, (prefix, seed, decided) in enumerate(step.tolist()):
             request = self._requests[indices[row]]
             rest = request.after(decided - 1, offered[row])
-            block = None if rest else self._block(request, prefix, seed)
+            block = self._block(request, prefix, seed) if rest is None else None
             if block is None:
-                handed[row] = rest
+                handed[row] = rest or []
                 continue
             block.pages = table[row, : -(-prefix // page_size)]
             blocks[row] = block
