@@ -71,7 +71,7 @@ def stubbed(requests: int, graphs: bool, counts: Counter[str]) -> Any:
     own._table = torch.zeros(requests, 256, dtype=torch.int32)
     own._kept, own.draft_logits, own.forwards = None, None, 0
     own._context = {f"layers.{n}": SimpleNamespace(kv_cache=None) for n in range(LAYERS)}
-    own.model = SimpleNamespace(draft_lora=None)
+    own._runner = SimpleNamespace(model=SimpleNamespace(draft_lora=None))
     hidden = torch.zeros(requests * BLOCK, HIDDEN)
     tokens = torch.zeros(requests * (BLOCK - 1), dtype=torch.int64)
     own._hidden, own._best = lambda *_: hidden, lambda _: tokens

@@ -48,7 +48,6 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         draft_logits: what drafts were drawn from, ``[requests, steps, vocab]``, for vLLM's rejection sampler; None if
             that would take too much memory, or this vLLM keeps none: drafts are then verified exactly.
         forwards: draft passes so far.
-        model: the target; None before it is loaded.
     """
 
     supports_mm_inputs = False
@@ -64,7 +63,6 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._kept = self._room_for_logits()
         self.draft_logits = None if self._kept is None else self._kept[:-1]
         self.table = RequestTable(self.max_requests, self._traits, self.draft_logits is not None)
-        self.model: Any = None
         self.forwards = 0
         self._fp64 = bool(getattr(vllm_config.model_config, "use_fp64_gumbel", False))
         self._runner: Any = None
@@ -85,6 +83,11 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         return torch.zeros(size, dtype=dtype, device=self.device)
 
     @property
+    def model(self) -> Any:
+        """The target. vLLM 0.26 asks for it as soon as it is loaded."""
+        return self._runner.model
+
+    @property
     def all_forwards(self) -> int:
         """Bidirectional forwards so far: draft passes, and those that denoise."""
         return self.forwards + (self.diffusion.forwards if "diffusion" in vars(self) else 0)
@@ -100,8 +103,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         return self._buffers
 
     def load_model(self, model: Any) -> None:
-        """Take the loaded target: its weights are the draft's weights."""
-        self.model = model
+        """Load the draft adapter for the loaded target: its weights are the draft's weights."""
         if model.draft_lora is not None:
             group = get_tp_group()
             load_adapter(model.draft_lora, model, group.rank_in_group, group.world_size)
