@@ -21,7 +21,7 @@ if INTERPRETING:
     from vllm_nld.speculator.verify import NLDRejectionSampler
     from vllm_nld.vllm_glue import second_runner
 
-VOCAB, REQUESTS, TEMPERATURE, POSITION = 8, 240, 1.3, 20
+VOCAB, REQUESTS, TEMPERATURE, POSITION = 8, 160, 1.3, 20
 
 
 @pytest.fixture(scope="module")

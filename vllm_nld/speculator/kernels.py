@@ -4,13 +4,14 @@ A *slot* is a place in a draft pass, of as many tokens as the pass gives each re
 batch; a request keeps its index in vLLM's tables for as long as it lives.
 """
 
-from vllm.triton_utils import tl, triton
+import triton
+import triton.language as tl
 
 REJECTION, EXACT, COMMIT = 0, 1, 2
 """How a request's drafts are verified: by rejection sampling; by the verifier's own token; accepted as they are."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "used_slots", "slot_length"])
 def prepare_kernel(
     # the batch
     slot_of_row, request_of_row, seq_lens, num_rejected, last_sampled, table, table_stride,
@@ -80,7 +81,7 @@ def prepare_kernel(
             tl.store(own_seeds + request, tl.load(seeds + request))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_slot", "slot_length"])
 def hand_out_kernel(
     tokens, row_of_slot, block_lens, drafts, drafts_stride, first_slot, slot_length, TOKENS: tl.constexpr
 ):  # fmt: skip
@@ -118,7 +119,7 @@ def accept_kernel(
         start = tl.load(starts + row).to(tl.int64)
         count = tl.load(starts + row + 1) - start - 1
         offered = tl.minimum(count, tl.load(valid + request))
-        going = True
+        going = count >= 0
         accepted = 0
         for index in range(offered):
             if going:
