@@ -22,11 +22,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_nld import ops
 from vllm_nld.attention.backend import page_layout
+from vllm_nld.draft_pass.warm_up import lengths
 from vllm_nld.errors import NLDError
 from vllm_nld.model.best_tokens import best_tokens
 from vllm_nld.model.draft_adapter import load_adapter
 from vllm_nld.serving.admission import EngineTraits
 from vllm_nld.serving.ledger import Tally
+from vllm_nld.speculator import kernels
 from vllm_nld.speculator.buffers import DraftBuffers, Shape, StepTensors, to_device
 from vllm_nld.speculator.diffusion import Diffusing, Diffusion, step_numbers
 from vllm_nld.speculator.graphs import DraftGraphs
@@ -149,9 +151,27 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         if found != known:
             raise NLDError(f"KV pages hold {found} tokens, but vLLM's block table counts pages of {known}")
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile the kernels that serving uses, before vLLM starts to watch for compilations."""
         self._rehearse(1, without_cache=False)
+        buffers, states = self.buffers, self._runner.req_states
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*size, dtype=dtype, device=self.device)
+
+        row, number = zeros(1), zeros(1, dtype=torch.int64)
+        seeds, temperature = zeros(self.max_requests, dtype=torch.int64), zeros(self.max_requests, dtype=torch.float32)
+        step = StepTensors(number, row, row, states.last_sampled_tokens, self._table, temperature, seeds)
+        for length in lengths(self.block_length)[1:]:
+            buffers.fill(row - 1, step, self.table.on_device, 0, 1, length)  # a row that does not draft, and padding
+            buffers.hand_out(zeros(length - 1, dtype=torch.int64), 0, 1, length)
+        sampled, starts = zeros(1, self.block_length, dtype=torch.int64), torch.arange(2, device=self.device).int()
+        for every in (False, True):
+            kernels.accept_kernel[(1,)](
+                sampled, sampled.stride(0), row, row, number, starts, number, self.table.on_device[1], buffers.valid,
+                self.last_drafts, self.last_drafts.stride(0), EVERY=every,
+            )  # fmt: skip
 
     def _layers(self) -> dict[str, Any]:
         return {name: layer for name, layer in self._context.items() if hasattr(layer, "kv_cache")}
