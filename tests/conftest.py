@@ -11,7 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-ALONE = ("server", "ray", "gpu")
+ALONE = ("server", "ray", "gpu", "v2")
 """Tiers whose tests keep several processes busy at once, or measure: they need all cores (``scripts/test.sh``)."""
 
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on

@@ -17,3 +17,12 @@ PROPOSER_PATHS = ("vllm_nld.SelfSpeculation", "vllm_nld.proposer.SelfSpeculation
 
 SCHEDULER = "vllm_nld.scheduler.NLDScheduler"
 """Path of our scheduler, for vLLM's ``scheduler_cls``."""
+
+ASYNC_SCHEDULER = "vllm_nld.async_scheduler.NLDAsyncScheduler"
+"""Path of our scheduler for vLLM's second model runner, scheduling asynchronously."""
+
+SECOND_SCHEDULER = "vllm_nld.async_scheduler.NLDSecondScheduler"
+"""The same, scheduling synchronously."""
+
+MODEL_STATE = "vllm_nld.speculator.model_state.NLDModelState"
+"""Path of what our model keeps about requests on vLLM's second model runner."""

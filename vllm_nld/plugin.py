@@ -24,7 +24,7 @@ def register() -> None:
 
     from vllm_nld import errors
     from vllm_nld.config import NemotronLabsDiffusionConfig
-    from vllm_nld.model import engine_config
+    from vllm_nld.model import engine_config, runners
     from vllm_nld.model.speculative_keys import check_speculative_keys
     from vllm_nld.names import OWN_ARCHITECTURE, PROPOSER_PATHS
 
@@ -40,6 +40,7 @@ def register() -> None:
         engine_config.install(upstream_serves)
     registration.check_and_fill_speculative_config(PROPOSER_PATHS, check_speculative_keys)
     registration.check_requests_at_admission(admit)
+    runners.install()
 
 
 def admit(vllm_config: Any, params: Any) -> None:

@@ -24,6 +24,19 @@ def speculative(check: Check) -> Any:
     )
 
 
+def second(check: Check) -> Any:
+    """Return the engine with self-speculation on vLLM's second model runner, where there is one for this device."""
+    from vllm_nld.cli.engine import PROPOSER
+
+    return _engine(
+        check,
+        "second",
+        scheduler_cls=None,
+        speculative_config={"model": PROPOSER, "num_speculative_tokens": check.sizes.drafts},
+        additional_config={"nld": {"mode": "self_speculation"}},
+    )
+
+
 def plain(check: Check) -> Any:
     """Return plain vLLM on the same weights, with its default runner and asynchrony."""
     return _engine(check, "plain")

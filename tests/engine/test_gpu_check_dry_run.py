@@ -19,9 +19,11 @@ FIGURES = {
     "cycle": ("cycle", "AR step of this engine", "cycle in AR steps of this engine", "part of a cycle"),
     "forwards": ("causal forward", "draft forward and choice", "kernel launches", "waits", "idle share"),
     "memory": ("peak_activation_memory", "peak over the idle engine"),
-    "baseline": ("engine start", "runner", "asynchronous", "AR step", "cycle in AR steps"),
+    "second": ("engine start", "runner", "captured draft passes", "cycle", "texts that agree with AR", "idle share"),
+    "baseline": ("engine start", "runner", "AR step", "cycle in AR steps", "cycle on the second runner in AR steps"),
     "times": ("attention", "host", "largest difference from SDPA"),
     "cycle-3b": ("engine start", "cycle", "part of a cycle"),
+    "second-3b": ("engine start", "cycle", "waits"),
     "baseline-3b": ("AR step", "cycle in AR steps"),
     "engine-tests": ("tests",),
 }

@@ -21,8 +21,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planning", "model"),
     ("draft_pass",),
     ("auto", "reference"),
-    ("proposer", "training", "conversion"),
+    ("proposer", "speculator", "training", "conversion"),
     ("worker", "scheduler"),
+    ("async_scheduler",),
     ("cli", "plugin", *OLD_NAMES),
 )
 """Rooms and modules of the top level, from the lowest level up."""

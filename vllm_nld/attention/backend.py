@@ -35,8 +35,10 @@ class DraftMetadata:
         mask_kinds: int32 ``[rows]``, ``ops.BIDIRECTIONAL`` or ``ops.CAUSAL``.
         max_length: tokens of the longest block.
         max_prefix: tokens of the longest prefix.
-        adapted: the tokens that the draft adapter applies to: all, or int64 indices; None: none.
+        adapted: the tokens that the draft adapter applies to: all, or int64 indices, or a factor of 0 or 1 per token
+            ``[tokens, 1]`` of the model's dtype; None: none.
         tokens: of all rows; those after are padding. None: there is no padding.
+        in_graph: whether it names buffers of fixed size, so that a CUDA graph of this draft pass may be captured.
     """
 
     block_table: Tensor
@@ -47,6 +49,7 @@ class DraftMetadata:
     max_prefix: int
     adapted: Tensor | slice | None = None
     tokens: int | None = None
+    in_graph: bool = False
 
 
 class BlockTable:

@@ -14,7 +14,7 @@ from vllm_nld import __version__
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
 from vllm_nld.errors import NLDError, shown_key
-from vllm_nld.vllm_glue import scheduling
+from vllm_nld.vllm_glue import scheduling, second_runner
 from vllm_nld.vllm_glue.versions import installed_vllm, unsupported_reason
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(as_json: bool) -> bool:
         for key in ("versions", "devices"):
             for name, value in report[key].items():
                 print(f"{name:14} {value}")
-        for name in ("attention", "parking"):
+        for name in ("attention", "runner", "parking"):
             print(f"{name:14} {report[name]}")
         print(f"{'checkpoint':14} {report['checkpoint']}")
         for problem in report["missing"]:
@@ -50,7 +50,7 @@ def run(as_json: bool) -> bool:
 
 
 def examine() -> dict[str, Any]:
-    """Return versions, devices, attention, parking, embedded checkpoint, and what is missing."""
+    """Return versions, devices, attention, model runner, parking, embedded checkpoint, and what is missing."""
     vllm = installed_vllm()
     versions: dict[str, str | None] = {"vllm-nld": __version__, "python": platform.python_version()}
     versions["vllm"] = " ".join(vllm) if vllm else None
@@ -73,6 +73,7 @@ def examine() -> dict[str, Any]:
         "versions": versions,
         "devices": _devices() if versions["torch"] else {},
         "attention": _attention() if usable else "unknown until the above is fixed",
+        "runner": second_runner.expected() if usable else "unknown until the above is fixed",
         "parking": parking() if usable else "unknown until the above is fixed",
         "checkpoint": checkpoint,
         "missing": missing,

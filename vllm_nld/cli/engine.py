@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from vllm_nld.names import SCHEDULER
+
 PROPOSER = "vllm_nld.SelfSpeculation"
 
 
@@ -53,8 +55,14 @@ def engine(model: str, *, drafts: int | None = None, **settings: Any) -> Iterato
 
 @contextlib.contextmanager
 def engine_with(**settings: Any) -> Iterator[Any]:
-    """Yield an ``LLM`` with these arguments, eager, with metrics and a small cache, and free it afterwards."""
+    """Yield an ``LLM`` with these arguments, eager, with metrics and a small cache, and free it afterwards.
+
+    With self-speculation on vLLM's first model runner, by its scheduler: commands measure parts of its proposer.
+    """
     from vllm import LLM
+
+    if settings.get("speculative_config") is not None:
+        settings = {"scheduler_cls": SCHEDULER} | settings
 
     llm = LLM(**({"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "disable_log_stats": False} | settings))
     try:

@@ -91,15 +91,16 @@ def _keep(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def adapted_tokens(tensor: Tensor) -> Tensor | slice | None:
-    """Return the tokens of the forward in progress that the adapter applies to: all, int64 indices, or None of them.
+    """Return the tokens of the forward in progress that the adapter applies to; None if there are none.
 
-    This is the only place where that is decided.
+    This is the only place where that is decided. They are all tokens, or int64 indices, or a factor of 0 or 1 per
+    token, float ``[tokens, 1]``: a CUDA graph has no room for a choice of tokens.
 
     Args:
         tensor: what would be changed.
 
     Raises:
-        NLDError: a CUDA graph is being captured of a forward that drafts.
+        NLDError: a CUDA graph is being captured of a forward that drafts, which is not meant for a graph.
     """
     if not is_forward_context_available():  # prompts are embedded before their forward
         return None
@@ -109,7 +110,7 @@ def adapted_tokens(tensor: Tensor) -> Tensor | slice | None:
     blocks = next(iter(metadata.values()), None)
     if not isinstance(blocks, DraftMetadata) or blocks.adapted is None:
         return None
-    if is_being_captured(tensor):
+    if is_being_captured(tensor) and not blocks.in_graph:
         raise NLDError("a draft pass was about to be captured in a CUDA graph; its adapter would follow the capture")
     return blocks.adapted
 
@@ -119,15 +120,18 @@ def add_draft_adapter(hidden: Tensor, down: Tensor, up: list[Tensor], starts: li
     adapted = adapted_tokens(output)
     if adapted is None:
         return
-    low = hidden[adapted] @ down
+    chosen, factor = _chosen(adapted)
+    low = hidden[chosen] @ down
+    if factor is not None:
+        low.mul_(factor)
     rank = up[0].shape[0]
     for index, (own, start) in enumerate(zip(up, starts, strict=True)):
         part = low[:, index * rank : (index + 1) * rank]
         columns = output[:, start : start + own.shape[1]]
-        if isinstance(adapted, slice):
+        if isinstance(chosen, slice):
             columns.addmm_(part, own)
         else:
-            columns.index_add_(0, adapted, part @ own)
+            columns.index_add_(0, chosen, part @ own)
 
 
 def set_mask_row(ids: Tensor, row: Tensor, mask_token_id: int, embedded: Tensor) -> None:
@@ -135,8 +139,18 @@ def set_mask_row(ids: Tensor, row: Tensor, mask_token_id: int, embedded: Tensor)
     adapted = adapted_tokens(embedded)
     if adapted is None:
         return
-    masked = (ids[adapted] == mask_token_id).unsqueeze(1)  # as a condition: nothing waits for the device
-    embedded[adapted] = torch.where(masked, row, embedded[adapted])
+    chosen, factor = _chosen(adapted)
+    masked = (ids[chosen] == mask_token_id).unsqueeze(1)  # as a condition: nothing waits for the device
+    if factor is not None:
+        masked = masked & (factor > 0)
+    embedded[chosen] = torch.where(masked, row, embedded[chosen])
+
+
+def _chosen(adapted: Tensor | slice) -> tuple[Tensor | slice, Tensor | None]:
+    """Return the tokens to compute, and a factor for each of them, if they have one."""
+    if isinstance(adapted, slice) or not adapted.is_floating_point():
+        return adapted, None
+    return slice(None), adapted
 
 
 OPERATORS = {

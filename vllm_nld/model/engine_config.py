@@ -56,8 +56,10 @@ class NLDEngineConfig:
         if _is_self_speculation(vllm_config.speculative_config):
             check_speculation_can_be_right(vllm_config)
             _check_speculation(vllm_config)
-            workers.use_worker_subclass(vllm_config.parallel_config)
-            scheduling.use_scheduler_subclass(vllm_config.scheduler_config)
+            second = vllm_config.use_v2_model_runner
+            workers.use_worker_subclass(vllm_config.parallel_config, second)
+            if not second:  # there it is chosen when it is known whether it is asynchronous
+                scheduling.use_scheduler_subclass(vllm_config.scheduler_config)
             _check_budget(vllm_config)
             adapter_of(vllm_config)
         check_defaults(EngineTraits.of(vllm_config))

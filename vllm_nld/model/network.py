@@ -29,6 +29,7 @@ from vllm_nld.checkpoints.draft_lora import DraftLoRA, adapter_of
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.model.adapter_shares import shares_of
 from vllm_nld.model.draft_adapter import DraftAdapter, MaskRow, leave_adapter_out_of_graphs
+from vllm_nld.names import MODEL_STATE
 from vllm_nld.vllm_glue import cpu_repairs, layers
 
 
@@ -211,6 +212,14 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 layer.add_draft_adapter(lora, config)
         if lora.mask_row and get_pp_group().is_first_rank:
             self.model.mask_row = MaskRow(config.hidden_size, config.mask_token_id)
+
+    @classmethod
+    def get_model_state_cls(cls) -> type[Any]:
+        """Return what vLLM's second runner keeps beside the model."""
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        state: type[Any] = resolve_obj_by_qualname(MODEL_STATE)
+        return state
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits ``[tokens, vocab]`` with the mask token at minus infinity, or None off the gathering rank."""

@@ -31,11 +31,13 @@ class EngineTraits:
         defaults: the engine's own options.
         block_length: tokens of the longest block, seed included; None without ``--speculative-config``.
         learned_sampler: the folder of the checkpoint's learned sampler, if it has one.
+        second: whether self-speculation runs on vLLM's second model runner (``docs/runners.md``).
     """
 
     defaults: NLDOptions
     block_length: int | None
     learned_sampler: Path | None = None
+    second: bool = False
 
     @classmethod
     def of(cls, vllm_config: Any) -> EngineTraits:
@@ -51,6 +53,7 @@ class EngineTraits:
             NLDOptions.from_vllm_config(vllm_config),
             1 + speculative.num_speculative_tokens if own else None,
             folder if folder.is_dir() else None,
+            own and bool(getattr(vllm_config, "use_v2_model_runner", False)),
         )
 
 
@@ -125,6 +128,9 @@ def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
     options = NLDOptions.parse(engine.defaults.model_dump(exclude_unset=True) | own, where)
     _check_engine(options, engine, own, where)
     _check_relevance(options, own, where)
+    if engine.second:
+        _check_second_runner(options, own, where)
+        _check_second_diffusion(options, params, where)
     if options.mode == "diffusion":
         _check_diffusion(options, params, engine, where)
     return options
@@ -224,6 +230,38 @@ def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> No
             raise NLDError(
                 f"{where}.{key}={shown(own[key])} has no effect with sampler {options.sampler!r}; "
                 f"allowed with sampler: {', '.join(samplers)}"
+            )
+
+
+def _check_second_runner(options: NLDOptions, own: dict[str, Any], where: str) -> None:
+    """Refuse what self-speculation cannot do yet on vLLM's second model runner."""
+    for key, value, allowed in (
+        ("seed_first", None if options.seed_first else False, "True"),
+        ("draft_threshold", options.draft_threshold or None, "0"),
+        ("prompt_lookup", (own.get("prompt_lookup") or None), "0"),
+    ):
+        if value is not None:
+            raise NLDError(
+                f"{where}.{key}={shown(value)} on vLLM's second model runner; allowed: {allowed} (a server started "
+                "with VLLM_USE_V2_MODEL_RUNNER=0 allows it)"
+            )
+
+
+def _check_second_diffusion(options: NLDOptions, params: Any, where: str) -> None:
+    """Refuse what the denoising passes of vLLM's second model runner do not look at yet."""
+    plain: dict[str, Any] = {
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+    }
+    plain |= {"allowed_token_ids": None, "thinking_token_budget": None}
+    for name, off in plain.items() if options.mode == "diffusion" else ():
+        value = getattr(params, name, off)
+        if value != off:
+            raise NLDError(
+                f"{name}={shown(value)} with {where}.mode='diffusion' on vLLM's second model runner; allowed: {off} (a "
+                "server started with VLLM_USE_V2_MODEL_RUNNER=0 allows it)"
             )
 
 

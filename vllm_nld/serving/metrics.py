@@ -13,12 +13,13 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_nld.draft_sources import SOURCES
+from vllm_nld.serving.ledger import Tally
 
 INTERVAL_SECONDS = 0.5
 """Least seconds between two snapshots of a busy worker."""
@@ -147,8 +148,21 @@ def worker_samples(proposer: Any, causal_forwards: int) -> list[Sample]:
         proposer: the worker's :class:`vllm_nld.proposer.SelfSpeculation`.
         causal_forwards: causal passes so far.
     """
-    total = proposer.ledger.total
     draft_forwards = proposer.draft_pass.forwards if proposer.draft_pass is not None else 0
+    return tally_samples(proposer.ledger.total, causal_forwards, draft_forwards, proposer.auto.decisions)
+
+
+def tally_samples(
+    total: Tally, causal_forwards: int, draft_forwards: int, decisions: Mapping[tuple[str, int], int]
+) -> list[Sample]:
+    """Return the values of all metrics.
+
+    Args:
+        total: of all requests.
+        causal_forwards: causal passes so far.
+        draft_forwards: draft passes so far.
+        decisions: of auto mode, by mode and block length.
+    """
     samples = [
         Sample("vllm:nld_model_forwards", {"pass": "causal"}, causal_forwards),
         Sample("vllm:nld_model_forwards", {"pass": "draft"}, draft_forwards),
@@ -160,7 +174,7 @@ def worker_samples(proposer: Any, causal_forwards: int) -> list[Sample]:
     samples += _by_label("vllm:nld_accepted_tokens", "mode", total.accepted.items())
     samples += [
         Sample("vllm:nld_decisions", {"mode": mode, "block_length": str(length)}, count)
-        for (mode, length), count in sorted(proposer.auto.decisions.items())
+        for (mode, length), count in sorted(decisions.items())
     ]
     rates = [(mode, total.tokens_per_forward(mode)) for mode in total.tokens]
     samples += _by_label("vllm:nld_tokens_per_forward", "mode", [(m, r) for m, r in rates if r is not None])

@@ -70,3 +70,11 @@ def skip_in_next_step(scheduler: Any, request: Any) -> None:
     ``schedule()`` first adds 1 to ``current_step``, then skips requests whose eligible step is later.
     """
     request.next_decode_eligible_step = max(request.next_decode_eligible_step, scheduler.current_step + 2)
+
+
+def is_for_second_runner(scheduler_cls: Any) -> bool:
+    """Whether a scheduler, a class or its path, is this extension's for vLLM's second runner, or a subclass."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    chosen = resolve_obj_by_qualname(scheduler_cls) if isinstance(scheduler_cls, str) else scheduler_cls
+    return bool(getattr(chosen, "grants_places", False))

@@ -10,12 +10,21 @@ WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_nld.worker.NLDCPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "vllm_nld.worker.NLDGPUWorker",
 }
+SECOND_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_nld.worker.NLDSecondCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_nld.worker.NLDSecondGPUWorker",
+}
+"""For vLLM's second model runner."""
 
 
-def use_worker_subclass(parallel_config: Any) -> None:
+def use_worker_subclass(parallel_config: Any, second: bool = False) -> None:
     """Choose the worker subclass that attaches the proposer to the model runner, unless the user chose a worker.
 
     The platform sets ``worker_cls`` after this hook, so this asks for its choice.
+
+    Args:
+        parallel_config: vLLM's.
+        second: whether the engine uses vLLM's second model runner.
     """
     if parallel_config.worker_cls != "auto":
         return
@@ -27,7 +36,7 @@ def use_worker_subclass(parallel_config: Any) -> None:
         platform_worker = "vllm.v1.worker.gpu_worker.Worker"
     else:
         return
-    parallel_config.worker_cls = WORKERS[platform_worker]
+    parallel_config.worker_cls = (SECOND_WORKERS if second else WORKERS)[platform_worker]
 
 
 def ray_executor_runs_workers() -> bool:
@@ -69,3 +78,10 @@ def _is_empty(function: Callable[..., Any]) -> bool:
         isinstance(statement, idle) and isinstance(getattr(statement, "value", None), ast.Constant | None)
         for statement in definition.body
     )
+
+
+def is_for_second_runner(worker_cls: str) -> bool:
+    """Whether a worker, by its path, is a subclass of this extension's for vLLM's second runner."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    return any(base.__name__ == "IntroducesSpeculator" for base in resolve_obj_by_qualname(worker_cls).__mro__)

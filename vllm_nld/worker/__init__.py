@@ -6,7 +6,7 @@ on demand.
 
 
 def __getattr__(name: str) -> object:
-    """Resolve ``vllm_nld.worker.NLDCPUWorker`` and ``vllm_nld.worker.NLDGPUWorker``."""
+    """Resolve the workers of vLLM's first model runner, and those of its second."""
     if name == "NLDCPUWorker":
         from vllm_nld.worker.cpu import NLDCPUWorker
 
@@ -15,4 +15,12 @@ def __getattr__(name: str) -> object:
         from vllm_nld.worker.gpu import NLDGPUWorker
 
         return NLDGPUWorker
+    if name == "NLDSecondCPUWorker":
+        from vllm_nld.worker.second_cpu import NLDSecondCPUWorker
+
+        return NLDSecondCPUWorker
+    if name == "NLDSecondGPUWorker":
+        from vllm_nld.worker.second_gpu import NLDSecondGPUWorker
+
+        return NLDSecondGPUWorker
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,3 +24,6 @@ def run(check: Check) -> None:
         cycle = check.earlier(cycles, "cycle", requests=count)
         if cycle is not None:
             check.figure("cycle in AR steps", cycle * 1e-3 / step, requests=count)
+        second = check.earlier(cycles.replace("cycle", "second"), "cycle", requests=count)
+        if second is not None:
+            check.figure("cycle on the second runner in AR steps", second * 1e-3 / step, requests=count)

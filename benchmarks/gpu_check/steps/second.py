@@ -1,0 +1,69 @@
+"""Self-speculation on vLLM's second model runner: asynchronous, with the draft pass in a CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from gpu_check.check import Check
+from gpu_check.serving import core, runner, second
+from gpu_check.steps.forwards import CALLS, Profiled
+
+
+def run(check: Check) -> None:
+    """Time cycles, compare texts with AR's, and see what the host does during a cycle."""
+    from vllm_nld.cli.bench_cycle import time_decoding
+
+    llm, sizes = second(check), check.sizes
+    config = core(llm).vllm_config
+    check.figure("runner", type(runner(llm)).__module__)
+    check.figure("asynchronous", bool(config.scheduler_config.async_scheduling))
+    check.figure("graph mode", str(config.compilation_config.cudagraph_mode))
+    graphs = getattr(getattr(runner(llm), "speculator", None), "_graphs", {})
+    check.figure("captured draft passes", sum(len(own.graphs) for own in graphs.values()))
+    for count in sizes.requests if check.step.name == "second" else sizes.requests[:1]:
+        settings = (llm, count, sizes.prompt_tokens, sizes.steps, sizes.drafts)
+        cycle = statistics.median(time_decoding(*settings))
+        check.figure("cycle", cycle * 1e3, "ms", requests=count)
+        ar = statistics.median(time_decoding(*settings, extra_args={"nld": {"mode": "ar"}}))
+        check.figure("AR step of this engine", ar * 1e3, "ms", requests=count)
+        first = check.earlier(check.step.name.replace("second", "cycle"), "cycle", requests=count)
+        if first is not None:
+            check.figure("cycle in cycles of the first runner", cycle * 1e3 / first, requests=count)
+    _texts(check, llm)
+    _profile(check, llm)
+
+
+def _texts(check: Check, llm: Any) -> None:
+    """Count greedy texts that are AR's; in bfloat16 a near tie may fall to either token."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": [200 + (7 * row + i) % 200 for i in range(40 + row)]} for row in range(4)]
+    texts = []
+    for mode in ("ar", "self_speculation"):
+        params = SamplingParams(
+            temperature=0, max_tokens=check.sizes.new_tokens, ignore_eos=True, detokenize=False,
+            extra_args={"nld": {"mode": mode}},
+        )  # fmt: skip
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        texts.append([list(output.outputs[0].token_ids) for output in outputs])
+    same = sum(own == other for own, other in zip(*texts, strict=True))
+    check.figure("texts that agree with AR", f"{same} of {len(prompts)}")
+
+
+def _profile(check: Check, llm: Any) -> None:
+    """Count launches and waits per cycle; the device is not waited for, which would end what is asynchronous."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from vllm_nld.cli.bench_cycle import time_decoding
+
+    cycles = 20 if not check.dry else 3
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if check.device == "cuda" else [])]
+    watch = Profiled(lambda: profile(activities=activities), lambda: None)
+    count = len(time_decoding(llm, 1, check.sizes.prompt_tokens, cycles, check.sizes.drafts, watch))
+    check.synchronize()
+    calls, busy = watch.finish()
+    for name, beginnings in CALLS.items():
+        check.figure(name, sum(n for call, n in calls.items() if call.startswith(beginnings)) / count, "a cycle")
+    check.figure("device busy", busy / count * 1e3, "ms a cycle")
+    check.figure("idle share", 1 - busy / watch.seconds)

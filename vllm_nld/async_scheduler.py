@@ -1,0 +1,118 @@
+"""Schedulers for vLLM's second model runner, asynchronous and not: each request gets as many drafts as it asks for.
+
+There the scheduler plans a step before the tokens of the one before are known. So it does not get drafts, it grants
+places for them; how many follows from a request's options alone. It learns what became of them when the tokens come,
+one step later, and that is where they are counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from vllm_nld.scheduler import NLDScheduler, fair_shares
+from vllm_nld.serving.admission import request_options
+from vllm_nld.serving.ledger import Ledger, Tally
+from vllm_nld.vllm_glue import steps
+from vllm_nld.vllm_glue.padding import schedule_unpadded
+
+
+class NLDSecondScheduler(NLDScheduler):
+    """vLLM's scheduler, synchronous, with as many places for drafts as requests ask for.
+
+    Attributes:
+        ledger: what was done so far.
+        grants_places: tells other modules, which never import this class, that it is for the second runner.
+    """
+
+    grants_places = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ledger = Ledger()
+        self._modes: dict[str, tuple[str, int]] = {}
+
+    def _asked(self, request: Any) -> tuple[str, int]:
+        """Return a request's mode, and how many drafts it wants in a step."""
+        known = self._modes.get(request.request_id)
+        if known is None:
+            options = request_options(request.sampling_params, self._traits)
+            longest = options.block_length or self._traits.block_length or 1
+            known = options.mode, 0 if options.mode == "ar" else longest - 1
+            self._modes = {name: value for name, value in self._modes.items() if name in self.requests}
+            self._modes[request.request_id] = known
+        return known
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Schedule a step, as vLLM does; a request with one token to compute is not padded to a block."""
+        self._cut_to_shares()
+        output = schedule_unpadded(self, lambda: super(NLDScheduler, self).schedule(*args, **kwargs))
+        return steps.with_note(output, self.ledger.total)
+
+    def _cut_to_shares(self) -> None:
+        """Cut drafts to fair shares of the step's budget, which vLLM would give away in order of arrival."""
+        running = self.running
+        wanted = [
+            request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+            for request in running
+        ]
+        if self._has_place():
+            wanted.append(self.waiting.peek_request().num_tokens)
+        budget = int(self.max_num_scheduled_tokens)
+        if sum(wanted) <= budget:
+            return
+        for request, tokens, share in zip(running, wanted, fair_shares(wanted, budget), strict=False):
+            drafts = len(request.spec_token_ids)
+            request.spec_token_ids = request.spec_token_ids[: max(0, drafts - (tokens - share))]
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """Take drafts in, as vLLM does; the runner returns the same number of them for every request."""
+        for index, name in enumerate(draft_token_ids.req_ids):
+            request = self.requests.get(name)
+            if request is not None:
+                del draft_token_ids.draft_token_ids[index][self._asked(request)[1] :]
+        super().update_draft_token_ids(draft_token_ids)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Take a step's tokens in, as vLLM does, and count what became of the drafts."""
+        known = {name: self.requests.get(name) for name in scheduler_output.num_scheduled_tokens}
+        prompts = {name: request.num_prompt_tokens for name, request in known.items() if request is not None}
+        self._count(scheduler_output, model_runner_output, known, prompts)
+        return super(NLDScheduler, self).update_from_output(scheduler_output, model_runner_output)
+
+    def _count(self, planned: Any, result: Any, known: dict[str, Any], prompts: dict[str, int]) -> None:
+        """Book what a step did for its requests."""
+        sampled = result.sampled_token_ids
+        for name, request in known.items():
+            if request is None or not sampled:
+                continue
+            tokens = len(sampled[result.req_id_to_index[name]])
+            if tokens == 0:
+                continue
+            mode, _ = self._asked(request)
+            drafts = len(planned.scheduled_spec_decode_tokens.get(name, ()))
+            prefill = planned.num_scheduled_tokens[name] - drafts > 1 or request.num_output_tokens == 0
+            kind, own = ("verify", "self_speculation") if drafts else ("ar", "ar")
+            if mode == "diffusion":
+                kind, own = "prefill" if prefill else "commit", "diffusion"
+            elif prefill:
+                kind = "prefill"
+                own = "ar" if mode == "ar" else "self_speculation"
+            elif mode != "ar" and not drafts:
+                own = "self_speculation"
+            self.ledger.causal(Tally(), kind, own, tokens, tokens - 1)
+            if mode not in ("ar", "diffusion"):
+                self.ledger.drafted(Tally(), 1)
+
+
+class NLDAsyncScheduler(NLDSecondScheduler, AsyncScheduler):  # type: ignore[misc]
+    """The same, asynchronous."""
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        """Grant places for the drafts that the step's requests are going to have, as vLLM does for all alike."""
+        super()._update_after_schedule(scheduler_output)
+        for name in scheduler_output.num_scheduled_tokens:
+            request = self.requests[name]
+            if not request.is_prefill_chunk:
+                request.spec_token_ids = [-1] * self._asked(request)[1]

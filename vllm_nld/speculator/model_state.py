@@ -1,0 +1,47 @@
+"""How the speculator learns of model, cache, samplers and requests: by vLLM's own hook, the model's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_nld.speculator.speculator import Speculator
+from vllm_nld.speculator.verify import NLDRejectionSampler, verify
+from vllm_nld.vllm_glue import second_runner
+
+
+def make_speculator(vllm_config: Any, device: Any) -> Speculator:
+    """Return an engine's speculator; vLLM makes it before the model."""
+    speculator = Speculator(vllm_config, device)
+    vllm_config.nld_speculator = speculator
+    return speculator
+
+
+def install() -> None:
+    """Have vLLM's second runner draft and verify by this extension; idempotent."""
+    second_runner.install_speculator(make_speculator)
+    second_runner.install_verification(verify)
+
+
+class NLDModelState(DefaultModelState):  # type: ignore[misc]
+    """vLLM's state of a dense model, which tells the speculator what it needs to know."""
+
+    def __init__(self, vllm_config: Any, model: Any, *others: Any) -> None:
+        super().__init__(vllm_config, model, *others)
+        self._speculator: Speculator | None = getattr(vllm_config, "nld_speculator", None)
+        if self._speculator is not None:
+            self._speculator.load_model(model)
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """Take in a request."""
+        super().add_request(req_index, new_req_data)
+        if self._speculator is not None:
+            self._speculator.add_request(req_index, new_req_data)
+
+    def custom_sampler(self, sampler: Any) -> Any:
+        """Return vLLM's sampler and this extension's rejection sampler."""
+        if self._speculator is None:
+            return None
+        verifier = NLDRejectionSampler(sampler, self.vllm_config.speculative_config, self.device, self._speculator)
+        return sampler, verifier

@@ -1,0 +1,124 @@
+"""What requests ask for, by their index in vLLM's tables: on the host for planning, on the device for kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vllm_nld.options import NLDOptions
+from vllm_nld.serving.admission import EngineTraits, request_options
+from vllm_nld.speculator.kernels import COMMIT, EXACT, REJECTION
+
+Numbers = np.ndarray[Any, np.dtype[Any]]
+
+
+class RequestTable:
+    """One entry per request that the runner knows; vLLM gives indices to new requests again.
+
+    Attributes:
+        lengths: int32, tokens of the next block, seed included; 1: nothing is drafted.
+        kinds: int32, how drafts are verified (:mod:`vllm_nld.speculator.kernels`).
+        adapters: int32, whether drafts run with the draft adapter.
+        drawn: bool, on the host only: whether drafts are drawn, by the request's temperature.
+        offered: bool, on the host only: whether the device may still count drafts of the last step as valid.
+
+    Args:
+        requests: how many there can be.
+        traits: what the engine offers.
+        rejects: whether drafts of unseeded requests may be verified by rejection sampling.
+    """
+
+    def __init__(self, requests: int, traits: EngineTraits, rejects: bool) -> None:
+        import torch
+        from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+
+        self._traits, self._rejects = traits, rejects
+        self._tables = [UvaBackedTensor(requests, dtype=torch.int32) for _ in range(3)]
+        self.drawn: Numbers = np.zeros(requests, dtype=bool)
+        self.offered: Numbers = np.zeros(requests, dtype=bool)
+        self._changed = False
+        self._lengths.np.fill(1)
+        self._kinds.np.fill(EXACT)
+        self.upload()
+
+    @property
+    def _lengths(self) -> Any:
+        return self._tables[0]
+
+    @property
+    def _kinds(self) -> Any:
+        return self._tables[1]
+
+    def add(self, index: int, params: Any) -> None:
+        """Note what a request asks for; a preempted one comes again. vLLM's warm-up adds requests, too."""
+        options = self.options(params)
+        longest = self._traits.block_length or 1
+        self._lengths.np[index] = 1 if options.mode == "ar" else options.block_length or longest
+        self._kinds.np[index] = self._kind(options, params)
+        self._tables[2].np[index] = options.draft_adapter
+        self.drawn[index] = params.temperature > 0 and options.sampled_drafts
+        self._changed = True
+
+    def options(self, params: Any) -> NLDOptions:
+        """Return what a request asks of this extension."""
+        return request_options(params, self._traits)
+
+    def _kind(self, options: Any, params: Any) -> int:
+        """Return how a request's drafts are verified.
+
+        A draft may be anything where it has to be the token that the verifier draws by itself, with the noise of seed
+        and position. That is how seeds are kept, and it also serves drafts that were not drawn. Under a grammar some
+        drafts are never judged, which ones depends on what they are; rejection sampling would be biased by it.
+        """
+        if options.mode == "diffusion":
+            return COMMIT
+        if params.temperature == 0 or params.seed is not None or params.structured_outputs is not None:
+            return EXACT
+        return REJECTION if self._rejects and options.sampled_drafts else EXACT
+
+    def denoises(self, indices: Numbers) -> Numbers:
+        """Return bool per request: whether it decodes by diffusion."""
+        mask: Numbers = self._kinds.np[indices] == COMMIT
+        return mask
+
+    def set_lengths(self, lengths: dict[int, int]) -> None:
+        """Change requests' block lengths, by their index."""
+        for index, length in lengths.items():
+            self._lengths.np[index] = length
+            self._changed = True
+
+    def upload(self) -> None:
+        """Bring changes to the device, without waiting for it."""
+        for table in self._tables:
+            table.copy_to_uva()
+        self._changed = False
+
+    def upload_changes(self) -> None:
+        """Do so if there are any."""
+        if self._changed:
+            self.upload()
+
+    def drafts(self, indices: Numbers) -> Numbers:
+        """Return bool per request: whether it drafts, by self-speculation."""
+        mask: Numbers = (self._lengths.np[indices] > 1) & (self._kinds.np[indices] != COMMIT)
+        return mask
+
+    def lengths(self, indices: Numbers) -> tuple[int, bool]:
+        """Return the tokens of the longest block among requests, of which there must be one, and whether all are so."""
+        lengths = self._lengths.np[indices]
+        return int(lengths.max()), bool((lengths == lengths[0]).all())
+
+    def rejections(self, indices: Numbers) -> bool:
+        """Whether the drafts of one of these requests are verified by rejection sampling."""
+        return bool((self._kinds.np[indices] == REJECTION).any())
+
+    def exactly(self, indices: Numbers) -> bool:
+        """Whether those of one of them are not."""
+        return bool((self._kinds.np[indices] != REJECTION).any())
+
+    @property
+    def on_device(self) -> tuple[Any, Any, Any]:
+        """Lengths, kinds and adapters, int32 ``[requests]`` each; other tensors after each upload."""
+        lengths, kinds, adapters = (table.gpu for table in self._tables)
+        return lengths, kinds, adapters

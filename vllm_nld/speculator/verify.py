@@ -1,0 +1,85 @@
+"""How drafts are verified on vLLM's second runner.
+
+The verifier's own token of a position is what AR would decide there: the best one, or, for a request with a
+temperature, the one that vLLM draws by the noise of the request's seed and the position. A draft that is this token is
+accepted, and whatever the drafts are, the text is AR's, token for token, with this seed. Drafts drawn with the same
+noise are often that token. Where the distribution that drafts were drawn from is kept, and no seed was asked for,
+vLLM's rejection sampler accepts more of them: it promises AR's distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_nld.speculator import kernels
+from vllm_nld.speculator.speculator import Speculator
+from vllm_nld.vllm_glue import second_runner
+
+_in_charge: list[NLDRejectionSampler] = []
+"""The sampler whose step is being verified: vLLM's function is not told."""
+
+
+class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
+    """vLLM's, which verifies by :func:`verify` what must be verified exactly."""
+
+    def __init__(self, sampler: Any, speculative_config: Any, device: torch.device, speculator: Speculator) -> None:
+        super().__init__(sampler, speculative_config, device)
+        self.speculator = speculator
+        self._indices: Any = None
+
+    def __call__(self, logits: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Verify a step's drafts, as vLLM does."""
+        self._indices = input_batch.idx_mapping_np
+        _in_charge.append(self)
+        try:
+            return super().__call__(logits, input_batch, *args, **kwargs)
+        finally:
+            _in_charge.pop()
+
+    def verify(
+        self, original: Callable[[dict[str, Any]], tuple[Tensor, Tensor]], given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return each row's tokens, int64 ``[rows, steps + 1]``, and how many there are, int32 ``[rows]``.
+
+        Args:
+            original: vLLM's rejection sampler.
+            given: its arguments by name.
+        """
+        table, valid = self.speculator.table, self.speculator.buffers.valid
+        rows = len(given["cu_num_logits"]) - 1
+        rejections = table.rejections(self._indices)
+        if rejections:
+            # Behind a request's drafts there is filling.
+            behind = given["expanded_local_pos"] > valid[given["expanded_idx_mapping"]]
+            drafts = given["draft_sampled"].masked_fill(behind, -1)
+            sampled, counts = original(given | {"draft_sampled": drafts})
+            if not table.exactly(self._indices):
+                return sampled, counts
+        else:
+            sampled = given["draft_sampled"].new_empty(rows, given["num_speculative_steps"] + 1, dtype=torch.int64)
+            counts = given["cu_num_logits"].new_empty(rows)
+        targets = second_runner.draw(
+            given["target_logits"],
+            given["expanded_idx_mapping"],
+            given["temperature"],
+            given["seed"],
+            given["pos"],
+            tempered=True,
+            fp64=self.sampler.use_fp64_gumbel,
+        )
+        handed = self.speculator.last_drafts
+        kernels.accept_kernel[(rows,)](
+            sampled, sampled.stride(0), counts, given["draft_sampled"], targets, given["cu_num_logits"],
+            given["idx_mapping"], table.on_device[1], valid, handed, handed.stride(0), EVERY=not rejections,
+        )  # fmt: skip
+        return sampled, counts
+
+
+def verify(original: Callable[[dict[str, Any]], Any], given: dict[str, Any], _: dict[str, Any]) -> Any:
+    """Verify a step of self-speculation; None for any other."""
+    return _in_charge[-1].verify(original, given) if _in_charge else None

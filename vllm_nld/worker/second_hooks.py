@@ -1,0 +1,84 @@
+"""What both platforms' workers do besides vLLM's own work, with vLLM's second model runner."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from vllm_nld.errors import NLDError
+from vllm_nld.serving.ledger import Tally
+from vllm_nld.serving.metrics import Publisher, snapshot_path, tally_samples
+from vllm_nld.vllm_glue.steps import note_on
+
+
+class IntroducesSpeculator:
+    """Mix-in: have the runner use this extension's speculator, and answer for its counts.
+
+    What tokens a step yielded is known to the scheduler, on the host anyway; its counts come with the next step.
+    """
+
+    vllm_config: Any
+    model_runner: Any
+    rank: int
+    use_v2_model_runner: bool
+    _publisher: Publisher | None = None
+
+    def init_device(self) -> None:
+        """Initialise the device and the runner, as vLLM does, with a speculator of this extension."""
+        if not self.use_v2_model_runner:
+            raise NLDError(
+                f"worker_cls={type(self).__name__} is for vLLM's second model runner, which this engine does not use; "
+                "leave worker_cls out"
+            )
+        from vllm_nld.speculator.model_state import install
+
+        install()
+        self._target_forwards, self._tally = 0, Tally()
+        super().init_device()  # type: ignore[misc]
+        self.model_runner.speculator.attach(self.model_runner)
+        if self.rank == 0:
+            self._publisher = Publisher(snapshot_path(self.vllm_config))
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the KV cache, as vLLM does, and find out its layout."""
+        result = super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
+        self.model_runner.speculator.find_layout()
+        return result
+
+    def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Warm up, as vLLM does, the draft pass first."""
+        self.model_runner.speculator.warm_up()
+        return super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Run a causal step, as vLLM does, count it, and publish the counts."""
+        busy = scheduler_output.total_num_scheduled_tokens > 0
+        self._target_forwards += busy
+        note = note_on(scheduler_output)
+        if isinstance(note, Tally):
+            self._tally = note
+        if self._publisher is not None:
+            self._publisher.publish(self._samples, now=not busy)
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def _samples(self) -> Any:
+        return tally_samples(self._whole(), self._target_forwards, self.model_runner.speculator.all_forwards, {})
+
+    def _whole(self) -> Tally:
+        """Return the scheduler's counts and, of denoising, the speculator's."""
+        whole = copy.deepcopy(self._tally)
+        for name, counts in self.model_runner.speculator.denoised.as_dict().items():
+            getattr(whole, name).update(counts)
+        return whole
+
+    def nld_counters(self) -> dict[str, int]:
+        """Return counts since start-up; the same as on the first runner, of the steps before the last."""
+        return {
+            "target_forwards": self._target_forwards,
+            "draft_forwards": self.model_runner.speculator.all_forwards,
+            "cycles": self._tally.blocks["self_speculation"],
+        }
+
+    def nld_tally(self) -> dict[str, dict[str, int]]:
+        """Return the ledger since start-up, of the steps before the last; the same as on the first runner."""
+        return {**self._whole().as_dict(), "decisions": {}}
