@@ -9,7 +9,7 @@ from tests.support.engines import counters, generate, metric, random_prompts
 from tests.support.models import random_model, save, small_config
 from tests.support.second_runner import second_engine, watch_drafts
 from tests.v2.test_exact_text import reference_drafts
-from vllm_nld.checkpoints.draft_lora import FOLDER
+from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
 from vllm_nld.reference import ar_generate
 
 
@@ -17,7 +17,7 @@ def test_drafts_run_with_it_and_texts_do_not(tmp_path: Path) -> None:
     config = small_config()
     model = random_model(config, 1)
     folder = save(model, tmp_path / "model")
-    adapter = random_adapter(config, seed=2)
+    adapter = random_adapter(config, seed=2, targets=TARGETS, mask_row=True)
     adapter.write(folder / FOLDER, "somewhere")
     prompts = random_prompts([19, 8, 8], 24, seed=12)
     each = [{}, {"draft_adapter": False}, {"mode": "ar"}]
