@@ -4,7 +4,8 @@
     python benchmarks/host_time.py --against ../other     # another checkout in turns with this one, and ratios
 
 ``proposer`` is what ``SelfSpeculation.propose`` takes without the draft pass, ``draft pass`` what that takes besides
-the model's forwards. Everything else in a step belongs to vLLM or to the model. Pin it to one core.
+the model's forwards. Everything else in a step belongs to vLLM or to the model. Times are CPU times of the thread, so
+that other processes matter little. A step of diffusion runs one forward or several: its mean says more than its median.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from time import thread_time
+from types import SimpleNamespace
+from unittest import mock
 
 MODES = ("ar", "self_speculation", "diffusion", "auto")
 PARTS = ("proposer", "draft pass")
@@ -25,9 +29,9 @@ HERE = Path(__file__).resolve()
 def measure(requests: int, steps: int, modes: list[str]) -> dict[str, dict[str, float]]:
     """Return microseconds by mode and part: medians over the steps of one engine, all requests decoding."""
     from vllm_nld.checkpoints import checkpoint_path
+    from vllm_nld.cli import stopwatch
     from vllm_nld.cli.bench_cycle import time_decoding
     from vllm_nld.cli.engine import PROPOSER, engine_with, prepare_environment
-    from vllm_nld.cli.stopwatch import Stopwatch
 
     prepare_environment()
     drafts, found = 15, {}
@@ -43,18 +47,20 @@ def measure(requests: int, steps: int, modes: list[str]) -> dict[str, dict[str, 
         for mode in modes:
             asked = {"extra_args": {"nld": {"mode": mode}}}
             time_decoding(llm, requests, 30, 5, drafts, **asked)
-            with Stopwatch(llm) as watch:
+            clock = mock.patch.object(stopwatch, "time", SimpleNamespace(perf_counter=thread_time))
+            with clock, stopwatch.Stopwatch(llm) as watch:
                 time_decoding(llm, requests, 30, steps, drafts, watch, **asked)
             parts = {part: [step.get(part, 0.0) * 1e6 for step in watch.steps] for part in PARTS}
             both = [sum(step) for step in zip(*parts.values(), strict=True)]
             found[mode] = {part: statistics.median(times) for part, times in (parts | {"both": both}).items()}
+            found[mode]["mean"] = statistics.mean(both)
     return found
 
 
 def elsewhere(checkout: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Measure the package of a checkout in a process of its own."""
     command = [sys.executable, str(HERE), "--json", "--requests", str(options.requests), "--steps", str(options.steps)]
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--modes", *options.modes],
         env=environment,
@@ -75,7 +81,7 @@ def compare(options: argparse.Namespace) -> None:
     turns = [(elsewhere(other, options), elsewhere(this, options)) for _ in range(options.turns)]
     print(f"{'mode':18} {'part':12} {'other us':>9} {'this us':>9} {'ratio':>6}  by turn")
     for mode in options.modes:
-        for part in (*PARTS, "both"):
+        for part in (*PARTS, "both", "mean"):
             before, after = ([turn[side][mode][part] for turn in turns] for side in (0, 1))
             ratios = " ".join(f"{b / a:.2f}" if a else "-" for a, b in zip(before, after, strict=True))
             old, new = statistics.median(before), statistics.median(after)
