@@ -8,6 +8,7 @@ runs without a GPU. ``benchmarks/host_time.py`` measures the first runner's prop
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections import Counter
@@ -115,7 +116,8 @@ def measure(requests: int, graphs: bool) -> tuple[float, Counter[str]]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Read the command line and print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for requests in (1, 32):
         for graphs in (False, True):
             microseconds, launched = measure(requests, graphs)

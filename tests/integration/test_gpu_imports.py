@@ -46,7 +46,7 @@ before = {path: find(path) for path in patched}
 plugin.register()
 pkgutil.resolve_name(*gpu_worker)
 for module in pkgutil.walk_packages(vllm_nld.__path__, "vllm_nld."):
-    if module.name.endswith(("__main__", ".worker.cpu")):
+    if module.name.endswith(("__main__", ".worker.cpu", ".worker.second_cpu")):
         continue
     try:
         importlib.import_module(module.name)

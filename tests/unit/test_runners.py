@@ -84,6 +84,18 @@ def test_what_is_missing_there_takes_the_first(
     assert said and reason in said[-1] and said[-1].startswith("Model runner: V1 (not on V2 yet: ")
 
 
+def test_an_engine_process_names_the_same_reason(folder: Path, like_cuda: None) -> None:
+    """It fills the configuration in again, with our worker and scheduler in it."""
+    found = config(folder, enable_lora=True)
+    assert found.scheduler_config.scheduler_cls == SCHEDULER
+    assert runners.why_first(found) == ["--enable-lora with self-speculation"]
+
+
+def test_without_triton_nothing_else_is_a_reason(folder: Path) -> None:
+    found = config(folder, enable_lora=True)
+    assert second_runner.describe(found, runners.why_first(found)).startswith("V1 (V2 wants Triton")
+
+
 def test_the_environment_has_the_last_word(folder: Path, like_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     assert second_runner.describe(config(folder), []).startswith("V1 (VLLM_USE_V2_MODEL_RUNNER=0)")

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_nld.names import ASYNC_SCHEDULER, PROPOSER_PATHS, SECOND_SCHEDULER
+from vllm_nld.names import ASYNC_SCHEDULER, PROPOSER_PATHS, SCHEDULER, SECOND_SCHEDULER
 from vllm_nld.options import NLDOptions
 from vllm_nld.vllm_glue import scheduling, second_runner, workers
 
@@ -32,6 +32,9 @@ def speculates(vllm_config: Any) -> bool:
 def why_first(vllm_config: Any) -> list[str]:
     """Return what an engine asks for that self-speculation lacks on vLLM's second runner.
 
+    An engine's processes ask again, with the first runner's worker and scheduler filled in. These are no reasons of
+    their own, so they are named only where there is no other: then the user gave them.
+
     Raises:
         NLDError: the engine's options are unsuitable.
     """
@@ -43,11 +46,12 @@ def why_first(vllm_config: Any) -> list[str]:
         reasons.append(f"draft_threshold={defaults.draft_threshold}")
     if not defaults.seed_first:
         reasons.append("seed_first=False")
-    worker = vllm_config.parallel_config.worker_cls
-    if worker not in ("auto", *workers.SECOND_WORKERS.values()) and not workers.is_for_second_runner(worker):
+    filled_in = (*workers.WORKERS.values(), SCHEDULER) if reasons else ()
+    worker, scheduler = vllm_config.parallel_config.worker_cls, vllm_config.scheduler_config.scheduler_cls
+    known = ("auto", *workers.SECOND_WORKERS.values(), *filled_in)
+    if worker not in known and not workers.is_for_second_runner(worker):
         reasons.append(f"worker_cls={worker!r}")
-    scheduler = vllm_config.scheduler_config.scheduler_cls
-    if scheduler is not None and not scheduling.is_for_second_runner(scheduler):
+    if scheduler not in (None, *filled_in) and not scheduling.is_for_second_runner(scheduler):
         reasons.append(f"scheduler_cls={scheduler!r}")
     return [f"{reason} with self-speculation" for reason in reasons]
 

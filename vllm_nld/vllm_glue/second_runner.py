@@ -58,8 +58,8 @@ def allow_asynchronous_scheduling(
 ) -> None:
     """Let self-speculation on the second runner be scheduled asynchronously, unless the user said no; idempotent.
 
-    Until 0.33 vLLM allows that for speculative methods that it lists by name, in the middle of
-    ``VllmConfig.__post_init__``. So the question is kept from it, and answered behind it. ``settle`` is called then,
+    Up to 0.32 vLLM allows that for speculative methods that it lists by name, in the middle of
+    ``VllmConfig.__post_init__``. So the question is kept from it, and answered afterwards. ``settle`` is called then,
     with what ``why_first`` said of the user's own choices.
     """
     from vllm.config import VllmConfig
@@ -112,10 +112,10 @@ def describe(vllm_config: Any, reasons: list[str]) -> str:
         return f"V2 ({why}), {way} scheduling"
     if asked is False:
         why = "VLLM_USE_V2_MODEL_RUNNER=0"
-    elif reasons:
-        why = f"not on V2 yet: {', '.join(reasons)}"
     elif not has_triton():
         why = "V2 wants Triton, which has no driver here"
+    elif reasons:
+        why = f"not on V2 yet: {', '.join(reasons)}"
     else:
         why = "vLLM's choice"
     return f"V1 ({why}), synchronous scheduling"
