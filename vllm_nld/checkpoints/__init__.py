@@ -19,6 +19,15 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-nld"
 
 
+def named_or_path(model: str) -> Path:
+    """Return the folder that a command's MODEL means: a known name's, or the path itself.
+
+    Raises:
+        NLDError: a known name's checkpoint is not there.
+    """
+    return checkpoint_path(model) if model in (*EMBEDDED, *FETCHED) else Path(model)
+
+
 def checkpoint_path(name: str) -> Path:
     """Return the folder of an embedded or fetched checkpoint.
 
@@ -30,7 +39,7 @@ def checkpoint_path(name: str) -> Path:
             raise NLDError(f"checkpoint {name!r} is not in {cache_folder()} yet; fetch it: vllm-nld get {name}")
         return cache_folder() / name
     if name not in EMBEDDED:
-        raise NLDError(f"checkpoint {name!r} is not embedded; available: {', '.join(sorted(EMBEDDED))}")
+        raise NLDError(f"checkpoint {name!r} is not embedded; available: {', '.join(sorted((*EMBEDDED, *FETCHED)))}")
     folder = EMBEDDED[name]
     if not (folder / "model.safetensors").is_file():
         raise NLDError(f"checkpoint {name!r}: {folder} holds no model.safetensors; reinstall vllm-nld")

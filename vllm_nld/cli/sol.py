@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints import named_or_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli.limits import check_device, check_writable
 from vllm_nld.cli.plot import file_pyplot
@@ -41,9 +41,9 @@ def run(
     Raises:
         NLDError: a file is missing or empty, or the checkpoint cannot be read.
     """
-    folder = checkpoint_path(model) if model == "tiny" else Path(model)
+    folder = named_or_path(model)
     if not (folder / "config.json").is_file():
-        raise NLDError(f"MODEL={model}: no config.json there; allowed: a checkpoint folder, or tiny")
+        raise NLDError(f"MODEL={model}: no config.json there; allowed: a checkpoint folder, tiny or smollm2")
     check_device(device)
     if plot is not None:
         check_writable("--plot", plot)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints import named_or_path
 from vllm_nld.cli.limits import check_device, within
 from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError
@@ -42,10 +42,10 @@ def run(
     check_device(device)
     if schedule.minutes is not None:
         within("--minutes", schedule.minutes, 0, 10**6, "a number")
-    folder = checkpoint_path(model) if model == "tiny" else Path(model)
+    folder = named_or_path(model)
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise NLDError(f"MODEL={model}: no {name} there; allowed: a checkpoint folder, or tiny")
+            raise NLDError(f"MODEL={model}: no {name} there; allowed: a checkpoint folder, tiny or smollm2")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     corpus: Corpus
     if holds_conversations(data):

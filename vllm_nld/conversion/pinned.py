@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -106,13 +105,14 @@ def get(name: str, folder: Path | None, wheel: Path | None, progress: Progress =
 
 def download(pinned: Pinned, folder: Path) -> Path:
     """Return the wheel, fetched by pip, which checks its hash, too."""
-    if importlib.util.find_spec("pip") is None:
-        raise NLDError(f"no pip in this environment to fetch {pinned.requirement}; give --wheel, or install pip")
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{pinned.requirement} --hash=sha256:{pinned.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--require-hashes", "-r", str(wanted), "-d", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Not by looking for its module: setuptools' import hook takes that for the start of pip, and fails later.
+    if "No module named pip" in done.stderr:
+        raise NLDError(f"no pip in this environment to fetch {pinned.requirement}; give --wheel, or install pip")
     if done.returncode:
         raise NLDError(f"pip cannot fetch {pinned.requirement}: {' '.join(done.stderr.split())[-300:]}")
     return next(folder.glob("*.whl"))
