@@ -11,8 +11,11 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-ALONE = ("server", "ray", "gpu", "v2")
+ALONE = ("server", "ray", "gpu")
 """Tiers whose tests keep several processes busy at once, or measure: they need all cores (``scripts/test.sh``)."""
+
+FIRST = "v2"
+"""A tier of one long test, which is begun first so that the other process does not wait for it at the end."""
 
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
 # the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
@@ -41,6 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(getattr(pytest.mark, tier))
         if tier in ALONE:
             item.add_marker(pytest.mark.alone)
+    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / FIRST))
 
 
 _unfreeze = gc.unfreeze  # tests.support.engines takes it away from vLLM
