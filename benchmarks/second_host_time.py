@@ -49,7 +49,7 @@ class Stub:
 
 
 def stubbed(requests: int, graphs: bool, counts: Counter[str]) -> Any:
-    """Return a speculator with nothing behind it."""
+    """Return a speculator whose kernels and model do nothing."""
     from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
     from vllm.v1.worker.gpu import buffer_utils
 

@@ -1,7 +1,7 @@
 """Schedulers for vLLM's second model runner, asynchronous and not: each request gets as many drafts as it asks for.
 
 There the scheduler plans a step before the tokens of the one before are known. So it does not get drafts, it grants
-places for them; how many follows from a request's options alone. It learns what became of them when the tokens come,
+places for them; how many follows from a request's options only. It learns what became of them when the tokens come,
 one step later, and that is where they are counted.
 """
 
@@ -67,7 +67,7 @@ class NLDSecondScheduler(NLDScheduler):
             request.spec_token_ids = request.spec_token_ids[: max(0, drafts - (tokens - share))]
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """Take drafts in, as vLLM does; the runner returns the same number of them for every request."""
+        """Take drafts in, as vLLM does; the runner returns equally many for every request."""
         for index, name in enumerate(draft_token_ids.req_ids):
             request = self.requests.get(name)
             if request is not None:
@@ -76,15 +76,14 @@ class NLDSecondScheduler(NLDScheduler):
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take a step's tokens in, as vLLM does, and count what became of the drafts."""
-        known = {name: self.requests.get(name) for name in scheduler_output.num_scheduled_tokens}
-        prompts = {name: request.num_prompt_tokens for name, request in known.items() if request is not None}
-        self._count(scheduler_output, model_runner_output, known, prompts)
+        self._count(scheduler_output, model_runner_output)
         return super(NLDScheduler, self).update_from_output(scheduler_output, model_runner_output)
 
-    def _count(self, planned: Any, result: Any, known: dict[str, Any], prompts: dict[str, int]) -> None:
-        """Book what a step did for its requests."""
+    def _count(self, planned: Any, result: Any) -> None:
+        """Count what a step did for its requests."""
         sampled = result.sampled_token_ids
-        for name, request in known.items():
+        for name in planned.num_scheduled_tokens:
+            request = self.requests.get(name)
             if request is None or not sampled:
                 continue
             tokens = len(sampled[result.req_id_to_index[name]])
@@ -107,7 +106,7 @@ class NLDSecondScheduler(NLDScheduler):
 
 
 class NLDAsyncScheduler(NLDSecondScheduler, AsyncScheduler):  # type: ignore[misc]
-    """The same, asynchronous."""
+    """:class:`NLDSecondScheduler` for asynchronous scheduling."""
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         """Grant places for the drafts that the step's requests are going to have, as vLLM does for all alike."""

@@ -14,7 +14,7 @@ _ROPE_FACTORS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-"""Allowed ``rope_type`` -> the positive numbers it needs beside ``rope_theta``."""
+"""Allowed ``rope_type`` -> the positive numbers it needs in addition to ``rope_theta``."""
 _POSITIVE_SIZES = (
     "vocab_size",
     "hidden_size",

@@ -34,7 +34,7 @@ class TestChoice:
             assert "or not model_config.is_moe" in text
 
     def test_asynchronous_scheduling_is_decided_while_a_config_is_filled_in(self, vllm: VllmSource) -> None:
-        """``second_runner.allow_asynchronous_scheduling`` answers behind it: nothing there depends on the answer."""
+        """``second_runner.allow_asynchronous_scheduling`` answers after it: nothing in it depends on the answer."""
         tree = ast.parse(vllm.text(CONFIG, "VllmConfig.__post_init__"))
         tests = [ast.unparse(node.test) for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp)]
         switch = "self.scheduler_config.async_scheduling"
@@ -71,7 +71,7 @@ class TestSpeculator:
         assert {"dummy_run", "skip_attn_for_dummy_run", "is_profile"} <= set(parameters)
 
     def test_it_is_asked_for_nothing_else(self, vllm: VllmSource) -> None:
-        """The runner's uses of ``self.speculator``; those of a draft model's speculator are behind a type check."""
+        """The runner's uses of ``self.speculator``; those of a draft model's speculator follow a type check."""
         known = {
             "propose", "capture", "init_cudagraph_manager", "draft_logits", "supports_mm_inputs", "pcp_manager",
             "model", "num_query_per_req", "num_extra_query_per_req", "prepare_watermarking",

@@ -224,7 +224,7 @@ def quantized(folder: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=needs_float32_int8), "bfloat16"])
 def test_adapter_works_with_quantized_weights(dtype: str, folder: Path, tmp_path: Path) -> None:
-    """In bfloat16, where near-ties may be decided either way, every token of the text is AR's best or nearly so."""
+    """In bfloat16 near-ties may be decided either way, so every token must be the best one of AR, or nearly so."""
     with engine(quantized(folder, tmp_path / "int8"), spec=True, dtype=dtype) as llm:
         with_adapter, without = (drafts_of(llm, PROMPTS[:2], {"draft_adapter": on}) for on in (True, False))
         (text,), (plain,) = (complete(llm, PROMPTS[:1], [{"mode": mode}]) for mode in ("self_speculation", "ar"))

@@ -213,12 +213,19 @@ def test_loss_equals_that_of_single_cycles(own: bool) -> None:
     if own:
         ids = continue_greedily(model, ids[:, :8], 22)
     starts = torch.stack([torch.randperm(22, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]) + 1
-    expected, accepted, everything = 0.0, 0, [token for token in range(24) if token != model.config.mask_token_id]
+    expected, matched, accepted, everything = (
+        0.0,
+        0.0,
+        0,
+        [token for token in range(24) if token != model.config.mask_token_id],
+    )
     for row, places in zip(ids.tolist(), starts.tolist(), strict=True):
         for start in places:
             counted = counted_by_hand(model, adapter, row, start)
             for wanted, found in counted:
-                loss = 0.5 * by_hand(wanted, found, everything, 3.0, 0.5)
+                matching_loss = by_hand(wanted, found, everything, 3.0, 0.5)
+                matched += matching_loss / len(counted)
+                loss = 0.5 * matching_loss
                 loss -= 2.0 * float(found.log_softmax(-1)[wanted.argmax()])
                 expected += loss / len(counted)
                 accepted += int(wanted.argmax()) == int(found.argmax())
@@ -226,6 +233,8 @@ def test_loss_equals_that_of_single_cycles(own: bool) -> None:
     drafts = Drafts.over(model, adapter, target, starts, BLOCK)
     losses = Objective(kl_weight=0.5, ce_weight=2.0)
     assert float(losses.loss_sum(model, target, drafts)) == pytest.approx(expected, rel=1e-4)
+    only_matching = Objective(ce_weight=0.0).loss_sum(model, target, drafts)
+    assert float(only_matching) == pytest.approx(matched, rel=1e-4), "small next to the cross-entropy"
     alone = torch.zeros(starts.shape)
     alone[1, 4] = 1.0
     one = Drafts.over(model, adapter, Target.of(model, ids[1:2]), starts[1:2, 4:5], BLOCK)
@@ -311,7 +320,8 @@ def test_next_cycles_begin_where_cycles_end() -> None:
     target = Target.of(model, continue_greedily(model, prefix, 40))
     place = 8
     for count in cycles:
-        starts, weights = next_cycles(model, adapter, target, torch.tensor([[place]]), BLOCK)
+        starts = torch.tensor([[place]])
+        starts, weights = next_cycles(target, starts, Drafts.over(model, adapter, target, starts, BLOCK))
         following = int(starts)
         assert float(weights) == pytest.approx(1 / count)
         if place + count > 48 - BLOCK:

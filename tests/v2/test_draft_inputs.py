@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +50,7 @@ def test_inputs_of_a_pass(step: Any, padded: int) -> None:
     buffers = filled(step, padded)
     ids, positions = buffers.inputs(0, padded, BLOCK)
     metadata = buffers.metadata(0, padded, BLOCK, 99, adapts=True)
-    # Row 0 is a block of 4 behind 17 tokens; row 2 has room for 2 behind 98; row 4 is whole, behind 49.
+    # Row 0 is a block of 4 after 17 tokens; row 2 has room for 2 after 98; row 4 is whole, after 49.
     prefixes, lengths, seeds = [17, 98, 49], [4, 2, 6], [14, 16, 13]
     for slot, (prefix, length, seed) in enumerate(zip(prefixes, lengths, seeds, strict=True)):
         own = slice(slot * BLOCK, (slot + 1) * BLOCK)
@@ -73,7 +72,7 @@ def test_inputs_of_a_pass(step: Any, padded: int) -> None:
     assert parts.prefix_lens.tolist() == [part for own in metadata.prefix_lens.tolist() for part in (own, 0)]
     assert parts.block_table[::2].equal(metadata.block_table) and len(parts.block_table) == 2 * padded
     assert (parts.mask_kinds == BIDIRECTIONAL).all() and parts.adapted is None
-    for slot in range(3, padded):  # padding reads no page, belongs to nobody, and sees itself
+    for slot in range(3, padded):  # padding reads no page, belongs to no request, and sees itself
         assert ids[slot * BLOCK : (slot + 1) * BLOCK].tolist() == [MASK] * BLOCK
         assert metadata.prefix_lens[slot] == 0
         assert buffers.draws(slot, 1, BLOCK)[0].tolist() == [-1] * (BLOCK - 1)
@@ -84,7 +83,7 @@ def test_results_go_to_their_rows(step: Any) -> None:
     buffers.hand_out(torch.arange(5 * (BLOCK - 1)) + 100, 0, 5, BLOCK)
     seeds = (10 + step.requests).tolist()
     assert buffers.drafts[:5].tolist() == [
-        [100, 101, 102, seeds[0], seeds[0]],  # behind a shorter block: filling that can be read
+        [100, 101, 102, seeds[0], seeds[0]],  # after a shorter block: tokens that the model can read
         [seeds[1]] * 5,
         [105, seeds[2], seeds[2], seeds[2], seeds[2]],
         [seeds[3]] * 5,
@@ -145,9 +144,9 @@ def test_drafts_are_accepted_as_far_as_they_are_the_verifier_s(every: bool) -> N
 
 
 def test_padding_is_not_a_row_s(step: Any) -> None:
-    """A batch in which nobody drafts leaves no draft of an earlier step."""
+    """A batch in which no request drafts leaves no draft of an earlier step."""
     buffers = filled(step, 3)
-    nobody = SimpleNamespace(tables=tuple(ints(*[1] * REQUESTS) for _ in range(3)))
-    buffers.fill(ints(-1, -1, -1, -1, -1), step, nobody.tables, 0, 0, BLOCK)
+    ones = ints(*[1] * REQUESTS)
+    buffers.fill(ints(-1, -1, -1, -1, -1), step, (ones, ones, ones), 0, 0, BLOCK)
     assert buffers.valid[step.requests].tolist() == [0] * 5
     assert (buffers.drafts[:5] >= 0).all()

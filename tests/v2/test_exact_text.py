@@ -42,7 +42,7 @@ def texts(model: ReferenceModel, prompts: list[list[int]], tokens: int) -> list[
 
 
 def reference_drafts(model: ReferenceModel, text: list[int], length: int) -> list[int]:
-    """What the reference drafts behind a text whose last token is the seed."""
+    """What the reference drafts after a text whose last token is the seed."""
     cache = KVCache()
     if len(text) > 1:
         model.causal(ids_tensor(model, text[:-1]), cache)
@@ -50,7 +50,7 @@ def reference_drafts(model: ReferenceModel, text: list[int], length: int) -> lis
 
 
 def cycles(text: list[int], start: int, drafts: dict[int, list[int]]) -> tuple[int, int]:
-    """Return how many blocks a text behind ``start`` tokens takes, and how many drafts it accepts."""
+    """Return how many blocks a text takes after ``start`` tokens, and how many drafts it accepts."""
     blocks = taken = 0
     place = start
     while place < len(text):

@@ -80,7 +80,7 @@ WAITING = ("item", "cpu", "tolist", "__bool__", "__int__", "__float__", "__index
 def test_a_step_reads_nothing_back(llm: Any, model: ReferenceModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither drafting nor verifying calls, from this extension's modules, what would wait for a GPU.
 
-    The operators are left out: on a CPU they are other ones than a GPU's, whose own tests see to that.
+    The operators are left out: a CPU has other ones than a GPU, and they have tests of their own.
     """
     calls: list[str] = []
 
@@ -103,6 +103,6 @@ def test_a_step_reads_nothing_back(llm: Any, model: ReferenceModel, monkeypatch:
     assert [len(text) for text in found] == [8, 8]
     generate(llm, prompts, max_tokens=8)
     assert not calls
-    assert torch.ones(1).item() == 1.0 and not calls  # of others, it is none of our business
+    assert torch.ones(1).item() == 1.0 and not calls  # calls from other modules are not counted
     draft_block(model, KVCache(), 7, 3)  # the reference does read back: the watch would notice
     assert any("tolist" in call for call in calls)

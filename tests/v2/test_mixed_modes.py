@@ -24,7 +24,7 @@ POLICIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"block_length": 5, "max_denoising_steps": 2}, {"sampler": "confidence_threshold", "block_length": 5,
                                                      "threshold": 0.9, "max_denoising_steps": 2}),
 ]  # fmt: skip
-"""A request's options, and the same for the reference."""
+"""A request's options, and the reference's arguments for them."""
 
 
 @pytest.fixture(scope="module")

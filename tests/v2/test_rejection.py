@@ -28,7 +28,7 @@ VOCAB, REQUESTS, TEMPERATURE, POSITION = 8, 160, 1.3, 20
 def sampled() -> Any:
     """One draft of each of many requests, verified; every other one by rejection.
 
-    Behind the draft there is a place for a second, which holds filling.
+    After the draft there is a place for a second one, which holds a token that is no draft.
     """
     complete_interpreter()
     generator = torch.Generator().manual_seed(4)
@@ -83,7 +83,7 @@ def test_tokens_have_the_verifier_s_distribution(sampled: Any, kind: str) -> Non
 
 
 def test_rejection_accepts_as_many_as_it_can(sampled: Any) -> None:
-    """The share is that of both distributions' overlap; the verifier's noise alone accepts no more."""
+    """The share is that of both distributions' overlap; exact verification accepts no more."""
     target, draft, kinds, _, _, counts = sampled
     p, q = ((logits / TEMPERATURE).softmax(-1) for logits in (target, draft))
     overlap = float(torch.minimum(p, q).sum())

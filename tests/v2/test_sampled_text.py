@@ -1,4 +1,4 @@
-"""Requests with more than a greedy text to them: whatever AR would say, self-speculation says on the second runner."""
+"""Requests with more than a greedy text to them: self-speculation on the second runner returns what AR returns."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_a_request_asks_for_is_given_as_in_ar(llm: Any) -> None:
 
 
 def test_a_seed_s_text_depends_on_no_schedule(llm: Any) -> None:
-    """Other block lengths, other neighbors, drafts drawn or not: the same text."""
+    """Other block lengths, other neighbors, drafts drawn or not: one text."""
     (prompt,) = random_prompts([11], VOCAB, seed=21)
     neighbors: list[tuple[dict[str, Any], list[list[int]], list[Any]]] = [
         ({}, [], []),
@@ -108,7 +108,7 @@ def test_a_seed_s_text_depends_on_no_schedule(llm: Any) -> None:
 
 
 def exact(model: ReferenceModel, prompt: list[int], place: int, temperature: float) -> torch.Tensor:
-    """Return the distribution of the token so many places behind the prompt, float64 ``[vocab]``."""
+    """Return the distribution of the token so many places after the prompt, float64 ``[vocab]``."""
     texts, weights = [prompt], torch.ones(1, dtype=torch.float64)
     for step in range(place + 1):
         probs = torch.stack([model.causal(ids_tensor(model, ids))[0, -1] for ids in texts])

@@ -93,8 +93,8 @@ def differences(found: Shapes, expected: Shapes, wants: str) -> list[str]:
     return problems
 
 
-def complain(where: str, problems: list[str]) -> None:
-    """Raise an NLDError that names the first few problems, if there are any."""
+def complain(where: str, problems: list[str], most: int = _SHOWN) -> None:
+    """Raise an NLDError that names the first few problems, at most ``most``, if there are any."""
     if problems:
-        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
-        raise NLDError(f"{where}: " + "; ".join(problems[:_SHOWN]) + more)
+        more = f" (and {len(problems) - most} more)" if len(problems) > most else ""
+        raise NLDError(f"{where}: " + "; ".join(problems[:most]) + more)

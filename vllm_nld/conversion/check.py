@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ TEXTS = (
     "Q: A train leaves at 9:40 and arrives at 12:05. How long does it take?\nA: It takes",
 )
 RANDOM_TOKENS = 192
-"""Length of one prompt more, of tokens drawn evenly: text alone has few of them, and short distances."""
+"""Length of one more prompt, of tokens drawn at random: the texts are short and have few different ones."""
 TOLERANCE = 1e-3
 """Largest difference that float32 may make, as a share of the largest logit."""
 
@@ -72,26 +73,26 @@ def compare(folder: Path, plain: list[Tensor], rounded: list[Tensor], ids: list[
         NLDError: they differ by more than float32 can explain.
     """
     model = load_reference(folder)
-    exact, loss, largest = 0.0, 0.0, 0.0
+    difference, rounding, largest = 0.0, 0.0, 0.0
     positions = same = 0
     for before, wanted, row in zip(plain, rounded, ids, strict=True):
         others = torch.arange(wanted.shape[-1]) != mask.id
         found = model.causal(row[None])[0, :, : wanted.shape[-1]][:, others]
         before, wanted = before[:, others], wanted[:, others]
-        exact = max(exact, _difference(found, wanted))
-        loss = max(loss, _difference(before, wanted))
+        difference = max(difference, _difference(found, wanted))
+        rounding = max(rounding, _difference(before, wanted))
         largest = max(largest, float(wanted.abs().max()))
         same += int((before.argmax(-1) == wanted.argmax(-1)).sum())
         positions += len(row)
-    if not exact <= TOLERANCE * max(1.0, largest):
+    if not difference <= TOLERANCE * max(1.0, largest):
         raise NLDError(
-            f"the converted model does not compute what its source does: logits differ by up to {exact:.3g} (largest: "
-            f"{largest:.3g}), allowed is {TOLERANCE:g} of that; nothing was written. Please report the model"
+            f"the converted model does not compute what its source does: logits differ by up to {difference:.3g} "
+            f"(largest: {largest:.3g}), allowed is {TOLERANCE:g} of that; nothing was written. Please report the model"
         )
-    return Agreement(positions, exact, largest, loss, same)
+    return Agreement(positions, difference, largest, rounding, same)
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference; infinite if anything is no number."""
+    """Return the largest difference; infinite if it is not a number."""
     difference = float((one - other).abs().max())
-    return difference if difference == difference else float("inf")
+    return math.inf if math.isnan(difference) else difference

@@ -1,4 +1,4 @@
-"""The conversion: choose a mask token, write the folder beside its place, compare it with the source, move it there."""
+"""The conversion: choose a mask token, write a folder next to its place, compare it with the source, move it there."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.conversion import check, mask_token
 from vllm_nld.conversion.check import Agreement
 from vllm_nld.conversion.mask_token import MaskToken
-from vllm_nld.conversion.source import Source
+from vllm_nld.conversion.source import DTYPES, Source
 from vllm_nld.errors import NLDError, shown_key
 from vllm_nld.names import ARCHITECTURE
 
 EMBEDDING = "encoder.embed_tokens.weight"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 4 << 30
 REPORT = "conversion.json"
 
@@ -77,7 +76,7 @@ def convert(source: Source, folder: Path, options: Options, progress: Progress =
     dtype = DTYPES[options.dtype] if options.dtype else source.dtype
     mask = mask_token.choose(options.mask_token, source.vocabulary, source.settings["vocab_size"])
     config = _config(source, mask, options.block_length, dtype)
-    with _beside(folder) as new:
+    with _next_to(folder) as new:
         config.save_pretrained(new)
         source.write_tokenizer(new)
         written = _write_weights(source, new, config, mask, dtype, progress)
@@ -99,7 +98,7 @@ def convert(source: Source, folder: Path, options: Options, progress: Progress =
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
+def _next_to(folder: Path) -> Iterator[Path]:
     """Yield an empty folder next to ``folder``; it takes that place in the end, or is removed if that fails."""
     if folder.exists():
         raise NLDError(f"FOLDER={folder}: is there already; allowed: a folder that does not exist yet")
@@ -109,7 +108,7 @@ def _beside(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise NLDError(f"FOLDER={folder}: cannot be made: {error}") from None
     try:
-        new.chmod(0o755)  # mkdtemp's is for its owner alone
+        new.chmod(0o755)  # mkdtemp's is only for its owner
         yield new
         new.rename(folder)
     finally:
@@ -117,17 +116,13 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 
 def _config(source: Source, mask: MaskToken, block_length: int, dtype: torch.dtype) -> NemotronLabsDiffusionConfig:
-    settings: dict[str, Any] = source.settings | {
-        "architectures": [ARCHITECTURE],
-        "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": mask.rows,
-        "mask_token_id": mask.id,
-        "block_size": block_length,
-    }
-    try:
-        return NemotronLabsDiffusionConfig(**settings)
-    except ValueError as error:
-        raise NLDError(f"SOURCE={source.path}: {error}") from None
+    return source.config(
+        architectures=[ARCHITECTURE],
+        dtype=str(dtype).removeprefix("torch."),
+        vocab_size=mask.rows,
+        mask_token_id=mask.id,
+        block_size=block_length,
+    )
 
 
 def _write_weights(
@@ -151,7 +146,7 @@ def _write_weights(
             done += 1
             progress("converting", done, total)
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes it for its owner alone
+        (folder / file).chmod(0o644)  # safetensors makes it only for its owner
         homes |= dict.fromkeys(names, file)
         written += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

@@ -1,4 +1,4 @@
-"""A GGUF file, llama.cpp's format, as a source. It is read with the library ``gguf``, by llama.cpp's own authors."""
+"""A GGUF file, llama.cpp's format, as a source. It is read with the library ``gguf`` by llama.cpp's authors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from vllm_nld.checkpoints.headers import expected_tensors
-from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.conversion import gguf_tokenizer, rope
 from vllm_nld.conversion.gguf_network import GGUFNetwork
 from vllm_nld.conversion.source import Source
@@ -94,9 +93,8 @@ class GGUFSource(Source):
         gguf_tokenizer.write(self.tokenizer, self.value, self.settings, folder)
 
     def network(self) -> nn.Module:
-        shape = NemotronLabsDiffusionConfig(**self.settings, mask_token_id=0)
         tensors = {name: self.dequantized(name) for name in self.raw if name != _DIVISORS}
-        return GGUFNetwork(shape, tensors, self._divisors(), self._linear_factor())
+        return GGUFNetwork(self.config(mask_token_id=0), tensors, self._divisors(), self._linear_factor())
 
     def _check_architecture(self) -> None:
         found = self.value("general.architecture")
@@ -147,22 +145,9 @@ class GGUFSource(Source):
         }
 
     def _check_tensors(self) -> None:
-        try:
-            config = NemotronLabsDiffusionConfig(**self.settings, mask_token_id=0)
-        except ValueError as error:
-            raise NLDError(f"SOURCE={self.path}: {error}") from None
-        expected = {_their_name(name): shape for name, shape in expected_tensors(config).items()}
+        expected = {_their_name(name): shape for name, shape in expected_tensors(self.config(mask_token_id=0)).items()}
         found = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.raw.items()}
-        problems = [f"{name} is missing" for name in expected if name not in found]
-        problems += [
-            f"{name} has shape {list(found[name])}, metadata asks for {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ]
-        problems += [f"{name} belongs to no Llama" for name in sorted(found.keys() - expected.keys() - {_DIVISORS})]
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise NLDError(f"SOURCE={self.path}: {'; '.join(problems[:3])}{more}")
+        self.compare_shapes(found, expected, "metadata asks for", {_DIVISORS})
 
 
 def _reader(path: Path) -> Any:

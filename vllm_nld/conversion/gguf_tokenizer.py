@@ -1,7 +1,7 @@
 """Rebuilding a Hugging Face tokenizer from a GGUF file's metadata.
 
-GGUF names how text is split before byte pairs are merged (``tokenizer.ggml.pre``) and does not say it; what is not
-known here is refused, since a tokenizer that is nearly right is wrong without a sign of it.
+Of how text is split before byte pairs are merged, GGUF has only the name (``tokenizer.ggml.pre``). A name that is not
+known here is refused, since a tokenizer that is almost right gives no sign of being wrong.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def rebuild(source: object, value: Value) -> Tokenizer:
 
 
 def adds_bos(value: Value) -> bool:
-    """Return whether plain text begins with a begin token; where the file leaves it out, as llama.cpp has it."""
+    """Return whether plain text begins with a begin token; llama.cpp's default where the file does not say it."""
     if value("tokenizer.ggml.bos_token_id") is None:
         return False
     pieces = value("tokenizer.ggml.model") == "llama"

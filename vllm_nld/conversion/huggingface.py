@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vllm_nld.checkpoints.headers import HEAD, Shapes, expected_tensors, tensor_shapes
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.conversion import rope
-from vllm_nld.conversion.source import NEEDED, Source, Vocabulary
+from vllm_nld.conversion.source import DTYPES, NEEDED, Source, Vocabulary
 from vllm_nld.errors import NLDError, shown
 from vllm_nld.names import MODEL_TYPE
 
@@ -37,7 +37,7 @@ _CARRIED = (
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 _RECOMPUTED = ".rotary_emb.inv_freq"
-"""End of the names of tensors that old folders have and nobody reads."""
+"""End of the names of tensors that old folders have; they are computed instead of read."""
 _TOKENIZER_TEXT = "The 3 foxes' dens, at 10:45:\n\tdef f(x):\n        return x  # naïve 漢字 🙂"
 
 
@@ -66,7 +66,7 @@ class HuggingFaceSource(Source):
         target = folder / "tokenizer_config.json"
         settings = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
         if "tokenizer_class" not in settings:
-            # For Llama, transformers knows one by the model type; for NLD's it does not.
+            # For Llama, transformers knows the class from the model type; for NLD it does not.
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
             target.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -149,31 +149,19 @@ class HuggingFaceSource(Source):
                 raise NLDError(f"SOURCE={self.path}: {file.name} cannot be read: {error}") from None
             shapes |= found
             homes |= dict.fromkeys(found, file)
-        expected = {_their_name(name): shape for name, shape in expected_tensors(_config(self)).items()}
-        problems = [f"{name} is missing" for name in expected if name not in shapes]
-        problems += [
-            f"{name} has shape {list(shapes[name])}, config.json asks for {list(shape)}"
-            for name, shape in expected.items()
-            if name in shapes and shapes[name] != shape
-        ]
-        # A tied model may bring its head all the same.
-        ignored = {_their_name(HEAD)} if self.settings["tie_word_embeddings"] else set()
-        problems += [
-            f"{name} belongs to no Llama"
-            for name in sorted(shapes.keys() - expected.keys() - ignored)
-            if not name.endswith(_RECOMPUTED)
-        ]
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise NLDError(f"SOURCE={self.path}: {'; '.join(problems[:3])}{more}")
+        expected = {_their_name(name): shape for name, shape in expected_tensors(self.config(mask_token_id=0)).items()}
+        ignored = {name for name in shapes if name.endswith(_RECOMPUTED)}
+        if self.settings["tie_word_embeddings"]:
+            ignored.add(_their_name(HEAD))  # some tied models store their head all the same
+        self.compare_shapes(shapes, expected, "config.json asks for", ignored)
         return homes
 
     def _dtype(self) -> torch.dtype:
         name = "model.embed_tokens.weight"
         with safe_open(self.files[name], framework="pt") as handle:
             dtype: torch.dtype = handle.get_slice(name)[:1].dtype
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise NLDError(f"SOURCE={self.path}: weights of {dtype}; allowed: float32, bfloat16, float16")
+        if dtype not in DTYPES.values():
+            raise NLDError(f"SOURCE={self.path}: weights of {dtype}; allowed: {', '.join(DTYPES)}")
         return dtype
 
     def _vocabulary(self) -> Vocabulary:
@@ -212,19 +200,12 @@ class _Logits(nn.Module):
         return logits
 
 
-def _config(source: Source) -> NemotronLabsDiffusionConfig:
-    try:
-        return NemotronLabsDiffusionConfig(**source.settings, mask_token_id=0)
-    except ValueError as error:
-        raise NLDError(f"SOURCE={source.path}: {error}") from None
-
-
 def _their_name(name: str) -> str:
     return "lm_head.weight" if name == HEAD else name.replace("encoder.", "model.", 1)
 
 
 def _token_ids(settings: dict[str, Any]) -> set[int]:
-    """Return all ids that settings have under ``..._token_id``, alone or in lists."""
+    """Return all ids that settings have under ``..._token_id``, one by one or in lists."""
     values = [value for key, value in settings.items() if key.endswith("token_id")]
     return {id for value in values for id in (value if isinstance(value, list) else [value]) if isinstance(id, int)}
 

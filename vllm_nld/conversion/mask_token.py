@@ -1,4 +1,4 @@
-"""Choosing the mask token: one that the model neither reads nor writes, since NLD takes it away from text."""
+"""Choosing the mask token: one that the model neither reads nor writes, since NLD never predicts it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_nld.conversion.source import Vocabulary
 from vllm_nld.errors import NLDError, shown_key
 
 NEW = "new"
-"""``--mask-token new``: a row of its own behind the vocabulary."""
+"""``--mask-token new``: a row of its own after the vocabulary."""
 _FREE_NAMES = re.compile(r"mask|reserved|unused|placeholder|extra_id|\[PAD\d+\]", re.IGNORECASE)
 _SHOWN = 12
 
@@ -31,15 +31,13 @@ class MaskToken:
     rows: int
     text: str | None
 
-    def __str__(self) -> str:
-        return f"{self.id} ({self.text})" if self.text else f"{self.id} (a row that no text leads to)"
-
 
 def choose(asked: str | None, vocabulary: Vocabulary, rows: int) -> MaskToken:
     """Return the mask token.
 
-    Without a wish: a special token whose name says that it is free; else a row of the embedding that the tokenizer does
-    not reach; else a new row. Other special tokens may mean something to the model, so they are for the user to pick.
+    If none is asked for: a special token whose name says that it is free; else a row of the embedding that the
+    tokenizer does not reach; else a new row. Other special tokens may mean something to the model, so only the user can
+    pick them.
 
     Args:
         asked: a special token's text, ``new``, or None.
@@ -47,7 +45,7 @@ def choose(asked: str | None, vocabulary: Vocabulary, rows: int) -> MaskToken:
         rows: of the embedding.
 
     Raises:
-        NLDError: the token asked for is none, or not free.
+        NLDError: the token that is asked for is not a special token, or is in use.
     """
     free = {text: id for text, id in vocabulary.special.items() if id not in vocabulary.in_use and id < rows}
     if asked is None:

@@ -14,7 +14,7 @@ def open_source(path: Path) -> Source:
     """Return the model in a folder or file.
 
     Raises:
-        NLDError: there is none, or it is not of the Llama family as NLD has it; the message says why.
+        NLDError: there is none, or NLD cannot have its network; the message says why.
     """
     if path.is_dir():
         return HuggingFaceSource(path)

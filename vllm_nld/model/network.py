@@ -215,7 +215,7 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     @classmethod
     def get_model_state_cls(cls) -> type[Any]:
-        """Return what vLLM's second runner keeps beside the model."""
+        """Return what vLLM's second runner keeps next to the model."""
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
         state: type[Any] = resolve_obj_by_qualname(MODEL_STATE)

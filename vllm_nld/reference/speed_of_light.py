@@ -176,7 +176,7 @@ class _Simulator:
         return confidence.argmax(1), predicted, confidence
 
     def _longest_safe_run(self, state: list[int], target: list[int]) -> list[int]:
-        """Return the positions to commit now; where no prediction is the target's, the surest position alone."""
+        """Return the positions to commit now; where no prediction is the target's, only the surest position."""
         _, predicted, confidence = self._look(torch.tensor([state]))
         right = [
             position
@@ -185,7 +185,7 @@ class _Simulator:
         ]
         if self.safety is Safety.GREEDY:
             return right or [int(confidence[0].argmax())]
-        # The first one alone needs no check: serial denoising would commit it here.
+        # A run of one needs no check: serial denoising would commit it here.
         probes = []
         for count in range(2, len(right) + 1):
             probe = list(state)

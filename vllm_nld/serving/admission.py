@@ -130,8 +130,9 @@ def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
     _check_relevance(options, own, where)
     if engine.second:
         _check_second_runner(options, own, where)
-        _check_second_diffusion(options, params, where)
     if options.mode == "diffusion":
+        if engine.second:
+            _check_second_diffusion(params, where)
         _check_diffusion(options, params, engine, where)
     return options
 
@@ -236,27 +237,28 @@ def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> No
 def _check_second_runner(options: NLDOptions, own: dict[str, Any], where: str) -> None:
     """Refuse what self-speculation cannot do yet on vLLM's second model runner."""
     for key, value, allowed in (
-        ("seed_first", None if options.seed_first else False, "True"),
-        ("draft_threshold", options.draft_threshold or None, "0"),
-        ("prompt_lookup", (own.get("prompt_lookup") or None), "0"),
+        ("seed_first", options.seed_first, True),
+        ("draft_threshold", options.draft_threshold, 0),
+        ("prompt_lookup", own.get("prompt_lookup") or 0, 0),
     ):
-        if value is not None:
+        if value != allowed:
             raise NLDError(
                 f"{where}.{key}={shown(value)} on vLLM's second model runner; allowed: {allowed} (a server started "
                 "with VLLM_USE_V2_MODEL_RUNNER=0 allows it)"
             )
 
 
-def _check_second_diffusion(options: NLDOptions, params: Any, where: str) -> None:
-    """Refuse what the denoising passes of vLLM's second model runner do not look at yet."""
+def _check_second_diffusion(params: Any, where: str) -> None:
+    """Refuse what the denoising passes of vLLM's second model runner ignore so far."""
     plain: dict[str, Any] = {
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
         "min_tokens": 0,
+        "allowed_token_ids": None,
+        "thinking_token_budget": None,
     }
-    plain |= {"allowed_token_ids": None, "thinking_token_budget": None}
-    for name, off in plain.items() if options.mode == "diffusion" else ():
+    for name, off in plain.items():
         value = getattr(params, name, off)
         if value != off:
             raise NLDError(

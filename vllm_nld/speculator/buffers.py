@@ -13,7 +13,7 @@ from vllm_nld.ops import BIDIRECTIONAL
 from vllm_nld.speculator import kernels
 
 OWN_STREAM = 1 << 30
-"""Added to a position where a draft's noise must not be the verifier's; no text is as long."""
+"""Added to a position where a draft's noise must differ from the verifier's; no text is this long."""
 _PAGES_AT_ONCE = 256
 
 
@@ -32,8 +32,8 @@ class Shape:
         pages: width of vLLM's block table.
         page_size: tokens of a KV page.
         max_model_len: tokens of the longest text.
-        mask_token_id: what a draft's place holds.
-        pad_request: marks a draft of no request: -1, or 0 where vLLM's sampler reads that request's numbers.
+        mask_token_id: the token at the places that a pass drafts.
+        pad_request: request index of padding: -1, or 0 where vLLM's sampler would read out of bounds with -1.
     """
 
     requests: int
@@ -69,7 +69,7 @@ class StepTensors:
 
 
 class DraftBuffers:
-    """Everything that a draft pass reads, and what it leaves behind; filled by one kernel.
+    """Everything that a draft pass reads, and its results; filled by one kernel.
 
     Attributes:
         drafts: int64 ``[requests, steps]``, by the batch's rows: what the speculator returns.
@@ -85,30 +85,28 @@ class DraftBuffers:
 
         # vLLM compiles the model for int32 ids and int64 positions.
         self._ids, self._positions = ints(rows * block), ints(rows * block, wide=True)
-        self._prefix_lens, self._kinds = (
-            ints(rows),
-            torch.full((2 * rows,), BIDIRECTIONAL, dtype=torch.int32, device=device),
-        )
+        self._prefix_lens = ints(rows)
+        self._kinds = torch.full((2 * rows,), BIDIRECTIONAL, dtype=torch.int32, device=device)
         self._adapted = torch.zeros(rows * block, 1, dtype=dtype, device=device)
         self._pages = ints(rows, shape.pages)
         self._row_of_slot, self._block_lens = ints(rows), ints(rows)
         self._draw_requests, self._draw_positions = ints(rows * steps, wide=True), ints(rows * steps, wide=True)
-        self.draw_columns = torch.arange(steps, device=device).repeat(rows)
         self.temperature = torch.zeros(rows, dtype=torch.float32, device=device)
         self.seeds, self.valid = ints(rows, wide=True), ints(rows)
         self.drafts = ints(rows, steps, wide=True)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._starts_by_slot: dict[int, Tensor] = {}
+        self._columns_by_slot = {block: torch.arange(steps, device=device).repeat(rows)}
 
     def fill(
         self, slot_of_row: Tensor, step: StepTensors, tables: tuple[Tensor, Tensor, Tensor], used: int, padded: int,
         slot_length: int,
     ) -> None:  # fmt: skip
-        """Prepare a draft pass of ``padded`` slots, of which the first ``used`` are requests'.
+        """Prepare a draft pass of ``padded`` slots, of which the first ``used`` belong to requests.
 
         Args:
             slot_of_row: int32 ``[rows]``, on the device; -1 for rows that do not draft.
-            step: what the step left behind.
+            step: results of the step before the pass.
             tables: block lengths, kinds of verification, and use of the adapter, int32 ``[requests]`` each.
             used: slots of requests.
             padded: slots of the pass.
@@ -148,11 +146,8 @@ class DraftBuffers:
             in_graph: whether a CUDA graph is captured.
         """
         rows, tokens = slice(first, first + slots), slice(first * slot_length, (first + slots) * slot_length)
-        pages, prefix_lens, starts = (
-            self._pages[rows],
-            self._prefix_lens[rows],
-            self._starts_of(slot_length)[: slots + 1],
-        )
+        pages, prefix_lens = self._pages[rows], self._prefix_lens[rows]
+        starts = self._starts_of(slot_length)[: slots + 1]
         if not whole:
             ends = starts[:-1] + self._block_lens[rows]
             starts = torch.cat((torch.stack((starts[:-1], ends), 1).flatten(), starts[-1:]))
@@ -178,12 +173,14 @@ class DraftBuffers:
     def draws(self, first: int, slots: int, slot_length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return whose the drafts of some slots are, their positions, and their columns; ``[slots * drafts]`` each."""
         places = slice(first * (slot_length - 1), (first + slots) * (slot_length - 1))
-        columns = self.draw_columns if slot_length == self.shape.block_length else self._columns_of(slot_length)
-        return self._draw_requests[places], self._draw_positions[places], columns[: slots * (slot_length - 1)]
+        columns = self._columns_of(slot_length)[: slots * (slot_length - 1)]
+        return self._draw_requests[places], self._draw_positions[places], columns
 
     def _columns_of(self, slot_length: int) -> Tensor:
-        columns = torch.arange(slot_length - 1, device=self.device)
-        return columns.repeat(self.shape.requests)
+        if slot_length not in self._columns_by_slot:
+            columns = torch.arange(slot_length - 1, device=self.device)
+            self._columns_by_slot[slot_length] = columns.repeat(self.shape.requests)
+        return self._columns_by_slot[slot_length]
 
     def hand_out(self, tokens: Tensor, first: int, slots: int, slot_length: int) -> None:
         """Write the chosen tokens of some slots, int64 ``[slots * drafts]``, to the drafts of their rows."""

@@ -53,7 +53,7 @@ class Diffusing:
 
         Args:
             committed: drafts that the pass has accepted.
-            offered: drafts that it had room for; the token after them was the block's, too.
+            offered: drafts that it had room for; the token after them was also of the block.
         """
         return self.handed[offered + 1 :] if committed == offered < len(self.handed) else None
 
@@ -91,7 +91,7 @@ class Diffusion:
         return self._pass.forwards
 
     def add(self, index: int, request: Diffusing) -> None:
-        """Take in a request; a preempted one comes again, and goes on behind what it has committed."""
+        """Take in a request; a preempted one comes again, and continues after what it has committed."""
         self._requests[index] = request
 
     def propose(self, indices: list[int], offered: list[int], step: Tensor, table: Tensor) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Triton kernels of the speculator: a draft pass's inputs, its results' places, and which drafts are accepted.
+"""Triton kernels of the speculator: a draft pass's inputs, where its results go, and which drafts are accepted.
 
 A *slot* is a place in a draft pass, of as many tokens as the pass gives each request; a *row* is a place in vLLM's
 batch; a request keeps its index in vLLM's tables for as long as it lives.
@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 
 REJECTION, EXACT, COMMIT = 0, 1, 2
-"""How a request's drafts are verified: by rejection sampling; by the verifier's own token; accepted as they are."""
+"""How a request's drafts are verified: by rejection sampling; by the verifier's own token; accepted as they are.
+
+The kernels write the numbers out, because Triton reads no plain globals.
+"""
 
 
 @triton.jit(do_not_specialize=["num_rows", "used_slots", "slot_length"])
@@ -67,8 +70,8 @@ def prepare_kernel(
             known = tl.load(table + row * table_stride + page, mask=page < used, other=0)
             tl.store(pages + slot * pages_stride + page, known, mask=page < used)
 
-        # vLLM draws the token behind a position by that position's noise. Where drafts are verified by their
-        # distribution, they must not share it.
+        # vLLM draws the token after a position by that position's noise. Drafts that are verified by rejection
+        # sampling must not share it.
         is_draft = token < slot_length - 1
         counts = (token < length - 1) & is_row
         place = slot * (slot_length - 1) + token
@@ -101,16 +104,16 @@ def accept_kernel(
     sampled, sampled_stride, num_sampled, drafts, targets, starts, request_of_row, kinds, valid, handed, handed_stride,
     EVERY: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: the drafts that are the verifier's own tokens, and its token behind them.
+    """One program per row: the drafts that are the verifier's own tokens, and its token after them.
 
     Args:
         sampled: int64 ``[rows, steps + 1]``, written; as ``num_sampled`` int32 ``[rows]``.
-        drafts: ``[logits]``: a row's drafts lie one place behind the logits that verify them.
+        drafts: ``[logits]``: a row's drafts are one place after the logits that verify them.
         targets: int64 ``[logits]``.
         starts: int32 ``[rows + 1]``.
         handed: int64 ``[requests, steps]``, all of a request's last drafts. Where a step has no room for all of what it
             is to commit, the token after them is not the verifier's, but the next of these.
-        EVERY: False leaves the rows alone whose drafts vLLM's rejection sampler has judged.
+        EVERY: whether to judge all rows; else those that vLLM's rejection sampler has judged are not changed.
     """
     row = tl.program_id(0)
     request = tl.load(request_of_row + row)
@@ -129,8 +132,8 @@ def accept_kernel(
                 tl.store(sampled + row * sampled_stride + index, tl.where(going, draft, target))
                 accepted += tl.where(going, 1, 0)
         if going:
-            behind = tl.load(targets + start + accepted)
+            last = tl.load(targets + start + accepted)
             if (kind == 2) & (tl.load(valid + request) > count):
-                behind = tl.load(handed + request * handed_stride + count)
-            tl.store(sampled + row * sampled_stride + accepted, behind)
+                last = tl.load(handed + request * handed_stride + count)
+            tl.store(sampled + row * sampled_stride + accepted, last)
         tl.store(num_sampled + row, accepted + 1)

@@ -1,9 +1,9 @@
-"""The speculator behind ``--speculative-config '{"model": "vllm_nld.SelfSpeculation"}'`` on vLLM's second runner.
+"""The speculator of ``--speculative-config '{"model": "vllm_nld.SelfSpeculation"}'`` on vLLM's second runner.
 
 After every step vLLM hands over tensors on the device: which tokens were decided, how many drafts were rejected. From
 those a kernel prepares ``[seed, mask, mask, ...]`` of every request that drafts, the model runs once over all of them,
-and the chosen tokens go to vLLM's next step, all without the host's knowing what any of them is. The steps of
-:meth:`Speculator._draft` are what a CUDA graph holds.
+and the chosen tokens go to vLLM's next step. The host never reads any of them. The steps of :meth:`Speculator._draft`
+are what a CUDA graph holds.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._table: Any = None
         self._buffers: DraftBuffers | None = None
         self._graphs: dict[bool, DraftGraphs] = {}
-        context = vllm_config.compilation_config.static_forward_context
-        self._context = context
+        self._context = vllm_config.compilation_config.static_forward_context
 
     def _room_for_logits(self) -> Tensor | None:
         """Return room for every request's draft logits and, last, for those of padding; None if it is too much."""
@@ -144,7 +143,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         Raises:
             NLDError: the layout is unknown, or its pages are not those of vLLM's block table.
         """
-        layer = next(iter(self._layers().values()))
+        layer = next(iter(self._layers.values()))
         found, known = page_layout(layer).page_size(layer), self.buffers.shape.page_size
         if found != known:
             raise NLDError(f"KV pages hold {found} tokens, but vLLM's block table counts pages of {known}")
@@ -171,7 +170,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 self.last_drafts, self.last_drafts.stride(0), EVERY=every,
             )  # fmt: skip
 
+    @functools.cached_property
     def _layers(self) -> dict[str, Any]:
+        """The attention layers by name, which do not change once the model is loaded."""
         return {name: layer for name, layer in self._context.items() if hasattr(layer, "kv_cache")}
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -194,14 +195,14 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._draft(0, slots, self.block_length, drawn, graph=True)
 
     def add_request(self, index: int, new: Any) -> None:
-        """Note what a request (vLLM's ``NewRequestData``) asks for that has been given an index."""
+        """Record what a request (vLLM's ``NewRequestData``) asks for; vLLM has given it an index."""
         params = new.sampling_params
         if params is None:
             return
-        self.table.add(index, params)
-        if self.table.denoises(np.array([index])).all():
+        options = self.table.add(index, params)
+        if options.mode == "diffusion":
             prompt = len(new.prompt_token_ids or ())
-            self.diffusion.add(index, Diffusing(new.req_id, params, self.table.options(params), prompt))
+            self.diffusion.add(index, Diffusing(new.req_id, params, options, prompt))
 
     @functools.cached_property
     def diffusion(self) -> Diffusion:
@@ -239,18 +240,19 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         is_profile: bool = False,
         **named: Any,
     ) -> Tensor:
-        """Return every row's tokens to verify after its last, int64 ``[rows, steps]``; those of no request are filling.
+        """Return every row's tokens to verify after its last, int64 ``[rows, steps]``.
 
-        How many of them count lies in ``buffers.valid``, by request. The arguments are vLLM's.
+        ``buffers.valid`` holds how many of them count, by request; the others only fill the row. The
+        arguments are vLLM's.
         """
         rows = input_batch.num_reqs
         if dummy_run:
             return self._rehearse(rows, skip_attn_for_dummy_run or self._buffers is None)
-        drafting = self.drafting_rows(input_batch)
-        indices = input_batch.idx_mapping_np
-        used = int(drafting.sum())
-        denoising = np.flatnonzero(self._decided(input_batch) & self.table.denoises(indices))
-        if used or len(denoising) or self.table.offered[indices].any():
+        indices, decided = input_batch.idx_mapping_np, self._decided(input_batch)
+        drafting = decided & self.table.drafts(indices)
+        denoising = np.flatnonzero(decided & self.table.denoises(indices))
+        chosen = indices[drafting]
+        if len(chosen) or len(denoising) or self.table.offered[indices].any():
             step = StepTensors(
                 input_batch.idx_mapping,
                 input_batch.seq_lens,
@@ -260,16 +262,11 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 temperature,
                 seeds,
             )
-            chosen = indices[drafting]
-            self._run(drafting, used, chosen, step, int(input_batch.seq_lens_cpu_upper_bound.numpy()[:rows].max()))
+            self._run(drafting, chosen, step, int(input_batch.seq_lens_cpu_upper_bound.numpy()[:rows].max()))
             self.table.offered[indices] = drafting
             if len(denoising):
                 self._denoise(denoising, input_batch, step, num_sampled)
         return self.buffers.drafts[:rows]
-
-    def drafting_rows(self, input_batch: Any) -> Numbers:
-        """Return bool per row of the batch: whether it drafts, which the host knows before any token."""
-        return self._decided(input_batch) & self.table.drafts(input_batch.idx_mapping_np)
 
     @staticmethod
     def _decided(input_batch: Any) -> Numbers:
@@ -298,9 +295,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.buffers.valid[to_device(chosen, self.device)] = to_device(counts, self.device)
         self.table.offered[chosen] = True
 
-    def _run(self, drafting: Any, used: int, chosen: Any, step: StepTensors, max_prefix: int) -> None:
+    def _run(self, drafting: Numbers, chosen: Numbers, step: StepTensors, max_prefix: int) -> None:
         """Prepare and run the passes of a step: one, unless its tokens are more than the model is compiled for."""
-        drawn = bool(self.table.drawn[chosen].any())
+        used, drawn = len(chosen), bool(self.table.drawn[chosen].any())
         slot_length, whole = self.table.lengths(chosen) if used else (self.block_length, True)
         whole = whole and max_prefix + slot_length <= self.buffers.shape.max_model_len
         graphs = self._graphs.get(drawn)
@@ -339,7 +336,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         buffers, model = self.buffers, self.model
         longest = buffers.shape.max_model_len if max_prefix is None else max_prefix
         metadata = buffers.metadata(first, slots, slot_length, longest, model.draft_lora is not None, whole, graph)
-        hidden = self._hidden(*buffers.inputs(first, slots, slot_length), dict.fromkeys(self._layers(), metadata))
+        hidden = self._hidden(*buffers.inputs(first, slots, slot_length), dict.fromkeys(self._layers, metadata))
         # Row i of a bidirectional pass predicts position i; the seed is decided.
         masked = hidden.view(slots, slot_length, -1)[:, 1:].reshape(slots * (slot_length - 1), -1)
         tokens = self._choose(masked, buffers.draws(first, slots, slot_length)) if drawn else self._best(masked)
@@ -361,7 +358,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         return best_tokens(self.model, hidden).tokens
 
     def _choose(self, hidden: Tensor, draws: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Draw tokens; those of greedy requests are the best ones. Their logits are put away if there is room."""
+        """Draw tokens; those of greedy requests are the best ones. Their logits are kept if there is room."""
         logits = self.model.compute_logits(hidden)
         requests, positions, columns = draws
         if self._kept is not None:

@@ -50,26 +50,23 @@ class RequestTable:
     def _kinds(self) -> Any:
         return self._tables[1]
 
-    def add(self, index: int, params: Any) -> None:
-        """Note what a request asks for; a preempted one comes again. vLLM's warm-up adds requests, too."""
-        options = self.options(params)
+    def add(self, index: int, params: Any) -> NLDOptions:
+        """Record and return a request's options. A preempted one comes again; vLLM's warm-up also adds requests."""
+        options = request_options(params, self._traits)
         longest = self._traits.block_length or 1
         self._lengths.np[index] = 1 if options.mode == "ar" else options.block_length or longest
         self._kinds.np[index] = self._kind(options, params)
         self._tables[2].np[index] = options.draft_adapter
         self.drawn[index] = params.temperature > 0 and options.sampled_drafts
         self._changed = True
+        return options
 
-    def options(self, params: Any) -> NLDOptions:
-        """Return what a request asks of this extension."""
-        return request_options(params, self._traits)
-
-    def _kind(self, options: Any, params: Any) -> int:
+    def _kind(self, options: NLDOptions, params: Any) -> int:
         """Return how a request's drafts are verified.
 
         A draft may be anything where it has to be the token that the verifier draws by itself, with the noise of seed
         and position. That is how seeds are kept, and it also serves drafts that were not drawn. Under a grammar some
-        drafts are never judged, which ones depends on what they are; rejection sampling would be biased by it.
+        drafts are never judged. Which ones depends on their tokens, which would bias rejection sampling.
         """
         if options.mode == "diffusion":
             return COMMIT
@@ -82,20 +79,14 @@ class RequestTable:
         mask: Numbers = self._kinds.np[indices] == COMMIT
         return mask
 
-    def set_lengths(self, lengths: dict[int, int]) -> None:
-        """Change requests' block lengths, by their index."""
-        for index, length in lengths.items():
-            self._lengths.np[index] = length
-            self._changed = True
-
     def upload(self) -> None:
-        """Bring changes to the device, without waiting for it."""
+        """Bring the tables to the device, without waiting for it."""
         for table in self._tables:
             table.copy_to_uva()
         self._changed = False
 
     def upload_changes(self) -> None:
-        """Do so if there are any."""
+        """Bring changes to the device, if there are any."""
         if self._changed:
             self.upload()
 
@@ -105,7 +96,7 @@ class RequestTable:
         return mask
 
     def lengths(self, indices: Numbers) -> tuple[int, bool]:
-        """Return the tokens of the longest block among requests, of which there must be one, and whether all are so."""
+        """Return the longest block among requests, of which there must be one, in tokens; and whether all are equal."""
         lengths = self._lengths.np[indices]
         return int(lengths.max()), bool((lengths == lengths[0]).all())
 
@@ -114,7 +105,7 @@ class RequestTable:
         return bool((self._kinds.np[indices] == REJECTION).any())
 
     def exactly(self, indices: Numbers) -> bool:
-        """Whether those of one of them are not."""
+        """Whether the drafts of one of these requests are verified in another way."""
         return bool((self._kinds.np[indices] != REJECTION).any())
 
     @property

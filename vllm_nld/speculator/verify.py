@@ -2,9 +2,9 @@
 
 The verifier's own token of a position is what AR would decide there: the best one, or, for a request with a
 temperature, the one that vLLM draws by the noise of the request's seed and the position. A draft that is this token is
-accepted, and whatever the drafts are, the text is AR's, token for token, with this seed. Drafts drawn with the same
-noise are often that token. Where the distribution that drafts were drawn from is kept, and no seed was asked for,
-vLLM's rejection sampler accepts more of them: it promises AR's distribution.
+accepted, and whatever the drafts are, the text is that of AR with this seed, token for token. Drafts drawn with the
+same noise are often that token. Where the distribution that drafts were drawn from is kept, and no seed was asked for,
+vLLM's rejection sampler accepts more of them: it promises the distribution of AR.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_nld.speculator.speculator import Speculator
 from vllm_nld.vllm_glue import second_runner
 
 _in_charge: list[NLDRejectionSampler] = []
-"""The sampler whose step is being verified: vLLM's function is not told."""
+"""The sampler whose step is being verified: vLLM does not pass it to the function that calls :func:`verify`."""
 
 
 class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
@@ -54,9 +54,9 @@ class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
         rows = len(given["cu_num_logits"]) - 1
         rejections = table.rejections(self._indices)
         if rejections:
-            # Behind a request's drafts there is filling.
-            behind = given["expanded_local_pos"] > valid[given["expanded_idx_mapping"]]
-            drafts = given["draft_sampled"].masked_fill(behind, -1)
+            # After a request's drafts come places that hold no draft.
+            is_filling = given["expanded_local_pos"] > valid[given["expanded_idx_mapping"]]
+            drafts = given["draft_sampled"].masked_fill(is_filling, -1)
             sampled, counts = original(given | {"draft_sampled": drafts})
             if not table.exactly(self._indices):
                 return sampled, counts
@@ -80,6 +80,6 @@ class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
         return sampled, counts
 
 
-def verify(original: Callable[[dict[str, Any]], Any], given: dict[str, Any], _: dict[str, Any]) -> Any:
+def verify(original: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> Any:
     """Verify a step of self-speculation; None for any other."""
     return _in_charge[-1].verify(original, given) if _in_charge else None

@@ -95,7 +95,7 @@ class Chats(Corpus):
 
 
 def holds_conversations(data: Path) -> bool:
-    """Whether a file is ``.jsonl`` whose first line has ``messages``; what is wrong with it is for a reader to say."""
+    """Whether a file is ``.jsonl`` whose first line has ``messages``; reading it says what is wrong with it."""
     if data.suffix != ".jsonl" or not data.is_file():
         return False
     with data.open(encoding="utf-8", errors="replace") as lines:
@@ -145,7 +145,7 @@ def _messages(line: str, where: str) -> list[Message]:
 
 
 def _answers(messages: list[Message], tokenizer: Any, template: Template, where: str) -> list[Answer]:
-    """Return an answer per message of the assistant, and one without a text after a last message that is not its."""
+    """Return an answer per message of the assistant, and one without a text if the last message is not its."""
 
     def encoded(text: str) -> Tensor:
         return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)

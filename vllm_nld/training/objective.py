@@ -131,23 +131,15 @@ class Drafts:
         return 1 + self.accepted.sum(-1)
 
 
-@torch.no_grad()
-def next_cycles(
-    model: ReferenceModel,
-    adapter: DraftAdapter | None,
-    target: Target,
-    starts: Tensor,
-    block_length: int,
-    draws: Draws | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return where the cycles after those at ``starts`` begin, int64 ``[rows, blocks]``, and their weights.
+def next_cycles(target: Target, starts: Tensor, drafts: Drafts) -> tuple[Tensor, Tensor]:
+    """Return where the cycles after ``drafts`` at ``starts`` begin, int64 ``[rows, blocks]``, and their weights.
 
     When serving, a cycle begins at a token that the previous drafts got wrong. Blocks that begin at random mostly lie
     where drafts are easy. Each cycle should also count once, whatever its length, but ``starts`` drawn evenly choose
     the cycle after a long one more often. So its weight is 1 / the tokens of the previous cycle. A cycle that would
     leave the text is replaced by the previous one.
     """
-    emitted = Drafts.over(model, adapter, target, starts, block_length, draws).emitted()
+    emitted, block_length = drafts.emitted(), drafts.rows.shape[-1] + 1
     after = starts + emitted
     return torch.where(after <= target.ids.shape[1] - block_length, after, starts), 1 / emitted
 

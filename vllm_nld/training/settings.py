@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_nld.checkpoints.draft_lora import TARGETS, in_order
 from vllm_nld.errors import NLDError
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Settings(BaseModel):
@@ -18,8 +18,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rank: int = Field(default=128, ge=1, le=4_096)
-    targets: tuple[Target, ...] = Field(default=("o_proj",), min_length=1, description="the projections that change")
-    mask_row: bool = Field(default=False, description="train the mask token's input row, too")
+    targets: tuple[Projection, ...] = Field(
+        default=("o_proj",), min_length=1, description="the projections that change"
+    )
+    mask_row: bool = Field(default=False, description="also train the mask token's input row")
     alpha: float | None = Field(default=None, gt=0, description="None: 4 times the rank, as released")
     block_length: int | None = Field(default=None, ge=2, le=128, description="None: the checkpoint's")
     steps: int = Field(default=1000, ge=1, le=10_000_000)

@@ -29,7 +29,7 @@ class Rows:
 
     Attributes:
         ids: int64 ``[rows, length]``; what follows the longest text is padding.
-        begins: int64 ``[rows]``, where the texts begin: the tokens in front.
+        begins: int64 ``[rows]``, where the texts begin, which is the length of their prefixes.
     """
 
     ids: Tensor
@@ -104,7 +104,7 @@ class Corpus(ABC):
 
     @abstractmethod
     def digest(self, part: Any) -> str:
-        """Return what tells a part from any other."""
+        """Return a fingerprint of a part."""
 
 
 @dataclass(frozen=True)

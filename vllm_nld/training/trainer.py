@@ -16,6 +16,7 @@ from vllm_nld.checkpoints.draft_lora import WEIGHTS_FILE
 from vllm_nld.errors import NLDError
 from vllm_nld.reference import DraftAdapter, ReferenceModel, load_reference
 from vllm_nld.reference.generate import eos_ids
+from vllm_nld.reference.rope import inverse_frequencies
 from vllm_nld.training import acceptance
 from vllm_nld.training.objective import Drafts, Draws, Objective, Target, next_cycles
 from vllm_nld.training.settings import Settings
@@ -43,7 +44,8 @@ def load_frozen(folder: Path, dtype: torch.dtype, device: str | torch.device) ->
     model.config.name_or_path = folder.resolve().name
     if dtype != torch.float32:
         # Angles are computed from these, so they must not be rounded with the weights.
-        model.inverse_frequencies = load_reference(folder).inverse_frequencies.to(device)
+        frequencies = inverse_frequencies(model.config.head_dim, model.config.rope_parameters)
+        model.inverse_frequencies = frequencies.float().to(device)
     return model
 
 
@@ -161,11 +163,14 @@ class Trainer:
         for part, places, earlier, draws in zip(
             chosen.split(size), torch.split(starts, size), before.split(size), own.split(size), strict=True
         ):
-            part = part.to(self.device)
+            part, places = part.to(self.device), places.to(self.device)
             target = Target.of(self.model, part.ids, part.begins[:, None], self.eos)
-            cycles, weights = next_cycles(
-                self.model, self.adapter, target, places.to(self.device), self.block_length, earlier.to(self.device)
-            )
+            with torch.no_grad():
+                cycles, weights = next_cycles(
+                    target,
+                    places,
+                    Drafts.over(self.model, self.adapter, target, places, self.block_length, earlier.to(self.device)),
+                )
             drafts = Drafts.over(self.model, self.adapter, target, cycles, self.block_length, draws.to(self.device))
             # Divided by the blocks of the whole batch, so that the parts of a batch add up.
             loss = self.objective.loss_sum(self.model, target, drafts, weights) / starts.numel()

@@ -59,7 +59,7 @@ def allow_asynchronous_scheduling(
     """Let self-speculation on the second runner be scheduled asynchronously, unless the user said no; idempotent.
 
     Up to 0.32 vLLM allows that for speculative methods that it lists by name, in the middle of
-    ``VllmConfig.__post_init__``. So the question is kept from it, and answered afterwards. ``settle`` is called then,
+    ``VllmConfig.__post_init__``. So it is told no, and the answer is corrected afterwards. ``settle`` is called then,
     with what ``why_first`` said of the user's own choices.
     """
     from vllm.config import VllmConfig
@@ -186,10 +186,10 @@ VERIFIED = (
 
 
 def install_verification(verify: Callable[..., tuple[Tensor, Tensor] | None]) -> None:
-    """Have ``verify(original, arguments, others)`` asked before vLLM's rejection sampler; None leaves it to that.
+    """Have ``verify(original, arguments)`` asked before vLLM's rejection sampler; None leaves the step to that.
 
     Args:
-        verify: is given vLLM's function, its arguments by the names of :data:`VERIFIED`, and the rest. Returns
+        verify: takes vLLM's function and its arguments, by the names of :data:`VERIFIED`. Returns
             tokens int64 ``[requests, steps + 1]`` and how many each request gets, int32 ``[requests]``.
 
     Raises:
@@ -210,7 +210,7 @@ def install_verification(verify: Callable[..., tuple[Tensor, Tensor] | None]) ->
     def rejection_sample(*args: Any, **others: Any) -> Any:
         arguments = dict(zip(VERIFIED, args, strict=False))
         rest = args[len(VERIFIED) :]
-        found = verify(lambda known: original(*known.values(), *rest, **others), arguments, others)
+        found = verify(lambda known: original(*known.values(), *rest, **others), arguments)
         return original(*args, **others) if found is None else found
 
     rejection_sample.asks_self_speculation = True  # type: ignore[attr-defined]

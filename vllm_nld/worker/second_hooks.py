@@ -14,7 +14,7 @@ from vllm_nld.vllm_glue.steps import note_on
 class IntroducesSpeculator:
     """Mix-in: have the runner use this extension's speculator, and answer for its counts.
 
-    What tokens a step yielded is known to the scheduler, on the host anyway; its counts come with the next step.
+    The scheduler knows which tokens a step yielded; its counts come with the next step.
     """
 
     vllm_config: Any
@@ -65,14 +65,14 @@ class IntroducesSpeculator:
         return tally_samples(self._whole(), self._target_forwards, self.model_runner.speculator.all_forwards, {})
 
     def _whole(self) -> Tally:
-        """Return the scheduler's counts and, of denoising, the speculator's."""
+        """Return the scheduler's counts, with the speculator's counts of denoising."""
         whole = copy.deepcopy(self._tally)
         for name, counts in self.model_runner.speculator.denoised.as_dict().items():
             getattr(whole, name).update(counts)
         return whole
 
     def nld_counters(self) -> dict[str, int]:
-        """Return counts since start-up; the same as on the first runner, of the steps before the last."""
+        """Return counts since start-up, as on the first runner, but without the last step."""
         return {
             "target_forwards": self._target_forwards,
             "draft_forwards": self.model_runner.speculator.all_forwards,
@@ -80,5 +80,5 @@ class IntroducesSpeculator:
         }
 
     def nld_tally(self) -> dict[str, dict[str, int]]:
-        """Return the ledger since start-up, of the steps before the last; the same as on the first runner."""
+        """Return the ledger since start-up, as on the first runner, but without the last step."""
         return {**self._whole().as_dict(), "decisions": {}}

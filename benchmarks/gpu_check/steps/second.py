@@ -11,7 +11,7 @@ from gpu_check.steps.forwards import CALLS, Profiled
 
 
 def run(check: Check) -> None:
-    """Time cycles, compare texts with AR's, and see what the host does during a cycle."""
+    """Time cycles, compare texts with those of AR, and see what the host does during a cycle."""
     from vllm_nld.cli.bench_cycle import time_decoding
 
     llm, sizes = second(check), check.sizes
@@ -35,7 +35,7 @@ def run(check: Check) -> None:
 
 
 def _texts(check: Check, llm: Any) -> None:
-    """Count greedy texts that are AR's; in bfloat16 a near tie may fall to either token."""
+    """Count greedy texts that agree with AR; in bfloat16 a near tie may fall to either token."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": [200 + (7 * row + i) % 200 for i in range(40 + row)]} for row in range(4)]
