@@ -97,6 +97,7 @@ class Point:
         call = BlockAttention(
             self.query, self.key, self.value, keys, values, self.table, self.prefixes, self.starts, self.kinds,
             DIM**-0.5, 1.0, 1.0, self.length, self.prefix, self.output,
+            int(self.causal),
         )  # fmt: skip
         implementation.block_attention(call)
         return self.output

@@ -36,6 +36,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # on a GPU, Triton would multiply float32 in TF32
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

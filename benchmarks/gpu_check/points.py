@@ -53,23 +53,6 @@ class GPUPoint(Point):
         )  # fmt: skip
         return self.stock_output
 
-    def two_calls(self) -> Tensor:
-        """FlashAttention over the cached prefix, then over the block, merged by their log-sum-exp."""
-        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-
-        block: Tensor
-        block, block_lse = self._flash(
-            self.key, self.value, self.length, cu_seqlens_k=self.starts, causal=False, return_softmax_lse=True
-        )
-        if not self.prefix:
-            return block
-        prefix, prefix_lse = self._flash(
-            self.keys, self.values, self.prefix, seqused_k=self.prefixes, block_table=self.table, causal=False,
-            return_softmax_lse=True,
-        )  # fmt: skip
-        merge_attn_states(self.stock_output, prefix, prefix_lse, block, block_lse)
-        return self.stock_output
-
 
 class FlexPoint:
     """FlexAttention over a point's keys and values, gathered beforehand: a lower bound of its time over pages."""

@@ -215,6 +215,7 @@ def attention_arguments(spec: AttentionSpec, dtype: torch.dtype, device: str = "
         "max_length": max(spec.lengths) + 2 * spec.loose,
         "max_prefix": max(spec.prefixes) + (spec.page_size + 1) * spec.loose,
         "output": torch.full(query.shape, torch.nan, dtype=dtype),
+        "kind": spec.kinds[0] if len(set(spec.kinds)) == 1 else None,
     }
     return on_device(BlockAttention(**arguments), device)
 

@@ -65,7 +65,12 @@ def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | Non
         "additional_config": {"nld": DRAFTS_OF_THE_REFERENCE | (options or {}) if spec else options or {}},
         "speculative_config": speculative,
     }
-    llm = LLM(model=str(folder), **(defaults | settings))
+    settings = defaults | settings
+    if torch.cuda.is_available():
+        settings.setdefault("gpu_memory_utilization", 0.1)  # several engines share the device
+        if settings["dtype"] == "float32":
+            settings.setdefault("attention_backend", "TRITON_ATTN")  # the only one that takes it
+    llm = LLM(model=str(folder), **settings)
     try:
         yield llm
     finally:

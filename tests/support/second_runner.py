@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.engines import engine, runner
+from tests.support.interpreted import INTERPRETING
 
 
 def complete_interpreter() -> None:
@@ -42,7 +43,8 @@ def second_engine(
     """Yield an LLM as :func:`tests.support.engines.engine` does, on the second runner."""
     from vllm_nld.vllm_glue import second_runner
 
-    complete_interpreter()
+    if INTERPRETING:
+        complete_interpreter()
     allowed = second_runner.asynchronous_is_possible
     second_runner.asynchronous_is_possible = lambda _: asynchronous
     try:

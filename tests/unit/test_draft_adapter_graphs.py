@@ -59,7 +59,7 @@ IDS = torch.tensor([1, MASK, 2, MASK])
 def drafting(monkeypatch: pytest.MonkeyPatch, adapted: Any) -> None:
     """Pretend that a forward is in progress: a draft that is adapted so, or (None) a causal one."""
     none = torch.zeros(0, dtype=torch.int32)
-    metadata = None if adapted is None else {"layer": DraftMetadata(none, none, none, none, 3, 0, adapted)}
+    metadata = None if adapted is None else {"layer": DraftMetadata(none, none, none, none, 3, 0, adapted=adapted)}
     monkeypatch.setattr(draft_adapter, "is_forward_context_available", lambda: True)
     monkeypatch.setattr(draft_adapter, "get_forward_context", lambda: SimpleNamespace(attn_metadata=metadata))
 

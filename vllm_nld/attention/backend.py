@@ -35,6 +35,7 @@ class DraftMetadata:
         mask_kinds: int32 ``[rows]``, ``ops.BIDIRECTIONAL`` or ``ops.CAUSAL``.
         max_length: tokens of the longest block.
         max_prefix: tokens of the longest prefix.
+        kind: what all mask kinds are, if the host knows that.
         adapted: the tokens that the draft adapter applies to: all, or int64 indices, or a factor of 0 or 1 per token
             ``[tokens, 1]`` of the model's dtype; None: none.
         tokens: of all rows; those after are padding. None: there is no padding.
@@ -47,6 +48,7 @@ class DraftMetadata:
     mask_kinds: Tensor
     max_length: int
     max_prefix: int
+    kind: int | None = None
     adapted: Tensor | slice | None = None
     tokens: int | None = None
     in_graph: bool = False
@@ -195,6 +197,7 @@ def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | N
             mask_kinds=torch.full((rows,), CAUSAL, dtype=torch.int32, device=starts.device),
             max_length=metadata.max_query_len,
             max_prefix=metadata.max_seq_len,
+            kind=CAUSAL,
         )
     blocks: DraftMetadata = metadata.nld_blocks
     return blocks
@@ -231,6 +234,7 @@ def block_forward(
         blocks.max_length,
         blocks.max_prefix,
         output.view(tokens, -1, head_dim),
+        blocks.kind,
     )
     ops.function("block_attention", query.device.type)(call)
     if blocks.tokens is not None and blocks.tokens < tokens:

@@ -253,7 +253,15 @@ class DraftPass:
         starts = ints([0, *accumulate(lengths)])
         kinds = ints([BIDIRECTIONAL] * len(blocks))
         return DraftMetadata(
-            pages, ints(prefixes), starts, kinds, max(lengths), longest, self._adapted(blocks), sum(lengths)
+            pages,
+            ints(prefixes),
+            starts,
+            kinds,
+            max(lengths),
+            longest,
+            BIDIRECTIONAL,
+            self._adapted(blocks),
+            sum(lengths),
         )
 
     def _adapted(self, blocks: Sequence[Block]) -> Tensor | slice | None:

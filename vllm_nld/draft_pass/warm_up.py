@@ -70,6 +70,7 @@ def _attend(layer: Any, length: int, longest_prefix: int, dtype: torch.dtype, de
         ints(BIDIRECTIONAL),
         max_length=length,
         max_prefix=longest_prefix,
+        kind=BIDIRECTIONAL,
     )
     query = torch.zeros(length, layer.num_heads * layer.head_size, dtype=dtype, device=device)
     key = torch.zeros(length, layer.num_kv_heads * layer.head_size, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
 """The operators of ``docs/operators.md``, whichever implementation computes them.
 
-One interface, several implementations: C++ (CPU), CUDA, Triton, xformers, and PyTorch as the reference. The choice for
-a device is made once, from what is installed; ``VLLM_NLD_OPS`` forces one by name. To add one:
-``docs/add_an_operator_implementation.md``.
+One interface, several implementations: C++ (CPU), CUDA, Triton, FlashAttention, xformers, and PyTorch as the
+reference. The choice for a device is made once, from what is installed; ``VLLM_NLD_OPS`` forces one by name. To add
+one: ``docs/add_an_operator_implementation.md``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vllm_nld.errors import NLDError
-from vllm_nld.ops import cpp_ops, cuda_ops, torch_ops, triton_ops, xformers_ops
+from vllm_nld.ops import cpp_ops, cuda_ops, flash_ops, torch_ops, triton_ops, xformers_ops
 from vllm_nld.ops.arguments import BIDIRECTIONAL, CAUSAL, BlockAttention
 from vllm_nld.ops.implementation import OPERATORS, Implementation
 
@@ -25,6 +25,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     cpp_ops.IMPLEMENTATION,
     cuda_ops.IMPLEMENTATION,
     triton_ops.IMPLEMENTATION,
+    flash_ops.IMPLEMENTATION,
     xformers_ops.IMPLEMENTATION,
     torch_ops.IMPLEMENTATION,
 )

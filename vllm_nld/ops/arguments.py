@@ -17,8 +17,8 @@ class BlockAttention(NamedTuple):
     """One call of ``block_attention``: R rows, each a cached prefix in KV pages and a block of fresh tokens.
 
     A named tuple and not a dataclass: it is as immutable, but costs 1.1 instead of 2.6 microseconds per call (of 7),
-    and there is one per layer and draft pass. The fields are in the order of the C++ operator's schema, which takes
-    them by position.
+    and there is one per layer and draft pass. The fields up to ``output`` are in the order of the C++ operator's
+    schema, which takes them by position.
 
     T tokens, H query heads, Hkv KV heads (H is a multiple of it), D head size (a multiple of 16, 32 to 256), P pages of
     S tokens. All tensors are on one device. Query, key, value and output have a contiguous last dimension, and any
@@ -44,6 +44,8 @@ class BlockAttention(NamedTuple):
             do not read it.
         max_prefix: tokens of the longest prefix, or more; only GPU kernels read it, to decide how prefixes are split.
         output: ``[T, H, D]`` in the query's dtype; written for the rows' tokens; padding is not changed.
+        kind: what all ``mask_kinds`` are, if the host knows that; else None. FlashAttention takes its mask from the
+            host; no other implementation reads this.
     """
 
     query: Tensor
@@ -61,6 +63,7 @@ class BlockAttention(NamedTuple):
     max_length: int
     max_prefix: int
     output: Tensor
+    kind: int | None = None
 
 
 def check_logits(logits: Tensor) -> None:

@@ -17,6 +17,10 @@ ABI_VERSION = 2
 """Of the operators' schemas; ``csrc/cpu/bindings.cpp`` has the same number."""
 
 
+ARGUMENTS = BlockAttention._fields.index("output") + 1
+"""Fields of a call that the operator takes."""
+
+
 def native_library() -> Path | None:
     """Return the compiled CPU library's path, or None if the install is pure Python.
 
@@ -73,7 +77,7 @@ def block_attention(call: BlockAttention) -> None:
     Raises:
         RuntimeError: an argument is unsuitable; the message names it and what is allowed.
     """
-    torch.ops.vllm_nld_cpu.block_attention.default(*call)
+    torch.ops.vllm_nld_cpu.block_attention.default(*call[:ARGUMENTS])
 
 
 def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -160,6 +160,7 @@ class DraftBuffers:
             self._kinds[: len(prefix_lens)],
             slot_length,
             max_prefix,
+            BIDIRECTIONAL,
             self._adapted[tokens] if adapts else None,
             in_graph=in_graph,
         )
