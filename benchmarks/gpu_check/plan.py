@@ -36,10 +36,10 @@ STEPS = (
     Step("memory", "memory", "speculative", 25, 60, "8b"),
     Step("second", "second", "second", 45, 110, "8b"),
     Step("baseline", "baseline", "plain", 20, 90, "8b"),
-    Step("times", "times", "times", 45, 20),
     Step("cycle-3b", "cycle", "speculative 3b", 10, 60, "3b"),
     Step("second-3b", "second", "second 3b", 20, 60, "3b"),
     Step("baseline-3b", "baseline", "plain 3b", 10, 60, "3b"),
+    Step("times", "times", "times", 45, 20),
     Step("engine-tests", "engine_tests", "engine tests", 60, 20),
 )
 

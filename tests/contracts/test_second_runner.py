@@ -7,6 +7,7 @@ import ast
 import pytest
 
 from tests.contracts.vllm_source import VllmSource
+from vllm_nld.vllm_glue.versions import BAD_WORDS_SEE_DRAFTS
 
 CONFIG = "config/vllm.py"
 RUNNER = "v1/worker/gpu/model_runner.py"
@@ -45,6 +46,14 @@ class TestChoice:
 
     def test_executors_say_whether_they_schedule_asynchronously(self, vllm: VllmSource) -> None:
         assert vllm.has("v1/executor/abstract.py", "Executor.supports_async_scheduling")
+
+
+class TestWords:
+    def test_bad_words_see_drafts(self, vllm: VllmSource) -> None:
+        """Until 0.27, a place before the drafts is compared instead: ``RequestTable`` drafts nothing there."""
+        text = vllm.text("v1/worker/gpu/sample/bad_words.py", "_bad_words_kernel")
+        assert ("spec_offset + 1" in text) == (vllm.release >= BAD_WORDS_SEE_DRAFTS)
+        assert "cur_req_first_pos + spec_offset" in text
 
 
 class TestSpeculator:

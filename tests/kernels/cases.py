@@ -239,7 +239,7 @@ def to_device(x: Tensor, device: str) -> Tensor:
     """Copy to a device with the same strides and storage size (``Tensor.to`` makes some views contiguous)."""
     if x.device.type == device:
         return x
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    storage = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
     moved = storage.to(device)
     return moved.as_strided(x.shape, x.stride(), x.storage_offset())
 

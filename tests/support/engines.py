@@ -67,6 +67,9 @@ def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | Non
     }
     settings = defaults | settings
     if torch.cuda.is_available():
+        from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+
+        set_cudagraph_capturing_enabled(True)  # the first runner takes it away from the process's later engines
         settings.setdefault("gpu_memory_utilization", 0.1)  # several engines share the device
         if settings["dtype"] == "float32":
             settings.setdefault("attention_backend", "TRITON_ATTN")  # the only one that takes it

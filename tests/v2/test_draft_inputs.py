@@ -15,6 +15,8 @@ if INTERPRETING:
     from vllm_nld.speculator import kernels
     from vllm_nld.speculator.buffers import OWN_STREAM, DraftBuffers, Shape, StepTensors
 
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="its tensors are on the CPU")
+
 MASK, PAGE, LONGEST, BLOCK, REQUESTS = 5, 16, 100, 6, 7
 
 

@@ -21,6 +21,8 @@ if INTERPRETING:
     from vllm_nld.speculator.verify import NLDRejectionSampler
     from vllm_nld.vllm_glue import second_runner
 
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="its tensors are on the CPU")
+
 VOCAB, REQUESTS, TEMPERATURE, POSITION = 8, 160, 1.3, 20
 
 

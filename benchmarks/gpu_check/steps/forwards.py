@@ -65,12 +65,12 @@ def _profile(check: Check, llm: Any) -> None:
     time_decoding(llm, 1, check.sizes.prompt_tokens, cycles, check.sizes.drafts)
     watch = Profiled(lambda: profile(activities=activities), check.synchronize)
     count = len(time_decoding(llm, 1, check.sizes.prompt_tokens, cycles, check.sizes.drafts, watch))
-    calls, busy = watch.finish()
+    calls, busy, lasted = watch.finish()
     check.figure("profiled cycle", watch.seconds / count * 1e3, "ms")
     for name, beginnings in CALLS.items():
         check.figure(name, sum(n for call, n in calls.items() if call.startswith(beginnings)) / count, "a cycle")
     check.figure("device busy", busy / count * 1e3, "ms a cycle")
-    check.figure("idle share", 1 - busy / watch.seconds)
+    check.figure("idle share", 1 - busy / lasted)
 
 
 class Profiled:
@@ -94,8 +94,11 @@ class Profiled:
         self.seconds = time.perf_counter() - self._began
         return outputs
 
-    def finish(self) -> tuple[Counter[str], float]:
-        """Return the number of each host call, and the seconds for which the device was busy."""
+    def finish(self) -> tuple[Counter[str], float, float]:
+        """Return the number of each host call, the device's busy seconds, and those from its first work to its last.
+
+        The device's own clock decides: the host may be ahead of it when the last step returns.
+        """
         from torch._C._autograd import DeviceType
 
         self._profile.__exit__(None, None, None)
@@ -106,7 +109,8 @@ class Profiled:
                 calls[event.name] += 1
             elif not getattr(event, "is_user_annotation", False):  # those also span the time between kernels
                 spans.append((event.time_range.start, event.time_range.end))
-        return calls, covered(spans) * 1e-6
+        lasted = max((end for _, end in spans), default=1e6) - min((start for start, _ in spans), default=0.0)
+        return calls, covered(spans) * 1e-6, lasted * 1e-6
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

@@ -62,8 +62,8 @@ def _profile(check: Check, llm: Any) -> None:
     watch = Profiled(lambda: profile(activities=activities), lambda: None)
     count = len(time_decoding(llm, 1, check.sizes.prompt_tokens, cycles, check.sizes.drafts, watch))
     check.synchronize()
-    calls, busy = watch.finish()
+    calls, busy, lasted = watch.finish()
     for name, beginnings in CALLS.items():
         check.figure(name, sum(n for call, n in calls.items() if call.startswith(beginnings)) / count, "a cycle")
     check.figure("device busy", busy / count * 1e3, "ms a cycle")
-    check.figure("idle share", 1 - busy / watch.seconds)
+    check.figure("idle share", 1 - busy / lasted)
