@@ -48,6 +48,23 @@ class TestChoice:
         assert vllm.has("v1/executor/abstract.py", "Executor.supports_async_scheduling")
 
 
+class TestGraphs:
+    def test_planned_graphs_and_what_steps_choose_from(self, vllm: VllmSource) -> None:
+        """``second_runner.add_graphs_of_single_tokens`` adds to both before the runner captures."""
+        path = "v1/worker/gpu/cudagraph_utils.py"
+        plan = vllm.text(path, "CudaGraphManager._init_candidates")
+        assert "self._capture_descs[mode] = descs" in plan
+        assert "self._candidates" in plan
+        assert "uniform_token_count=decode_query_len" in plan
+        assert "descs = self._capture_descs[mode]" in vllm.text(path, "CudaGraphManager.capture")
+        choice = vllm.text(path, "CudaGraphManager.dispatch")
+        assert "for desc in self._candidates[key]" in choice
+        assert {"num_tokens", "num_reqs", "uniform_token_count", "num_active_loras"} <= vllm.fields(
+            path, "BatchExecutionDescriptor"
+        )
+        assert "self.cudagraph_manager.capture(" in vllm.text(RUNNER, "GPUModelRunner.capture_model")
+
+
 class TestWords:
     def test_bad_words_see_drafts(self, vllm: VllmSource) -> None:
         """Until 0.27, a place before the drafts is compared instead: ``RequestTable`` drafts nothing there."""

@@ -69,3 +69,5 @@ def test_second_runner_drafts_in_graphs(llm: Any) -> None:
         pytest.skip("no graphs of drafts")
     graphs = runner(llm).speculator._graphs
     assert graphs and all(own.slots_for(8) for own in graphs.values())
+    lengths = {found.uniform_token_count for found in runner(llm).cudagraph_manager.graphs}
+    assert lengths == {1, runner(llm).decode_query_len}

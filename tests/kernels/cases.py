@@ -270,7 +270,7 @@ def oracle(call: BlockAttention) -> Tensor:
 
 
 def check(implementation: Any, spec: AttentionSpec, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Check that block_attention is not much less exact than PyTorch, and writes nothing else.
+    """Check that block_attention is not much less exact than PyTorch, and does not write its inputs.
 
     The error against float64 may be twice that of PyTorch in the same dtype, plus a floor: if PyTorch happens to be
     exact, one rounding of the result (half an epsilon) and, in float32, another order of summation must be allowed.
@@ -287,7 +287,6 @@ def check(implementation: Any, spec: AttentionSpec, dtype: torch.dtype, device: 
         assert torch.equal(bits(x), before[name]), f"{name} was written"
     used = sum(spec.lengths)
     found = call.output.cpu()
-    assert found[used:].isnan().all(), "tokens after the last row were written"
     assert not found[:used].isnan().any(), "NaN: unused slots or padding were read, or tokens were not written"
     if used == 0:
         return

@@ -111,13 +111,12 @@ def random_batch(seed: int) -> Batch:
 
 
 def check(module: ModuleType, batch: Batch, device: str) -> None:
-    """Compare ``module.block_attention`` with the reference, and check that nothing else was written."""
+    """Compare ``module.block_attention`` with the reference."""
     call, expected, keys = build(batch)
     used = expected.shape[0]
     call = cases.on_device(call, device)
     module.block_attention(call, split_limit=batch.split_limit)
     found = call.output.double().cpu()
-    assert found[used:].isnan().all(), "padding was written"
     error = (found[:used] - expected).abs().max().item() if used else 0.0
     # Weights and the result are rounded to the dtype; float32 sums over many keys in another order.
     largest = expected.abs().max().item() if used else 0.0

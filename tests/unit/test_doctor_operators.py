@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ DOCUMENTATION = Path(__file__).parents[2] / "docs" / "operators.md"
 
 def test_operator_with_another_implementation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {"block_attention": xformers_ops.IMPLEMENTATION}
-    monkeypatch.setattr(ops, "implementation", lambda operator, _: chosen.get(operator, torch_ops.IMPLEMENTATION))
+    monkeypatch.setattr(
+        ops, "implementation", lambda operator, _, captured=False: chosen.get(operator, torch_ops.IMPLEMENTATION)
+    )
     assert "xformers (accept_prefix, best_tokens: torch)" in _operators()
 
 
@@ -30,9 +34,25 @@ def test_implementation_of_all_operators_is_named_once(
 ) -> None:
     if implementation.unavailable(torch.device("cpu")) or implementation.operators != ops.OPERATORS:
         pytest.skip(f"{implementation.name} does not compute all of them here")
-    monkeypatch.setattr(ops, "implementation", lambda operator, _: implementation)
+    monkeypatch.setattr(ops, "implementation", lambda operator, _, captured=False: implementation)
     assert _operators().startswith(implementation.name)
     assert "best_tokens" not in _operators()
+
+
+def test_choice_depends_on_dtype_and_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU where all run: the first of the list, but in graphs the one that is fast there, if the dtype fits."""
+    usable = [dataclasses.replace(one, obstacle=lambda _: None) for one in ops.IMPLEMENTATIONS]
+    monkeypatch.setattr(ops, "IMPLEMENTATIONS", tuple(usable))
+    monkeypatch.delenv(ops.ENVIRONMENT_VARIABLE, raising=False)
+
+    def chosen(*settings: Any, operator: str = "block_attention") -> str:
+        return ops.implementation.__wrapped__(operator, "cuda", *settings).name
+
+    assert [chosen(), chosen(torch.bfloat16), chosen(torch.float32)] == ["cuda"] * 3
+    assert [chosen(torch.bfloat16, True), chosen(torch.float32, True)] == ["flash", "cuda"]
+    assert chosen(None, True, operator="best_tokens") == "cuda"
+    monkeypatch.setenv(ops.ENVIRONMENT_VARIABLE, "xformers")
+    assert [chosen(torch.bfloat16, True), chosen(torch.float32)] == ["xformers", "torch"]
 
 
 def test_packages_of_implementations_are_named() -> None:

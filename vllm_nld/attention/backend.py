@@ -206,7 +206,7 @@ def verify_blocks(metadata: Any, query: Tensor, layer: Any) -> DraftMetadata | N
 @cache
 def fast_causal(device_type: str, dtype: torch.dtype) -> bool:
     """Whether causal steps of several queries a row should use the operator, as its implementation states."""
-    return ops.implementation("block_attention", device_type).fast_causal(dtype)
+    return ops.implementation("block_attention", device_type, dtype).fast_causal(dtype)
 
 
 def block_forward(
@@ -236,7 +236,7 @@ def block_forward(
         output.view(tokens, -1, head_dim),
         blocks.kind,
     )
-    ops.function("block_attention", query.device.type)(call)
+    ops.function("block_attention", query.device.type, query.dtype, blocks.in_graph)(call)
     if blocks.tokens is not None and blocks.tokens < tokens:
         output[blocks.tokens :] = 0  # a quantization with one scale for all tokens would include what was there before
     return output

@@ -160,6 +160,9 @@ def _operators() -> str:
     ]
     details = chosen.details()
     named = f"{chosen.name} ({details})" if details else chosen.name
+    captured = ops.implementation("block_attention", device.type, captured=True)
+    if captured is not chosen:
+        named = f"{captured.name} in CUDA graphs, else {named}"
     return "; ".join([named + _elsewhere(chosen, device), *missing])
 
 

@@ -45,8 +45,16 @@ __all__ = [
 
 
 @cache
-def implementation(operator: str, device_type: str) -> Implementation:
+def implementation(
+    operator: str, device_type: str, dtype: torch.dtype | None = None, captured: bool = False
+) -> Implementation:
     """Return the implementation that computes an operator on a device.
+
+    Args:
+        operator: one of ``OPERATORS``.
+        device_type: such as "cuda".
+        dtype: of the query; None: any.
+        captured: whether a CUDA graph is to hold the call. It then costs the host nothing to launch.
 
     Raises:
         NLDError: ``VLLM_NLD_OPS`` names an implementation that is unknown or does not run here.
@@ -55,17 +63,20 @@ def implementation(operator: str, device_type: str) -> Implementation:
     names = [candidate.name for candidate in IMPLEMENTATIONS]
     if wanted is not None and wanted not in names:
         raise NLDError(f"{ENVIRONMENT_VARIABLE}={wanted}: allowed are {', '.join(names)}")
-    for candidate in IMPLEMENTATIONS:
+    for candidate in sorted(IMPLEMENTATIONS, key=lambda one: not (captured and one.first_in_graphs)):
         reason = candidate.unavailable(device)
         if candidate.name == wanted and reason is not None:
             raise NLDError(f"{ENVIRONMENT_VARIABLE}={wanted} does not run on {device_type}: {reason}")
-        if reason is None and wanted in (None, candidate.name) and operator in candidate.operators:
+        fits = operator in candidate.operators and (dtype is None or dtype in candidate.dtypes)
+        if reason is None and wanted in (None, candidate.name) and fits:
             return candidate
-    return IMPLEMENTATIONS[-1]  # the forced one lacks this operator; PyTorch has all
+    return IMPLEMENTATIONS[-1]  # the forced one lacks this operator or dtype; PyTorch has all
 
 
 @cache
-def function(operator: str, device_type: str) -> Callable[..., Any]:
-    """Return an operator's implementation for a device, to be called outside compiled code."""
-    chosen: Callable[..., Any] = getattr(implementation(operator, device_type), operator)
+def function(
+    operator: str, device_type: str, dtype: torch.dtype | None = None, captured: bool = False
+) -> Callable[..., Any]:
+    """Return what :func:`implementation` chooses, to be called outside compiled code."""
+    chosen: Callable[..., Any] = getattr(implementation(operator, device_type, dtype, captured), operator)
     return chosen

@@ -43,7 +43,8 @@ class BlockAttention(NamedTuple):
         max_length: tokens of the longest block, or more. On the host, for the grids of GPU kernels: C++ and PyTorch
             do not read it.
         max_prefix: tokens of the longest prefix, or more; only GPU kernels read it, to decide how prefixes are split.
-        output: ``[T, H, D]`` in the query's dtype; written for the rows' tokens; padding is not changed.
+        output: ``[T, H, D]`` in the query's dtype; written for the rows' tokens; what
+            padding holds afterwards is not defined.
         kind: what all ``mask_kinds`` are, if the host knows that; else None. FlashAttention takes its mask from the
             host; no other implementation reads this.
     """

@@ -41,16 +41,17 @@ def block_attention(call: BlockAttention) -> None:
         raise NLDError(f"FlashAttention: query is {call.query.dtype}; allowed: bfloat16, float16")
     if call.prefix_lens.shape[0] == 0 or call.max_length == 0:
         return
-    output, lse = _own_block(call)
-    if call.max_prefix > 0:
-        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+    own, own_lse = _own_block(call)
+    if call.max_prefix == 0:
+        call.output.copy_(own)
+        return
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-        prefix, prefix_lse = _prefix(call)
-        merged = torch.empty_like(prefix)
-        merge_attn_states(merged, prefix, prefix_lse, output, lse)
-        output = merged
-    # FlashAttention leaves out padding, so what its results hold there is not defined.
-    call.output.copy_(torch.where(_rows_of_tokens(call) >= 0, output, call.output))
+    prefix, prefix_lse = _prefix(call)
+    merged = call.output if call.output.is_contiguous() else torch.empty_like(prefix)
+    merge_attn_states(merged, prefix, prefix_lse, own, own_lse)
+    if merged is not call.output:
+        call.output.copy_(merged)
 
 
 def _own_block(call: BlockAttention) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,9 @@ def _own_block(call: BlockAttention) -> tuple[Tensor, Tensor]:
         return attend(call.kind == CAUSAL)
     # The kinds are on the device, so both masks are computed.
     (seen, seen_lse), (own, own_lse) = attend(True), attend(False)
-    causal = (call.mask_kinds == CAUSAL)[_rows_of_tokens(call)[:, 0, 0]]
+    tokens = torch.arange(call.query.shape[0], device=call.query.device)
+    rows = torch.searchsorted(call.block_starts, tokens, right=True) - 1
+    causal = (call.mask_kinds == CAUSAL)[rows.clamp(max=call.mask_kinds.shape[0] - 1)]
     return torch.where(causal[:, None, None], seen, own), torch.where(causal, seen_lse, own_lse)
 
 
@@ -103,13 +106,6 @@ def _attend(
     return output, lse
 
 
-def _rows_of_tokens(call: BlockAttention) -> Tensor:
-    """Return int64 ``[T, 1, 1]``: whose each token is; -1 for padding."""
-    tokens = torch.arange(call.query.shape[0], device=call.query.device)
-    rows = torch.searchsorted(call.block_starts, tokens, right=True) - 1
-    return rows.masked_fill(tokens >= call.block_starts[-1], -1)[:, None, None]
-
-
 @cache
 def _flash() -> tuple[Any, Any, Any]:
     """Import on first use: whether vLLM has FlashAttention, its version by head size, and the function."""
@@ -130,4 +126,5 @@ IMPLEMENTATION = Implementation(
     obstacle=unavailable,
     dtypes=HALF,
     graph_safe=True,
+    first_in_graphs=True,
 )

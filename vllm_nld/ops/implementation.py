@@ -32,6 +32,8 @@ class Implementation:
         dtypes: of the query.
         reads_tiles: reads KV pages in tiles (``ops.pages.TILED``). If not, it must refuse such pages with NLDError.
         graph_safe: its calls never wait for the device, so a CUDA graph may capture them.
+        first_in_graphs: preferred to all others where a CUDA graph holds the call: its kernels are the fastest, but
+            take the host long to launch one by one.
         fast_causal: called once per dtype; returns whether causal steps with several tokens of a request (verify,
             commit, prefill) should use its ``block_attention`` instead of vLLM's attention.
         details: returns what ``doctor`` prints in brackets after the name.
@@ -48,6 +50,7 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = FLOAT32 + HALF
     reads_tiles: bool = False
     graph_safe: bool = False
+    first_in_graphs: bool = False
     fast_causal: Callable[[torch.dtype], bool] = lambda _: False
     details: Callable[[], str] = lambda: ""
 

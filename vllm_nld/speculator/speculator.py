@@ -180,7 +180,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._set_pages(self._runner.block_tables)
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
             return
-        operator = ops.implementation("block_attention", self.device.type)
+        dtype = self.vllm_config.model_config.dtype
+        operator = ops.implementation("block_attention", self.device.type, dtype, captured=True)
         if not operator.graph_safe:
             logger.warning("Draft passes run without CUDA graphs: the operator %s waits for the device", operator.name)
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -167,6 +168,39 @@ def install_speculator(make: Callable[[Any, Any], Any]) -> None:
 
     init_speculator.knows_self_speculation = True  # type: ignore[attr-defined]
     model_runner.init_speculator = init_speculator
+
+
+def add_graphs_of_single_tokens(manager: Any) -> int:
+    """Have full CUDA graphs also of steps in which every request computes one token; returns how many.
+
+    With speculation vLLM plans full graphs for steps of whole blocks only. Requests that decode by AR would run
+    piece by piece, every layer launched by the host. Call it before the graphs are captured.
+
+    Args:
+        manager: the runner's ``ModelCudaGraphManager``.
+    """
+    from vllm.config import CUDAGraphMode
+
+    planned = manager._capture_descs.get(CUDAGraphMode.FULL, [])
+    of_blocks = [found for found in planned if found.uniform_token_count == manager.decode_query_len]
+    if not of_blocks or any(found.uniform_token_count == 1 for found in planned):
+        return 0  # no full graphs of blocks, or of single tokens as well
+    most = int(manager.max_num_reqs)
+    sizes = sorted({min(size, most) for size in manager.compilation_config.cudagraph_capture_sizes})
+    added = [
+        replace(of_blocks[0], num_tokens=size, num_reqs=size, uniform_token_count=1, num_active_loras=loras)
+        for size in sizes
+        for loras in manager.lora_capture_cases
+    ]
+    # The largest is captured first: its output's buffer serves all.
+    manager._capture_descs[CUDAGraphMode.FULL] = sorted([*planned, *added], key=lambda found: -found.num_tokens)
+    smaller: dict[int, int] = {}
+    for found in added:
+        for tokens in range(smaller.get(found.num_active_loras, 0) + 1, found.num_tokens + 1):
+            key = tokens, found.num_active_loras
+            manager._candidates[key] = [found, *manager._candidates.get(key, [])]
+        smaller[found.num_active_loras] = found.num_tokens
+    return len(added)
 
 
 VERIFIED = (

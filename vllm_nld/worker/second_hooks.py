@@ -8,6 +8,7 @@ from typing import Any
 from vllm_nld.errors import NLDError
 from vllm_nld.serving.ledger import Tally
 from vllm_nld.serving.metrics import Publisher, snapshot_path, tally_samples
+from vllm_nld.vllm_glue.second_runner import add_graphs_of_single_tokens
 from vllm_nld.vllm_glue.steps import note_on
 
 
@@ -46,8 +47,9 @@ class IntroducesSpeculator:
         return result
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Warm up, as vLLM does, the draft pass first."""
+        """Warm up, as vLLM does, the draft pass first, and plan graphs of AR steps besides those of blocks."""
         self.model_runner.speculator.warm_up()
+        add_graphs_of_single_tokens(self.model_runner.cudagraph_manager)
         return super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: Any) -> Any:

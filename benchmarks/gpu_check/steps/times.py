@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpu_check.check import Check
-from gpu_check.points import FlexPoint, GPUPoint, device_medians, host_seconds, implementations, make_point
+from gpu_check.points import FlexPoint, GPUPoint, captured, device_medians, host_seconds, implementations, make_point
 
 FLEX_POINTS = ((1024, 32, 8), (8192, 32, 1))
 """(prefix, block length, rows). Few, because each must be compiled."""
@@ -55,7 +55,8 @@ def _measure(check: Check, modules: dict[str, Any], prefix: int, length: int, ro
         except Exception as error:  # a peer's failure does not affect the others
             check.figure("failed", f"{type(error).__name__}: {error}"[:500], of=name, **where)
             del calls[name]
-    for name, seconds in device_medians(check.device, calls, check.sizes.point_seconds).items():
+    timed = calls if check.dry else {name: captured(call) for name, call in calls.items()}
+    for name, seconds in device_medians(check.device, timed, check.sizes.point_seconds).items():
         check.figure("attention", seconds * 1e6, "us", of=name, **where)
     if prefix == check.sizes.prefixes[-1] and rows == check.sizes.rows[0]:
         for name, call in calls.items():
