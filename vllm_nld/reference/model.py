@@ -40,20 +40,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Return grouped-query attention ``[batch, heads, tokens, head_dim]``; ``mask`` as :func:`foldable` leaves it."""
-    batch, heads, tokens, size = query.shape
-    kv_heads = key.shape[1]
-    if not query.is_cuda:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=heads != kv_heads)
-    # PyTorch's fused CUDA kernels that take a mask know no groups. So a group's heads become queries of one head.
-    folded = query.reshape(batch, kv_heads, heads // kv_heads * tokens, size)
+    """Return grouped-query attention ``[batch, heads, tokens, head_dim]``; on CUDA, ``mask`` is :func:`folded_mask`."""
+    if query.is_cuda:
+        return attend_folded(query, key, value, mask)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
+
+def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """As :func:`attend`, but a group's heads become queries of one head.
+
+    For PyTorch's fused CUDA kernels: those that take a mask know no groups.
+    """
+    batch, _, _, size = query.shape
+    folded = query.reshape(batch, key.shape[1], -1, size)
     return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask).view(query.shape)
 
 
-def foldable(mask: Tensor | None, groups: int, dtype: torch.dtype) -> Tensor | None:
-    """Return what :func:`attend` adds to scores on CUDA: a bool ``mask``, once for each head of a group."""
-    if mask is None or not mask.is_cuda:
-        return mask
+def folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Return what :func:`attend_folded` adds to scores: a bool ``mask``, once for each head of a group."""
     added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     four = added.view((1,) * (4 - added.ndim) + added.shape)
     return four.repeat(1, 1, groups if four.shape[2] > 1 else 1, 1)
@@ -115,7 +120,8 @@ class RoomyKVCache(KVCache):
         past = self.keys[layer].shape[2] if len(self.keys) > layer else 0
         if len(self._room) == layer:
             batch, heads, _, size = key.shape
-            self._room.append((key.new_empty(batch, heads, self.capacity, size), value.new_empty(batch, heads, self.capacity, size)))
+            shape = batch, heads, self.capacity, size
+            self._room.append((key.new_empty(shape), value.new_empty(shape)))
         end = past + key.shape[2]
         for room, new in zip(self._room[layer], (key, value), strict=True):
             room[:, :, past:end] = new
@@ -293,7 +299,8 @@ class ReferenceModel(nn.Module):
             angles.sin().to(x.dtype),
             query_scale(positions, scaling).unsqueeze(-1).to(x.dtype) if scaling is not None else None,
         )
-        mask = foldable(mask, self.config.num_attention_heads // self.config.num_key_value_heads, x.dtype)
+        if mask is not None and mask.is_cuda:
+            mask = folded_mask(mask, self.config.num_attention_heads // self.config.num_key_value_heads, x.dtype)
         for layer in self.encoder.layers:
             x = layer(x, rotation, mask, cache, write, adapter)
         out: Tensor = self.encoder.norm(x)
@@ -301,11 +308,15 @@ class ReferenceModel(nn.Module):
 
     def causal(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return logits ``[batch, tokens, vocab]`` with row i predicting position i + 1; appends to ``cache``."""
+        return self.logits(self.causal_hidden(ids, cache))
+
+    def causal_hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As :meth:`causal`, but the hidden states ``[batch, tokens, hidden]`` that logits are made of."""
         past, tokens = (cache.length if cache is not None else 0), ids.shape[1]
         mask = None
         if tokens > 1:
             mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=ids.device).tril(past)
-        return self.logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=cache is not None))
+        return self.hidden(ids, self._positions(past, ids), mask, cache, write=cache is not None)
 
     def bidirectional(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return logits ``[batch, tokens, vocab]`` with row i predicting position i; does not change ``cache``."""

@@ -232,9 +232,10 @@ class Objective:
         with torch.no_grad():
             wanted = model.logits(judges)
             support = Support.of(wanted, found, self.top_k)
-        cross_entropy = -support.log_softmax(found).gather(-1, support.place_of(tokens)).squeeze(-1)
+        seen = support.seen(found)
+        cross_entropy = -seen.log_softmax(-1).gather(-1, support.place_of(tokens)).squeeze(-1)
         matching = lk_hybrid(
-            support.log_softmax(wanted, self.temperature), support.log_softmax(found, self.temperature), self.eta
+            support.log_softmax(wanted, self.temperature), (seen / self.temperature).log_softmax(-1), self.eta
         )
         return ((self.kl_weight * matching + self.ce_weight * cross_entropy) * share).sum()
 
@@ -262,9 +263,13 @@ class Support:
         inside[:, 1:] = columns[:, 1:] != columns[:, :-1]
         return cls(columns, inside)
 
+    def seen(self, logits: Tensor) -> Tensor:
+        """Return those of ``logits`` ``[rows, vocab]`` that are in the support, ``[rows, size]``."""
+        return logits.gather(-1, self.columns).masked_fill(~self.inside, -1e9)
+
     def log_softmax(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Return log-probabilities ``[rows, size]`` of ``logits`` ``[rows, vocab]``, renormalised on the support."""
-        return (logits.gather(-1, self.columns) / temperature).masked_fill(~self.inside, -1e9).log_softmax(-1)
+        return (self.seen(logits) / temperature).log_softmax(-1)
 
     def place_of(self, tokens: Tensor) -> Tensor:
         """Return where ``tokens`` ``[rows]`` are in their rows, int64 ``[rows, 1]``.
@@ -311,7 +316,10 @@ def _rows_at_once(model: ReferenceModel) -> int:
 def _chosen(model: ReferenceModel, hidden: Tensor, draws: Draws) -> Tensor:
     """Return each draft, int64 ``[rows, blocks, block_length - 1]``: a draw in drawn blocks, else the argmax."""
     drawn = draws.drawn[..., None].expand_as(draws.uniform)
-    parts = (torch.split(part, _rows_at_once(model)) for part in (hidden.flatten(0, -2), draws.uniform.flatten(), drawn.flatten()))
+    parts = (
+        torch.split(part, _rows_at_once(model))
+        for part in (hidden.flatten(0, -2), draws.uniform.flatten(), drawn.flatten())
+    )
     found = []
     for rows, uniform, by_chance in zip(*parts, strict=True):
         logits = model.logits(rows)
