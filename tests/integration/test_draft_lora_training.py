@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,50 @@ def test_loss_equals_that_of_single_cycles(own: bool) -> None:
     assert int(drafts.emitted().sum()) == accepted + starts.numel()
 
 
+def test_drafts_beyond_the_first_rejected_one_count_less_with_distance() -> None:
+    model = model_of(1)
+    adapter = random_adapter(model, rank=4)
+    ids = continue_greedily(model, torch.randint(6, 24, (1, 8), generator=torch.Generator().manual_seed(4)), 22)
+    target, eos = Target.of(model, ids), frozenset({int(ids[0, 20])})
+    starts = torch.tensor([[9, 12, 16]])
+    drafts = Drafts.over(model, adapter, target, starts, BLOCK)
+    everything = Drafts.over(model, adapter, Target.of(model, ids, 8, eos), starts, BLOCK)
+    assert bool((drafts.beyond >= 0).all()), "all is the model's own text"
+    assert bool((everything.beyond == -1).any()), "the text ends in a block"
+    for found in (drafts, everything):
+        assert torch.equal(found.counted, found.beyond == 0)
+        expected = 0.0
+        for block in range(3):
+            losses, shares = [], []
+            for place in range(BLOCK - 1):
+                if (distance := int(found.beyond[0, block, place])) < 0:
+                    continue
+                alone = torch.full_like(found.beyond, -1)
+                alone[0, block, place] = 0
+                losses.append(float(Objective().loss_sum(model, target, replace(found, beyond=alone))))
+                shares.append(0.7**distance)
+            if shares:
+                expected += sum(map(math.prod, zip(losses, shares, strict=True))) / sum(shares)
+        assert float(Objective(beyond=0.7).loss_sum(model, target, found)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_logits_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, generator = model_of(1), torch.Generator().manual_seed(4)
+    ids, starts = torch.randint(6, 24, (2, 30), generator=generator), torch.tensor([[3, 8, 20], [1, 9, 12]])
+    draws = Draws.of(2, 3, BLOCK, 0.5, generator)
+
+    def run() -> tuple[Drafts, float]:
+        target = Target.of(model, ids)
+        drafts = Drafts.over(model, random_adapter(model), target, starts, BLOCK, draws)
+        return drafts, float(Objective(beyond=0.9).loss_sum(model, target, drafts))
+
+    whole, loss = run()
+    monkeypatch.setattr(objective, "_LOGITS_AT_ONCE", 5 * model.config.vocab_size)
+    parts, same = run()
+    assert torch.equal(parts.beyond, whole.beyond)
+    assert same == pytest.approx(loss, rel=1e-5)
+
+
 def test_drawn_drafts_have_the_drafter_s_distribution() -> None:
     """Drawn blocks accept as often as the drafter's probability of verify's token says; the others as by argmax."""
     model = model_of(1)
@@ -309,6 +354,19 @@ def test_measured_acceptance_equals_self_speculation(seed: int) -> None:
         assert sum(cycles) > 40 - BLOCK, "cycles whose block would leave the text are left out, no others"
     assert found.length == sum(map(sum, found.cycles)) / sum(map(len, found.cycles))
     assert found.length == pytest.approx(1 + sum(found.by_position))
+
+
+def test_rows_measured_together_are_as_measured_alone() -> None:
+    model, generator = model_of(2), torch.Generator().manual_seed(2)
+    adapter, empty = random_adapter(model, 2), torch.zeros(0, dtype=torch.int64)
+    prefixes = [torch.randint(6, 24, (length,), generator=generator) for length in (4, 4, 7, 11, 12)]
+    rows = Rows.of(prefixes, [empty] * 5, 0, 3)
+    rows = Rows(continue_greedily(model, rows.ids, 40, rows.begins), rows.begins)
+    for eos in (frozenset[int](), frozenset({int(rows.ids[0, 30]), int(rows.ids[3, 25])})):
+        alone = measure(model, adapter, rows, BLOCK, eos, blocks=5)
+        seen: list[int] = []
+        assert measure(model, adapter, rows, BLOCK, eos, 7, seen.append, batch=2) == alone
+        assert seen == [2, 2, 1]
 
 
 def test_next_cycles_begin_where_cycles_end() -> None:
@@ -429,6 +487,33 @@ def test_own_text_after_prefixes_of_any_length(tmp_path: Path, monkeypatch: pyte
     for row, prefix in zip(rows.ids.tolist(), prefixes, strict=True):
         written = ar_generate(model, prefix.tolist(), 7).ids
         assert row == written + [3] * (16 - len(written))
+
+
+def test_the_rate_falls_with_time(tmp_path: Path) -> None:
+    settings = Settings.of(**SMALL | {"steps": 1000, "warm_up": 0, "seconds": 10.0})
+    rates = [settings.rate(step, seconds) for step, seconds in ((0, 0.0), (1, 5.0), (900, 5.0), (2, 10.0), (3, 11.0))]
+    assert rates == pytest.approx([0.01, 0.005, 0.001, 0, 0])
+    trainer = trainer_in(tmp_path, steps=1_000_000, seconds=1.0)
+    assert finish(trainer, measure_every=1_000_000)
+    assert 0 < trainer.step < 1_000_000
+    assert trainer.seconds >= 1
+    assert [row["step"] for row in trainer.curve] == [0, trainer.step]
+    resumed = trainer_in(tmp_path, resume=True, steps=1_000_000, seconds=1.0)
+    assert resumed.seconds == trainer.seconds
+    assert finish(resumed)
+    assert resumed.step == trainer.step, "its time is over"
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_bfloat16_weights_train_a_float32_adapter(tmp_path: Path, micro_batch: int | None) -> None:
+    settings = Settings.of(**SMALL | {"steps": 30, "learning_rate": 0.02, "targets": "all", "mask_row": True,
+                                      "micro_batch": micro_batch})  # fmt: skip
+    trainer = Trainer(model_of().bfloat16(), stream_of(), settings, tmp_path)
+    trainer.begin(False)
+    assert finish(trainer, measure_every=40)
+    assert {matrix.dtype for matrix in trainer.adapter.parameters} == {torch.float32}
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "training" / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
 
 
 def test_training_stops_when_time_is_up(tmp_path: Path) -> None:

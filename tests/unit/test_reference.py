@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support import models
-from vllm_nld.reference import KVCache, ReferenceModel, ar_generate, generate, linear_spec_generate
+from vllm_nld.reference import (
+    KVCache,
+    ReferenceModel,
+    RoomyKVCache,
+    ar_generate,
+    generate,
+    linear_spec_generate,
+)
 from vllm_nld.reference.generate import Generation, draft_block
+from vllm_nld.reference.model import attend, attend_folded, folded_mask
 
 PROMPT = [1, 3, 7, 2, 9, 4]
 END = 6
@@ -174,6 +182,35 @@ def test_bidirectional_does_not_change_the_cache() -> None:
     assert len(after) == len(held) == 4
     assert all(one is other for one, other in zip(after, held, strict=True))
     assert all(torch.equal(one, copy) for one, copy in zip(after, copies, strict=True))
+
+
+def test_a_cache_with_room_holds_the_same() -> None:
+    model, ids = model_of(0), tokens(2, 20)
+    plain, roomy = KVCache(), RoomyKVCache(20)
+    for start, end in ((0, 9), (9, 10), (10, 20)):
+        assert torch.equal(model.causal(ids[:, start:end], plain), model.causal(ids[:, start:end], roomy))
+        assert roomy.length == end
+        assert torch.equal(model.bidirectional(ids[:, :3], roomy), model.bidirectional(ids[:, :3], plain))
+        assert roomy.length == end, "only causal calls write"
+        if start == 9:
+            room = roomy.keys[1].data_ptr()
+    assert all(torch.equal(one, other) for one, other in zip(roomy.values, plain.values, strict=True))
+    assert roomy.keys[1].data_ptr() == room, "nothing was copied"
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (1, 9), (2, 1, 5, 9), None])
+def test_heads_of_a_group_attend_as_queries_of_one_head(shape: tuple[int, ...] | None) -> None:
+    """How CUDA attends; here on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 5, 16, generator=generator)
+    key, value = (torch.randn(2, 2, 9, 16, generator=generator) for _ in range(2))
+    mask = None
+    if shape is not None:
+        mask = torch.rand(shape, generator=generator) < 0.5
+        mask[..., 0] = True
+    expected = attend(query, key, value, mask)
+    folded = None if mask is None else folded_mask(mask, 3, query.dtype)
+    torch.testing.assert_close(attend_folded(query, key, value, folded), expected)
 
 
 def test_only_layer_zero_shares_keys_and_values() -> None:

@@ -131,7 +131,8 @@ def test_no_query_scale() -> None:
 def test_rotate_pairs_halves() -> None:
     """Components i and i + head_dim / 2 form a plane; a quarter turn takes (1, 0) to (0, 1)."""
     x = torch.tensor([1.0, 2.0, 0.0, 0.0]).view(1, 1, 1, 4)
-    found = rotate(x, torch.tensor([[torch.pi / 2, 0.0]]))
+    angles = torch.tensor([[torch.pi / 2, 0.0]])
+    found = rotate(x, angles.cos(), angles.sin())
     assert found.flatten().tolist() == pytest.approx([0.0, 2.0, 1.0, 0.0], abs=1e-6)
 
 

@@ -192,6 +192,9 @@ def train_draft_lora(
     alpha: Annotated[float | None, typer.Option(help="Scale times rank; by default 4 times the rank.")] = None,
     block_length: Annotated[int | None, typer.Option(help="By default the checkpoint's.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 1000,
+    seconds: Annotated[
+        float | None, typer.Option(help="Train so long, --steps at most; the rate falls with the time, too.")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="Highest rate; it falls linearly to 0.")] = 1e-3,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward, if memory is short.")] = None,
@@ -207,6 +210,9 @@ def train_draft_lora(
     ce_weight: Annotated[float, typer.Option(help="Weight of the cross-entropy against verify's token.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Temperature of the distributions that are matched.")] = 3.0,
     eta: Annotated[float, typer.Option(help="How soon matching goes from KL to total variation.")] = 0.5,
+    beyond: Annotated[
+        float, typer.Option(help="What drafts after the first rejected one count, to the power of their distance.")
+    ] = 0.0,
     drawn_share: Annotated[float, typer.Option(help="Of the blocks whose drafts are drawn at temperature 1.")] = 0.9,
     dtype: Annotated[str, typer.Option(help="Type of the frozen weights: float32 or bfloat16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,

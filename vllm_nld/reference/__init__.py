@@ -4,13 +4,14 @@ from vllm_nld.reference.adapter import DraftAdapter
 from vllm_nld.reference.checkpoint import load_reference
 from vllm_nld.reference.diffusion import generate
 from vllm_nld.reference.generate import Generation, ar_generate, linear_spec_generate
-from vllm_nld.reference.model import KVCache, ReferenceModel
+from vllm_nld.reference.model import KVCache, ReferenceModel, RoomyKVCache
 
 __all__ = [
     "DraftAdapter",
     "Generation",
     "KVCache",
     "ReferenceModel",
+    "RoomyKVCache",
     "ar_generate",
     "generate",
     "linear_spec_generate",

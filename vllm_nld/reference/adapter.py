@@ -93,8 +93,11 @@ class DraftAdapter:
         place = layer, target
         if place not in self.a:
             return output
-        low = x.to(self.a[place].dtype) @ self.a[place].T
-        return output + (self.scale * (low @ self.b[place].T)).to(output.dtype)
+        a, b = self.a[place], self.b[place]
+        if a.dtype != output.dtype:
+            return output + (self.scale * ((x.to(a.dtype) @ a.T) @ b.T)).to(output.dtype)
+        low = x.flatten(0, -2) @ a.T
+        return torch.addmm(output.flatten(0, -2), low, b.T, alpha=self.scale).view(output.shape)
 
     def embed(self, ids: Tensor, embedded: Tensor) -> Tensor:
         """Return the ``embedded`` ``[..., hidden]`` of token ``ids`` ``[...]``, with the mask token's own row."""
@@ -107,6 +110,12 @@ class DraftAdapter:
         """Return the adapter on another device."""
         a, b = ({place: x.to(device) for place, x in matrices.items()} for matrices in (self.a, self.b))
         row = None if self.mask_row is None else self.mask_row.to(device)
+        return DraftAdapter(a, b, self.scale, row, self.mask_token_id)
+
+    def rounded(self, dtype: torch.dtype) -> DraftAdapter:
+        """Return the adapter in ``dtype``; gradients go to this one, in its own dtype."""
+        a, b = ({place: x.to(dtype) for place, x in matrices.items()} for matrices in (self.a, self.b))
+        row = None if self.mask_row is None else self.mask_row.to(dtype)
         return DraftAdapter(a, b, self.scale, row, self.mask_token_id)
 
     @classmethod

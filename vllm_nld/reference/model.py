@@ -28,16 +28,54 @@ def query_scale(positions: Tensor, scaling: dict[str, float] | None) -> Tensor:
     return 1 + scaling["beta"] * torch.log1p(turns.to(torch.float32))
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary embedding, pairing component i with i + head_dim/2.
 
     Args:
         x: ``[batch, heads, tokens, head_dim]``.
-        angles: ``[tokens, head_dim // 2]`` or ``[batch, 1, tokens, head_dim // 2]``, radians.
+        cos, sin: of the angles, ``[tokens, head_dim // 2]`` or ``[batch, 1, tokens, head_dim // 2]``.
     """
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return grouped-query attention ``[batch, heads, tokens, head_dim]``; on CUDA, ``mask`` is :func:`folded_mask`."""
+    if query.is_cuda:
+        return attend_folded(query, key, value, mask)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
+
+def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """As :func:`attend`, but a group's heads become queries of one head.
+
+    For PyTorch's fused CUDA kernels: those that take a mask know no groups.
+    """
+    batch, _, _, size = query.shape
+    folded = query.reshape(batch, key.shape[1], -1, size)
+    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask).view(query.shape)
+
+
+def folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Return what :func:`attend_folded` adds to scores: a bool ``mask``, once for each head of a group."""
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    four = added.view((1,) * (4 - added.ndim) + added.shape)
+    return four.repeat(1, 1, groups if four.shape[2] > 1 else 1, 1)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What positions do to queries and keys, in the model's dtype, the same in every layer.
+
+    Attributes:
+        cos, sin: of the rotary angles, ``[tokens, head_dim // 2]`` or ``[batch, 1, tokens, head_dim // 2]``.
+        scale: of queries, ``[..., tokens, 1]``; None: 1.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    scale: Tensor | None
 
 
 @dataclass
@@ -52,10 +90,45 @@ class KVCache:
         """Number of cached tokens."""
         return self.keys[0].shape[2] if self.keys else 0
 
+    def extended(self, layer: int, key: Tensor, value: Tensor, write: bool) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values with new ones after them, which are kept if ``write``."""
+        if len(self.keys) > layer:
+            key = torch.cat((self.keys[layer], key), dim=2)
+            value = torch.cat((self.values[layer], value), dim=2)
+        if write:
+            self.keys[layer : layer + 1] = [key]
+            self.values[layer : layer + 1] = [value]
+        return key, value
+
     def crop(self, length: int) -> None:
         """Drop all tokens from position ``length`` on: those that a verify rejected."""
         self.keys = [k[:, :, :length] for k in self.keys]
         self.values = [v[:, :, :length] for v in self.values]
+
+
+class RoomyKVCache(KVCache):
+    """A cache with room for ``capacity`` tokens from the start, so that a long text is not copied at every token."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self._room: list[tuple[Tensor, Tensor]] = []
+
+    def extended(self, layer: int, key: Tensor, value: Tensor, write: bool) -> tuple[Tensor, Tensor]:
+        if not write:
+            return super().extended(layer, key, value, write)
+        past = self.keys[layer].shape[2] if len(self.keys) > layer else 0
+        if len(self._room) == layer:
+            batch, heads, _, size = key.shape
+            shape = batch, heads, self.capacity, size
+            self._room.append((key.new_empty(shape), value.new_empty(shape)))
+        end = past + key.shape[2]
+        for room, new in zip(self._room[layer], (key, value), strict=True):
+            room[:, :, past:end] = new
+        keys, values = (room[:, :, :end] for room in self._room[layer])
+        self.keys[layer : layer + 1] = [keys]
+        self.values[layer : layer + 1] = [values]
+        return keys, values
 
 
 class RMSNorm(nn.Module):
@@ -67,6 +140,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:  # one kernel, which keeps nothing wide for the backward pass
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return wide.to(x.dtype) * self.weight.to(x.dtype)
@@ -104,26 +179,21 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        angles: Tensor,
-        scale: Tensor,
-        mask: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None,
         cache: KVCache | None,
         write: bool,
         adapter: DraftAdapter | None = None,
     ) -> Tensor:
         project = Projections(self, self.layer, adapter)
-        query = rotate(self._split(project("q_proj", x), self.heads), angles) * scale.unsqueeze(-1).to(x.dtype)
-        key = rotate(self._split(project("k_proj", x), self.kv_heads), angles)
+        query = rotate(self._split(project("q_proj", x), self.heads), rotation.cos, rotation.sin)
+        if rotation.scale is not None:
+            query = query * rotation.scale
+        key = rotate(self._split(project("k_proj", x), self.kv_heads), rotation.cos, rotation.sin)
         value = self._split(project("v_proj", x), self.kv_heads)
         if cache is not None:
-            if len(cache.keys) > self.layer:
-                key = torch.cat((cache.keys[self.layer], key), dim=2)
-                value = torch.cat((cache.values[self.layer], value), dim=2)
-            if write:
-                cache.keys[self.layer : self.layer + 1] = [key]
-                cache.values[self.layer : self.layer + 1] = [value]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
-        return project("o_proj", out.transpose(1, 2).flatten(2))
+            key, value = cache.extended(self.layer, key, value, write)
+        return project("o_proj", attend(query, key, value, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -154,14 +224,13 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        angles: Tensor,
-        scale: Tensor,
-        mask: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None,
         cache: KVCache | None,
         write: bool,
         adapter: DraftAdapter | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, scale, mask, cache, write, adapter)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, write, adapter)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x), adapter)
         return out
 
@@ -201,7 +270,7 @@ class ReferenceModel(nn.Module):
         self,
         ids: Tensor,
         positions: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         cache: KVCache | None = None,
         write: bool = False,
         adapter: DraftAdapter | None = None,
@@ -211,7 +280,8 @@ class ReferenceModel(nn.Module):
         Args:
             ids: int64 ``[batch, tokens]``.
             positions: int64 ``[tokens]`` or ``[batch, tokens]``, absolute.
-            mask: bool, broadcastable to ``[batch, heads, tokens, cached + tokens]``; True means "may attend".
+            mask: bool, broadcastable to ``[batch, heads, tokens, cached + tokens]``; True means "may attend". It is
+                the same for all heads. None: all attend to everything.
             cache: prefix whose keys and values are read.
             write: append this call's keys and values to ``cache``. Only causal calls may set it.
             adapter: changes projections and the mask token's input row; for draft passes.
@@ -220,20 +290,33 @@ class ReferenceModel(nn.Module):
             positions = positions[:, None]
         # Angles in float64, then rounded once, because float32 products of large positions lose the low frequencies.
         angles = (positions.double()[..., None] * self.inverse_frequencies).float()
-        scale = query_scale(positions, self.config.llama_4_scaling)
+        scaling = self.config.llama_4_scaling
         x = self.encoder.embed_tokens(ids)
         if adapter is not None:
             x = adapter.embed(ids, x)
+        rotation = Rotation(
+            angles.cos().to(x.dtype),
+            angles.sin().to(x.dtype),
+            query_scale(positions, scaling).unsqueeze(-1).to(x.dtype) if scaling is not None else None,
+        )
+        if mask is not None and mask.is_cuda:
+            mask = folded_mask(mask, self.config.num_attention_heads // self.config.num_key_value_heads, x.dtype)
         for layer in self.encoder.layers:
-            x = layer(x, angles, scale, mask, cache, write, adapter)
+            x = layer(x, rotation, mask, cache, write, adapter)
         out: Tensor = self.encoder.norm(x)
         return out
 
     def causal(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return logits ``[batch, tokens, vocab]`` with row i predicting position i + 1; appends to ``cache``."""
+        return self.logits(self.causal_hidden(ids, cache))
+
+    def causal_hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As :meth:`causal`, but the hidden states ``[batch, tokens, hidden]`` that logits are made of."""
         past, tokens = (cache.length if cache is not None else 0), ids.shape[1]
-        mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=ids.device).tril(past)
-        return self.logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=cache is not None))
+        mask = None
+        if tokens > 1:
+            mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=ids.device).tril(past)
+        return self.hidden(ids, self._positions(past, ids), mask, cache, write=cache is not None)
 
     def bidirectional(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return logits ``[batch, tokens, vocab]`` with row i predicting position i; does not change ``cache``."""
@@ -245,8 +328,7 @@ class ReferenceModel(nn.Module):
 
     def _over_all(self, ids: Tensor, cache: KVCache | None, adapter: DraftAdapter | None) -> Tensor:
         past = cache.length if cache is not None else 0
-        mask = torch.ones(1, past + ids.shape[1], dtype=torch.bool, device=ids.device)
-        return self.logits(self.hidden(ids, self._positions(past, ids), mask, cache, write=False, adapter=adapter))
+        return self.logits(self.hidden(ids, self._positions(past, ids), None, cache, write=False, adapter=adapter))
 
     @staticmethod
     def _positions(past: int, ids: Tensor) -> Tensor:
@@ -258,4 +340,5 @@ class ReferenceModel(nn.Module):
         The mask token is excluded: it stands for "undecided" and is never an answer.
         """
         logits: Tensor = self.diffusion_head(hidden).float()
-        return logits.index_fill(-1, torch.tensor(self.config.mask_token_id, device=logits.device), -torch.inf)
+        logits[..., self.config.mask_token_id] = -torch.inf
+        return logits

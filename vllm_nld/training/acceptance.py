@@ -46,7 +46,8 @@ def measure(
     block_length: int,
     eos: frozenset[int] = frozenset(),
     blocks: int = 16,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda _: None,
+    batch: int = 1,
 ) -> Acceptance:
     """Draft from every position after the prefix, then follow the cycles that self-speculation would have run.
 
@@ -55,16 +56,22 @@ def measure(
     Args:
         rows: any text and the model's own greedy continuations.
         blocks: drafted blocks per forward and row.
-        progress: called after each row.
+        progress: called with the number of rows that were measured.
+        batch: rows per forward.
     """
     cycles = []
-    for row, begin in zip(rows.ids, rows.begins.tolist(), strict=True):
-        starts = torch.arange(begin, len(row) - block_length + 1, device=row.device)
-        target = Target.of(model, row[None], begin, eos)
-        parts = [Drafts.over(model, adapter, target, part[None], block_length) for part in torch.split(starts, blocks)]
-        emitted = torch.cat([part.emitted()[0] for part in parts]).tolist()
-        cycles.append(walk(emitted, target.ended[0, begin:].tolist()))
-        progress()
+    for part in rows.split(batch):
+        last = part.ids.shape[1] - block_length
+        target = Target.of(model, part.ids, part.begins[:, None], eos)
+        unended = (~target.ended).sum(1) - part.begins
+        room = max(1, int(torch.minimum(last + 1 - part.begins, unended).max()))
+        starts = (part.begins[:, None] + torch.arange(room, device=part.ids.device)).clamp(max=last)
+        pieces = torch.split(starts, blocks, dim=1)
+        drafts = [Drafts.over(model, adapter, target, piece, block_length).emitted() for piece in pieces]
+        emitted, ended = torch.cat(drafts, dim=1).tolist(), target.ended.tolist()
+        for row, begin in enumerate(part.begins.tolist()):
+            cycles.append(walk(emitted[row][: last + 1 - begin], ended[row][begin:]))
+        progress(len(part))
     return Acceptance(cycles, block_length)
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from vllm_nld.reference import DraftAdapter, KVCache, ReferenceModel
 
-_LOGIT_ROWS = 1024
-"""Rows of logits in memory at once where only the argmax is needed: a released vocabulary has 131072 entries."""
+_LOGITS_AT_ONCE = 1 << 28
+"""Logits in memory at once: 1 GiB in float32, and some times that next to them."""
+_LEAST_SHARE = 0.05
+"""Drafts beyond the first rejected one that would count less are left out."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Target:
         positions, cache = torch.arange(length, device=ids.device), KVCache()
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         hidden = model.hidden(ids, positions, causal, cache, write=True)
-        ends = torch.isin(ids, torch.tensor(sorted(eos), dtype=ids.dtype, device=ids.device)) & (positions >= prefix)
+        ends = is_one_of(ids, eos) & (positions >= prefix)
         return cls(ids, cache, hidden, argmax(model, hidden), ends.cumsum(1) > 0)
 
 
@@ -92,13 +94,19 @@ class Drafts:
         hidden: ``[rows, blocks, block_length - 1, hidden]``, with gradients.
         rows: int64 ``[rows, blocks, block_length - 1]``, the row of the clean stream that judges each draft.
         accepted: bool, same shape.
-        counted: bool, same shape: the accepted drafts and the first rejected one.
+        beyond: int64, same shape: 0 for the accepted drafts and the first rejected one, 1, 2, ... for those after it,
+            -1 for those that nothing judges, after the end of the model's own text.
     """
 
     hidden: Tensor
     rows: Tensor
     accepted: Tensor
-    counted: Tensor
+    beyond: Tensor
+
+    @property
+    def counted(self) -> Tensor:
+        """The accepted drafts and the first rejected one, bool ``[rows, blocks, block_length - 1]``."""
+        return self.beyond == 0
 
     @classmethod
     def over(
@@ -122,9 +130,10 @@ class Drafts:
         departed = wanted != _pick(target.ids, rows + 1)
         found = argmax(model, hidden.detach()) if draws is None else _chosen(model, hidden.detach(), draws)
         wrong = found != wanted
-        stops = (departed | wrong).to(torch.int64)
-        counted = (stops.cumsum(-1) == stops) & ~_pick(target.ended, rows)
-        return cls(hidden, rows, counted & ~wrong, counted)
+        lost = (departed.cumsum(-1) - departed.long() > 0) | _pick(target.ended, rows)
+        after = (wrong.cumsum(-1) > 0).cumsum(-1)
+        beyond = (after - 1).clamp(min=0).masked_fill(lost, -1)
+        return cls(hidden, rows, (beyond == 0) & ~wrong, beyond)
 
     def emitted(self) -> Tensor:
         """Return the tokens that a cycle of each block yields, accepted + 1, int64 ``[rows, blocks]``."""
@@ -178,6 +187,8 @@ class Objective:
         temperature: of both distributions that are matched.
         top_k: both losses see only the union of so many most probable tokens of each distribution.
         eta: how quickly LK-hybrid goes from KL to total variation as the distributions come to agree.
+        beyond: what a draft counts that comes after the first rejected one, to the power of its distance. 0 is the
+            published loss. More teaches an untrained drafter several positions at once.
     """
 
     kl_weight: float = 1.0
@@ -185,6 +196,7 @@ class Objective:
     temperature: float = 3.0
     top_k: int = 200
     eta: float = 0.5
+    beyond: float = 0.0
 
     def loss_sum(self, model: ReferenceModel, target: Target, drafts: Drafts, weights: Tensor | None = None) -> Tensor:
         """Return the sum of the blocks' losses, in nats.
@@ -194,22 +206,38 @@ class Objective:
         Args:
             weights: of the blocks, float ``[rows, blocks]``; 1 without.
         """
-        row, block, _ = drafts.counted.nonzero(as_tuple=True)
+        share = self._shares(drafts)
+        if weights is not None:
+            share = share * weights[..., None]
+        row, block, draft = share.nonzero(as_tuple=True)
         if not len(row):  # all texts have ended
             return drafts.hidden.sum() * 0
-        place = drafts.rows[drafts.counted]
-        found = model.logits(drafts.hidden[drafts.counted])
+        place, share = drafts.rows[row, block, draft], share[row, block, draft]
+        judges, tokens, hidden = target.hidden[row, place], target.tokens[row, place], drafts.hidden[row, block, draft]
+        size = _rows_at_once(model)
+        parts = zip(*(torch.split(part, size) for part in (judges, tokens, hidden, share)), strict=True)
+        return torch.stack([self._part_sum(model, *part) for part in parts]).sum()
+
+    def _shares(self, drafts: Drafts) -> Tensor:
+        """Return what each draft counts in its block's mean, float32 ``[rows, blocks, block_length - 1]``."""
+        share = drafts.counted.float()
+        if self.beyond:
+            share = (self.beyond ** drafts.beyond.float()).masked_fill(drafts.beyond < 0, 0.0)
+            share = share.masked_fill(share < _LEAST_SHARE, 0.0)
+        return share / share.sum(-1, keepdim=True).clamp(min=1)
+
+    def _part_sum(self, model: ReferenceModel, judges: Tensor, tokens: Tensor, hidden: Tensor, share: Tensor) -> Tensor:
+        """Return the sum over drafts, by the clean stream's ``judges``, its ``tokens`` and the drafts' ``hidden``."""
+        found = model.logits(hidden)
         with torch.no_grad():
-            wanted = model.logits(target.hidden[row, place])
-        support = Support.of(wanted, found, self.top_k)
-        cross_entropy = -support.log_softmax(found).gather(-1, support.place_of(target.tokens[row, place])).squeeze(-1)
+            wanted = model.logits(judges)
+            support = Support.of(wanted, found, self.top_k)
+        seen = support.seen(found)
+        cross_entropy = -seen.log_softmax(-1).gather(-1, support.place_of(tokens)).squeeze(-1)
         matching = lk_hybrid(
-            support.log_softmax(wanted, self.temperature), support.log_softmax(found, self.temperature), self.eta
+            support.log_softmax(wanted, self.temperature), (seen / self.temperature).log_softmax(-1), self.eta
         )
-        share = 1 / drafts.counted.sum(-1).clamp(min=1)
-        if weights is not None:
-            share = share * weights
-        return ((self.kl_weight * matching + self.ce_weight * cross_entropy) * share[row, block]).sum()
+        return ((self.kl_weight * matching + self.ce_weight * cross_entropy) * share).sum()
 
 
 @dataclass(frozen=True)
@@ -229,15 +257,19 @@ class Support:
         """Return the union of the ``top_k`` most probable tokens of each; logits are ``[rows, vocab]``."""
         # Without the mask token, whose logit is minus infinity in both.
         top_k = min(top_k, wanted.shape[-1] - 1)
-        union = torch.zeros_like(wanted, dtype=torch.bool)
-        for logits in (wanted, found.detach()):
-            union.scatter_(-1, logits.topk(top_k, dim=-1).indices, True)
-        inside, columns = union.to(torch.uint8).topk(int(union.sum(-1).max()), dim=-1)
-        return cls(columns, inside.bool())
+        both = [logits.topk(top_k, dim=-1, sorted=False).indices for logits in (wanted, found.detach())]
+        columns = torch.cat(both, dim=-1).sort(dim=-1).values
+        inside = torch.ones_like(columns, dtype=torch.bool)
+        inside[:, 1:] = columns[:, 1:] != columns[:, :-1]
+        return cls(columns, inside)
+
+    def seen(self, logits: Tensor) -> Tensor:
+        """Return those of ``logits`` ``[rows, vocab]`` that are in the support, ``[rows, size]``."""
+        return logits.gather(-1, self.columns).masked_fill(~self.inside, -1e9)
 
     def log_softmax(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         """Return log-probabilities ``[rows, size]`` of ``logits`` ``[rows, vocab]``, renormalised on the support."""
-        return (logits.gather(-1, self.columns) / temperature).masked_fill(~self.inside, -1e9).log_softmax(-1)
+        return (self.seen(logits) / temperature).log_softmax(-1)
 
     def place_of(self, tokens: Tensor) -> Tensor:
         """Return where ``tokens`` ``[rows]`` are in their rows, int64 ``[rows, 1]``.
@@ -264,17 +296,35 @@ def lk_hybrid(log_p: Tensor, log_q: Tensor, eta: float) -> Tensor:
 @torch.no_grad()
 def argmax(model: ReferenceModel, hidden: Tensor) -> Tensor:
     """Return the most probable token of each row, int64, the shape of ``hidden`` without its last axis."""
-    rows = torch.split(hidden.flatten(0, -2), _LOGIT_ROWS)
+    rows = torch.split(hidden.flatten(0, -2), _rows_at_once(model))
     return torch.cat([model.logits(part).argmax(-1) for part in rows]).view(hidden.shape[:-1])
+
+
+def is_one_of(ids: Tensor, tokens: frozenset[int]) -> Tensor:
+    """Return which ``ids`` are among ``tokens``, bool of the same shape."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for token in tokens:
+        found |= ids == token
+    return found
+
+
+def _rows_at_once(model: ReferenceModel) -> int:
+    return max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
 
 
 @torch.no_grad()
 def _chosen(model: ReferenceModel, hidden: Tensor, draws: Draws) -> Tensor:
     """Return each draft, int64 ``[rows, blocks, block_length - 1]``: a draw in drawn blocks, else the argmax."""
-    best = argmax(model, hidden)
-    drawn = draws.drawn[..., None].expand_as(best)
-    parts = zip(torch.split(hidden[drawn], _LOGIT_ROWS), torch.split(draws.uniform[drawn], _LOGIT_ROWS), strict=True)
-    return best.masked_scatter(drawn, torch.cat([_drawn(model.logits(rows), uniform) for rows, uniform in parts]))
+    drawn = draws.drawn[..., None].expand_as(draws.uniform)
+    parts = (
+        torch.split(part, _rows_at_once(model))
+        for part in (hidden.flatten(0, -2), draws.uniform.flatten(), drawn.flatten())
+    )
+    found = []
+    for rows, uniform, by_chance in zip(*parts, strict=True):
+        logits = model.logits(rows)
+        found.append(torch.where(by_chance, _drawn(logits, uniform), logits.argmax(-1)))
+    return torch.cat(found).view(drawn.shape)
 
 
 def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:

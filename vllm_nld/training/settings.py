@@ -27,6 +27,9 @@ class Settings(BaseModel):
     steps: int = Field(default=1000, ge=1, le=10_000_000)
     learning_rate: float = Field(default=1e-3, gt=0)
     warm_up: int = Field(default=50, ge=0, description="steps; then the rate falls linearly to 0")
+    seconds: float | None = Field(
+        default=None, gt=0, description="of training; None: all steps. The rate falls in them"
+    )
     batch: int = Field(default=16, ge=1, le=100_000, description="sequences per step")
     micro_batch: int | None = Field(
         default=None, ge=1, le=100_000, description="sequences per forward; None: all of a batch"
@@ -42,6 +45,9 @@ class Settings(BaseModel):
     temperature: float = Field(default=3.0, gt=0)
     top_k: int = Field(default=200, ge=1)
     eta: float = Field(default=0.5, ge=0)
+    beyond: float = Field(
+        default=0.0, ge=0, le=1, description="what drafts after the first rejected one count, by distance"
+    )
     drawn_share: float = Field(default=0.9, ge=0, le=1, description="of the blocks draw their drafts at temperature 1")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen weights")
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -79,10 +85,15 @@ class Settings(BaseModel):
         """The adapter's alpha."""
         return 4.0 * self.rank if self.alpha is None else self.alpha
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, from 0 on."""
+    def done(self, step: int, seconds: float = 0.0) -> float:
+        """Return which share of the training is over after so many steps and seconds; from 1 on, all is."""
+        by_time = 0.0 if self.seconds is None else seconds / self.seconds
+        return max(step / self.steps, by_time)
+
+    def rate(self, step: int, seconds: float = 0.0) -> float:
+        """Return the learning rate of a step, from 0 on, that begins after so many seconds of training."""
         warm = min(1.0, (step + 1) / (self.warm_up + 1))
-        return self.learning_rate * warm * (1 - step / self.steps)
+        return self.learning_rate * warm * max(0.0, 1 - self.done(step, seconds))
 
     def check_same(self, before: dict[str, Any]) -> None:
         """Check that a resumed run has the settings that it began with.

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_nld.errors import NLDError
-from vllm_nld.reference import KVCache, ReferenceModel
+from vllm_nld.reference import ReferenceModel, RoomyKVCache
 from vllm_nld.training.settings import Settings
 
 HELD_OUT_SHARE = 0.05
 _OWN_BATCH = 128
+_OWN_BATCH_CACHE = 1 << 34
+"""Bytes of keys and values of a batch of own text on a GPU, which needs many rows to be busy."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Rows:
         ends = torch.isin(self.ids, torch.tensor(sorted(eos), dtype=self.ids.dtype, device=self.ids.device))
         after = torch.where(ends & (places >= self.begins[:, None]), places, len(places))
         return after.amin(1) - self.begins
+
+    def trimmed(self, new_tokens: int, multiple: int = 1) -> Rows:
+        """Return the rows up to ``new_tokens`` after the longest prefix, and on to a ``multiple`` where they reach."""
+        end = int(self.begins.max()) + new_tokens
+        return Rows(self.ids[:, : -(-end // multiple) * multiple], self.begins)
 
     def split(self, size: int) -> list[Rows]:
         """Return pieces of at most ``size`` rows."""
@@ -185,8 +192,19 @@ def draw(stream: Tensor, count: int, length: int, generator: torch.Generator) ->
     return stream[starts[:, None] + torch.arange(length)]
 
 
+def most_probable(logits: Tensor) -> Tensor:
+    """Return the most probable token of each row, int64 ``[...]`` for logits ``[..., vocab]``."""
+    return logits.argmax(-1)
+
+
 @torch.no_grad()
-def continue_greedily(model: ReferenceModel, prefixes: Tensor, new_tokens: int, begins: Tensor | None = None) -> Tensor:
+def continue_greedily(
+    model: ReferenceModel,
+    prefixes: Tensor,
+    new_tokens: int,
+    begins: Tensor | None = None,
+    choose: Callable[[Tensor], Tensor] = most_probable,
+) -> Tensor:
     """Return int64 ``prefixes`` and the causal pass's greedy continuations, ``[rows, longest prefix + new_tokens]``.
 
     Args:
@@ -194,12 +212,13 @@ def continue_greedily(model: ReferenceModel, prefixes: Tensor, new_tokens: int, 
         prefixes: int64 ``[rows, longest prefix]``.
         new_tokens: of the row with the longest prefix; the others have some more.
         begins: int64 ``[rows]``, the prefixes' lengths, the longest of them that of ``prefixes``; None: all are equal.
+        choose: chooses tokens, int64 ``[rows, 1]``, by logits ``[rows, 1, vocab]``.
     """
     length = prefixes.shape[1]
     shortest = length if begins is None else int(begins.min())
-    cache, columns = KVCache(), [prefixes[:, :shortest]]
+    cache, columns = RoomyKVCache(length + new_tokens), [prefixes[:, :shortest]]
     for place in range(shortest, length + new_tokens):
-        written = model.causal(columns[-1], cache)[:, -1:].argmax(-1)
+        written = choose(model.logits(model.causal_hidden(columns[-1], cache)[:, -1:]))
         if begins is not None and place < length:
             written = torch.where(place < begins[:, None], prefixes[:, place : place + 1], written)
         columns.append(written)
@@ -209,7 +228,9 @@ def continue_greedily(model: ReferenceModel, prefixes: Tensor, new_tokens: int, 
 def own_text(
     model: ReferenceModel, prefixes: Rows, new_tokens: int, pad: int, file: Path, progress: Callable[[int], None]
 ) -> Rows:
-    """Continue ``prefixes`` batch by batch, on the CPU. Rows that an interrupted call saved in ``file`` are used.
+    """Continue ``prefixes`` batch by batch. Rows that an interrupted call saved in ``file`` are used.
+
+    The rows are on the CPU, whatever the model's device is.
 
     Args:
         model: that continues.
@@ -223,7 +244,7 @@ def own_text(
     done = torch.load(file) if file.is_file() else prefixes.ids.new_empty(0, length)
     progress(len(done))
     device = model.diffusion_head.weight.device
-    for part in prefixes[len(done) :].split(_OWN_BATCH):
+    for part in prefixes[len(done) :].split(own_batch(model, length)):
         begins, longest = part.begins.to(device), int(part.begins.max())
         found = continue_greedily(model, part.ids[:, :longest].to(device), new_tokens, begins).cpu()
         found[torch.arange(found.shape[1]) >= part.begins[:, None] + new_tokens] = pad
@@ -231,6 +252,15 @@ def own_text(
         save(file, done)
         progress(len(part))
     return Rows(done, prefixes.begins)
+
+
+def own_batch(model: ReferenceModel, length: int) -> int:
+    """Return how many rows of ``length`` tokens are continued at once."""
+    weight, config = model.diffusion_head.weight, model.config
+    if not weight.is_cuda:
+        return _OWN_BATCH
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+    return max(1, _OWN_BATCH_CACHE // (token * length))
 
 
 def widened(ids: Tensor, length: int, pad: int) -> Tensor:

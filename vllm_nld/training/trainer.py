@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from vllm_nld.training import acceptance
 from vllm_nld.training.objective import Drafts, Draws, Objective, Target, next_cycles
 from vllm_nld.training.settings import Settings
 from vllm_nld.training.text import Corpus, Rows, digest, own_text, save
+
+_ALIGNED = 16
+"""Rows have a multiple of so many tokens where there is room: other widths cost CUDA's attention a copy of its mask."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def load_frozen(folder: Path, dtype: torch.dtype, device: str | torch.device) ->
         # Angles are computed from these, so they must not be rounded with the weights.
         frequencies = inverse_frequencies(model.config.head_dim, model.config.rope_parameters)
         model.inverse_frequencies = frequencies.float().to(device)
+    # cuDNN's attention plans anew for every shape, which takes longer than a batch; batches differ in their lengths.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return model
 
 
@@ -55,6 +61,7 @@ class Trainer:
     Attributes:
         adapter: float32, on the model's device.
         step: steps done.
+        seconds: of training so far.
         curve: measurements so far, each with ``step``, ``acceptance_length``, ``by_position`` and ``cycles``.
     """
 
@@ -68,7 +75,7 @@ class Trainer:
             raise NLDError("MODEL: config.json has no eos_token_id, with which answers end; allowed: one, or some")
         self.pad = min(ends, default=0)
         self.objective = Objective(
-            settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k, settings.eta
+            settings.kl_weight, settings.ce_weight, settings.temperature, settings.top_k, settings.eta, settings.beyond
         )
         if settings.new_tokens < self.block_length:
             raise NLDError(
@@ -82,8 +89,10 @@ class Trainer:
         self.adapter = fresh.to(self.device)
         for matrix in self.adapter.parameters:
             matrix.requires_grad_()
-        self.optimizer = torch.optim.AdamW(self.adapter.parameters, betas=(0.9, 0.98), weight_decay=0.0)
-        self.step = 0
+        self.optimizer = torch.optim.AdamW(
+            self.adapter.parameters, betas=(0.9, 0.98), weight_decay=0.0, fused=self.device.type == "cuda" or None
+        )
+        self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, Any]] = []
 
     @property
@@ -114,7 +123,7 @@ class Trainer:
             raise NLDError(f"--resume: {self.output} holds no run to continue; leave --resume out, or correct --output")
         state = torch.load(self._state_file, map_location=self.device)
         self.settings.check_same(state["settings"])
-        for name, found in self._fingerprints().items():
+        for name, found in self._fingerprints.items():
             if state["fingerprints"][name] != found:
                 raise NLDError(
                     f"--resume: {name} has changed since the run began; allowed: the same, or another --output"
@@ -124,7 +133,7 @@ class Trainer:
                 matrix.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
-        self.step, self.curve = state["step"], state["curve"]
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
 
     def run(self, schedule: Schedule, progress: Progress) -> bool:
         """Train until the end, or until time runs out; returns whether training is complete."""
@@ -133,13 +142,16 @@ class Trainer:
         if not self.curve:
             self._measure(held_out, progress)
         task = progress.add_task("training", total=self.settings.steps, completed=self.step)
-        while self.step < self.settings.steps:
+        before = time.monotonic() - self.seconds
+        last = self.settings.done(self.step, self.seconds) >= 1
+        while not last:
             if until is not None and time.monotonic() > until:
                 self._save()
                 return False
             figures = self.train_step(rows)
             progress.update(task, advance=1, description=f"training, loss {figures['loss']:.3f}")
-            last = self.step == self.settings.steps
+            self.seconds = time.monotonic() - before
+            last = self.settings.done(self.step, self.seconds) >= 1
             if last or self.step % schedule.measure_every == 0:
                 self._measure(held_out, progress)
             if last or self.step % schedule.save_every == 0:
@@ -152,38 +164,39 @@ class Trainer:
         These are the loss, in nats per block, and the mean of accepted + 1 over the blocks, before the step.
         """
         settings = self.settings
-        chosen = rows[self._turn(len(rows))]
+        chosen = rows[self._turn(len(rows))].trimmed(settings.new_tokens, _ALIGNED)
         starts = self._starts(chosen)
         count, blocks = starts.shape
         before, own = (
             Draws.of(count, blocks, self.block_length, settings.drawn_share, self.generator) for _ in range(2)
         )
         size = settings.micro_batch or settings.batch
-        total = emitted = 0.0
+        total = torch.zeros(2, device=self.device)
         for part, places, earlier, draws in zip(
             chosen.split(size), torch.split(starts, size), before.split(size), own.split(size), strict=True
         ):
             part, places = part.to(self.device), places.to(self.device)
             target = Target.of(self.model, part.ids, part.begins[:, None], self.eos)
+            adapter = self.adapter.rounded(target.hidden.dtype)
             with torch.no_grad():
                 cycles, weights = next_cycles(
                     target,
                     places,
-                    Drafts.over(self.model, self.adapter, target, places, self.block_length, earlier.to(self.device)),
+                    Drafts.over(self.model, adapter, target, places, self.block_length, earlier.to(self.device)),
                 )
-            drafts = Drafts.over(self.model, self.adapter, target, cycles, self.block_length, draws.to(self.device))
+            drafts = Drafts.over(self.model, adapter, target, cycles, self.block_length, draws.to(self.device))
             # Divided by the blocks of the whole batch, so that the parts of a batch add up.
             loss = self.objective.loss_sum(self.model, target, drafts, weights) / starts.numel()
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            emitted += float(drafts.emitted().sum()) / starts.numel()
+            total += torch.stack((loss.detach(), drafts.emitted().sum() / starts.numel()))
         torch.nn.utils.clip_grad_norm_(self.adapter.parameters, 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate(self.step)
+            group["lr"] = settings.rate(self.step, self.seconds)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        figures = {"loss": total, "emitted": emitted}
+        loss_sum, emitted = total.tolist()  # the only time that a step waits for a GPU, but for what the loss selects
+        figures = {"loss": loss_sum, "emitted": emitted}
         with (self.state_folder / "log.jsonl").open("a") as log:
             log.write(json.dumps({"step": self.step, **figures}) + "\n")
         return figures
@@ -230,8 +243,9 @@ class Trainer:
         task = progress.add_task("measuring", total=len(held_out))
         eos = frozenset(eos_ids(self.model, None))
         found = acceptance.measure(
-            self.model, self.adapter, held_out.to(self.device), self.block_length, eos, self.settings.blocks,
-            lambda: progress.advance(task),
+            self.model, self.adapter.rounded(self.model.diffusion_head.weight.dtype), held_out.to(self.device),
+            self.block_length, eos, self.settings.blocks,
+            lambda rows: progress.advance(task, rows), self.settings.micro_batch or self.settings.batch,
         )  # fmt: skip
         progress.remove_task(task)
         self.curve.append(
@@ -250,14 +264,16 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "settings": self.settings.model_dump(),
-            "fingerprints": self._fingerprints(),
+            "fingerprints": self._fingerprints,
             "matrices": [matrix.detach() for matrix in self.adapter.parameters],
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
+            "seconds": self.seconds,
             "curve": self.curve,
         }
 
+    @cached_property
     def _fingerprints(self) -> dict[str, str]:
         """Identify the inputs that a resumed run needs unchanged."""
         return {
