@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -199,8 +201,10 @@ def test_a_cache_with_room_holds_the_same() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (1, 9), (2, 1, 5, 9), None])
-def test_heads_of_a_group_attend_as_queries_of_one_head(shape: tuple[int, ...] | None) -> None:
-    """How CUDA attends; here on the CPU."""
+def test_heads_of_a_group_attend_as_queries_of_one_head(
+    shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How CUDA attends, whose result has its tokens before its heads in memory; here on the CPU."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 6, 5, 16, generator=generator)
     key, value = (torch.randn(2, 2, 9, 16, generator=generator) for _ in range(2))
@@ -210,6 +214,12 @@ def test_heads_of_a_group_attend_as_queries_of_one_head(shape: tuple[int, ...] |
         mask[..., 0] = True
     expected = attend(query, key, value, mask)
     folded = None if mask is None else folded_mask(mask, 3, query.dtype)
+    plain = F.scaled_dot_product_attention
+
+    def as_on_cuda(*args: Any, **kwargs: Any) -> Tensor:
+        return plain(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_cuda)
     torch.testing.assert_close(attend_folded(query, key, value, folded), expected)
 
 

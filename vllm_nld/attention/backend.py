@@ -217,6 +217,7 @@ def block_forward(
     key_pages, value_pages = page_layout(layer).split(typed_cache(layer), head_dim)
     k_scale, v_scale = scales(layer)
     tokens = query.shape[0]  # padding included
+    padded = blocks.tokens is not None and blocks.tokens < tokens
     # By position, in the order of the fields: keywords take longer, and this runs once a layer.
     call = BlockAttention(
         query.view(tokens, -1, head_dim),
@@ -235,8 +236,9 @@ def block_forward(
         blocks.max_prefix,
         output.view(tokens, -1, head_dim),
         blocks.kind,
+        padded,
     )
     ops.function("block_attention", query.device.type, query.dtype, blocks.in_graph)(call)
-    if blocks.tokens is not None and blocks.tokens < tokens:
+    if padded:
         output[blocks.tokens :] = 0  # a quantization with one scale for all tokens would include what was there before
     return output

@@ -47,6 +47,8 @@ class BlockAttention(NamedTuple):
             padding holds afterwards is not defined.
         kind: what all ``mask_kinds`` are, if the host knows that; else None. FlashAttention takes its mask from the
             host; no other implementation reads this.
+        padded: whether there may be padding, as far as the host knows. FlashAttention reads the values of padding,
+            which must then be numbers; no other implementation reads this.
     """
 
     query: Tensor
@@ -65,6 +67,7 @@ class BlockAttention(NamedTuple):
     max_prefix: int
     output: Tensor
     kind: int | None = None
+    padded: bool = True
 
 
 def check_logits(logits: Tensor) -> None:

@@ -57,17 +57,24 @@ def block_attention(call: BlockAttention) -> None:
 def _own_block(call: BlockAttention) -> tuple[Tensor, Tensor]:
     """Attend inside blocks: output ``[T, H, D]`` and log-sum-exp float32 ``[H, T]``."""
 
+    value = call.value
+    if call.padded:  # the kernel multiplies the values after the last row by zero
+        value = value.masked_fill((_places(call) >= call.block_starts[-1])[:, None, None], 0.0)
+
     def attend(causal: bool) -> tuple[Tensor, Tensor]:
-        return _attend(call, call.key, call.value, call.max_length, causal, cu_seqlens_k=call.block_starts)
+        return _attend(call, call.key, value, call.max_length, causal, cu_seqlens_k=call.block_starts)
 
     if call.kind is not None:
         return attend(call.kind == CAUSAL)
     # The kinds are on the device, so both masks are computed.
     (seen, seen_lse), (own, own_lse) = attend(True), attend(False)
-    tokens = torch.arange(call.query.shape[0], device=call.query.device)
-    rows = torch.searchsorted(call.block_starts, tokens, right=True) - 1
+    rows = torch.searchsorted(call.block_starts, _places(call), right=True) - 1
     causal = (call.mask_kinds == CAUSAL)[rows.clamp(max=call.mask_kinds.shape[0] - 1)]
     return torch.where(causal[:, None, None], seen, own), torch.where(causal, seen_lse, own_lse)
+
+
+def _places(call: BlockAttention) -> Tensor:
+    return torch.arange(call.query.shape[0], device=call.query.device)
 
 
 def _prefix(call: BlockAttention) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     """
     batch, _, _, size = query.shape
     folded = query.reshape(batch, key.shape[1], -1, size)
-    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask).view(query.shape)
+    return F.scaled_dot_product_attention(folded, key, value, attn_mask=mask).reshape(query.shape)
 
 
 def folded_mask(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
