@@ -146,19 +146,12 @@ def test_first_rank_decides_for_auto_mode(llm: Any, expected: list[list[int]]) -
     assert after[0]["draft_forwards"] == before[0]["draft_forwards"]
 
 
-def workers_of(pid: int) -> list[int]:
-    """The worker processes below a process, first rank first."""
-    children = psutil.Process(pid).children(recursive=True)
-    found = [child for child in children if " ".join(child.cmdline()).startswith("VLLM::Worker")]
-    return [child.pid for child in sorted(found, key=lambda child: " ".join(child.cmdline()))]
-
-
 def test_requests_fail_soon_after_a_rank_dies(llm: Any) -> None:
     """During generation: vLLM notices, reports it, and no process is left. The last test of this engine."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    workers = workers_of(os.getpid())
-    assert len(workers) == 2
+    workers = llm.collective_rpc(lambda worker: os.getpid())
+    assert len({*workers, os.getpid()}) == 3
     killed: list[float] = []
 
     def kill() -> None:

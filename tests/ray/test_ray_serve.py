@@ -11,32 +11,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import openai
 import psutil
 import pytest
 from openai import OpenAI
 
-from tests.ray.processes import (
-    EXAMPLES,
-    SMALL_REPLICA,
-    SOON,
-    STARTS,
-    address_of,
-    alive,
-    engine_processes,
-    replicas,
-    wait_for,
-)
+from tests.support.clusters import EXAMPLES, SMALL_REPLICA, Cluster
 from tests.support.ports import reserved_port
+from tests.support.processes import SOON, STARTS, alive, engine_processes, wait_for
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
 MODEL = str(checkpoint_path("tiny"))
 pytestmark = pytest.mark.timeout(1800)
 
-ACTORS = "ray::ServeReplica:nld:NLDServer"
 LONGEST = SOON
 """Limit of a request's seconds, also when processes die."""
 
@@ -55,13 +44,13 @@ def port() -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: Any, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(ray_cluster: Cluster, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One replica, or two under load."""
     command = [
         sys.executable,
         str(EXAMPLES / "ray_serve.py"),
         "--address",
-        address_of(ray_cluster),
+        ray_cluster.address,
         "--port",
         str(port),
     ]
@@ -77,10 +66,12 @@ def service(ray_cluster: Any, port: int, tmp_path_factory: pytest.TempPathFactor
         wait_for(lambda: ready in path.read_text() or process.poll() is not None, STARTS, "ready", path.read_text)
         assert process.poll() is None, path.read_text()[-3000:]
         yield Service(process, f"http://127.0.0.1:{port}/v1", path)
+        serving = [pid for _, pid in states() if pid is not None]
     finally:
         process.terminate()
         process.wait(SOON)
-    wait_for(lambda: not replicas(ACTORS), SOON, "no replica is left")
+    assert serving
+    wait_for(lambda: not any(map(psutil.pid_exists, serving)), SOON, "no replica is left")
 
 
 @pytest.fixture(scope="module")
