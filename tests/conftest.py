@@ -11,18 +11,13 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-ALONE = ("server", "ray", "gpu")
-"""Tiers whose tests keep several processes busy at once, or measure: they need all cores (``scripts/test.sh``)."""
-
-FIRST = "v2"
-"""A tier of one long test, which is begun first so that the other process does not wait for it at the end."""
-
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
-# the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
+# the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then. From
+# the last core on, because the replicas of Ray's tests, which may run at the same time, take the first.
 _process = os.environ.get("PYTEST_XDIST_WORKER")
 if _process and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {_cores[int(_process.removeprefix("gw")) % len(_cores)]})
+    os.sched_setaffinity(0, {_cores[-1 - int(_process.removeprefix("gw")) % len(_cores)]})
 
 with contextlib.suppress(ImportError):  # tests/gpu does not need it
     from hypothesis import settings
@@ -42,9 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         tier = item.path.relative_to(TESTS).parts[0]
         item.add_marker(getattr(pytest.mark, tier))
-        if tier in ALONE:
-            item.add_marker(pytest.mark.alone)
-    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / FIRST))
 
 
 _unfreeze = gc.unfreeze  # tests.support.engines takes it away from vLLM

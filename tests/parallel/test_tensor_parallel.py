@@ -23,7 +23,6 @@ from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import DraftAdapter, load_reference
 
-pytestmark = pytest.mark.alone
 TEXTS = [text for _, text in held_out_prompts(4, characters=150)]
 SETTINGS: dict[str, Any] = {"skip_tokenizer_init": False, "max_model_len": 1024, "max_num_seqs": 8}
 
