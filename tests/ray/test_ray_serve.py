@@ -103,11 +103,11 @@ def test_unsuitable_mode_is_http_400(client: OpenAI) -> None:
 class Load:
     """Successive streams in several threads, with the seconds and the error (or None) of each.
 
-    Only the first ``active`` threads send requests.
+    Only the first ``active`` threads send requests, ``pause`` seconds after the last one's end.
     """
 
     def __init__(self, client: OpenAI, threads: int, max_tokens: int) -> None:
-        self.client, self.max_tokens, self.active = client, max_tokens, threads
+        self.client, self.max_tokens, self.active, self.pause = client, max_tokens, threads, 0.0
         self.outcomes: list[tuple[float, Exception | None]] = []
         self.ended = threading.Event()
         self.threads = [threading.Thread(target=self.run, args=[number], daemon=True) for number in range(threads)]
@@ -132,6 +132,7 @@ class Load:
                 error = caught
                 time.sleep(0.2)  # as clients do
             self.outcomes.append((time.monotonic() - started, error))
+            self.ended.wait(self.pause)
 
     def count(self, failed: bool) -> int:
         return sum((error is not None) == failed for _, error in self.outcomes)
@@ -180,17 +181,17 @@ def replicas_that(*wanted: str) -> list[int | None]:
 def _wait_for_two(load: Load, service: Service, gone: int | None = None) -> None:
     """Wait until two replicas serve other than ``gone``, whose end Ray may not have noticed yet.
 
-    Meanwhile one thread keeps sending requests. All threads would leave little of two cores for the start, which would
+    Meanwhile one thread sends requests now and then. More would leave little of two cores for the start, which would
     then take minutes. Ray keeps its number of replicas for 300 s (``--downscale-delay``).
     """
-    load.active = 1
+    load.active, load.pause = 1, 2.0
     wait_for(
         lambda: len(found := replicas_that("RUNNING")) == 2 and gone not in found,
         STARTS,
         "two replicas serve",
         lambda: f"{states()}\n{service.log.read_text()[-3000:]}",
     )
-    load.active = len(load.threads)
+    load.active, load.pause = len(load.threads), 0.0
 
 
 def _finish(load: Load, count: int) -> None:
