@@ -11,13 +11,15 @@ import pytest
 
 TESTS = Path(__file__).parent
 
+FIRST = ("v2", "server")
+"""Tiers of one long file, which are begun first so that the other process does not wait for them at the end."""
+
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
-# the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then. From
-# the last core on, because the replicas of Ray's tests, which may run at the same time, take the first.
+# the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
 _process = os.environ.get("PYTEST_XDIST_WORKER")
 if _process and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {_cores[-1 - int(_process.removeprefix("gw")) % len(_cores)]})
+    os.sched_setaffinity(0, {_cores[int(_process.removeprefix("gw")) % len(_cores)]})
 
 with contextlib.suppress(ImportError):  # tests/gpu does not need it
     from hypothesis import settings
@@ -33,10 +35,14 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+def _tier(item: pytest.Item) -> str:
+    return item.path.relative_to(TESTS).parts[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        tier = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(getattr(pytest.mark, tier))
+        item.add_marker(getattr(pytest.mark, _tier(item)))
+    items.sort(key=lambda item: FIRST.index(_tier(item)) if _tier(item) in FIRST else len(FIRST))
 
 
 _unfreeze = gc.unfreeze  # tests.support.engines takes it away from vLLM
