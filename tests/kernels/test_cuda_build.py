@@ -31,8 +31,8 @@ GXX = ["g++", "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno
 INCLUDES = [f"-I{ROOT / 'csrc/cuda'}", f"-I{HOST}"]
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = {"attention_bf16.cu": (80, 90, 100)}
-"""A100, H100 and B200. No line of the source depends on them, only the compiler's use of registers, which the tensor-core
-kernels of one type show for both. All else is compiled for H100 only, in a third of the time."""
+"""A100, H100 and B200. No line of the source depends on them, only the compiler's use of registers, which the
+tensor-core kernels of one type show for both. All else is compiled for H100 only, in a third of the time."""
 
 
 def run(command: list[str]) -> str:
