@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clusters import Cluster, install
+from tests.support.threads import one_thread as one_thread
 
 SHIM = Path(__file__).parent / "installed_shim"
 
