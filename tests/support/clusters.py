@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 NO_COMPILER = "/nowhere/no-compiler"
+SMALL_REPLICA = ["--cores", "1", "--num-cpus", "0.5", "--num-gpus", "0"]
+"""Options of both Ray examples with which two replicas fit two cores."""
 
 
 @dataclass(frozen=True)

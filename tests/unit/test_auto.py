@@ -189,7 +189,7 @@ def test_rare_long_runs_are_not_counted_as_shortfall() -> None:
 def test_probes_stay_within_their_budget() -> None:
     """Requests with unknown acceptance are tried, but only in a small share of the time."""
     auto, idle, probing, busy = made(), 0, 0.0, 0.0
-    for _ in range(20_000):
+    for _ in range(8_000):
         (candidate,) = candidates(0.05)
         candidate.forward.idle_steps = idle
         cycle = auto.plan([candidate], 1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pkgutil
+from functools import cache
 from pathlib import Path
 
 import vllm_nld
@@ -32,6 +33,7 @@ LAZY_EXPORTS = {("model", "network"), ("proposer", "self_speculation")}
 """Names that the ``__init__`` of a room or of the package resolves on demand, for paths that users and vLLM use."""
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Return every module of the package, by its dotted name."""
     found = {}

@@ -23,7 +23,6 @@ from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import DraftAdapter, load_reference
 
-pytestmark = pytest.mark.alone
 TEXTS = [text for _, text in held_out_prompts(4, characters=150)]
 SETTINGS: dict[str, Any] = {"skip_tokenizer_init": False, "max_model_len": 1024, "max_num_seqs": 8}
 
@@ -146,19 +145,12 @@ def test_first_rank_decides_for_auto_mode(llm: Any, expected: list[list[int]]) -
     assert after[0]["draft_forwards"] == before[0]["draft_forwards"]
 
 
-def workers_of(pid: int) -> list[int]:
-    """The worker processes below a process, first rank first."""
-    children = psutil.Process(pid).children(recursive=True)
-    found = [child for child in children if " ".join(child.cmdline()).startswith("VLLM::Worker")]
-    return [child.pid for child in sorted(found, key=lambda child: " ".join(child.cmdline()))]
-
-
 def test_requests_fail_soon_after_a_rank_dies(llm: Any) -> None:
     """During generation: vLLM notices, reports it, and no process is left. The last test of this engine."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    workers = workers_of(os.getpid())
-    assert len(workers) == 2
+    workers = llm.collective_rpc(lambda worker: os.getpid())
+    assert len({*workers, os.getpid()}) == 3
     killed: list[float] = []
 
     def kill() -> None:

@@ -11,7 +11,6 @@ import pytest
 from tests.support.engines import engine, generate, random_prompts
 from tests.support.models import random_model, save, small_config
 
-pytestmark = pytest.mark.alone
 PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=3)
 
 
