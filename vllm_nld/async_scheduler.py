@@ -1,19 +1,22 @@
 """Schedulers for vLLM's second model runner, asynchronous and not: each request gets as many drafts as it asks for.
 
 There the scheduler plans a step before the tokens of the one before are known. So it does not get drafts, it grants
-places for them; how many follows from a request's options only. It learns what became of them when the tokens come,
-one step later, and that is where they are counted.
+places for them; how many follows from a request's options, and, in auto mode, from what pays with so many requests
+(:mod:`vllm_nld.auto.trials`). It learns what became of them when the tokens come, one step later, and that is where
+they are counted.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from vllm_nld.auto.trials import Trials
 from vllm_nld.scheduler import NLDScheduler, fair_shares
 from vllm_nld.serving.admission import request_options
-from vllm_nld.serving.ledger import Ledger, Tally
+from vllm_nld.serving.ledger import Ledger, Plan, Tally
 from vllm_nld.vllm_glue import steps
 from vllm_nld.vllm_glue.padding import schedule_unpadded
 
@@ -23,6 +26,8 @@ class NLDSecondScheduler(NLDScheduler):
 
     Attributes:
         ledger: what was done so far.
+        trials: whether drafting pays, for requests in auto mode.
+        decisions: of auto mode, by what was done and the tokens of a block.
         grants_places: tells other modules, which never import this class, that it is for the second runner.
     """
 
@@ -30,7 +35,9 @@ class NLDSecondScheduler(NLDScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ledger = Ledger()
+        self.ledger, self.trials = Ledger(), Trials()
+        self.decisions: Counter[tuple[str, int]] = Counter()
+        self._auto_drafts = True
         self._modes: dict[str, tuple[str, int]] = {}
 
     def _asked(self, request: Any) -> tuple[str, int]:
@@ -44,11 +51,17 @@ class NLDSecondScheduler(NLDScheduler):
             self._modes[request.request_id] = known
         return known
 
+    def _next_drafts(self, request: Any) -> int:
+        """Return how many drafts a request gets in the step after the one that is being planned."""
+        mode, drafts = self._asked(request)
+        return drafts if mode != "auto" or self._auto_drafts else 0
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedule a step, as vLLM does; a request with one token to compute is not padded to a block."""
         self._cut_to_shares()
+        self._auto_drafts = self.trials.drafts(len(self.running))
         output = schedule_unpadded(self, lambda: super(NLDScheduler, self).schedule(*args, **kwargs))
-        return steps.with_note(output, self.ledger.total)
+        return steps.with_note(output, Plan(self.ledger.total, self.decisions, self._auto_drafts))
 
     def _cut_to_shares(self) -> None:
         """Cut drafts to fair shares of the step's budget, which vLLM would give away in order of arrival."""
@@ -71,7 +84,7 @@ class NLDSecondScheduler(NLDScheduler):
         for index, name in enumerate(draft_token_ids.req_ids):
             request = self.requests.get(name)
             if request is not None:
-                del draft_token_ids.draft_token_ids[index][self._asked(request)[1] :]
+                del draft_token_ids.draft_token_ids[index][self._next_drafts(request) :]
         super().update_draft_token_ids(draft_token_ids)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -80,29 +93,47 @@ class NLDSecondScheduler(NLDScheduler):
         return super(NLDScheduler, self).update_from_output(scheduler_output, model_runner_output)
 
     def _count(self, planned: Any, result: Any) -> None:
-        """Count what a step did for its requests."""
-        sampled = result.sampled_token_ids
+        """Count what a step did for its requests, and whether it says how well its way pays."""
+        note = steps.note_on(planned)
+        ways, yielded = set(), 0
         for name in planned.num_scheduled_tokens:
             request = self.requests.get(name)
-            if request is None or not sampled:
+            tokens = self._tokens_of(result, name)
+            if request is None or tokens == 0:
+                ways.add("other")  # it ended, or is at its prompt
                 continue
-            tokens = len(sampled[result.req_id_to_index[name]])
-            if tokens == 0:
-                continue
-            mode, _ = self._asked(request)
             drafts = len(planned.scheduled_spec_decode_tokens.get(name, ()))
             prefill = planned.num_scheduled_tokens[name] - drafts > 1 or request.num_output_tokens == 0
-            kind, own = ("verify", "self_speculation") if drafts else ("ar", "ar")
-            if mode == "diffusion":
-                kind, own = "prefill" if prefill else "commit", "diffusion"
-            elif prefill:
-                kind = "prefill"
-                own = "ar" if mode == "ar" else "self_speculation"
-            elif mode != "ar" and not drafts:
-                own = "self_speculation"
-            self.ledger.causal(Tally(), kind, own, tokens, tokens - 1)
-            if mode not in ("ar", "diffusion"):
+            mode, _ = self._asked(request)
+            self._count_one(mode, tokens, drafts, prefill)
+            if mode == "self_speculation" or (mode == "auto" and note.auto_drafts):
                 self.ledger.drafted(Tally(), 1)
+            yielded += tokens
+            ways.add("other" if prefill or mode != "auto" else "self_speculation" if drafts else "ar")
+            if mode == "auto" and not prefill:
+                self.decisions["self_speculation" if drafts else "ar", drafts + 1] += 1
+        self.trials.saw(
+            len(planned.num_scheduled_tokens), ways == {"self_speculation"}, yielded,
+            comparable=ways in ({"self_speculation"}, {"ar"}),
+        )  # fmt: skip
+
+    @staticmethod
+    def _tokens_of(result: Any, name: str) -> int:
+        """Return how many tokens a step yielded for a request."""
+        sampled = result.sampled_token_ids
+        return len(sampled[result.req_id_to_index[name]]) if sampled else 0
+
+    def _count_one(self, mode: str, tokens: int, drafts: int, prefill: bool) -> None:
+        """Count the causal pass of a request that got tokens from it."""
+        kind, own = ("verify", "self_speculation") if drafts else ("ar", "ar")
+        if mode == "diffusion":
+            kind, own = "prefill" if prefill else "commit", "diffusion"
+        elif prefill:
+            kind = "prefill"
+            own = "ar" if mode == "ar" else "self_speculation"
+        elif mode == "self_speculation":
+            own = mode  # also without drafts, at the end of its room
+        self.ledger.causal(Tally(), kind, own, tokens, tokens - 1)
 
 
 class NLDAsyncScheduler(NLDSecondScheduler, AsyncScheduler):  # type: ignore[misc]
@@ -114,4 +145,4 @@ class NLDAsyncScheduler(NLDSecondScheduler, AsyncScheduler):  # type: ignore[mis
         for name in scheduler_output.num_scheduled_tokens:
             request = self.requests[name]
             if not request.is_prefill_chunk:
-                request.spec_token_ids = [-1] * self._asked(request)[1]
+                request.spec_token_ids = [-1] * self._next_drafts(request)

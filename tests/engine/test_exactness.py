@@ -115,7 +115,7 @@ def test_logits_equal_the_reference(tmp_path: Path) -> None:
             captured = capture_logits(runner(llm).model)
             generate(llm, [prompt], max_tokens=1, prompt_logprobs=1)
         expected = model.causal(torch.tensor([prompt]))[0]
-        found = torch.cat([rows for rows in captured if len(rows) > 1])
+        found = torch.cat([rows for rows in captured if len(rows) > 1]).cpu()
         assert len(found) == len(prompt) - 1
         allowed = torch.arange(config.vocab_size) != config.mask_token_id
         assert (found - expected[: len(found)])[:, allowed].abs().max() < 1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 DECODE_KINDS = {"ar": ("ar",), "self_speculation": ("draft", "verify"), "diffusion": ("denoise", "commit")}
 """Kinds of forwards that count for a mode's tokens. The prefill is free, as in AR's and diffusion's published TPF."""
@@ -64,6 +65,20 @@ class Tally:
         parts += [f"{passes:.2f} denoising passes per block"] if passes is not None else []
         parts.append("forwards " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.forwards.items())))
         return "; ".join(parts)
+
+
+class Plan(NamedTuple):
+    """What the second runner's scheduler tells its workers with a step.
+
+    Attributes:
+        tally: counts so far.
+        decisions: of auto mode so far, by what was done and the tokens of a block.
+        auto_drafts: whether requests in auto mode draft after the step.
+    """
+
+    tally: Tally
+    decisions: Counter[tuple[str, int]]
+    auto_drafts: bool
 
 
 class Ledger:

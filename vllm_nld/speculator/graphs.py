@@ -1,6 +1,6 @@
 """CUDA graphs of draft passes: one per number of requests, the rest of whose slots is padding.
 
-Not run on a GPU yet. Capture and replay are vLLM's own; what differs is what is captured.
+Capture and replay are vLLM's own; what differs is what is captured.
 """
 
 from __future__ import annotations

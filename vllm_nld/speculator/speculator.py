@@ -49,6 +49,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         draft_logits: what drafts were drawn from, ``[requests, steps, vocab]``, for vLLM's rejection sampler; None if
             that would take too much memory, or this vLLM keeps none: drafts are then verified exactly.
         forwards: draft passes so far.
+        auto_drafts: whether requests in auto mode draft after this step; the scheduler decides, and the worker says so.
     """
 
     supports_mm_inputs = False
@@ -64,7 +65,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._kept = self._room_for_logits()
         self.draft_logits = None if self._kept is None else self._kept[:-1]
         self.table = RequestTable(self.max_requests, self._traits, self.draft_logits is not None)
-        self.forwards = 0
+        self.forwards, self.auto_drafts = 0, True
         self._fp64 = bool(getattr(vllm_config.model_config, "use_fp64_gumbel", False))
         self._runner: Any = None
         self._table: Any = None
@@ -250,7 +251,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         if dummy_run:
             return self._rehearse(rows, skip_attn_for_dummy_run or self._buffers is None)
         indices, decided = input_batch.idx_mapping_np, self._decided(input_batch)
-        drafting = decided & self.table.drafts(indices)
+        drafting = decided & self.table.drafts(indices, self.auto_drafts)
         denoising = np.flatnonzero(decided & self.table.denoises(indices))
         chosen = indices[drafting]
         if len(chosen) or len(denoising) or self.table.offered[indices].any():

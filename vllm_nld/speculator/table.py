@@ -28,6 +28,7 @@ class RequestTable:
         kinds: int32, how drafts are verified (:mod:`vllm_nld.speculator.kernels`).
         adapters: int32, whether drafts run with the draft adapter.
         drawn: bool, on the host only: whether drafts are drawn, by the request's temperature.
+        auto: bool, on the host only: whether it is in auto mode, which drafts where that pays.
         offered: bool, on the host only: whether the device may still count drafts of the last step as valid.
 
     Args:
@@ -43,6 +44,7 @@ class RequestTable:
         self._traits, self._rejects = traits, rejects
         self._tables = [UvaBackedTensor(requests, dtype=torch.int32) for _ in range(3)]
         self.drawn: Numbers = np.zeros(requests, dtype=bool)
+        self.auto: Numbers = np.zeros(requests, dtype=bool)
         self.offered: Numbers = np.zeros(requests, dtype=bool)
         self._changed = False
         self._lengths.np.fill(1)
@@ -65,6 +67,7 @@ class RequestTable:
         self._lengths.np[index] = 1 if alone else options.block_length or longest
         self._kinds.np[index] = self._kind(options, params)
         self._tables[2].np[index] = options.draft_adapter
+        self.auto[index] = options.mode == "auto"
         self.drawn[index] = params.temperature > 0 and options.sampled_drafts
         self._changed = True
         return options
@@ -98,9 +101,11 @@ class RequestTable:
         if self._changed:
             self.upload()
 
-    def drafts(self, indices: Numbers) -> Numbers:
-        """Return bool per request: whether it drafts, by self-speculation."""
+    def drafts(self, indices: Numbers, auto_drafts: bool) -> Numbers:
+        """Return bool per request: whether it drafts, by self-speculation, or in auto mode if ``auto_drafts``."""
         mask: Numbers = (self._lengths.np[indices] > 1) & (self._kinds.np[indices] != COMMIT)
+        if not auto_drafts:
+            mask &= ~self.auto[indices]
         return mask
 
     def lengths(self, indices: Numbers) -> tuple[int, bool]:

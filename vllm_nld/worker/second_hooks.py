@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 from vllm_nld.errors import NLDError
-from vllm_nld.serving.ledger import Tally
+from vllm_nld.serving.ledger import Plan, Tally
 from vllm_nld.serving.metrics import Publisher, snapshot_path, tally_samples
 from vllm_nld.vllm_glue.second_runner import add_graphs_of_single_tokens
 from vllm_nld.vllm_glue.steps import note_on
@@ -34,7 +35,7 @@ class IntroducesSpeculator:
         from vllm_nld.speculator.model_state import install
 
         install()
-        self._target_forwards, self._tally = 0, Tally()
+        self._target_forwards, self._plan = 0, Plan(Tally(), Counter(), auto_drafts=True)
         super().init_device()  # type: ignore[misc]
         self.model_runner.speculator.attach(self.model_runner)
         if self.rank == 0:
@@ -53,22 +54,24 @@ class IntroducesSpeculator:
         return super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a causal step, as vLLM does, count it, and publish the counts."""
+        """Run a causal step, as vLLM does, count it, publish the counts, and see whether auto mode drafts after it."""
         busy = scheduler_output.total_num_scheduled_tokens > 0
         self._target_forwards += busy
         note = note_on(scheduler_output)
-        if isinstance(note, Tally):
-            self._tally = note
+        if isinstance(note, Plan):
+            self._plan = note
+            self.model_runner.speculator.auto_drafts = note.auto_drafts
         if self._publisher is not None:
             self._publisher.publish(self._samples, now=not busy)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def _samples(self) -> Any:
-        return tally_samples(self._whole(), self._target_forwards, self.model_runner.speculator.all_forwards, {})
+        drafted = self.model_runner.speculator.all_forwards
+        return tally_samples(self._whole(), self._target_forwards, drafted, self._plan.decisions)
 
     def _whole(self) -> Tally:
         """Return the scheduler's counts, with the speculator's counts of denoising."""
-        whole = copy.deepcopy(self._tally)
+        whole = copy.deepcopy(self._plan.tally)
         for name, counts in self.model_runner.speculator.denoised.as_dict().items():
             getattr(whole, name).update(counts)
         return whole
@@ -78,9 +81,10 @@ class IntroducesSpeculator:
         return {
             "target_forwards": self._target_forwards,
             "draft_forwards": self.model_runner.speculator.all_forwards,
-            "cycles": self._tally.blocks["self_speculation"],
+            "cycles": self._plan.tally.blocks["self_speculation"],
         }
 
     def nld_tally(self) -> dict[str, dict[str, int]]:
         """Return the ledger since start-up, as on the first runner, but without the last step."""
-        return {**self._whole().as_dict(), "decisions": {}}
+        decisions = {f"{mode} {length}": count for (mode, length), count in self._plan.decisions.items()}
+        return {**self._whole().as_dict(), "decisions": decisions}

@@ -1,0 +1,72 @@
+"""Trials against a clock that knows what steps cost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from vllm_nld.auto.trials import AGAIN, Trials
+
+
+class Engine:
+    """Steps of a cost and a yield; asynchronous, so a decision counts one step later."""
+
+    def __init__(self, cycle: float, length: float, noise: float = 0.1) -> None:
+        self.cycle, self.length, self.noise = cycle, length, noise
+        self.now, self.random = 0.0, random.Random(0)
+        self.trials = Trials(lambda: self.now)
+        self.planned = True
+
+    def run(self, steps: int, requests: int = 4, comparable: Callable[[int], bool] = lambda _: True) -> float:
+        """Return the share of steps with drafts."""
+        drafted = 0
+        for step in range(steps):
+            way, self.planned = self.planned, self.trials.drafts(requests)
+            self.now += (self.cycle if way else 1.0) * self.random.uniform(1 - self.noise, 1 + self.noise)
+            tokens = round(requests * (self.length if way else 1) * self.random.uniform(1 - self.noise, 1 + self.noise))
+            self.trials.saw(requests, way, tokens, comparable(step))
+            drafted += way
+        return drafted / steps
+
+
+def test_drafts_where_they_pay() -> None:
+    engine = Engine(cycle=2.1, length=5.0)
+    engine.run(50)
+    assert engine.run(4000) > 0.97
+
+
+def test_decodes_alone_where_drafts_do_not_pay() -> None:
+    engine = Engine(cycle=6.2, length=2.5)
+    engine.run(50)
+    assert engine.run(4000) < 0.03
+
+
+def test_a_small_difference_is_found_through_noise() -> None:
+    assert Engine(cycle=2.0, length=2.6, noise=0.3).run(6000) > 0.8
+
+
+def test_changes_are_noticed_both_ways() -> None:
+    engine = Engine(cycle=2.0, length=4.0)
+    assert engine.run(2000) > 0.9
+    engine.length = 1.2
+    engine.run(5 * AGAIN)
+    assert engine.run(2000) < 0.1
+    engine.length = 4.0
+    engine.run(5 * AGAIN)
+    assert engine.run(2000) > 0.9
+
+
+def test_numbers_of_requests_are_judged_apart() -> None:
+    engine = Engine(cycle=2.0, length=4.0)
+    engine.run(500, requests=1)
+    engine.cycle = 8.0
+    engine.run(100, requests=32)
+    assert engine.run(1000, requests=32) < 0.05
+    engine.cycle = 2.0
+    assert engine.run(1000, requests=1) > 0.9
+
+
+def test_steps_that_cannot_be_compared_decide_nothing() -> None:
+    """Prompts are computed in every tenth step, so no trial ever ends."""
+    engine = Engine(cycle=2.0, length=1.1)
+    assert engine.run(1000, comparable=lambda step: step % 10 > 0) == 1.0
