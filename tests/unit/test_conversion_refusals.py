@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import llamas
+from vllm_nld.cli.convert import run as convert_command
 from vllm_nld.conversion import Options, convert, open_source
 from vllm_nld.errors import NLDError
 
@@ -111,6 +112,13 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(NLDError, match=r"FOLDER=.*nld: is there already; allowed: a folder that does not exist"):
         convert(open_source(source), tmp_path / "nld", Options())
     assert [path.name for path in (tmp_path / "nld").iterdir()] == ["mine"]
+
+
+def test_target_is_checked_before_the_source_is_read(tmp_path: Path) -> None:
+    with pytest.raises(NLDError, match="is there already"):
+        convert_command(tmp_path / "nothing", tmp_path, Options(), as_json=False)
+    with pytest.raises(NLDError, match="--dtype int8"):
+        convert_command(tmp_path / "nothing", tmp_path / "new", Options(dtype="int8"), as_json=False)
 
 
 @pytest.mark.parametrize("name", ["nothing", "model.bin"])

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from vllm_nld.conversion import Options, convert, open_source
-from vllm_nld.conversion.checkpoint import Progress, Result
+from vllm_nld.conversion.checkpoint import Progress, Result, check_target
 
 
 def run(source: Path, folder: Path, options: Options, as_json: bool) -> None:
@@ -26,6 +26,7 @@ def run(source: Path, folder: Path, options: Options, as_json: bool) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the bars here are enough
+    check_target(folder, options)
     with bars() as progress:
         result = convert(open_source(source), folder, options, progress)
     typer.echo(json.dumps(asdict(result)) if as_json else "\n".join(lines(folder, result)))

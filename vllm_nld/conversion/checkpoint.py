@@ -64,6 +64,18 @@ class Result:
     agreement: Agreement | None
 
 
+def check_target(folder: Path, options: Options) -> None:
+    """Check what can be checked before the source is read.
+
+    Raises:
+        NLDError: the folder exists, or the dtype is unknown.
+    """
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise NLDError(f"--dtype {shown_key(options.dtype)}: allowed are {', '.join(DTYPES)}")
+    if folder.exists():
+        raise NLDError(f"FOLDER={folder}: is there already; allowed: a folder that does not exist yet")
+
+
 def convert(source: Source, folder: Path, options: Options, progress: Progress = lambda *_: None) -> Result:
     """Write an NLD checkpoint of ``source``.
 
@@ -71,8 +83,7 @@ def convert(source: Source, folder: Path, options: Options, progress: Progress =
         NLDError: the folder exists, an option does not suit, or the result does not compute what the source does.
             Nothing is written then.
     """
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise NLDError(f"--dtype {shown_key(options.dtype)}: allowed are {', '.join(DTYPES)}")
+    check_target(folder, options)
     dtype = DTYPES[options.dtype] if options.dtype else source.dtype
     mask = mask_token.choose(options.mask_token, source.vocabulary, source.settings["vocab_size"])
     config = _config(source, mask, options.block_length, dtype)
@@ -100,8 +111,6 @@ def convert(source: Source, folder: Path, options: Options, progress: Progress =
 @contextmanager
 def _next_to(folder: Path) -> Iterator[Path]:
     """Yield an empty folder next to ``folder``; it takes that place in the end, or is removed if that fails."""
-    if folder.exists():
-        raise NLDError(f"FOLDER={folder}: is there already; allowed: a folder that does not exist yet")
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))

@@ -10,3 +10,8 @@ def round_size(tokens: int) -> int:
     """
     step = 4 if tokens <= 16 else 8 if tokens <= 64 else 16
     return -(-tokens // step) * step
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``: Triton's tiles have such sizes."""
+    return 1 << max(0, n - 1).bit_length()

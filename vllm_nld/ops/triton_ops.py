@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm_nld.ops.arguments import BlockAttention, check_logits, empty_best
 from vllm_nld.ops.implementation import Implementation
 from vllm_nld.ops.pages import refuse_tiles
+from vllm_nld.ops.sizes import power_of_two
 
 _LOG2E = math.log2(math.e)
 _E4M3_SHIFT = 256.0
@@ -61,16 +62,12 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 def _tile_sizes(pairs: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
     """Return BLOCK_M, BLOCK_N, BLOCK_D: products need 16 of each, and wide heads leave registers for fewer rows."""
-    block_d = _power_of_two(head_dim)
+    block_d = power_of_two(head_dim)
     wide = block_d * element_size
     most = 64 if wide <= 256 else 32 if wide <= 512 else 16
-    return min(most, max(16, _power_of_two(pairs))), 64 if wide <= 256 else 32, block_d
+    return min(most, max(16, power_of_two(pairs))), 64 if wide <= 256 else 32, block_d
 
 
 def split_count(programs: int, max_prefix: int, processors: int) -> int:
@@ -124,7 +121,7 @@ def block_attention(call: BlockAttention) -> None:
     if splits > 1:
         kernels.merge_kernel[(tokens, heads)](
             *scratch, call.block_starts, output, rows, splits, *output.stride()[:2],
-            HEADS=heads, D=head_dim, BLOCK_S=_power_of_two(_MOST_SPLITS), BLOCK_D=block_d,
+            HEADS=heads, D=head_dim, BLOCK_S=power_of_two(_MOST_SPLITS), BLOCK_D=block_d,
         )  # fmt: skip
 
 
@@ -163,7 +160,7 @@ def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, T
     )
     kernels.best_merge_kernel[(rows,)](
         tops, places, totals, tokens, largest, normalizers if with_normalizer else largest,
-        SEGMENTS=segments, BLOCK=_power_of_two(segments), SUM=with_normalizer,
+        SEGMENTS=segments, BLOCK=power_of_two(segments), SUM=with_normalizer,
     )  # fmt: skip
     return tokens, largest, normalizers
 

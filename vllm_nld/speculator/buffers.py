@@ -10,16 +10,12 @@ from torch import Tensor
 
 from vllm_nld.attention.backend import DraftMetadata
 from vllm_nld.ops import BIDIRECTIONAL
+from vllm_nld.ops.sizes import power_of_two
 from vllm_nld.speculator import kernels
 
 OWN_STREAM = 1 << 30
 """Added to a position where a draft's noise must differ from the verifier's; no text is this long."""
 _PAGES_AT_ONCE = 256
-
-
-def power_of_two(n: int) -> int:
-    """Return the smallest power of two that is at least ``n``."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @dataclass(frozen=True)
