@@ -21,10 +21,12 @@ set -m # a process group of its own, which can be ended with all that Ray starte
 "${pytest[@]}" tests/ray >"$output" 2>&1 &
 ray=$!
 set +m
-trap 'kill -- "-$ray" 2>/dev/null || true; rm -f "$output"' EXIT
+trap 'kill -- "-$ray" 2>/dev/null || true; cat "$output"; rm -f "$output"' EXIT
+trap 'exit 130' INT
 "${two[@]}" "${elsewhere[@]/#/--ignore=}" || failed+=("most tiers")
 wait "$ray" || failed+=(ray)
 cat "$output"
+: >"$output" # the trap shows only what nobody has seen
 
 "${two[@]}" "${engines[@]}" || failed+=(engines)
 "${pytest[@]}" "${alone[@]}" || failed+=(alone)

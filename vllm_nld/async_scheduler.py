@@ -19,6 +19,7 @@ from vllm_nld.serving.admission import request_options
 from vllm_nld.serving.ledger import Ledger, Plan, Tally
 from vllm_nld.vllm_glue import steps
 from vllm_nld.vllm_glue.padding import schedule_unpadded
+from vllm_nld.vllm_glue.second_runner import words_miss_drafts
 
 
 class NLDSecondScheduler(NLDScheduler):
@@ -46,7 +47,8 @@ class NLDSecondScheduler(NLDScheduler):
         if known is None:
             options = request_options(request.sampling_params, self._traits)
             longest = options.block_length or self._traits.block_length or 1
-            known = options.mode, 0 if options.mode == "ar" else longest - 1
+            alone = options.mode == "ar" or words_miss_drafts(request.sampling_params)
+            known = options.mode, 0 if alone else longest - 1
             self._modes = {name: value for name, value in self._modes.items() if name in self.requests}
             self._modes[request.request_id] = known
         return known
@@ -59,9 +61,10 @@ class NLDSecondScheduler(NLDScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedule a step, as vLLM does; a request with one token to compute is not padded to a block."""
         self._cut_to_shares()
-        self._auto_drafts = self.trials.drafts(len(self.running))
+        requests = len(self.running)
+        self._auto_drafts = self.trials.drafts(requests)
         output = schedule_unpadded(self, lambda: super(NLDScheduler, self).schedule(*args, **kwargs))
-        return steps.with_note(output, Plan(self.ledger.total, self.decisions, self._auto_drafts))
+        return steps.with_note(output, Plan(self.ledger.total, self.decisions, self._auto_drafts, requests))
 
     def _cut_to_shares(self) -> None:
         """Cut drafts to fair shares of the step's budget, which vLLM would give away in order of arrival."""
@@ -113,7 +116,7 @@ class NLDSecondScheduler(NLDScheduler):
             if mode == "auto" and not prefill:
                 self.decisions["self_speculation" if drafts else "ar", drafts + 1] += 1
         self.trials.saw(
-            len(planned.num_scheduled_tokens), ways == {"self_speculation"}, yielded,
+            note.requests, ways == {"self_speculation"}, yielded,
             comparable=ways in ({"self_speculation"}, {"ar"}),
         )  # fmt: skip
 

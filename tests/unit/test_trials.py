@@ -66,7 +66,37 @@ def test_numbers_of_requests_are_judged_apart() -> None:
     assert engine.run(1000, requests=1) > 0.9
 
 
+def often(step: int) -> bool:
+    """A prompt in every eighth step."""
+    return step % 8 > 0
+
+
+def test_interruptions_do_not_leave_it_in_the_worse_way() -> None:
+    """After calm; and with a first trial of AR that is interrupted again and again."""
+    for calm in (600, 40):
+        pays, does_not = Engine(cycle=2.6, length=6.8), Engine(cycle=6.2, length=2.0)
+        pays.run(calm)
+        does_not.run(calm)
+        assert pays.run(8000, comparable=often) > 0.95
+        does_not.run(500, comparable=often)
+        assert does_not.run(8000, comparable=often) < 0.1
+
+
+def test_a_way_that_cannot_be_measured_is_given_up() -> None:
+    """Requests that end as soon as they decode alone."""
+    engine = Engine(cycle=2.0, length=3.0)
+    engine.run(40)
+    engine.run(5, comparable=lambda _: False)
+    trials, drafted = engine.trials, 0
+    for _ in range(4000):
+        way = trials.drafts(4)
+        engine.now += 2.0 if way else 1.0
+        trials.saw(4, way, 12 if way else 4, comparable=way)
+        drafted += way
+    assert drafted / 4000 > 0.9
+
+
 def test_steps_that_cannot_be_compared_decide_nothing() -> None:
-    """Prompts are computed in every tenth step, so no trial ever ends."""
+    """Never two in a row."""
     engine = Engine(cycle=2.0, length=1.1)
-    assert engine.run(1000, comparable=lambda step: step % 10 > 0) == 1.0
+    assert engine.run(1000, comparable=lambda step: step % 2 > 0) == 1.0

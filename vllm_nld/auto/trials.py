@@ -12,39 +12,68 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 STEPS = 16
-"""Steps of a trial."""
-SETTLING = 2
-"""Steps after a change that are not measured: they were planned before it, or overlap with such."""
+"""Steps of a trial; they need not follow one another."""
+PATIENCE = 64
+"""Steps in which the worse way is tried at most, if too few of them can be measured."""
 AGAIN = 250
-"""Steps after which the other way is tried again."""
+"""Steps after which the worse way is tried again."""
 CLEARLY, LATER = 1.5, 4
 """With a way that yields so many times as much as the other, the other is tried so many times more rarely."""
 
 
 @dataclass
+class _Trial:
+    """What was measured of a way so far."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
 class _Yields:
-    """Tokens a second by way (drafting or not), and steps since the worse one was tried."""
+    """Tokens a second by way (drafting or not), and what is being measured.
+
+    Attributes:
+        since: steps since the worse way was tried; less than 0 if that found nothing.
+        tried: steps in which it is being tried.
+    """
 
     of: dict[bool, float] = field(default_factory=dict)
-    since: int = 0
+    trials: dict[bool, _Trial] = field(default_factory=lambda: {True: _Trial(), False: _Trial()})
+    since: int = AGAIN * LATER
+    tried: int = 0
 
     @property
     def better(self) -> bool:
-        """The way that yields more; of both, when both are known."""
-        return self.of[True] >= self.of[False]
+        """The way that yields more, as far as known; at first, drafting."""
+        return True not in self.of or self.of[True] >= self.of.get(False, 0.0)
 
-    def choice(self) -> bool:
-        if len(self.of) < 2:
-            return True not in self.of
-        clear = self.of[self.better] > CLEARLY * self.of[not self.better]
-        return self.better if self.since < AGAIN * (LATER if clear else 1) else not self.better
+    def choose(self) -> bool:
+        """Return the way of a step to come."""
+        if True not in self.of or self.since < self._wait():
+            return self.better
+        self.tried += 1
+        if self.tried > PATIENCE:
+            self.since, self.tried = -AGAIN * LATER, 0
+            return self.better
+        return not self.better
 
-    def take(self, way: bool, found: float) -> None:
-        """Take in what a trial found."""
-        tried_again = len(self.of) == 2 and way != self.better
+    def _wait(self) -> int:
+        known = self.of.get(not self.better)
+        return AGAIN * (LATER if known is not None and self.of[self.better] > CLEARLY * known else 1)
+
+    def measured(self, way: bool, tokens: int, seconds: float) -> None:
+        """Take in the step of a way."""
+        trial = self.trials[way]
+        trial.steps, trial.tokens, trial.seconds = trial.steps + 1, trial.tokens + tokens, trial.seconds + seconds
+        if trial.steps < STEPS or trial.seconds <= 0:
+            return
+        if way != self.better:
+            self.since = self.tried = 0
+        found = trial.tokens / trial.seconds
         self.of[way] = (self.of.get(way, found) + found) / 2
-        if tried_again or len(self.of) < 2:
-            self.since = 0
+        self.trials[way] = _Trial()
 
 
 class Trials:
@@ -57,39 +86,28 @@ class Trials:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._yields: dict[int, _Yields] = {}
-        self._way: tuple[int, bool] | None = None
-        self._steps = self._tokens = 0
-        self._began = 0.0
+        self._last: tuple[int, bool] | None = None
+        self._ended = 0.0
 
     def drafts(self, requests: int) -> bool:
-        """Whether the next step's requests should draft."""
-        return self._of(requests).choice()
+        """Whether requests in auto mode should draft after the next step, of so many requests."""
+        return self._of(requests).choose()
 
     def saw(self, requests: int, drafted: bool, tokens: int, comparable: bool) -> None:
-        """Take in that a step has ended.
+        """Take in that a step has ended. It is measured if the step before was of its way, too.
 
         Args:
-            requests: of the step.
+            requests: for which :meth:`drafts` was asked.
             drafted: whether they verified drafts.
             tokens: that they yielded.
             comparable: whether that holds of all of them, and none was at its prompt.
         """
+        now, yields = self._clock(), self._of(requests)
         way = (requests.bit_length(), drafted) if comparable else None
-        if way is None or way != self._way:
-            self._way, self._steps, self._tokens = way, -SETTLING, 0
-            return
-        yields = self._of(requests)
+        if way is not None and way == self._last:
+            yields.measured(drafted, tokens, now - self._ended)
         yields.since += 1
-        self._steps += 1
-        if self._steps <= 0:
-            self._began = self._clock()
-            return
-        self._tokens += tokens
-        if self._steps == STEPS:
-            now = self._clock()
-            if now > self._began:
-                yields.take(drafted, self._tokens / (now - self._began))
-            self._began, self._steps, self._tokens = now, 0, 0
+        self._last, self._ended = way, now
 
     def _of(self, requests: int) -> _Yields:
         return self._yields.setdefault(requests.bit_length(), _Yields())

@@ -74,11 +74,13 @@ class Plan(NamedTuple):
         tally: counts so far.
         decisions: of auto mode so far, by what was done and the tokens of a block.
         auto_drafts: whether requests in auto mode draft after the step.
+        requests: that ran when that was decided.
     """
 
     tally: Tally
     decisions: Counter[tuple[str, int]]
     auto_drafts: bool
+    requests: int
 
 
 class Ledger:

@@ -177,8 +177,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         return {name: layer for name, layer in self._context.items() if hasattr(layer, "kv_cache")}
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Make the buffers, and plan the graphs, if the engine uses any for decoding."""
+        """Make the buffers, and plan the graphs, if the engine uses any for decoding: of AR steps, too."""
         self._set_pages(self._runner.block_tables)
+        second_runner.add_graphs_of_single_tokens(self._runner.cudagraph_manager)
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
             return
         dtype = self.vllm_config.model_config.dtype

@@ -9,15 +9,9 @@ import numpy as np
 from vllm_nld.options import NLDOptions
 from vllm_nld.serving.admission import EngineTraits, request_options
 from vllm_nld.speculator.kernels import COMMIT, EXACT, REJECTION
-from vllm_nld.vllm_glue.versions import BAD_WORDS_SEE_DRAFTS, installed_release
+from vllm_nld.vllm_glue.second_runner import words_miss_drafts
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
-
-
-def _words_miss_drafts(params: Any) -> bool:
-    """Whether this vLLM would let drafts end a bad word of several tokens. Such a request decodes without drafts."""
-    words = params.bad_words_token_ids or ()
-    return installed_release() < BAD_WORDS_SEE_DRAFTS and any(len(word) > 1 for word in words)
 
 
 class RequestTable:
@@ -63,7 +57,7 @@ class RequestTable:
         """Record and return a request's options. A preempted one comes again; vLLM's warm-up also adds requests."""
         options = request_options(params, self._traits)
         longest = self._traits.block_length or 1
-        alone = options.mode == "ar" or _words_miss_drafts(params)
+        alone = options.mode == "ar" or words_miss_drafts(params)
         self._lengths.np[index] = 1 if alone else options.block_length or longest
         self._kinds.np[index] = self._kind(options, params)
         self._tables[2].np[index] = options.draft_adapter

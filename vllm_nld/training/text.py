@@ -21,8 +21,8 @@ from vllm_nld.training.settings import Settings
 
 HELD_OUT_SHARE = 0.05
 _OWN_BATCH = 128
-_OWN_BATCH_CACHE = 1 << 34
-"""Bytes of keys and values of a batch of own text on a GPU, which needs many rows to be busy."""
+_OWN_BATCH_CACHE, _OWN_BATCH_SHARE = 1 << 34, 0.4
+"""Bytes of keys and values of a batch of own text on a GPU, which needs many rows to be busy; and of what is free."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,8 @@ def own_batch(model: ReferenceModel, length: int) -> int:
     if not weight.is_cuda:
         return _OWN_BATCH
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
-    return max(1, _OWN_BATCH_CACHE // (token * length))
+    room = min(_OWN_BATCH_CACHE, int(_OWN_BATCH_SHARE * torch.cuda.mem_get_info(weight.device)[0]))
+    return max(1, room // (token * length))
 
 
 def widened(ids: Tensor, length: int, pad: int) -> Tensor:

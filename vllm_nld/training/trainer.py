@@ -133,7 +133,7 @@ class Trainer:
                 matrix.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+        self.step, self.seconds, self.curve = state["step"], state.get("seconds", 0.0), state["curve"]
 
     def run(self, schedule: Schedule, progress: Progress) -> bool:
         """Train until the end, or until time runs out; returns whether training is complete."""

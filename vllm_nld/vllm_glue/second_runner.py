@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_nld.errors import NLDError
-from vllm_nld.vllm_glue.versions import SUPPORTED
+from vllm_nld.vllm_glue.versions import BAD_WORDS_SEE_DRAFTS, SUPPORTED, installed_release
 
 logger = init_logger("vllm.nld.runner")
 
@@ -201,6 +201,16 @@ def add_graphs_of_single_tokens(manager: Any) -> int:
             manager._candidates[key] = [found, *manager._candidates.get(key, [])]
         smaller[found.num_active_loras] = found.num_tokens
     return len(added)
+
+
+def words_miss_drafts(params: Any) -> bool:
+    """Whether this vLLM would let drafts end a bad word of several tokens. Such a request decodes without drafts.
+
+    Args:
+        params: vLLM's ``SamplingParams``.
+    """
+    words = params.bad_words_token_ids or ()
+    return installed_release() < BAD_WORDS_SEE_DRAFTS and any(len(word) > 1 for word in words)
 
 
 VERIFIED = (

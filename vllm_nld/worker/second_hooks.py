@@ -9,7 +9,6 @@ from typing import Any
 from vllm_nld.errors import NLDError
 from vllm_nld.serving.ledger import Plan, Tally
 from vllm_nld.serving.metrics import Publisher, snapshot_path, tally_samples
-from vllm_nld.vllm_glue.second_runner import add_graphs_of_single_tokens
 from vllm_nld.vllm_glue.steps import note_on
 
 
@@ -35,7 +34,7 @@ class IntroducesSpeculator:
         from vllm_nld.speculator.model_state import install
 
         install()
-        self._target_forwards, self._plan = 0, Plan(Tally(), Counter(), auto_drafts=True)
+        self._target_forwards, self._plan = 0, Plan(Tally(), Counter(), auto_drafts=True, requests=0)
         super().init_device()  # type: ignore[misc]
         self.model_runner.speculator.attach(self.model_runner)
         if self.rank == 0:
@@ -48,9 +47,8 @@ class IntroducesSpeculator:
         return result
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Warm up, as vLLM does, the draft pass first, and plan graphs of AR steps besides those of blocks."""
+        """Warm up, as vLLM does, the draft pass first."""
         self.model_runner.speculator.warm_up()
-        add_graphs_of_single_tokens(self.model_runner.cudagraph_manager)
         return super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: Any) -> Any:
