@@ -3,10 +3,10 @@
     vllm-nld get smollm2
     python benchmarks/chats.py prompts.jsonl --model smollm2 [--prompts 16] [--concurrency 1 4 16] [--json FILE]
 
-Every line of the file is an object with ``prompt``, a user's message; the model's chat template is applied. A new request
-begins when one ends, so that as many as asked for are in flight. TPF counts every decode forward of a request (AR,
-draft, verify), as ``vllm-nld bench modes`` does. AR and ``ngram`` have engines of their own, without this extension's
-speculation. Which texts equal AR's is counted, and means little unless the dtype is float32.
+Every line of the file is an object with ``prompt``, a user's message; the model's chat template is applied. A new
+request begins when one ends, so that as many as asked for are in flight. TPF counts every decode forward of a request
+(AR, draft, verify), as ``vllm-nld bench modes`` does. AR and ``ngram`` have engines of their own, without this
+extension's speculation. "Equal" texts are those of AR with the first concurrency; in bfloat16 near-ties differ.
 """
 
 from __future__ import annotations
@@ -111,10 +111,9 @@ def measure(args: argparse.Namespace, texts: list[str]) -> Iterator[dict[str, An
             for name in together:
                 complete(llm, prompts[:most], WAYS[name].nld, most, 16)  # warm up
                 for clients in args.concurrency:
-                    print(f"{name}, {clients} at once ...", file=sys.stderr, flush=True)
                     cost, tokens = watched(llm, prompts, WAYS[name].nld, clients, args.max_tokens)
                     expected = expected or tokens
-                    yield {
+                    row = {
                         "way": name,
                         "concurrency": clients,
                         "tpf": round(cost.tokens / cost.forwards, 3),
@@ -123,6 +122,8 @@ def measure(args: argparse.Namespace, texts: list[str]) -> Iterator[dict[str, An
                         "tokens": cost.tokens,
                         "same_text": sum(a == b for a, b in zip(tokens, expected, strict=True)),
                     }
+                    print(json.dumps(row), file=sys.stderr, flush=True)
+                    yield row
 
 
 def encoded(llm: Any, texts: list[str]) -> list[list[int]]:
