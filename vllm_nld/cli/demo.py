@@ -23,10 +23,10 @@ from vllm_nld.cli.limits import DTYPES, MODEL_LENGTH, check_completions, one_of,
 TPF_CONVENTION = "tokens per forward, every forward counted: prefill, draft and verify"
 MODELS = ("tiny", "smollm2")
 QUESTIONS = (
-    ("chat", "My neighbor plays loud music at night. Write a short, friendly note that asks her to stop at ten."),
+    ("chat", "How do plants make their own food?"),
     ("code", "Write a Python function that counts how often each word appears in a text, and explain it."),
     ("math", "A train travels 60 miles in the first hour and 45 in each of the next two. How far does it go in all?"),
-    ("chat", "Name three things that I should pack for a week of hiking in the mountains, and say why."),
+    ("chat", "What are the benefits of learning a second language?"),
 )
 """What instruct models are asked, by category. The draft adapter of ``smollm2`` was not trained on these."""
 QUESTION_TOKENS = 128
