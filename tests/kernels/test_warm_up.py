@@ -98,7 +98,7 @@ def verify(rows: int, drafts: int, dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compilation]]:
-    monkeypatch.setattr(ops, "function", lambda operator, device: getattr(triton_ops, operator))
+    monkeypatch.setattr(ops, "function", lambda operator, *_: getattr(triton_ops, operator))
     with pretended_gpu() as log:
         yield log
 
