@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests: what the arguments select (scripts/test.sh -m unit), or all of them. All run in three parts:
-#   most tiers   two processes with one core each; beside them Ray's tests, which mostly wait for processes to start
-#   engines      two processes with one core each, and nothing beside them, because auto mode measures its steps
+#   most tiers   two processes with one core each; next to them Ray's tests, which mostly wait for processes to start
+#   engines      two processes with one core each, and nothing next to them, because auto mode measures its steps
 #   alone        the tests that compute on all cores at once
 # Sets up .venv first if needed.
 set -euo pipefail

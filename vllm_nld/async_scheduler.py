@@ -19,7 +19,7 @@ from vllm_nld.serving.admission import request_options
 from vllm_nld.serving.ledger import Ledger, Plan, Tally
 from vllm_nld.vllm_glue import steps
 from vllm_nld.vllm_glue.padding import schedule_unpadded
-from vllm_nld.vllm_glue.second_runner import words_miss_drafts
+from vllm_nld.vllm_glue.second_runner import block_length
 
 
 class NLDSecondScheduler(NLDScheduler):
@@ -46,9 +46,7 @@ class NLDSecondScheduler(NLDScheduler):
         known = self._modes.get(request.request_id)
         if known is None:
             options = request_options(request.sampling_params, self._traits)
-            longest = options.block_length or self._traits.block_length or 1
-            alone = options.mode == "ar" or words_miss_drafts(request.sampling_params)
-            known = options.mode, 0 if alone else longest - 1
+            known = options.mode, block_length(options, request.sampling_params, self._traits.block_length) - 1
             self._modes = {name: value for name, value in self._modes.items() if name in self.requests}
             self._modes[request.request_id] = known
         return known
@@ -83,7 +81,7 @@ class NLDSecondScheduler(NLDScheduler):
             request.spec_token_ids = request.spec_token_ids[: max(0, drafts - (tokens - share))]
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:
-        """Take drafts in, as vLLM does; the runner returns equally many for every request."""
+        """Take drafts in, as vLLM does; the runner returns the same number for every request."""
         for index, name in enumerate(draft_token_ids.req_ids):
             request = self.requests.get(name)
             if request is not None:

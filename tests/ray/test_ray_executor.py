@@ -71,7 +71,7 @@ def test_two_ray_workers_give_the_tokens_of_one_until_one_is_killed(
     )
     assert done.returncode == 0, done.stderr[-5000:] + done.stdout[-2000:]
     found = json.loads(results.read_text())
-    # One core, because threads spin while they wait for each other, and other tests may run beside these.
+    # One core, because threads spin while they wait for each other, and other tests may run at the same time.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
     assert found["tokens"] == expected_tokens(folder)
     first, second = found["workers"]

@@ -1,8 +1,8 @@
-"""Whether drafting pays with so many requests, tried while serving: which way yields more tokens a second?
+"""Whether drafting pays for a number of requests: both ways are tried while serving, and the faster one is taken.
 
-For vLLM's second runner. There the scheduler plans ahead of the results, and runs in another process than what could
-measure prices. But it sees steps end. So it tries both ways, each for some steps, goes the better one, and tries the
-other again from time to time: texts change, and with them how many drafts are accepted.
+For vLLM's second runner. Its scheduler plans ahead of the results and cannot ask the workers for prices, which are in
+other processes. But it sees when steps end and how many tokens they yield. The slower way is tried again from time to
+time, because texts change, and with them how many drafts are accepted.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 from vllm_nld.options import NLDOptions
 from vllm_nld.serving.admission import EngineTraits, request_options
 from vllm_nld.speculator.kernels import COMMIT, EXACT, REJECTION
-from vllm_nld.vllm_glue.second_runner import words_miss_drafts
+from vllm_nld.vllm_glue.second_runner import block_length
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
@@ -56,9 +56,7 @@ class RequestTable:
     def add(self, index: int, params: Any) -> NLDOptions:
         """Record and return a request's options. A preempted one comes again; vLLM's warm-up also adds requests."""
         options = request_options(params, self._traits)
-        longest = self._traits.block_length or 1
-        alone = options.mode == "ar" or words_miss_drafts(params)
-        self._lengths.np[index] = 1 if alone else options.block_length or longest
+        self._lengths.np[index] = block_length(options, params, self._traits.block_length)
         self._kinds.np[index] = self._kind(options, params)
         self._tables[2].np[index] = options.draft_adapter
         self.auto[index] = options.mode == "auto"

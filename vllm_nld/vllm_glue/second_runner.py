@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_nld.errors import NLDError
+from vllm_nld.options import NLDOptions
 from vllm_nld.vllm_glue.versions import BAD_WORDS_SEE_DRAFTS, SUPPORTED, installed_release
 
 logger = init_logger("vllm.nld.runner")
@@ -211,6 +212,19 @@ def words_miss_drafts(params: Any) -> bool:
     """
     words = params.bad_words_token_ids or ()
     return installed_release() < BAD_WORDS_SEE_DRAFTS and any(len(word) > 1 for word in words)
+
+
+def block_length(options: NLDOptions, params: Any, longest: int | None) -> int:
+    """Return the tokens of a request's blocks, seed included; 1: it decodes without drafts.
+
+    Args:
+        options: the request's.
+        params: vLLM's ``SamplingParams``.
+        longest: tokens of the engine's longest block; None: it has no drafts.
+    """
+    if options.mode == "ar" or words_miss_drafts(params):
+        return 1
+    return options.block_length or longest or 1
 
 
 VERIFIED = (
