@@ -56,7 +56,6 @@ def block_attention(call: BlockAttention) -> None:
 
 def _own_block(call: BlockAttention) -> tuple[Tensor, Tensor]:
     """Attend inside blocks: output ``[T, H, D]`` and log-sum-exp float32 ``[H, T]``."""
-
     value = call.value
     if call.padded:  # the kernel multiplies the values after the last row by zero
         value = value.masked_fill((_places(call) >= call.block_starts[-1])[:, None, None], 0.0)
@@ -118,11 +117,8 @@ def _flash() -> tuple[Any, Any, Any]:
     """Import on first use: whether vLLM has FlashAttention, its version by head size, and the function."""
     from vllm.v1.attention.backends import fa_utils
 
-    return (
-        fa_utils.is_flash_attn_varlen_func_available,
-        cache(fa_utils.get_flash_attn_version),
-        (fa_utils.flash_attn_varlen_func),
-    )
+    version = cache(fa_utils.get_flash_attn_version)
+    return fa_utils.is_flash_attn_varlen_func_available, version, fa_utils.flash_attn_varlen_func
 
 
 IMPLEMENTATION = Implementation(
