@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.interpreted import hasten_interpreter
+
 TESTS = Path(__file__).parent
 
 FIRST = ("v2", "server")
@@ -34,6 +36,9 @@ os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # on a GPU, Triton would multiply float32 in TF32
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    hasten_interpreter()
 
 
 def _tier(item: pytest.Item) -> str:
