@@ -16,6 +16,9 @@ TESTS = Path(__file__).parent
 FIRST = ("v2", "server")
 """Tiers of one long file, which are begun first so that the other process does not wait for them at the end."""
 
+# Imports make millions of objects and no garbage: collections as often as usual are a sixth of importing vLLM.
+gc.set_threshold(10_000)
+
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
 # the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
 _process = os.environ.get("PYTEST_XDIST_WORKER")
