@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 venv=${VLLM_NLD_VENV:-.venv}
 [ -x "$venv/bin/vllm-nld" ] || scripts/setup.sh --no-demo
 pytest=("$venv/bin/python" -m pytest)
+export PYTHONDONTWRITEBYTECODE= # containers set it; then each of a hundred processes would compile what the first did
 [ $# -eq 0 ] || exec "${pytest[@]}" "$@"
 two=("${pytest[@]}" -n 2 --dist loadfile --no-loadscope-reorder)
 engines=(tests/engine)

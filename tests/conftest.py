@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.interpreted import hasten_interpreter
+
 TESTS = Path(__file__).parent
 
 FIRST = ("v2", "server")
 """Tiers of one long file, which are begun first so that the other process does not wait for them at the end."""
+
+# Imports make millions of objects and no garbage: collections as often as usual are a sixth of importing vLLM.
+gc.set_threshold(10_000)
 
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
 # the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
@@ -34,6 +39,9 @@ os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # on a GPU, Triton would multiply float32 in TF32
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    hasten_interpreter()
 
 
 def _tier(item: pytest.Item) -> str:

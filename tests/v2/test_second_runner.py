@@ -13,7 +13,7 @@ from tests.support.interpreted import ENVIRONMENT, INTERPRETING
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this process interprets")
-@pytest.mark.timeout(1800)  # the whole tier: about 5 minutes on two quiet cores
+@pytest.mark.timeout(1800)  # the whole tier: about two minutes of a quiet core
 def test_in_a_process_that_interprets() -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent)]
