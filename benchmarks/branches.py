@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from vllm_nld.branches.places import Choice, every_place, likeliest_places, no_branches
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.draft_lora import FOLDER
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import DraftAdapter, ReferenceModel, ar_generate, branch_spec_generate, load_reference
-from vllm_nld.reference.branches import Choice, every_place, likeliest_places, no_branches
 
 
 def policies(block: int) -> dict[str, Choice]:

@@ -9,18 +9,10 @@ from hypothesis import strategies as st
 
 from tests.support import models
 from tests.support.chi_square import chi_square_p_value
+from vllm_nld.branches.places import Branch, Draft, every_place, likeliest_places, no_branches
 from vllm_nld.reference import ar_generate, linear_spec_generate
 from vllm_nld.reference.adapter import DraftAdapter
-from vllm_nld.reference.branches import (
-    Branch,
-    Draft,
-    branch_spec_generate,
-    every_place,
-    likeliest_places,
-    no_branches,
-    quadratic_spec_generate,
-    verify,
-)
+from vllm_nld.reference.branches import branch_spec_generate, quadratic_spec_generate, verify
 from vllm_nld.reference.model import KVCache, ReferenceModel
 
 PROMPT = [1, 3, 7, 2, 9, 4]
@@ -99,8 +91,8 @@ def test_a_hit_drafts_what_a_draft_forward_would(seed: int) -> None:
 
 
 def test_likeliest_places_take_the_best_gains() -> None:
-    chances = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.2, 0.5, 0.3, 0], [0.8, 0.1, 0.1, 0]])
-    likely = torch.arange(16).view(4, 4)
+    chances = [[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.2, 0.5, 0.3, 0], [0.8, 0.1, 0.1, 0]]
+    likely = torch.arange(16).view(4, 4).tolist()
     draft = Draft([0, 4, 8], likely, chances)
     assert draft.ends() == pytest.approx([0.1, 0.72, 0.18])
     two = likeliest_places(2, 4, mask_worth=0.5, by_rank=(0.45, 0.17))(draft, 20)

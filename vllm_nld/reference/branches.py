@@ -9,66 +9,16 @@ branches are. A mask branch after every token is the paper's quadratic self-spec
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_nld.branches.places import RANKS, Branch, Choice, Draft, every_place
 from vllm_nld.reference.adapter import DraftAdapter
 from vllm_nld.reference.generate import Generation, ThinkingBudget, eos_ids, first_of, ids_tensor, pick
 from vllm_nld.reference.model import KVCache, ReferenceModel
-
-RANKS = 4
-"""Candidates of each position that a policy sees."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A block that is drafted in case verification ends at one place.
-
-    Attributes:
-        after: index in the verified block of the last token before the branch.
-        guess: the token that the verifier may put there; None: a mask, for any token.
-        length: tokens of the block, its seed included.
-    """
-
-    after: int
-    guess: int | None
-    length: int
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A drafted block.
-
-    Attributes:
-        tokens: seed first.
-        likely: the best candidates of each position, int64 ``[rows, RANKS]``, best first. Row 0 is the seed's. There
-            may be one row more than tokens: the position after the block.
-        chances: their probabilities, float32 ``[rows, RANKS]``.
-    """
-
-    tokens: list[int]
-    likely: Tensor
-    chances: Tensor
-
-    def ends(self) -> list[float]:
-        """Return how likely verification ends after each token, as the draft's own probabilities have it."""
-        reached, ends = 1.0, []
-        for row in range(1, len(self.tokens)):
-            right = float(self.chances[row, 0])
-            ends.append(reached * (1 - right))
-            reached *= right
-        return [*ends, reached]
-
-
-Choice = Callable[[Draft, int], list[Branch]]
-"""A policy: returns the branches to verify a draft with.
-
-Its second argument is how many tokens are left to emit, the whole block included.
-"""
 
 
 @dataclass
@@ -82,63 +32,6 @@ class BranchGeneration(Generation):
 
     query_tokens: list[int] = field(default_factory=list)
     hits: list[str] = field(default_factory=list)
-
-
-def no_branches(draft: Draft, left: int) -> list[Branch]:
-    """Return none: linear self-speculation."""
-    return []
-
-
-def every_place(length: int) -> Choice:
-    """Return the policy of quadratic self-speculation: a mask branch of ``length`` tokens after every token."""
-
-    def choose(draft: Draft, left: int) -> list[Branch]:
-        places = range(len(draft.tokens))
-        return [Branch(after, None, min(length, left - after - 1)) for after in places if left - after > 2]
-
-    return choose
-
-
-def likeliest_places(
-    count: int, length: int, mask_worth: float = 0.5, by_rank: tuple[float, ...] = (0.45, 0.17, 0.08)
-) -> Choice:
-    """Return the policy that takes the branches with the highest chance of a hit.
-
-    Args:
-        count: most branches of a forward.
-        length: tokens of a branch's block.
-        mask_worth: tokens of a mask hit over those of a guessed one; 0: no mask branches.
-        by_rank: given a rejection, how likely the verifier's token is the draft's second, third, ... candidate. The
-            default was measured on the embedded checkpoint.
-    """
-
-    def guesses(draft: Draft, place: int, end: float) -> list[tuple[float, int]]:
-        if place + 1 < len(draft.tokens):
-            return [(end * share, int(draft.likely[place + 1, rank + 1])) for rank, share in enumerate(by_rank)]
-        if place + 1 == len(draft.likely):
-            return []  # nothing is known of the position after the block
-        both = zip(draft.chances[place + 1].tolist(), draft.likely[place + 1].tolist(), strict=True)
-        return [(end * chance, token) for chance, token in both]
-
-    def choose(draft: Draft, left: int) -> list[Branch]:
-        ends = {place: end for place, end in enumerate(draft.ends()) if left - place > 2}
-        gains: dict[tuple[int, int | None], float] = {}
-        for place, end in ends.items():
-            gains |= {(place, token): chance for chance, token in guesses(draft, place, end)}
-            if mask_worth:
-                gains[place, None] = end * mask_worth
-        chosen: list[Branch] = []
-        while len(chosen) < count and gains:
-            place, guess = max(gains, key=lambda key: gains[key])
-            gain = gains.pop((place, guess))
-            chosen.append(Branch(place, guess, min(length, left - place - 1)))
-            if guess is not None and (place, None) in gains:
-                gains[place, None] -= gain * mask_worth
-            elif guess is None:
-                gains |= {key: p * (1 - mask_worth) for key, p in gains.items() if key[0] == place}
-        return chosen
-
-    return choose
 
 
 def verify(
@@ -235,7 +128,7 @@ class Speculation:
         """Return a block of ``length`` tokens with ``left`` ones left to emit, by a draft forward if it needs one."""
         seed = self.generated[-1]
         if length == 1:
-            return Draft([seed], torch.empty(0), torch.empty(0))
+            return Draft([seed], [], [])
         ids = [seed] + [self.model.config.mask_token_id] * (min(length + self.look_past, left) - 1)
         self.result.nfe += 1
         self.result.query_tokens.append(len(ids))
@@ -295,7 +188,7 @@ class Speculation:
         """Return the block that logits ``[rows, vocab]`` predict, row 0 being the seed's."""
         chances, likely = logits.softmax(-1).topk(min(RANKS, logits.shape[-1]), dim=-1)
         drafted = pick(logits[1:length], self.temperature, self.generator).tolist()
-        return Draft([seed, *drafted], likely, chances)
+        return Draft([seed, *drafted], likely.tolist(), chances.tolist())
 
 
 @torch.inference_mode()
