@@ -217,4 +217,5 @@ def refuse_misplaced(keys: Iterable[object], where: str, example: str) -> None:
 
 def _explain(item: Any, where: str) -> str:
     """Return one pydantic error as: option, value, what is allowed."""
-    return f"{where}.{item['loc'][0]}={shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}.{item['loc'][0]}={shown(item['input'])}: {message[0].lower()}{message[1:]}"

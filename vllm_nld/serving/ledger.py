@@ -57,6 +57,11 @@ class Tally:
         """Return what was added between two results of :meth:`as_dict`."""
         return cls(*(Counter(after[name]) - Counter(before[name]) for name in COUNTS))
 
+    def add(self, other: Tally) -> None:
+        """Add the counts of another."""
+        for name in COUNTS:
+            getattr(self, name).update(getattr(other, name))
+
     def summary(self) -> str:
         """One line for the log."""
         parts = [f"{mode} {count} tokens" for mode, count in sorted(self.tokens.items()) if count]
