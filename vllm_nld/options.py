@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from vllm_nld.draft_sources import OPTIONS as SOURCE_OPTIONS
 from vllm_nld.errors import NLDError, shown, shown_key
@@ -29,9 +29,21 @@ HOTTEST = 2.0
 _SHOWN = 3
 
 
+MOST_BRANCHES = 64
+
 SPECULATIVE: tuple[Mode, ...] = ("auto", "self_speculation")
+BRANCHING: tuple[Mode, ...] = ("self_speculation",)
 DIFFUSION: tuple[Mode, ...] = ("diffusion",)
 _CONFIG = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _branches(value: object) -> object:
+    if value in ("off", "all") or (type(value) is int and 1 <= value <= MOST_BRANCHES):
+        return value
+    raise ValueError(f"allowed are 'off', 'all', or a number from 1 to {MOST_BRANCHES}")
+
+
+Branches = Annotated[int | str, BeforeValidator(_branches)]
 
 
 def _option(default: Any, description: str, *, modes: Sequence[Mode], **bounds: Any) -> Any:
@@ -94,6 +106,20 @@ class NLDOptions(RegisteredOptions):
         default=True,
         description="Self-speculation. Draft with the engine's adapter, if it has one.",
         modes=SPECULATIVE,
+    )
+    branches: Branches = _option(
+        default="off",
+        description="Self-speculation. How many blocks a verify forward drafts for the places where verification is "
+        "likely to end; if it ends at one of them, no draft forward is needed. 'all' is quadratic self-speculation.",
+        modes=BRANCHING,
+    )
+    branch_length: int | None = _option(
+        default=None,
+        ge=2,
+        le=MANY,
+        description="Self-speculation with branches: tokens of a branch's block, its seed included. Default: 8, or "
+        "the block length if that is shorter or branches is 'all'.",
+        modes=BRANCHING,
     )
     sampled_drafts: bool = _option(
         default=True,
@@ -191,4 +217,5 @@ def refuse_misplaced(keys: Iterable[object], where: str, example: str) -> None:
 
 def _explain(item: Any, where: str) -> str:
     """Return one pydantic error as: option, value, what is allowed."""
-    return f"{where}.{item['loc'][0]}={shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}.{item['loc'][0]}={shown(item['input'])}: {message[0].lower()}{message[1:]}"

@@ -73,6 +73,18 @@ class TestProposer:
         assert wanted <= vllm.fields(file, "CachedRequestState")
         assert "self.num_prompt_tokens =" in vllm.text(file, "CachedRequestState.__post_init__")
 
+    def test_one_method_runs_the_causal_pass(self, vllm: VllmSource) -> None:
+        runner = "v1/worker/gpu_model_runner.py"
+        assert vllm.parameters(runner, "GPUModelRunner._model_forward")[:4] == [
+            "input_ids",
+            "positions",
+            "intermediate_tensors",
+            "inputs_embeds",
+        ]
+        assert "self._model_forward(input_ids=input_ids" in vllm.text(runner, "GPUModelRunner.execute_model")
+        context = vllm.fields("forward_context.py", "ForwardContext")
+        assert {"attn_metadata", "slot_mapping", "cudagraph_runtime_mode"} <= context
+
     def test_one_method_sets_lora_ids(self, vllm: VllmSource) -> None:
         file = "v1/worker/lora_model_runner_mixin.py"
         wanted = ["prompt_lora_mapping", "token_lora_mapping", "lora_requests"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.chi_square import chi_square_p_value
 from tests.support.engines import accepted, engine, generate, random_prompts, shun_ar
 from tests.support.models import random_model, save, small_config
 from vllm_nld.proposer.requests import Requests
@@ -41,17 +42,6 @@ def second_and_third_token_probabilities(
                 if second[two] > 0:
                     joint[two] += first[one] * second[two] * next_probabilities([*prompt, one, two])
     return joint
-
-
-def chi_square_p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
-    """P-value of Pearson's test; cells expected fewer than 5 times are pooled."""
-    rare = expected < 5
-    seen = torch.cat((observed[~rare], observed[rare].sum()[None])).double()
-    wanted = torch.cat((expected[~rare], expected[rare].sum()[None]))
-    seen, wanted = seen[wanted > 0], wanted[wanted > 0]  # perhaps no cell is rare
-    statistic = ((seen - wanted) ** 2 / wanted).sum()
-    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
 def tempered(probabilities: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:

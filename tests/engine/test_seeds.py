@@ -18,6 +18,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "self-speculation": {},
     "short blocks": {"block_length": 3},
     "most probable drafts": {"sampled_drafts": False},
+    "branches": {"branches": 3},
     "several draft forwards": {"draft_threshold": 0.5},
     "lengths by the clock": {"mode": "auto"},
     "looked-up drafts": {"mode": "auto", "prompt_lookup": 1},

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.engines import accepted, engine, metric, runner, shun_ar
+from tests.support.engines import accepted, branches, engine, metric, runner, shun_ar
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
@@ -44,6 +44,7 @@ DIFFUSION: list[dict[str, Any]] = [
     {"sampler": "entropy_budget", "entropy_budget": 0.5},
 ]
 SPECULATION: list[dict[str, Any]] = [{}, {"prompt_lookup": 3}, {"block_length": 6}, {"draft_threshold": 0.5}]
+BRANCHES: list[dict[str, Any]] = [{"branches": 3}, {"branches": "all", "branch_length": 4, "block_length": 5}]
 PARAMS: list[dict[str, Any]] = [
     {},
     {"max_tokens": 1},
@@ -58,6 +59,7 @@ PARAMS: list[dict[str, Any]] = [
     {"prompt_logprobs": 1},
     {"ignore_eos": True, "max_tokens": 60},
 ]
+MODES = ("diffusion: finished", "auto: finished")
 GRAMMARS: dict[str, Any] = {
     "choice": ["yes", "no", "import os"],
     "regex": r"[a-z]{3,8}=\d{1,4};",
@@ -114,7 +116,12 @@ def random_case(rng: random.Random, prompts: list[tuple[int, ...]]) -> Case:
     """One of few cases, so that few expected texts have to be generated."""
     prompt = rng.choice(prompts)
     mode = rng.choice(["ar", "self_speculation", "self_speculation", "auto", "diffusion", "diffusion"])
-    of_mode = {"diffusion": DIFFUSION, "ar": [{}]}.get(mode, SPECULATION)
+    by_mode: dict[str, list[dict[str, Any]]] = {
+        "diffusion": DIFFUSION,
+        "ar": [{}],
+        "self_speculation": SPECULATION + BRANCHES,
+    }
+    of_mode = by_mode.get(mode, SPECULATION)
     nld = {"mode": mode} | rng.choice(of_mode)
     index = prompts.index(prompt)
     kind = rng.random()
@@ -253,11 +260,12 @@ def test_every_text_equals_that_of_its_request_by_itself(llm: Any) -> None:
     torture.run([rng.choice(pool) for _ in range(REQUESTS)])
     counts = torture.counts
     counts.update({name: metric(llm, of) - before[name] for name, of in names.items()})
+    counts["branch hits"] = sum(branches(llm)[kind] for kind in ("guess", "mask"))
     counts["accepted"] = accepted(llm) - before["accepted"]
     counts.update({"texts alone": len(torture.expected), "wrong": len(torture.wrong)})
     print(f"\n{REQUESTS} requests, seed {SEED}: {dict(sorted(counts.items()))}")
     assert not torture.wrong, "\n".join(torture.wrong[:20])
-    for happened in ("preemptions", "cached tokens", "aborted", "accepted", "diffusion: finished", "auto: finished"):
+    for happened in ("preemptions", "cached tokens", "aborted", "accepted", "branch hits", *MODES):
         assert counts[happened] > 0, f"no {happened}: the engine was not cramped"
     assert counts["compared"] > REQUESTS / 2
     torture.drain()

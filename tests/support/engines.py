@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,11 @@ def accepted(llm: Any) -> int:
 
 def counters(llm: Any) -> dict[str, int]:
     return dict(llm.collective_rpc("nld_counters")[0])
+
+
+def branches(llm: Any) -> Counter[str]:
+    """What branches did since start-up: their tokens, and hits by kind."""
+    return Counter(llm.collective_rpc("nld_tally")[0]["branches"])
 
 
 def random_prompts(lengths: list[int], vocab_size: int, seed: int = 0) -> list[list[int]]:

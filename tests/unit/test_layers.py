@@ -15,7 +15,7 @@ OLD_NAMES = ("replica", "learned_sampler")
 """Modules that moved, by their old names, for one more release."""
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("names", "errors", "option"),
+    ("names", "errors", "option", "branches"),
     ("policies", "draft_sources"),
     ("config", "options", "ops"),
     ("checkpoints", "serving", "vllm_glue", "attention"),

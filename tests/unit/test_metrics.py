@@ -230,6 +230,7 @@ def test_worker_samples_follow_the_table() -> None:
     ledger.drafted(request, 1)
     ledger.causal(request, "verify", "self_speculation", 4, 3)
     ledger.drafted(request, 1)  # a block that is never verified because the request ends
+    ledger.branched(request, "guess")
     ledger.denoised(Tally(), 5)
     ledger.causal(Tally(), "commit", "diffusion", 16, 15)
     auto = SimpleNamespace(decisions={("ar", 1): 3, ("self_speculation", 8): 2})
@@ -262,7 +263,7 @@ def test_dashboard_uses_existing_metrics() -> None:
         assert f'"{re.sub(r"_(bucket|sum|count|total)$", "", name)}"' in source, name
     values = {
         "mode": {"ar", "self_speculation", "diffusion"},
-        "kind": {k for kinds in DECODE_KINDS.values() for k in kinds},
+        "kind": {k for kinds in DECODE_KINDS.values() for k in kinds} | {"guess", "mask"},
     }
     for expression in (target["expr"] for panel in dashboard["panels"] for target in panel["targets"]):
         for name, selector in re.findall(r"(vllm:nld_\w+)\{([^}]*)\}", expression):

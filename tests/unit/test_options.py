@@ -79,7 +79,7 @@ def test_misplaced_keys_count_as_asking_for_the_extension(key: str) -> None:
 NUMBERS = [
     key
     for key, field in NLDOptions.model_fields.items()
-    if {int, float} & {field.annotation, *get_args(field.annotation)}
+    if {int, float} & (kinds := {field.annotation, *get_args(field.annotation)}) and str not in kinds
 ]
 
 
@@ -99,6 +99,14 @@ def test_numbers_out_of_bounds_are_refused(key: str, value: float) -> None:
     with pytest.raises(NLDError, match=rf'^additional_config\["nld"\]\.{key}=.*: input should be') as caught:
         NLDOptions.parse({key: value})
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", [0, -1, 65, 10**400, 1.0, True, None, "none", "4", [1]])
+def test_branches_are_a_number_or_a_name(value: object) -> None:
+    with pytest.raises(NLDError, match=r"branches=.*: allowed are 'off', 'all', or a number from 1 to 64$") as caught:
+        NLDOptions.parse({"branches": value})
+    assert len(str(caught.value)) < 300
+    assert [NLDOptions.parse({"branches": good}).branches for good in ("off", "all", 1, 64)] == ["off", "all", 1, 64]
 
 
 HUGE = "x" * 1_000_000

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.test_sampling import chi_square_p_value
+from tests.support.chi_square import chi_square_p_value
 from tests.support.interpreted import INTERPRETING
 from tests.support.second_runner import complete_interpreter
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.test_sampling import chi_square_p_value
+from tests.support.chi_square import chi_square_p_value
 from tests.support.engines import accepted, random_prompts, runner
 from tests.support.models import random_model, save, small_config
 from tests.support.second_runner import second_engine

@@ -54,6 +54,23 @@ class DraftMetadata:
     in_graph: bool = False
 
 
+@dataclass(frozen=True)
+class BranchedMetadata:
+    """Attention metadata of a verify pass whose last rows are branches: blocks of a draft pass, in the same forward.
+
+    Attributes:
+        causal: the platform's own, of the first tokens.
+        tokens: how many those are, padding included.
+        branches: of the tokens after those.
+        adapted: the tokens that the draft adapter applies to, as in :class:`DraftMetadata`.
+    """
+
+    causal: Any
+    tokens: int
+    branches: DraftMetadata
+    adapted: Tensor | None
+
+
 class BlockTable:
     """The block table (request -> KV pages) of the step that vLLM is running, kept for the draft pass after it."""
 
@@ -71,6 +88,10 @@ class BlockTable:
         count = -(-tokens // page_size)
         index = torch.tensor(rows, device=self.pages.device)
         return self.pages[index, :count].int()
+
+
+def _split_at(tokens: int) -> tuple[slice, slice]:
+    return slice(0, tokens), slice(tokens, None)
 
 
 def block_attention_backend(head_dim: int, cache_config: CacheConfig | None) -> type[Any]:
@@ -103,6 +124,15 @@ def _with_draft_passes(base: type[Any]) -> type[Any]:
             *args: Any,
             **kwargs: Any,
         ) -> Tensor:
+            if isinstance(attn_metadata, BranchedMetadata):
+                parts = query, key, value, output
+                first, rest = ([x[part] for x in parts] for part in _split_at(attn_metadata.tokens))
+                query, key, value, own = first
+                # First: branches read what this writes to the cache.
+                self.forward(layer, query, key, value, kv_cache, attn_metadata.causal, own, *args, **kwargs)
+                query, key, value, own = rest
+                block_forward(layer, self.scale, query, key, value, attn_metadata.branches, own)
+                return output
             blocks = attn_metadata
             if not isinstance(blocks, DraftMetadata):
                 blocks = verify_blocks(attn_metadata, query, layer)

@@ -142,6 +142,22 @@ def adapter(
 
 @bench.command()
 @_plainly
+def branches(
+    model: Annotated[str, typer.Option(help="tiny, or smollm2 once it is fetched.")] = "tiny",
+    block: Annotated[list[int] | None, typer.Option(min=2, max=32, help="Block lengths; may be repeated.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=1000, help="Held-out prompts to complete.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=8, max=MODEL_LENGTH, help="Tokens to generate per prompt.")] = 96,
+    dtype: Annotated[str, typer.Option(help="float32 compares token for token; bfloat16 has near-ties.")] = "float32",
+    json: Json = False,
+) -> None:
+    """Branches and quadratic self-speculation against linear: TPF, hits, speed, and what a longer forward costs."""
+    from vllm_nld.cli.bench_branches import run
+
+    run(model, block or [8, 16], prompts, max_tokens, dtype, json)
+
+
+@bench.command()
+@_plainly
 def drafting(
     prompts: Annotated[int, typer.Option(min=1, max=1000, help="Held-out prompts to complete.")] = 12,
     max_tokens: Annotated[int, typer.Option(min=8, max=MODEL_LENGTH, help="Tokens to generate per prompt.")] = 96,

@@ -58,6 +58,9 @@ class Block:
         confidence: per position, the probability of the chosen token when it was committed; 1 where it was given.
         adapted: whether its forwards run with the draft adapter, if there is one.
         task: the request's own LoRA (vLLM's ``LoRARequest``), or None.
+        beyond: positions at its end that are drafted for what they tell of the block's continuation, and not verified.
+        ranked: how many candidates of each position to keep.
+        candidates: by position, the most probable tokens and their probabilities; empty where none are kept.
         pages: int32, the cache pages that hold the prefix, and perhaps more. The block's own copy, because its request
             may leave vLLM's batch while it is filled. None before the first forward and while the request is preempted.
     """
@@ -71,6 +74,9 @@ class Block:
     confidence: list[float] = field(default_factory=list)
     adapted: bool = False
     task: Any = None
+    beyond: int = 0
+    ranked: int = 0
+    candidates: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
     pages: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +86,13 @@ class Block:
     def length(self) -> int:
         """Tokens of the block, seed included."""
         return len(self.tokens)
+
+    def shorten(self, length: int, rows: int) -> None:
+        """Keep at most ``length`` tokens, and one beyond them if there is one and ``rows`` says that it is drafted."""
+        kept = min(self.length - self.beyond, length)
+        rows = min(self.length, rows, kept + self.beyond)
+        del self.tokens[rows:], self.confidence[rows:]
+        self.beyond = rows - kept
 
     def is_done(self, mask_token_id: int) -> bool:
         """Whether no forward is needed any more."""

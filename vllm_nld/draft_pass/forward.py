@@ -127,7 +127,11 @@ class DraftPass:
         active = [block for block in group if not block.is_done(self.mask_token_id)]
         if not active:
             return
-        hidden = self._hidden(group)
+        self.settle(group, active, self._hidden(group))
+
+    @torch.inference_mode()
+    def settle(self, group: Sequence[Block], active: Sequence[Block], hidden: Tensor) -> None:
+        """Decide positions of ``active`` blocks by the last layer's output ``[tokens, hidden]`` of a ``group``."""
         if not any(map(needs_logits, active)):
             self._commit(active, *self._best(hidden, group, active))
             return
@@ -210,7 +214,7 @@ class DraftPass:
     def _per_layer(self, blocks: Sequence[Block]) -> dict[str, DraftMetadata] | None:
         """Return the layers' metadata; None, with which attention answers zeros, while there is no cache to read."""
         has_cache = next(iter(self.layers.values())).kv_cache.numel() > 0
-        return dict.fromkeys(self.layers, self._metadata(blocks)) if has_cache else None
+        return dict.fromkeys(self.layers, self.metadata(blocks)) if has_cache else None
 
     @torch.inference_mode()
     def profile(self, requests: int, block_length: int) -> None:
@@ -239,7 +243,8 @@ class DraftPass:
         del verified
         self.forwards, self.block_forwards = counts
 
-    def _metadata(self, blocks: Sequence[Block]) -> DraftMetadata:
+    def metadata(self, blocks: Sequence[Block]) -> DraftMetadata:
+        """Return what attention must know of blocks that are laid end to end; they are located."""
         lengths, prefixes = [block.length for block in blocks], [block.prefix for block in blocks]
         longest = max(prefixes)
         if longest:
@@ -300,6 +305,8 @@ class DraftPass:
             entropy[masked] = torch.special.entr(logits.softmax(-1)).sum(-1).cpu()
         chosen = torch.full(masked.shape, self.mask_token_id)
         chosen[masked] = tokens.cpu()
+        if logits is not None and any(block.ranked for block in blocks):
+            _rank(blocks, masked, logits)
         committed = select(blocks, masked, dense, entropy, self._scores(blocks, logits, masked))
         # One conversion each: reading tensors element by element costs more than the selection itself.
         for block, row, values, surety in zip(blocks, committed.tolist(), chosen.tolist(), dense.tolist(), strict=True):
@@ -347,6 +354,17 @@ class DraftPass:
         score = torch.zeros(masked.shape)
         score[rows] = self.learned_sampler.scores(dense[rows], *columns).cpu()
         return score
+
+
+def _rank(blocks: Sequence[Block], masked: Tensor, logits: Tensor) -> None:
+    """Keep the masked positions' most probable tokens, of logits ``[masked, vocab]``, where a block wants them."""
+    best, tokens = logits.topk(min(max(block.ranked for block in blocks), logits.shape[-1]), dim=-1)
+    chances = (best - torch.logsumexp(logits, -1, keepdim=True)).exp()
+    places = masked.nonzero().tolist()
+    for (row, position), likely, own in zip(places, tokens.tolist(), chances.tolist(), strict=True):
+        block = blocks[row]
+        if block.ranked:
+            block.candidates[position] = likely[: block.ranked], own[: block.ranked]
 
 
 def _rounded(values: Tensor, limit: int) -> Tensor:

@@ -57,5 +57,7 @@ def needed(blocks: Sequence[Block]) -> frozenset[Need]:
 
 
 def needs_logits(block: Block) -> bool:
-    """Whether a forward over a block needs more than the most probable tokens: it samples, or judges distributions."""
-    return block.choice is not None or bool(needed([block]))
+    """Whether a forward over a block needs more than the most probable tokens: it samples, ranks candidates, or judges
+    distributions.
+    """
+    return block.choice is not None or block.ranked > 0 or bool(needed([block]))

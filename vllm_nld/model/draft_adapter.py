@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
-from vllm_nld.attention.backend import DraftMetadata
+from vllm_nld.attention.backend import BranchedMetadata, DraftMetadata
 from vllm_nld.checkpoints.draft_lora import MASK_ROW, WEIGHTS_FILE, DraftLoRA, tensor_names
 from vllm_nld.errors import NLDError
 from vllm_nld.model.adapter_shares import Share
@@ -108,9 +108,9 @@ def adapted_tokens(tensor: Tensor) -> Tensor | slice | None:
     if not isinstance(metadata, dict):
         return None
     blocks = next(iter(metadata.values()), None)
-    if not isinstance(blocks, DraftMetadata) or blocks.adapted is None:
+    if not isinstance(blocks, DraftMetadata | BranchedMetadata) or blocks.adapted is None:
         return None
-    if is_being_captured(tensor) and not blocks.in_graph:
+    if is_being_captured(tensor) and not (isinstance(blocks, DraftMetadata) and blocks.in_graph):
         raise NLDError("a draft pass was about to be captured in a CUDA graph; its adapter would follow the capture")
     return blocks.adapted
 

@@ -44,6 +44,8 @@ def why_first(vllm_config: Any) -> list[str]:
     defaults = NLDOptions.from_vllm_config(vllm_config)
     if defaults.draft_threshold > 0:
         reasons.append(f"draft_threshold={defaults.draft_threshold}")
+    if defaults.branches != "off":
+        reasons.append(f"branches={defaults.branches!r}")
     if not defaults.seed_first:
         reasons.append("seed_first=False")
     filled_in = (*workers.WORKERS.values(), SCHEDULER) if reasons else ()

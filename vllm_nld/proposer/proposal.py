@@ -7,6 +7,7 @@ import time
 from vllm_nld.auto.cycle import Cycle
 from vllm_nld.auto.mode import AutoMode
 from vllm_nld.draft_pass.forward import DraftPass
+from vllm_nld.proposer.branching import Branching
 from vllm_nld.proposer.causal_step import CausalStep
 from vllm_nld.proposer.denoising import Denoising
 from vllm_nld.proposer.request_state import RequestState
@@ -25,6 +26,7 @@ class Proposal:
         denoising: has the diffusion requests.
         draft_pass: fills the blocks.
         auto: chooses for requests in auto mode.
+        branching: has the branches.
         most_drafts: of each request, as far as memory is concerned.
         parks: whether requests may be parked.
 
@@ -40,11 +42,12 @@ class Proposal:
         denoising: Denoising,
         draft_pass: DraftPass,
         auto: AutoMode,
+        branching: Branching,
         most_drafts: int,
         parks: bool,
     ) -> None:
         self._states, self._tokens, self._step = states, tokens, step
-        self._denoising, self._draft_pass = denoising, draft_pass
+        self._denoising, self._draft_pass, self._branching = denoising, draft_pass, branching
         sizes = denoising.sizes
         diffusion: dict[int, RequestState] = {}
         speculative: dict[int, RequestState] = {}
@@ -69,6 +72,7 @@ class Proposal:
         blocks = [*self._opened.filling.values(), *self._speculation.blocks.values()]
         mixed, others = len(self._denoising.parked) > 0, self._others()
         started = time.perf_counter()
+        self._branching.use(self._draft_pass, self._states, self._tokens.sampled, self._speculation.blocks)
         self._denoising.run(self._draft_pass, blocks, others)
         seconds = time.perf_counter() - started
         for row, block in self._speculation.blocks.items():
@@ -97,7 +101,10 @@ class Proposal:
 
     def hand_out(self) -> list[list[int]]:
         """Return the tokens of the next causal pass after each row's last; the scheduler is told of others'."""
-        drafts = self._opened.rest | self._speculation.hand_out()
+        speculative = self._speculation.hand_out()
+        for row, block in self._speculation.blocks.items():
+            self._branching.plan(self._states[row], block, speculative[row], self._speculation.left(row))
+        drafts = self._opened.rest | speculative
         for row in self._opened.filling:
             drafts[row] = self._denoising.hand_out(row, self._states[row], self._tokens)
         done = self._denoising.hand_out_done()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from vllm_nld.options import NLDOptions
 from vllm_nld.proposer.diffusion import DiffusionRequest
 from vllm_nld.proposer.thinking import ThinkingBudget
 from vllm_nld.serving.ledger import Tally
+
+if TYPE_CHECKING:
+    from vllm_nld.proposer.branching import Pending
 
 
 @dataclass
@@ -33,6 +36,7 @@ class RequestState:
         sources: where its drafts come from; none in other modes.
         handed_out: of the drafts handed out last, the source that the block came from and the drafts' classes.
         draft_probs: float32 ``[drafts, vocab]``, what those were drawn from; None if they were not drawn.
+        pending: the branches of its next verification, if there are any.
         tally: what it has cost and yielded so far.
     """
 
@@ -45,6 +49,7 @@ class RequestState:
     sources: tuple[DraftSource, ...] = ()
     handed_out: tuple[DraftSource, list[ChanceClass]] | None = None
     draft_probs: Tensor | None = None
+    pending: Pending | None = None
     tally: Tally = field(default_factory=Tally)
 
     @property

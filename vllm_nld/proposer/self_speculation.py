@@ -10,6 +10,7 @@ its request is parked (:mod:`vllm_nld.proposer.parking`), and the causal passes 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,7 @@ from vllm_nld.errors import NLDError
 from vllm_nld.ops.noise import Noise
 from vllm_nld.options import NLDOptions
 from vllm_nld.proposer.blocks import Sizes
+from vllm_nld.proposer.branching import Branching
 from vllm_nld.proposer.causal_step import CausalStep
 from vllm_nld.proposer.denoising import Denoising
 from vllm_nld.proposer.parking import WorkerNote
@@ -55,6 +57,7 @@ class SelfSpeculation:
     ``measure_costs``    the worker has warmed up
     In every step
     ``begin_step``       before the causal pass
+    ``forward``          in place of the causal pass
     ``is_diffusion``     while vLLM samples what the pass decides; so are ``noise_at``, ``draft_probs``, ``seed_draws``
     ``propose``          after that; not if the step had no tokens
     ``denoise_parked``   if the step had no tokens
@@ -84,6 +87,7 @@ class SelfSpeculation:
         self.auto = AutoMode(self.block_length, together=first_rank_decides)
         self.ledger = Ledger()
         self.parks = scheduling.parks_requests(vllm_config)
+        self._branching = Branching(self.block_length, self.ledger)
         self._denoising = Denoising(self.sizes, self.ledger)
         self.parked = self._denoising.parked
         self._requests: Requests | None = None
@@ -174,6 +178,18 @@ class SelfSpeculation:
             self._known_requests().drop_drafts(request_id)
             self._denoising.preempt(request_id)
 
+    def forward(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Run the causal pass, with the branches that were planned for it (in place of the runner's ``forward``).
+
+        Requests' own LoRAs are mapped to tokens before, as are embeddings of a prompt, so such passes do not branch.
+        """
+        requests = self._known_requests()
+        plain = all(arguments.get(name) is None for name in ("intermediate_tensors", "inputs_embeds"))
+        states = requests.verified(self._step.drafted) if plain and self._tasks is None else {}
+        if not any(state.pending is not None for state in states.values()):
+            return forward(**arguments)
+        return self._branching.run(self._draft_pass(), forward, states, self._step, arguments)
+
     def denoise_parked(self) -> None:
         """Run some forwards although there is nothing for a causal pass to do (called by the worker)."""
         if not self.parked:
@@ -209,7 +225,15 @@ class SelfSpeculation:
         self._learn_from_step(states, tokens, entered)
         most = drafts_allowed(self._runner, len(states), self.sizes.vocab_size)
         proposal = Proposal(
-            states, tokens, self._step, self._denoising, self._draft_pass(), self.auto, most, self.parks
+            states,
+            tokens,
+            self._step,
+            self._denoising,
+            self._draft_pass(),
+            self.auto,
+            self._branching,
+            most,
+            self.parks,
         )
         self._cycle = proposal.cycle
         # Host time spent on planning and bookkeeping is charged to the next step, so that no time between two calls

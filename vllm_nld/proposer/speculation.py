@@ -16,6 +16,7 @@ from vllm_nld.draft_pass.token_choice import DraftChoice
 from vllm_nld.draft_sources.base import ByForward, Drafts, DraftSource
 from vllm_nld.draft_sources.model_drafts import chance_classes
 from vllm_nld.proposer.blocks import Sizes, draft_block
+from vllm_nld.proposer.branching import looks_past, ranks
 from vllm_nld.proposer.request_state import RequestState
 from vllm_nld.proposer.step_tokens import StepTokens
 
@@ -125,13 +126,23 @@ class Speculation:
         return state.longest_draft_block(min(state.options.block_length or self.sizes.longest, room, self.limit))
 
     def _open(self, row: int, length: int) -> None:
-        self.blocks[row] = draft_block(self.states[row], self.sizes, *self.tokens.seed(row), length)
+        state = self.states[row]
+        beyond = looks_past(state) and length < self.left(row)
+        block = draft_block(state, self.sizes, *self.tokens.seed(row), length + beyond)
+        block.beyond, block.ranked = int(beyond), ranks(state)
+        self.blocks[row] = block
+
+    def left(self, row: int) -> int:
+        """Return how many tokens a row's request may still emit."""
+        room = self.sizes.max_model_len - int(self.tokens.decided[row])
+        return self.states[row].remaining(room)
 
     def collect(self) -> None:
         """Take the drafts of the filled blocks. After the first unsure one, sources may have better ones at hand."""
         for row, block in self.blocks.items():
-            state, confidence = self.states[row], block.confidence[1 : block.length]
-            drafts = Drafts(block.tokens[1:], chance_classes(confidence))
+            verified = slice(1, block.length - block.beyond)
+            state, confidence = self.states[row], block.confidence[verified]
+            drafts = Drafts(block.tokens[verified], chance_classes(confidence))
             self.drafts[row] = state.by_forward, drafts
             if state.at_hand and block.choice is None:  # drawn drafts are left as they are
                 unsure = next((place for place, value in enumerate(confidence) if value < UNSURE), None)

@@ -10,6 +10,9 @@ DECODE_KINDS = {"ar": ("ar",), "self_speculation": ("draft", "verify"), "diffusi
 """Kinds of forwards that count for a mode's tokens. The prefill is free, as in AR's and diffusion's published TPF."""
 
 
+COUNTS = ("forwards", "tokens", "blocks", "accepted", "branches")
+
+
 @dataclass
 class Tally:
     """Counts of one request, or of all of them.
@@ -21,12 +24,14 @@ class Tally:
         tokens: generated tokens by mode.
         blocks: blocks by mode: verified blocks of self-speculation, denoised blocks of diffusion.
         accepted: accepted drafts by mode.
+        branches: ``tokens`` that branches took, and their hits, ``guess`` and ``mask``: each saved a draft.
     """
 
     forwards: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     blocks: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
+    branches: Counter[str] = field(default_factory=Counter)
 
     def tokens_per_forward(self, mode: str) -> float | None:
         """Return tokens per decode forward of a mode, or None before its first."""
@@ -45,13 +50,17 @@ class Tally:
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """Return the counts as plain dicts."""
-        return {name: dict(getattr(self, name)) for name in ("forwards", "tokens", "blocks", "accepted")}
+        return {name: dict(getattr(self, name)) for name in COUNTS}
 
     @classmethod
     def between(cls, before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> Tally:
         """Return what was added between two results of :meth:`as_dict`."""
-        names = ("forwards", "tokens", "blocks", "accepted")
-        return cls(*(Counter(after[name]) - Counter(before[name]) for name in names))
+        return cls(*(Counter(after[name]) - Counter(before[name]) for name in COUNTS))
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of another."""
+        for name in COUNTS:
+            getattr(self, name).update(getattr(other, name))
 
     def summary(self) -> str:
         """One line for the log."""
@@ -63,6 +72,8 @@ class Tally:
         length, passes = self.acceptance_length(), self.passes_per_block()
         parts += [f"acceptance length {length:.2f}"] if length is not None else []
         parts += [f"{passes:.2f} denoising passes per block"] if passes is not None else []
+        if self.branches:
+            parts.append("branches " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.branches.items())))
         parts.append("forwards " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.forwards.items())))
         return "; ".join(parts)
 
@@ -107,6 +118,11 @@ class Ledger:
         """Count the forwards that drafted a block of self-speculation."""
         for book in (tally, self.total):
             book.forwards["draft"] += passes
+
+    def branched(self, tally: Tally, kind: str, count: int = 1) -> None:
+        """Count what a request's branches did."""
+        for book in (tally, self.total):
+            book.branches[kind] += count
 
     def denoised(self, tally: Tally, passes: int) -> None:
         """Count a diffusion block that was denoised in ``passes`` forwards."""

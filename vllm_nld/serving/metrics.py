@@ -44,6 +44,11 @@ METRICS: dict[str, Metric] = {
     "vllm:nld_tokens": Metric("counter", ("mode",), "Generated tokens, by the mode of the step that decided them."),
     "vllm:nld_blocks": Metric("counter", ("mode",), "Blocks verified (self-speculation) or denoised (diffusion)."),
     "vllm:nld_accepted_tokens": Metric("counter", ("mode",), "Accepted drafts; in diffusion, all that are committed."),
+    "vllm:nld_branches": Metric(
+        "counter",
+        ("kind",),
+        "Branches of verify forwards: their tokens, and hits by kind (guess, mask), each of which saved a draft.",
+    ),
     "vllm:nld_denoising_passes": Metric("counter", (), "Denoising forwards of diffusion blocks, per block."),
     "vllm:nld_decisions": Metric(
         "counter",
@@ -172,6 +177,7 @@ def tally_samples(
     samples += _by_label("vllm:nld_tokens", "mode", total.tokens.items())
     samples += _by_label("vllm:nld_blocks", "mode", total.blocks.items())
     samples += _by_label("vllm:nld_accepted_tokens", "mode", total.accepted.items())
+    samples += _by_label("vllm:nld_branches", "kind", total.branches.items())
     samples += [
         Sample("vllm:nld_decisions", {"mode": mode, "block_length": str(length)}, count)
         for (mode, length), count in sorted(decisions.items())

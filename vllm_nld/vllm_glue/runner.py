@@ -43,9 +43,11 @@ def attach_proposer(runner: Any, drafts: int) -> None:
         "input_batch",
         "effective_drafter_max_model_len",
         "max_model_len",
+        "_model_forward",
     ):
         if not hasattr(runner, name):
             raise NLDError(f"this vLLM's model runner has no {name!r}; vllm-nld supports vLLM {SUPPORTED}")
+    _wrap_forward(runner)
     runner.effective_drafter_max_model_len = runner.max_model_len + drafts
     runner.drafter.attach(runner)
     if not hasattr(runner.rejection_sampler, "apply_logits_processors"):
@@ -53,3 +55,26 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion)
     draw_seeded(runner.rejection_sampler, runner.drafter.noise_at, runner.drafter.seed_draws)
     guide_verification(runner.rejection_sampler, runner.drafter.draft_probs, runner.drafter.is_diffusion)
+
+
+def _wrap_forward(runner: Any) -> None:
+    """Have the proposer run the causal pass (vLLM: ``_model_forward`` "can be overridden by subclasses"); idempotent.
+
+    Warm-ups and profiling runs call the model itself.
+    """
+    original = runner._model_forward
+    if getattr(original, "branches", False):
+        return
+
+    def forward(
+        input_ids: Any = None,
+        positions: Any = None,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Any = None,
+        **others: Any,
+    ) -> Any:
+        named = {"intermediate_tensors": intermediate_tensors, "inputs_embeds": inputs_embeds}
+        return runner.drafter.forward(original, {"input_ids": input_ids, "positions": positions, **named, **others})
+
+    forward.branches = True  # type: ignore[attr-defined]
+    runner._model_forward = forward

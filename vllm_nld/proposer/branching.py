@@ -1,0 +1,199 @@
+"""Branches of requests in self-speculation: planned with a draft, run with its verification, used if one is hit.
+
+Whether a branch is used depends on where verification ended and on the verifier's token there, and on nothing that the
+branch drafted, so drafts that are drawn from a branch may be verified like any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from vllm_nld.branches.places import RANKS, Branch, Choice, Draft, every_place, likeliest_places
+from vllm_nld.draft_pass.block import Block
+from vllm_nld.draft_pass.branch_rows import run_with_blocks
+from vllm_nld.draft_pass.forward import DraftPass
+from vllm_nld.proposer.causal_step import CausalStep
+from vllm_nld.proposer.request_state import RequestState
+from vllm_nld.serving.ledger import Ledger
+
+USUAL_LENGTH = 8
+"""Tokens of a branch's block: on the embedded checkpoint longer ones gain nothing."""
+
+
+@dataclass
+class Pending:
+    """A request's branches, until its next verification is over.
+
+    Attributes:
+        block: the tokens to verify, seed first.
+        prefix: tokens before the block.
+        branches: what is to be drafted with them.
+        beyond: whether branches also look one position past their block.
+        left: tokens that the request may still emit, those of the block included.
+        hidden: of each branch that was run, ``[rows, hidden]``.
+    """
+
+    block: list[int]
+    prefix: int
+    branches: list[Branch]
+    beyond: bool
+    left: int
+    hidden: dict[Branch, Tensor] = field(default_factory=dict)
+
+    def rows(self, branch: Branch) -> int:
+        """Return how many positions a branch predicts, its seed's included."""
+        return min(branch.length + self.beyond, self.left - branch.after - 1)
+
+    def hit(self, seed: int, place: int) -> Branch | None:
+        """Return the branch that was run for verification ending after ``place`` with ``seed``; a guessed one first."""
+        found = {branch.guess: branch for branch in self.hidden if branch.after == place}
+        return found.get(seed, found.get(None))
+
+
+def branches(state: RequestState) -> bool:
+    """Whether a request's verify forwards branch."""
+    return state.options.mode == "self_speculation" and state.options.branches != "off"
+
+
+def looks_past(state: RequestState) -> bool:
+    """Whether a request's drafts predict one position more than is verified, for guesses of what follows them."""
+    return branches(state) and state.options.branches != "all"
+
+
+def ranks(state: RequestState) -> int:
+    """Return how many candidates of each drafted position a request's policy looks at."""
+    return RANKS if looks_past(state) else 0
+
+
+@cache
+def policy(count: int | str, length: int | None, block_length: int) -> Choice:
+    """Return the policy for a request's options."""
+    if count == "all":
+        return every_place(min(length or block_length, block_length))
+    return likeliest_places(int(count), min(length or USUAL_LENGTH, block_length))
+
+
+class Branching:
+    """Plans, runs and uses the branches of all requests.
+
+    Args:
+        longest: tokens of the longest block, seed included.
+        ledger: counts them.
+    """
+
+    def __init__(self, longest: int, ledger: Ledger) -> None:
+        self._longest, self._ledger = longest, ledger
+
+    def plan(self, state: RequestState, block: Block, drafts: list[int], left: int) -> None:
+        """Choose the branches of a request's next verification.
+
+        Args:
+            state: the request's.
+            block: the filled block that the drafts come from.
+            drafts: the tokens to verify after the block's seed.
+            left: tokens that the request may still emit.
+        """
+        state.pending = None
+        if not branches(state) or drafts != block.tokens[1 : 1 + len(drafts)]:
+            return  # others' drafts took the place of the model's own, so nothing is known of where they end
+        options = state.options
+        choose = policy(options.branches, options.branch_length, min(options.block_length or self._longest, left))
+        rows = [block.candidates.get(place, ([], [])) for place in range(block.length)]
+        draft = Draft(block.tokens[: 1 + len(drafts)], [likely for likely, _ in rows], [own for _, own in rows])
+        chosen = choose(draft, left)
+        state.pending = Pending(draft.tokens, block.prefix, chosen, looks_past(state), left) if chosen else None
+
+    def run(
+        self,
+        draft_pass: DraftPass,
+        forward: Callable[..., Tensor],
+        states: Mapping[int, RequestState],
+        step: CausalStep,
+        arguments: dict[str, Tensor],
+    ) -> Tensor:
+        """Run a causal forward, with the branches that were planned for what it verifies.
+
+        Args:
+            draft_pass: of the engine.
+            forward: vLLM's.
+            states: of the requests that the step verifies drafts of, by batch row.
+            step: the step.
+            arguments: of ``forward``: ``input_ids``, ``positions`` and others.
+        """
+        room = draft_pass.max_tokens - len(arguments["input_ids"])
+        blocks, rows, owners = list[Block](), list[int](), list[tuple[RequestState, Branch]]()
+        for row, state in states.items():
+            for branch in _due(state, step):
+                assert state.pending is not None
+                block = self._block(draft_pass, state, state.pending, branch)
+                if block.length <= room:
+                    room -= block.length
+                    blocks.append(block)
+                    rows.append(row)
+                    owners.append((state, branch))
+        if not blocks:
+            return forward(**arguments)
+        hidden, drafted = run_with_blocks(draft_pass, forward, blocks, rows, **arguments)
+        bounds = pairwise(accumulate((block.length for block in blocks), initial=0))
+        for (state, branch), (start, end) in zip(owners, bounds, strict=True):
+            assert state.pending is not None
+            state.pending.hidden[branch] = drafted[start:end]
+            self._ledger.branched(state.tally, "tokens", end - start)
+        return hidden
+
+    def _block(self, draft_pass: DraftPass, state: RequestState, pending: Pending, branch: Branch) -> Block:
+        mask = draft_pass.mask_token_id
+        seed = mask if branch.guess is None else branch.guess
+        tokens = [seed] + [mask] * (pending.rows(branch) - 1)
+        return Block(pending.prefix + branch.after + 1, tokens, adapted=state.options.draft_adapter)
+
+    def use(
+        self,
+        draft_pass: DraftPass,
+        states: Mapping[int, RequestState],
+        sampled: Sequence[list[int]],
+        opened: Mapping[int, Block],
+    ) -> None:
+        """Fill those of the opened blocks that a branch has drafted; a shorter branch shortens its block.
+
+        Args:
+            draft_pass: of the engine.
+            states: by row.
+            sampled: by row, the tokens that the step decided.
+            opened: by row, blocks of self-speculation without drafts.
+        """
+        filled, hidden = list[Block](), list[Tensor]()
+        for row, block in opened.items():
+            state = states[row]
+            pending, state.pending = state.pending, None
+            branch = None if pending is None else pending.hit(block.tokens[0], len(sampled[row]) - 1)
+            if pending is None or branch is None:
+                continue
+            block.shorten(branch.length, pending.rows(branch))
+            filled.append(block)
+            hidden.append(pending.hidden[branch][: block.length])
+            self._ledger.branched(state.tally, "mask" if branch.guess is None else "guess")
+        if filled:
+            draft_pass.settle(filled, filled, torch.cat(hidden))
+            for block in filled:
+                block.passes = 0  # no forward was run for it
+
+
+def _due(state: RequestState, step: CausalStep) -> list[Branch]:
+    """Return the branches of a request that can be run with a step: their block's tokens are verified by it."""
+    pending = state.pending
+    if pending is None:
+        return []
+    drafts = step.drafted.get(state.request_id, [])
+    as_planned = (
+        state.cached.num_computed_tokens == pending.prefix
+        and step.scheduled.get(state.request_id) == 1 + len(drafts)
+        and drafts == pending.block[1 : 1 + len(drafts)]
+    )
+    return [branch for branch in pending.branches if branch.after <= len(drafts)] if as_planned else []
