@@ -11,22 +11,49 @@ import pytest
 
 from tests.support.models import random_model, save, small_config
 
+CASES: dict[str, tuple[str, dict[str, object], str, str]] = {
+    "not asked": ("upstream", {}, "LlamaForCausalLM", "UpstreamConfig"),
+    "others' options": ("upstream", {"additional_config": {"other": 1}}, "LlamaForCausalLM", "UpstreamConfig"),
+    "asked by options": (
+        "upstream",
+        {"additional_config": {"nld": {}}},
+        "NLDForCausalLM",
+        "NemotronLabsDiffusionConfig",
+    ),
+    "asked by drafts": (
+        "upstream",
+        {"speculative_config": {"model": "vllm_nld.SelfSpeculation"}},
+        "NLDForCausalLM",
+        "NemotronLabsDiffusionConfig",
+    ),
+    "needed": ("nothing", {}, "NLDForCausalLM", "NemotronLabsDiffusionConfig"),
+}
+
 # A vLLM that serves the architecture: its own config class and model class are registered before any plugin loads.
+# Every case has a process of its own, which is forked after vLLM is imported, because that takes most of the time.
 SCRIPT = """
-import json, sys
+import json, os, sys
 from transformers import AutoConfig, LlamaConfig
 from vllm import EngineArgs, ModelRegistry
 
 class UpstreamConfig(LlamaConfig):
     model_type = "nemotron_labs_diffusion"
 
-AutoConfig.register("nemotron_labs_diffusion", UpstreamConfig)
-if sys.argv[1] == "upstream":
-    ModelRegistry.register_model("NemotronLabsDiffusionModel", "vllm.model_executor.models.llama:LlamaForCausalLM")
-settings = json.loads(sys.argv[3])
-config = EngineArgs(model=sys.argv[2], skip_tokenizer_init=True, max_model_len=128, **settings).create_engine_config()
-model_class, _ = ModelRegistry.resolve_model_cls(config.model_config.hf_config.architectures, config.model_config)
-print("RESULT", json.dumps([model_class.__name__, type(config.model_config.hf_config).__name__]))
+def run(name, served, settings):
+    AutoConfig.register("nemotron_labs_diffusion", UpstreamConfig)
+    if served == "upstream":
+        ModelRegistry.register_model("NemotronLabsDiffusionModel", "vllm.model_executor.models.llama:LlamaForCausalLM")
+    args = EngineArgs(model=sys.argv[1], skip_tokenizer_init=True, max_model_len=128, **settings)
+    config = args.create_engine_config().model_config
+    model_class, _ = ModelRegistry.resolve_model_cls(config.hf_config.architectures, config)
+    print("RESULT", json.dumps([name, model_class.__name__, type(config.hf_config).__name__]), flush=True)
+
+for case in json.loads(sys.argv[2]):
+    child = os.fork()
+    if child == 0:
+        run(*case)
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
@@ -35,26 +62,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(random_model(small_config()), tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize(
-    ("vllm_serves", "settings", "model", "config"),
-    [
-        ("upstream", {}, "LlamaForCausalLM", "UpstreamConfig"),
-        ("upstream", {"additional_config": {"other": 1}}, "LlamaForCausalLM", "UpstreamConfig"),
-        ("upstream", {"additional_config": {"nld": {}}}, "NLDForCausalLM", "NemotronLabsDiffusionConfig"),
-        (
-            "upstream",
-            {"speculative_config": {"model": "vllm_nld.SelfSpeculation"}},
-            "NLDForCausalLM",
-            "NemotronLabsDiffusionConfig",
-        ),
-        ("nothing", {}, "NLDForCausalLM", "NemotronLabsDiffusionConfig"),
-    ],
-)
-def test_own_model_serves_only_if_needed_or_asked_for(
-    folder: Path, vllm_serves: str, settings: dict[str, object], model: str, config: str
-) -> None:
-    command = [sys.executable, "-c", SCRIPT, vllm_serves, str(folder), json.dumps(settings)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+@pytest.fixture(scope="module")
+def results(folder: Path) -> tuple[dict[str, list[str]], str]:
+    """Return the class of model and config by case, and what the processes wrote to standard error."""
+    cases = json.dumps([[name, served, settings] for name, (served, settings, _, _) in CASES.items()])
+    command = [sys.executable, "-c", SCRIPT, str(folder), cases]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, result.stderr[-3000:]
-    assert json.loads(lines[0].removeprefix("RESULT ")) == [model, config]
+    found = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    return {name: classes for name, *classes in found}, result.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_own_model_serves_only_if_needed_or_asked_for(case: str, results: tuple[dict[str, list[str]], str]) -> None:
+    found, errors = results
+    assert found.get(case) == list(CASES[case][2:]), errors[-3000:]
