@@ -38,9 +38,9 @@ _CONFIG = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=Fal
 
 
 def _branches(value: object) -> object:
-    if value in ("off", "all") or (type(value) is int and 1 <= value <= MOST_BRANCHES):
+    if value in ("off", "auto", "all") or (type(value) is int and 1 <= value <= MOST_BRANCHES):
         return value
-    raise ValueError(f"allowed are 'off', 'all', or a number from 1 to {MOST_BRANCHES}")
+    raise ValueError(f"allowed are 'off', 'auto', 'all', or a number from 1 to {MOST_BRANCHES}")
 
 
 Branches = Annotated[int | str, BeforeValidator(_branches)]
@@ -110,7 +110,8 @@ class NLDOptions(RegisteredOptions):
     branches: Branches = _option(
         default="off",
         description="Self-speculation. How many blocks a verify forward drafts for the places where verification is "
-        "likely to end; if it ends at one of them, no draft forward is needed. 'all' is quadratic self-speculation.",
+        "likely to end; if it ends at one of them, no draft forward is needed. 'auto' takes those that save more time "
+        "than they cost here; 'all' is quadratic self-speculation.",
         modes=BRANCHING,
     )
     branch_length: int | None = _option(

@@ -44,7 +44,11 @@ DIFFUSION: list[dict[str, Any]] = [
     {"sampler": "entropy_budget", "entropy_budget": 0.5},
 ]
 SPECULATION: list[dict[str, Any]] = [{}, {"prompt_lookup": 3}, {"block_length": 6}, {"draft_threshold": 0.5}]
-BRANCHES: list[dict[str, Any]] = [{"branches": 3}, {"branches": "all", "branch_length": 4, "block_length": 5}]
+BRANCHES: list[dict[str, Any]] = [
+    {"branches": 3},
+    {"branches": "auto"},
+    {"branches": "all", "branch_length": 4, "block_length": 5},
+]
 PARAMS: list[dict[str, Any]] = [
     {},
     {"max_tokens": 1},

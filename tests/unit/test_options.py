@@ -101,12 +101,17 @@ def test_numbers_out_of_bounds_are_refused(key: str, value: float) -> None:
     assert len(str(caught.value)) < 300
 
 
+GOOD = ["off", "auto", "all", 1, 64]
+
+
 @pytest.mark.parametrize("value", [0, -1, 65, 10**400, 1.0, True, None, "none", "4", [1]])
 def test_branches_are_a_number_or_a_name(value: object) -> None:
-    with pytest.raises(NLDError, match=r"branches=.*: allowed are 'off', 'all', or a number from 1 to 64$") as caught:
+    with pytest.raises(
+        NLDError, match=r"branches=.*: allowed are 'off', 'auto', 'all', or a number from 1 to 64$"
+    ) as caught:
         NLDOptions.parse({"branches": value})
     assert len(str(caught.value)) < 300
-    assert [NLDOptions.parse({"branches": good}).branches for good in ("off", "all", 1, 64)] == ["off", "all", 1, 64]
+    assert [NLDOptions.parse({"branches": good}).branches for good in GOOD] == GOOD
 
 
 HUGE = "x" * 1_000_000

@@ -6,7 +6,7 @@ The dense reference (:mod:`vllm_nld.reference.branches`) and the engine (:mod:`v
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 RANKS = 4
 """Candidates of each position that a policy sees."""
@@ -28,11 +28,13 @@ class Branch:
         after: index in the verified block of the last token before the branch.
         guess: the token that the verifier may put there; None: a mask, for any token.
         length: tokens of the block, its seed included.
+        gain: how likely it is hit where those chosen before it are not, and what a hit is worth: 1 is a draft forward.
     """
 
     after: int
     guess: int | None
     length: int
+    gain: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def likeliest_places(
         while len(chosen) < count and gains:
             place, guess = max(gains, key=lambda key: gains[key])
             gain = gains.pop((place, guess))
-            chosen.append(Branch(place, guess, min(length, left - place - 1)))
+            chosen.append(Branch(place, guess, min(length, left - place - 1), gain))
             if guess is None:
                 gains |= {key: own * (1 - mask_worth) for key, own in gains.items() if key[0] == place}
             elif (place, None) in gains:

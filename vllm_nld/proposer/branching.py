@@ -6,14 +6,17 @@ branch drafted, so drafts that are drawn from a branch may be verified like any 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vllm_nld.auto.costs import Costs
 from vllm_nld.branches.places import RANKS, Branch, Choice, Draft, every_place, likeliest_places
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.branch_rows import run_with_blocks
@@ -24,6 +27,8 @@ from vllm_nld.serving.ledger import Ledger
 
 USUAL_LENGTH = 8
 """Tokens of a branch's block: on the embedded checkpoint longer ones gain nothing."""
+MOST_BY_PRICE = 8
+"""Branches of a request among which ``auto`` chooses."""
 
 
 @dataclass
@@ -49,6 +54,10 @@ class Pending:
     def rows(self, branch: Branch) -> int:
         """Return how many positions a branch predicts, its seed's included."""
         return min(branch.length + self.beyond, self.left - branch.after - 1)
+
+    def keep(self, least: float) -> None:
+        """Drop the branches that gain less."""
+        self.branches = [branch for branch in self.branches if branch.gain >= least]
 
     def hit(self, seed: int, place: int) -> Branch | None:
         """Return the branch that was run for verification ending after ``place`` with ``seed``; a guessed one first."""
@@ -76,7 +85,23 @@ def policy(count: int | str, length: int | None, block_length: int) -> Choice:
     """Return the policy for a request's options."""
     if count == "all":
         return every_place(min(length or block_length, block_length))
-    return likeliest_places(int(count), min(length or USUAL_LENGTH, block_length))
+    return likeliest_places(MOST_BY_PRICE if count == "auto" else int(count), min(length or USUAL_LENGTH, block_length))
+
+
+class Drafted(NamedTuple):
+    """A request's next verification.
+
+    Attributes:
+        state: the request's.
+        block: the filled block that the drafts come from.
+        drafts: the tokens to verify after the block's seed.
+        left: tokens that the request may still emit.
+    """
+
+    state: RequestState
+    block: Block
+    drafts: list[int]
+    left: int
 
 
 class Branching:
@@ -85,29 +110,76 @@ class Branching:
     Args:
         longest: tokens of the longest block, seed included.
         ledger: counts them.
+        costs: what forwards take here.
+        together: makes a choice one for all tensor-parallel ranks, whose measurements differ.
+
+    Attributes:
+        tokens: of the branches that the last causal pass ran.
     """
 
-    def __init__(self, longest: int, ledger: Ledger) -> None:
-        self._longest, self._ledger = longest, ledger
+    def __init__(
+        self, longest: int, ledger: Ledger, costs: Costs, together: Callable[[Callable[[], int]], int]
+    ) -> None:
+        self._longest, self._ledger, self._costs, self._together = longest, ledger, costs, together
+        self.tokens = 0
 
-    def plan(self, state: RequestState, block: Block, drafts: list[int], left: int) -> None:
-        """Choose the branches of a request's next verification.
+    def plan(self, drafted: Sequence[Drafted], tokens: int) -> None:
+        """Choose the branches of the next verifications.
 
         Args:
-            state: the request's.
-            block: the filled block that the drafts come from.
-            drafts: the tokens to verify after the block's seed.
-            left: tokens that the request may still emit.
+            drafted: what is to be verified.
+            tokens: of the causal pass that does it.
         """
-        state.pending = None
+        priced: list[tuple[Pending, int]] = []
+        for one in drafted:
+            pending = one.state.pending = self._pending(one)
+            if pending is not None and one.state.options.branches == "auto":
+                priced.append((pending, one.block.length))
+        if priced:
+            offers = sorted((branch.gain for pending, _ in priced for branch in pending.branches), reverse=True)
+            others = sum(one.block.length for one in drafted) - sum(length for _, length in priced)
+            count = self._together(lambda: self._worthwhile(priced, offers, tokens, others))
+            for pending, _ in priced:
+                pending.keep(offers[count - 1] if count else math.inf)
+
+    def _pending(self, one: Drafted) -> Pending | None:
+        state, block, drafts, left = one
         if not branches(state) or drafts != block.tokens[1 : 1 + len(drafts)]:
-            return  # others' drafts took the place of the model's own, so nothing is known of where they end
+            return None  # others' drafts took the place of the model's own, so nothing is known of where they end
         options = state.options
         choose = policy(options.branches, options.branch_length, min(options.block_length or self._longest, left))
         rows = [block.candidates.get(place, ([], [])) for place in range(block.length)]
         draft = Draft(block.tokens[: 1 + len(drafts)], [likely for likely, _ in rows], [own for _, own in rows])
         chosen = choose(draft, left)
-        state.pending = Pending(draft.tokens, block.prefix, chosen, looks_past(state), left) if chosen else None
+        return Pending(draft.tokens, block.prefix, chosen, looks_past(state), left) if chosen else None
+
+    def _worthwhile(
+        self, priced: Sequence[tuple[Pending, int]], offers: Sequence[float], tokens: int, others: int
+    ) -> int:
+        """Return how many of the best branches together save most time; 0 if none save any.
+
+        A draft forward is saved as a whole only if every request is hit; else it gets shorter.
+
+        Args:
+            priced: requests' branches, and the tokens of a block that a hit saves.
+            offers: gains of all branches, best first.
+            tokens: of the causal pass without them.
+            others: tokens of a draft forward for requests that are never hit.
+        """
+        draft, verify = self._costs.draft.seconds, self._costs.verify.seconds
+        drafting, plain = draft(others + sum(length for _, length in priced)), verify(tokens)
+        best, most = 0, 0.0
+        for count, least in enumerate(offers, 1):
+            taken = [[branch for branch in pending.branches if branch.gain >= least] for pending, _ in priced]
+            hits = [min(1.0, sum(branch.gain for branch in own)) for own in taken]
+            rest = others + sum((1 - hit) * length for hit, (_, length) in zip(hits, priced, strict=True))
+            all_hit = 0.0 if others else math.prod(hits)
+            saved = drafting - (1 - all_hit) * draft(max(1, round(rest)))
+            added = sum(p.rows(branch) for (p, _), own in zip(priced, taken, strict=True) for branch in own)
+            gain = saved - (verify(tokens + added) - plain)
+            if gain > most:
+                best, most = count, gain
+        return best
 
     def run(
         self,
@@ -137,6 +209,7 @@ class Branching:
                     blocks.append(block)
                     rows.append(row)
                     owners.append((state, branch))
+        self.tokens = sum(block.length for block in blocks)
         if not blocks:
             return forward(**arguments)
         hidden, drafted = run_with_blocks(draft_pass, forward, blocks, rows, **arguments)

@@ -7,7 +7,7 @@ import time
 from vllm_nld.auto.cycle import Cycle
 from vllm_nld.auto.mode import AutoMode
 from vllm_nld.draft_pass.forward import DraftPass
-from vllm_nld.proposer.branching import Branching
+from vllm_nld.proposer.branching import Branching, Drafted
 from vllm_nld.proposer.causal_step import CausalStep
 from vllm_nld.proposer.denoising import Denoising
 from vllm_nld.proposer.request_state import RequestState
@@ -102,8 +102,11 @@ class Proposal:
     def hand_out(self) -> list[list[int]]:
         """Return the tokens of the next causal pass after each row's last; the scheduler is told of others'."""
         speculative = self._speculation.hand_out()
-        for row, block in self._speculation.blocks.items():
-            self._branching.plan(self._states[row], block, speculative[row], self._speculation.left(row))
+        drafted = [
+            Drafted(self._states[row], block, speculative[row], self._speculation.left(row))
+            for row, block in self._speculation.blocks.items()
+        ]
+        self._branching.plan(drafted, self._given + sum(map(len, speculative.values())))
         drafts = self._opened.rest | speculative
         for row in self._opened.filling:
             drafts[row] = self._denoising.hand_out(row, self._states[row], self._tokens)

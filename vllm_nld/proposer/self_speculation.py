@@ -87,7 +87,7 @@ class SelfSpeculation:
         self.auto = AutoMode(self.block_length, together=first_rank_decides)
         self.ledger = Ledger()
         self.parks = scheduling.parks_requests(vllm_config)
-        self._branching = Branching(self.block_length, self.ledger)
+        self._branching = Branching(self.block_length, self.ledger, self.auto.costs, first_rank_decides)
         self._denoising = Denoising(self.sizes, self.ledger)
         self.parked = self._denoising.parked
         self._requests: Requests | None = None
@@ -187,6 +187,7 @@ class SelfSpeculation:
         plain = all(arguments.get(name) is None for name in ("intermediate_tensors", "inputs_embeds"))
         states = requests.verified(self._step.drafted) if plain and self._tasks is None else {}
         if not any(state.pending is not None for state in states.values()):
+            self._branching.tokens = 0
             return forward(**arguments)
         return self._branching.run(self._draft_pass(), forward, states, self._step, arguments)
 
@@ -256,7 +257,8 @@ class SelfSpeculation:
         prefills = {row for row, state in states.items() if step.is_prefill(state)}
         if self._left_at is not None and states and not prefills and len(states) == len(tokens.sampled):
             accepted = sum(len(tokens.sampled[row]) - 1 for row, state in states.items() if state.was_drafted_by_auto)
-            self._cycle.finish(len(states), step.tokens(states), accepted, now - self._left_at)
+            ran = step.tokens(states) + self._branching.tokens
+            self._cycle.finish(len(states), ran, accepted, now - self._left_at)
         for row, state in states.items():
             step.record(state, len(tokens.sampled[row]), row in prefills, self.ledger)
 

@@ -1,0 +1,74 @@
+"""Which branches of requests are worth their time, by what forwards cost."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_nld.auto.costs import Costs
+from vllm_nld.draft_pass.block import Block
+from vllm_nld.options import NLDOptions
+from vllm_nld.proposer.branching import Branching, Drafted
+from vllm_nld.serving.ledger import Ledger
+
+SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
+
+
+def drafted(branches: str | int, sure: float = 0.5) -> Drafted:
+    """A block of six tokens, of which every draft is as likely right, and the position after it."""
+    options = NLDOptions.parse({"mode": "self_speculation", "branches": branches, "branch_length": 4})
+    state: Any = SimpleNamespace(options=options, pending=None)
+    rest = (1 - sure) / 3
+    block = Block(40, [1, 11, 12, 13, 14, 15, 16], beyond=1)
+    block.candidates = {place: ([10 + place, 20, 21, 22], [sure, rest, rest, rest]) for place in range(1, 7)}
+    return Drafted(state, block, block.tokens[1:6], left=100)
+
+
+def planned(price: Any, *requests: Drafted, calls: list[int] | None = None) -> list[int]:
+    """Plan with forwards that take ``price(tokens)`` seconds; return how many branches each request has."""
+    costs = Costs()
+    for size in SIZES:
+        costs.start(size, price(size))
+
+    def together(decide: Any) -> int:
+        if calls is not None:
+            calls.append(1)
+        return int(decide())
+
+    Branching(8, Ledger(), costs, together).plan(requests, tokens=6 * len(requests))
+    return [0 if one.state.pending is None else len(one.state.pending.branches) for one in requests]
+
+
+def test_where_a_longer_forward_costs_nothing_all_are_taken() -> None:
+    assert planned(lambda tokens: 1.0, drafted("auto")) == [8]
+
+
+def test_where_time_is_proportional_to_tokens_none_is() -> None:
+    assert planned(lambda tokens: float(tokens), drafted("auto")) == [0]
+
+
+def test_some_are_taken_in_between() -> None:
+    (count,) = planned(lambda tokens: 1 + tokens / 100, drafted("auto"))
+    assert 1 <= count < 8
+
+
+def test_a_request_without_branches_keeps_the_draft_forward() -> None:
+    """It is run for that request anyway, and is hardly shorter for one request less."""
+    costs = [planned(lambda tokens: 1.0 + tokens * 1e-3, drafted("auto"), *others) for others in ([], [drafted("off")])]
+    assert costs[0][0] > 0
+    assert costs[1] == [0, 0]
+
+
+@pytest.mark.parametrize(("branches", "count"), [("off", 0), (3, 3), ("all", 6)])
+def test_asked_for_branches_have_no_price(branches: str | int, count: int) -> None:
+    calls: list[int] = []
+    assert planned(lambda tokens: float(tokens), drafted(branches), calls=calls) == [count]
+    assert not calls, "no rank has to wait for another"
+
+
+def test_replaced_drafts_have_no_branches() -> None:
+    one = drafted(3)
+    assert planned(lambda tokens: 1.0, one._replace(drafts=[11, 12, 99])) == [0]
+    assert planned(lambda tokens: 1.0, one._replace(drafts=[11, 12])) == [3]
