@@ -30,6 +30,7 @@ _SHOWN = 3
 
 
 MOST_BRANCHES = 64
+"""More than the largest block has places."""
 
 SPECULATIVE: tuple[Mode, ...] = ("auto", "self_speculation")
 BRANCHING: tuple[Mode, ...] = ("self_speculation",)

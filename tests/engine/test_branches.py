@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,37 @@ def test_a_batch_of_all_kinds_of_requests(tmp_path: Path) -> None:
         assert generate(llm, prompts, lookup, max_tokens=40) == expected
 
 
+def test_edges_of_the_room_for_branches(tmp_path: Path) -> None:
+    """A draft pass looks past blocks only where there is room; a branch is forgotten with the step that ran it."""
+    model = random_model(small_config(block_size=8), seed=1)
+    prompts = random_prompts([9] * 4, 24, seed=4)
+    folder = save(model, tmp_path)
+    with engine(folder, spec=True, max_num_batched_tokens=8, max_num_seqs=1, max_model_len=64) as llm:
+        expected = ar_generate(model, prompts[0], 55).ids[9:]
+        assert generate(llm, prompts[:1], [{"branches": 3}], max_tokens=60) == [expected]
+    with engine(folder, spec=True, max_num_batched_tokens=32, max_num_seqs=4) as llm:
+        draft_pass = runner(llm).drafter.draft_pass
+        forwards: list[list[int]] = []
+        original = draft_pass._groups
+
+        def groups(blocks: Any) -> Any:
+            found = original(blocks)
+            forwards.append([sum(block.length for block in group) for group in found])
+            return found
+
+        draft_pass._groups = groups
+        generate(llm, prompts, [{"branches": 3}] * 4, max_tokens=20, ignore_eos=True)
+        assert [32] in forwards
+        assert all(len(own) == 1 for own in forwards), "one draft forward serves all requests"
+    with engine(folder, spec=True, max_num_seqs=1) as llm:
+        for least in range(2, 12):
+            before = counters(llm)
+            params = {"max_tokens": 24, "min_tokens": least}
+            (tokens,) = generate(llm, prompts[:1], [{"branches": "all"}], **params)
+            assert tokens == generate(llm, prompts[:1], [{"mode": "ar"}], **params)[0]
+            assert counters(llm)["cycles"] > before["cycles"]
+
+
 REQUESTS, TOKENS, TEMPERATURE = 500, 5, 1.0
 CHECKED = 3
 """The token whose draft most often comes from a branch."""
@@ -86,8 +117,8 @@ def favor_likely_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the likeliest draft for the drawn one, as if the branch with the best-looking draws were chosen of many."""
     original = Branching.use
 
-    def use(self: Any, draft_pass: Any, states: Any, sampled: Sequence[Any], opened: Mapping[int, Block]) -> None:
-        original(self, draft_pass, states, sampled, opened)
+    def use(self: Any, draft_pass: Any, states: Any, opened: Mapping[int, Block]) -> None:
+        original(self, draft_pass, states, opened)
         for block in opened.values():
             drawn = block.choice.probs if block.choice is not None else None  # type: ignore[attr-defined]
             if drawn is not None:
@@ -110,7 +141,6 @@ def test_sampled_text_has_the_distribution_of_ar(biased: bool, tmp_path: Path, m
     with engine(save(model, tmp_path), spec=True, seed=11, max_num_seqs=64) as llm:
         outputs = llm.generate([{"prompt_token_ids": prompt}] * REQUESTS, params, use_tqdm=False)
         assert branches(llm)["mask"] > REQUESTS / 10
-        assert runner(llm).drafter.draft_pass.forwards > 0
     drawn = torch.tensor([output.outputs[0].token_ids[CHECKED] for output in outputs])
     p_value = chi_square_p_value(drawn.bincount(minlength=8), chances_of_token(model, prompt) * REQUESTS)
     assert p_value < 1e-3 if biased else p_value > 1e-3, p_value

@@ -34,6 +34,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"mode": "self_speculation"}, GREEDY),
     ({"mode": "self_speculation"}, SEEDED),
     ({"mode": "self_speculation", "draft_threshold": 0.6, "block_length": 8}, GREEDY),
+    ({"mode": "self_speculation", "branches": 3}, GREEDY),
+    ({"mode": "self_speculation", "branches": "auto"}, SEEDED),
     ({"mode": "auto"}, GREEDY),
     ({"mode": "diffusion", "threshold": 0.7}, GREEDY),
     ({"mode": "diffusion", "threshold": 0.7}, SEEDED),

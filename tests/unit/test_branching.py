@@ -6,11 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_nld.auto.costs import Costs
+from vllm_nld.branches.places import Branch
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.options import NLDOptions
 from vllm_nld.proposer.branching import Branching, Drafted
+from vllm_nld.proposer.pending import Pending
 from vllm_nld.serving.ledger import Ledger
 
 SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
@@ -72,3 +75,28 @@ def test_replaced_drafts_have_no_branches() -> None:
     one = drafted(3)
     assert planned(lambda tokens: 1.0, one._replace(drafts=[11, 12, 99])) == [0]
     assert planned(lambda tokens: 1.0, one._replace(drafts=[11, 12])) == [3]
+
+
+def test_a_branch_is_used_for_the_block_that_it_drafted_only() -> None:
+    branch = Branch(2, None, 4)
+    pending = Pending([1, 2, 3, 4], prefix=10, branches=[branch], beyond=False, left=50)
+    assert pending.hit(13, 7) is None, "it was not run"
+    pending.hidden[branch] = torch.zeros(4, 8)
+    assert pending.hit(13, 7) is branch
+    assert pending.hit(17, 7) is None, "an AR step came in between"
+    guess = Branch(2, 7, 4)
+    pending.hidden[guess] = torch.zeros(4, 8)
+    assert pending.hit(13, 7) is guess
+    assert pending.hit(13, 8) is branch
+
+
+def test_a_block_is_done_without_the_position_past_it() -> None:
+    block = Block(0, [1, 5, 5])
+    block.look_past(5)
+    assert (block.length, block.beyond) == (4, 1)
+    block.tokens[1:3] = [8, 9]
+    assert block.is_done(5)
+    block.shorten(2, 3)
+    assert (block.tokens, block.beyond) == ([1, 8, 9], 1)
+    block.shorten(2, 2)
+    assert (block.tokens, block.beyond) == ([1, 8], 0)

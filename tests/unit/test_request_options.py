@@ -124,6 +124,22 @@ def test_checkpoint_without_learned_sampler_refuses_it() -> None:
         read(learned, EngineTraits(NLDOptions(), 16))
 
 
+@pytest.mark.parametrize(
+    ("nld", "why", "words"),
+    [
+        ({"branch_length": 4}, None, "branch_length=4 has no effect with branches='off'"),
+        ({"branches": 2, "branch_length": 17}, None, "branch_length=17; allowed are 2 to the block length, 16"),
+        ({"branches": 2, "branch_length": 9, "block_length": 8}, None, "the block length, 8"),
+        ({"branches": 2}, "--enable-lora", "branches=2 with --enable-lora; allowed: 'off'"),
+    ],
+)
+def test_branches_that_would_be_ignored_are_refused(nld: dict[str, Any], why: str | None, words: str) -> None:
+    traits = EngineTraits(NLDOptions(), 16, no_branches=why)
+    with pytest.raises(NLDError, match=words):
+        read({"nld": {"mode": "self_speculation"} | nld}, traits)
+    assert read({"nld": {"mode": "self_speculation", "branches": "off"}}, traits).branches == "off"
+
+
 def test_every_key_except_mode_has_its_modes() -> None:
     assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode"} == set(NLDOptions.model_fields)
 

@@ -90,8 +90,9 @@ class BlockTable:
         return self.pages[index, :count].int()
 
 
-def _split_at(tokens: int) -> tuple[slice, slice]:
-    return slice(0, tokens), slice(tokens, None)
+def _parts(tokens: int, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the first ``tokens`` of every tensor, and the rest of every tensor."""
+    return [x[:tokens] for x in tensors], [x[tokens:] for x in tensors]
 
 
 def block_attention_backend(head_dim: int, cache_config: CacheConfig | None) -> type[Any]:
@@ -125,10 +126,9 @@ def _with_draft_passes(base: type[Any]) -> type[Any]:
             **kwargs: Any,
         ) -> Tensor:
             if isinstance(attn_metadata, BranchedMetadata):
-                parts = query, key, value, output
-                first, rest = ([x[part] for x in parts] for part in _split_at(attn_metadata.tokens))
+                # The layer's keys and values of both parts' prefixes are in the cache: they were written before.
+                first, rest = _parts(attn_metadata.tokens, query, key, value, output)
                 query, key, value, own = first
-                # First: branches read what this writes to the cache.
                 self.forward(layer, query, key, value, kv_cache, attn_metadata.causal, own, *args, **kwargs)
                 query, key, value, own = rest
                 block_forward(layer, self.scale, query, key, value, attn_metadata.branches, own)

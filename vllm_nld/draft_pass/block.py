@@ -87,6 +87,12 @@ class Block:
         """Tokens of the block, seed included."""
         return len(self.tokens)
 
+    def look_past(self, mask_token_id: int) -> None:
+        """Also predict the position after the block."""
+        self.tokens.append(mask_token_id)
+        self.confidence.append(1.0)
+        self.beyond = 1
+
     def shorten(self, length: int, rows: int) -> None:
         """Keep at most ``length`` tokens, and one beyond them if there is one and ``rows`` says that it is drafted."""
         kept = min(self.length - self.beyond, length)
@@ -96,7 +102,7 @@ class Block:
 
     def is_done(self, mask_token_id: int) -> bool:
         """Whether no forward is needed any more."""
-        for token in self.tokens:
+        for token in self.tokens[: self.length - self.beyond]:
             if token == mask_token_id:
                 return False
             if token in self.stop_ids:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.branch_rows import run_with_blocks
 from vllm_nld.draft_pass.forward import DraftPass
 from vllm_nld.proposer.causal_step import CausalStep
+from vllm_nld.proposer.pending import Pending
 from vllm_nld.proposer.request_state import RequestState
 from vllm_nld.serving.ledger import Ledger
 
@@ -31,48 +31,14 @@ MOST_BY_PRICE = 8
 """Branches of a request among which ``auto`` chooses."""
 
 
-@dataclass
-class Pending:
-    """A request's branches, until its next verification is over.
-
-    Attributes:
-        block: the tokens to verify, seed first.
-        prefix: tokens before the block.
-        branches: what is to be drafted with them.
-        beyond: whether branches also look one position past their block.
-        left: tokens that the request may still emit, those of the block included.
-        hidden: of each branch that was run, ``[rows, hidden]``.
-    """
-
-    block: list[int]
-    prefix: int
-    branches: list[Branch]
-    beyond: bool
-    left: int
-    hidden: dict[Branch, Tensor] = field(default_factory=dict)
-
-    def rows(self, branch: Branch) -> int:
-        """Return how many positions a branch predicts, its seed's included."""
-        return min(branch.length + self.beyond, self.left - branch.after - 1)
-
-    def keep(self, least: float) -> None:
-        """Drop the branches that gain less."""
-        self.branches = [branch for branch in self.branches if branch.gain >= least]
-
-    def hit(self, seed: int, place: int) -> Branch | None:
-        """Return the branch that was run for verification ending after ``place`` with ``seed``; a guessed one first."""
-        found = {branch.guess: branch for branch in self.hidden if branch.after == place}
-        return found.get(seed, found.get(None))
-
-
-def branches(state: RequestState) -> bool:
+def is_branching(state: RequestState) -> bool:
     """Whether a request's verify forwards branch."""
     return state.options.mode == "self_speculation" and state.options.branches != "off"
 
 
 def looks_past(state: RequestState) -> bool:
     """Whether a request's drafts predict one position more than is verified, for guesses of what follows them."""
-    return branches(state) and state.options.branches != "all"
+    return is_branching(state) and state.options.branches != "all"
 
 
 def ranks(state: RequestState) -> int:
@@ -144,7 +110,7 @@ class Branching:
 
     def _pending(self, one: Drafted) -> Pending | None:
         state, block, drafts, left = one
-        if not branches(state) or drafts != block.tokens[1 : 1 + len(drafts)]:
+        if not is_branching(state) or drafts != block.tokens[1 : 1 + len(drafts)]:
             return None  # others' drafts took the place of the model's own, so nothing is known of where they end
         options = state.options
         choose = policy(options.branches, options.branch_length, min(options.block_length or self._longest, left))
@@ -199,25 +165,27 @@ class Branching:
             arguments: of ``forward``: ``input_ids``, ``positions`` and others.
         """
         room = draft_pass.max_tokens - len(arguments["input_ids"])
-        blocks, rows, owners = list[Block](), list[int](), list[tuple[RequestState, Branch]]()
-        for row, state in states.items():
-            for branch in _due(state, step):
-                assert state.pending is not None
+        blocks, rows, owners = list[Block](), list[int](), list[tuple[Pending, Branch]]()
+        due = [(row, state, own) for row, state in states.items() if (own := _due(state, step))]
+        for index, (row, state, own) in enumerate(due):
+            share = room // (len(due) - index)  # no request takes what others could use
+            assert state.pending is not None
+            for branch in own:
                 block = self._block(draft_pass, state, state.pending, branch)
-                if block.length <= room:
-                    room -= block.length
+                if block.length <= share:
+                    share, room = share - block.length, room - block.length
                     blocks.append(block)
                     rows.append(row)
-                    owners.append((state, branch))
+                    owners.append((state.pending, branch))
+                    self._ledger.branched(state.tally, "run")
+                    self._ledger.branched(state.tally, "tokens", block.length)
         self.tokens = sum(block.length for block in blocks)
         if not blocks:
             return forward(**arguments)
         hidden, drafted = run_with_blocks(draft_pass, forward, blocks, rows, **arguments)
         bounds = pairwise(accumulate((block.length for block in blocks), initial=0))
-        for (state, branch), (start, end) in zip(owners, bounds, strict=True):
-            assert state.pending is not None
-            state.pending.hidden[branch] = drafted[start:end]
-            self._ledger.branched(state.tally, "tokens", end - start)
+        for (pending, branch), (start, end) in zip(owners, bounds, strict=True):
+            pending.hidden[branch] = drafted[start:end]
         return hidden
 
     def _block(self, draft_pass: DraftPass, state: RequestState, pending: Pending, branch: Branch) -> Block:
@@ -226,27 +194,20 @@ class Branching:
         tokens = [seed] + [mask] * (pending.rows(branch) - 1)
         return Block(pending.prefix + branch.after + 1, tokens, adapted=state.options.draft_adapter)
 
-    def use(
-        self,
-        draft_pass: DraftPass,
-        states: Mapping[int, RequestState],
-        sampled: Sequence[list[int]],
-        opened: Mapping[int, Block],
-    ) -> None:
+    def use(self, draft_pass: DraftPass, states: Mapping[int, RequestState], opened: Mapping[int, Block]) -> None:
         """Fill those of the opened blocks that a branch has drafted; a shorter branch shortens its block.
 
         Args:
             draft_pass: of the engine.
-            states: by row.
-            sampled: by row, the tokens that the step decided.
+            states: of all requests of the step, by row. Branches that are not used now never are.
             opened: by row, blocks of self-speculation without drafts.
         """
         filled, hidden = list[Block](), list[Tensor]()
-        for row, block in opened.items():
-            state = states[row]
+        for row, state in states.items():
             pending, state.pending = state.pending, None
-            branch = None if pending is None else pending.hit(block.tokens[0], len(sampled[row]) - 1)
-            if pending is None or branch is None:
+            block = opened.get(row)
+            branch = None if pending is None or block is None else pending.hit(block.prefix, block.tokens[0])
+            if pending is None or block is None or branch is None:
                 continue
             block.shorten(branch.length, pending.rows(branch))
             filled.append(block)

@@ -59,6 +59,7 @@ class Proposal:
         requests = len(states) - len(self._opened.parked)
         self._given = requests + self._opened.tokens
         self.cycle: Cycle = self._speculation.plan(auto, requests, self._given)
+        self._speculation.look_past(draft_pass.max_tokens, most_drafts)
         mask = sizes.mask_token_id
         empty = {row: block for row, block in self._opened.filling.items() if not block.is_done(mask)}
         draft_pass.locate(empty | self._speculation.blocks | self._opened.parked)
@@ -71,8 +72,8 @@ class Proposal:
         """
         blocks = [*self._opened.filling.values(), *self._speculation.blocks.values()]
         mixed, others = len(self._denoising.parked) > 0, self._others()
+        self._branching.use(self._draft_pass, self._states, self._speculation.blocks)
         started = time.perf_counter()
-        self._branching.use(self._draft_pass, self._states, self._tokens.sampled, self._speculation.blocks)
         self._denoising.run(self._draft_pass, blocks, others)
         seconds = time.perf_counter() - started
         for row, block in self._speculation.blocks.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -15,11 +15,9 @@ from vllm_nld.draft_sources.calibration import ChanceClass
 from vllm_nld.ops.noise import Noise, Sampler
 from vllm_nld.options import NLDOptions
 from vllm_nld.proposer.diffusion import DiffusionRequest
+from vllm_nld.proposer.pending import Pending
 from vllm_nld.proposer.thinking import ThinkingBudget
 from vllm_nld.serving.ledger import Tally
-
-if TYPE_CHECKING:
-    from vllm_nld.proposer.branching import Pending
 
 
 @dataclass

@@ -127,9 +127,10 @@ class Requests:
         return ThinkingBudget(limit, *self._thinking)
 
     def drop_drafts(self, request_id: str) -> None:
-        """Forget what a request's drafts were drawn from: it was preempted, and they are never verified."""
+        """Forget what belongs to a request's drafts: it was preempted, and they are never verified."""
         if request_id in self._states:
             self._states[request_id].draft_probs = None
+            self._states[request_id].pending = None
 
     def finish(self, request_id: str) -> RequestState | None:
         """Forget a request and return its last state, if it was ever asked for."""

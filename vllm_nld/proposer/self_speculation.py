@@ -181,11 +181,9 @@ class SelfSpeculation:
     def forward(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run the causal pass, with the branches that were planned for it (in place of the runner's ``forward``).
 
-        Requests' own LoRAs are mapped to tokens before, as are embeddings of a prompt, so such passes do not branch.
+        Admission keeps branches from engines that cannot run them.
         """
-        requests = self._known_requests()
-        plain = all(arguments.get(name) is None for name in ("intermediate_tensors", "inputs_embeds"))
-        states = requests.verified(self._step.drafted) if plain and self._tasks is None else {}
+        states = self._known_requests().verified(self._step.drafted)
         if not any(state.pending is not None for state in states.values()):
             self._branching.tokens = 0
             return forward(**arguments)
@@ -252,13 +250,16 @@ class SelfSpeculation:
         return self._requests
 
     def _learn_from_step(self, states: dict[int, RequestState], tokens: StepTokens, now: float) -> None:
-        """Learn what the causal pass decided, and what it cost, host time included, unless it also ran a prefill."""
+        """Learn what the causal pass decided, and what it cost, host time included.
+
+        Not the cost of passes that also ran a prefill or branches.
+        """
         step = self._step
         prefills = {row for row, state in states.items() if step.is_prefill(state)}
-        if self._left_at is not None and states and not prefills and len(states) == len(tokens.sampled):
+        plain = not prefills and not self._branching.tokens
+        if self._left_at is not None and states and plain and len(states) == len(tokens.sampled):
             accepted = sum(len(tokens.sampled[row]) - 1 for row, state in states.items() if state.was_drafted_by_auto)
-            ran = step.tokens(states) + self._branching.tokens
-            self._cycle.finish(len(states), ran, accepted, now - self._left_at)
+            self._cycle.finish(len(states), step.tokens(states), accepted, now - self._left_at)
         for row, state in states.items():
             step.record(state, len(tokens.sampled[row]), row in prefills, self.ledger)
 

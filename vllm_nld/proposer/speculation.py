@@ -127,10 +127,22 @@ class Speculation:
 
     def _open(self, row: int, length: int) -> None:
         state = self.states[row]
-        beyond = looks_past(state) and length < self.left(row)
-        block = draft_block(state, self.sizes, *self.tokens.seed(row), length + beyond)
-        block.beyond, block.ranked = int(beyond), ranks(state)
-        self.blocks[row] = block
+        block = self.blocks[row] = draft_block(state, self.sizes, *self.tokens.seed(row), length)
+        block.ranked = ranks(state)
+
+    def look_past(self, room: int, most_drawn: int) -> None:
+        """Have draft passes predict the position after a block, where branches want it and it costs little.
+
+        Args:
+            room: tokens of a draft pass.
+            most_drawn: of drafts of each request, as far as memory is concerned.
+        """
+        room -= sum(block.length for block in self.blocks.values())
+        for row, block in self.blocks.items():
+            fits = room > 0 and block.length < self.left(row) and (block.choice is None or block.length <= most_drawn)
+            if fits and looks_past(self.states[row]):
+                block.look_past(self.sizes.mask_token_id)
+                room -= 1
 
     def left(self, row: int) -> int:
         """Return how many tokens a row's request may still emit."""
@@ -183,6 +195,9 @@ class Speculation:
             state.handed_out = source, drafts.classes
             choice = None if block is None else block.choice
             state.draft_probs = choice.probs if isinstance(choice, DraftChoice) else None
+            if state.draft_probs is not None and block is not None and block.beyond:
+                verified = block.length - block.beyond - 1
+                state.draft_probs = state.draft_probs[:verified].clone()  # a view would keep all rows
             tokens = drafts.tokens
             if state.thinking is not None:
                 tokens = state.thinking.before_start(self.tokens.history(row), tokens)

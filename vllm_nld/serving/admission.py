@@ -31,12 +31,14 @@ class EngineTraits:
         defaults: the engine's own options.
         block_length: tokens of the longest block, seed included; None without ``--speculative-config``.
         learned_sampler: the folder of the checkpoint's learned sampler, if it has one.
+        no_branches: why verify forwards cannot branch; None: they can.
         second: whether self-speculation runs on vLLM's second model runner (``docs/runners.md``).
     """
 
     defaults: NLDOptions
     block_length: int | None
     learned_sampler: Path | None = None
+    no_branches: str | None = None
     second: bool = False
 
     @classmethod
@@ -53,8 +55,18 @@ class EngineTraits:
             NLDOptions.from_vllm_config(vllm_config),
             1 + speculative.num_speculative_tokens if own else None,
             folder if folder.is_dir() else None,
+            _why_no_branches(vllm_config),
             own and bool(getattr(vllm_config, "use_v2_model_runner", False)),
         )
+
+
+def _why_no_branches(vllm_config: Any) -> str | None:
+    """Return what keeps verify forwards from branching: a branch's tokens have ids, and no LoRA of their request."""
+    if vllm_config.lora_config is not None:
+        return "--enable-lora"
+    if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
+        return "--enable-prompt-embeds"
+    return "a model that reads images" if getattr(vllm_config.model_config, "is_multimodal_model", False) else None
 
 
 def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
@@ -109,6 +121,7 @@ def check_defaults(engine: EngineTraits) -> None:
     """
     where = f'additional_config["{NAMESPACE}"]'
     _check_engine(engine.defaults, engine, {}, where)
+    _check_branches(engine.defaults, engine, where)
     _check_sampler(engine.defaults, engine, where)
 
 
@@ -128,6 +141,7 @@ def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
     options = NLDOptions.parse(engine.defaults.model_dump(exclude_unset=True) | own, where)
     _check_engine(options, engine, own, where)
     _check_relevance(options, own, where)
+    _check_branches(options, engine, where)
     if engine.second:
         _check_second_runner(options, own, where)
     if options.mode == "diffusion":
@@ -232,6 +246,19 @@ def _check_relevance(options: NLDOptions, own: dict[str, Any], where: str) -> No
                 f"{where}.{key}={shown(own[key])} has no effect with sampler {options.sampler!r}; "
                 f"allowed with sampler: {', '.join(samplers)}"
             )
+
+
+def _check_branches(options: NLDOptions, engine: EngineTraits, where: str) -> None:
+    """Refuse branches where there can be none, and lengths that would be ignored."""
+    if options.branches == "off":
+        if options.branch_length is not None:
+            raise NLDError(f"{where}.branch_length={options.branch_length} has no effect with branches='off'")
+        return
+    if engine.no_branches is not None:
+        raise NLDError(f"{where}.branches={shown(options.branches)} with {engine.no_branches}; allowed: 'off'")
+    longest = options.block_length or engine.block_length
+    if longest is not None and (options.branch_length or 0) > longest:
+        raise NLDError(f"{where}.branch_length={options.branch_length}; allowed are 2 to the block length, {longest}")
 
 
 def _check_second_runner(options: NLDOptions, own: dict[str, Any], where: str) -> None:

@@ -63,7 +63,7 @@ def _wrap_forward(runner: Any) -> None:
     Warm-ups and profiling runs call the model itself.
     """
     original = runner._model_forward
-    if getattr(original, "branches", False):
+    if getattr(original, "runs_branches", False):
         return
 
     def forward(
@@ -76,5 +76,5 @@ def _wrap_forward(runner: Any) -> None:
         named = {"intermediate_tensors": intermediate_tensors, "inputs_embeds": inputs_embeds}
         return runner.drafter.forward(original, {"input_ids": input_ids, "positions": positions, **named, **others})
 
-    forward.branches = True  # type: ignore[attr-defined]
+    forward.runs_branches = True  # type: ignore[attr-defined]
     runner._model_forward = forward
