@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.engines import generate, metric, random_prompts
+from tests.support.engines import counters, generate, metric, random_prompts
 from tests.support.models import random_model, save, small_config
 from tests.support.second_runner import second_engine
 from vllm_nld.draft_pass.learned_sampler import LearnedSampler, LearnedSamplerConfig
@@ -92,6 +92,58 @@ def test_a_block_is_committed_in_several_steps(folder: Path, model: ReferenceMod
     ]
     with second_engine(folder, max_num_batched_tokens=10, max_num_seqs=3) as llm:
         assert generate(llm, prompts, modes, max_tokens=20) == expected
+
+
+def test_a_step_without_room_for_drafts_commits_a_token(folder: Path, model: ReferenceModel) -> None:
+    """Steps of four tokens, for four requests: vLLM runs its plain sampler then."""
+    prompts = random_prompts([4, 5, 6, 7], VOCAB, seed=9)
+    expected = [
+        diffuse(model, ids, 10, sampler="confidence_threshold", block_length=4, threshold=0.4).ids[len(ids) :]
+        for ids in prompts
+    ]
+    assert all(text != ar_generate(model, ids, 10).ids[-10:] for ids, text in zip(prompts, expected, strict=True))
+    with second_engine(folder, spec=3, max_num_batched_tokens=4, max_num_seqs=4) as llm:
+        assert generate(llm, prompts, [{"mode": "diffusion", "threshold": 0.4}] * 4, max_tokens=10) == expected
+
+
+def test_a_request_takes_nothing_over_from_an_aborted_one(folder: Path, model: ReferenceModel) -> None:
+    """In vLLM's tables it gets the place of one that was about to commit a block, next to one that drafts."""
+    from vllm import SamplingParams
+
+    diffusing = {"mode": "diffusion", "threshold": 0.4}
+    prompts = dict(zip("abc", random_prompts([6, 7, 8], VOCAB, seed=10), strict=True))
+    found = dict[str, list[int]]()
+    with second_engine(folder, max_num_seqs=2) as llm:
+        engine = llm.llm_engine
+        for name, nld, tokens in (("a", {}, 16), ("b", diffusing, 30), ("c", diffusing, 5)):
+            params = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, extra_args={"nld": nld})
+            engine.add_request(name, {"prompt_token_ids": prompts[name]}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                found[output.request_id] = list(output.outputs[0].token_ids)
+            if len(found.get("b", ())) > 1:
+                engine.abort_request(["b"])
+    assert found["a"] == ar_generate(model, prompts["a"], 16).ids[6:]
+    assert found["c"] == diffuse(model, prompts["c"], 5, threshold=0.4).ids[8:]
+
+
+def test_nothing_is_denoised_after_a_stop_token(
+    llm: Any, model: ReferenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the scheduler learns of it one step later."""
+    (prompt,) = random_prompts([9], VOCAB, seed=5)
+    text = diffuse(model, prompt, 17, threshold=0.4).ids[9:]
+    stop = text[11]  # in the second block
+    assert stop not in text[:11]
+    forwards = list[int]()
+    original = model.bidirectional
+    monkeypatch.setattr(model, "bidirectional", lambda *args: forwards.append(1) or original(*args))
+    expected = diffuse(model, prompt, 17, threshold=0.4, eos_token_id=stop).ids[9:]
+    assert expected == text[:12]
+    before = counters(llm)["draft_forwards"]
+    options: dict[str, Any] = {"mode": "diffusion", "threshold": 0.4}
+    assert generate(llm, [prompt], [options], max_tokens=17, stop_token_ids=[stop]) == [expected]
+    assert counters(llm)["draft_forwards"] - before == len(forwards)
 
 
 class Fickle:

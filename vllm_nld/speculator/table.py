@@ -40,7 +40,7 @@ class RequestTable:
         self.drawn: Numbers = np.zeros(requests, dtype=bool)
         self.auto: Numbers = np.zeros(requests, dtype=bool)
         self.offered: Numbers = np.zeros(requests, dtype=bool)
-        self._changed = False
+        self._new: list[int] = []
         self._lengths.np.fill(1)
         self._kinds.np.fill(EXACT)
         self.upload()
@@ -61,7 +61,8 @@ class RequestTable:
         self._tables[2].np[index] = options.draft_adapter
         self.auto[index] = options.mode == "auto"
         self.drawn[index] = params.temperature > 0 and options.sampled_drafts
-        self._changed = True
+        self.offered[index] = False
+        self._new.append(index)
         return options
 
     def _kind(self, options: NLDOptions, params: Any) -> int:
@@ -82,16 +83,12 @@ class RequestTable:
         mask: Numbers = self._kinds.np[indices] == COMMIT
         return mask
 
-    def upload(self) -> None:
-        """Bring the tables to the device, without waiting for it."""
+    def upload(self) -> list[int]:
+        """Bring the tables to the device, without waiting for it; return the requests added since the last time."""
         for table in self._tables:
             table.copy_to_uva()
-        self._changed = False
-
-    def upload_changes(self) -> None:
-        """Bring changes to the device, if there are any."""
-        if self._changed:
-            self.upload()
+        new, self._new = self._new, []
+        return new
 
     def drafts(self, indices: Numbers, auto_drafts: bool) -> Numbers:
         """Return bool per request: whether it drafts, by self-speculation, or in auto mode if ``auto_drafts``."""

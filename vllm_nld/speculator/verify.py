@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_nld.speculator import kernels
@@ -22,6 +23,42 @@ from vllm_nld.vllm_glue import second_runner
 
 _in_charge: list[NLDRejectionSampler] = []
 """The sampler whose step is being verified: vLLM does not pass it to the function that calls :func:`verify`."""
+
+
+class NLDSampler(Sampler):  # type: ignore[misc]
+    """vLLM's, for steps without drafts: also there, rows of diffusion get the next token of their block.
+
+    Such steps have more requests than places for drafts.
+
+    Args:
+        sampler: vLLM's, whose state is shared.
+        speculator: the engine's.
+    """
+
+    def __init__(self, sampler: Sampler, speculator: Speculator) -> None:
+        vars(self).update(vars(sampler))
+        self.speculator = speculator
+        self._indices: Any = None
+
+    def __call__(self, logits: Tensor, input_batch: Any) -> Any:
+        """Sample a token for every row, as vLLM does."""
+        self._indices = input_batch.idx_mapping_np
+        return super().__call__(logits, input_batch)
+
+    def sample(self, logits: Tensor, requests: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Return each row's token, int64 ``[rows]``, and the logits that it was drawn from.
+
+        Args:
+            logits: ``[rows, vocab]``.
+            requests: int64 ``[rows]``, each row's request.
+            others: vLLM's, as ``named``.
+        """
+        sampled, processed = super().sample(logits, requests, *others, **named)
+        table = self.speculator.table
+        if table.denoises(self._indices).any():
+            is_next = (table.on_device[1][requests] == kernels.COMMIT) & (self.speculator.buffers.valid[requests] > 0)
+            sampled = torch.where(is_next, self.speculator.last_drafts[requests, 0], sampled)
+        return sampled, processed
 
 
 class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
