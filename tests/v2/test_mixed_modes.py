@@ -79,6 +79,25 @@ def test_every_policy_next_to_the_other_modes(llm: Any, model: ReferenceModel, l
     assert after["forwards"]["denoise"] > before["forwards"].get("denoise", 0)
 
 
+def test_nothing_is_denoised_after_a_stop_token(
+    llm: Any, model: ReferenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the scheduler learns of it one step later."""
+    (prompt,) = random_prompts([9], VOCAB, seed=5)
+    text = diffuse(model, prompt, 17, threshold=0.4).ids[9:]
+    stop = text[11]  # in the second block
+    assert stop not in text[:11]
+    forwards = list[int]()
+    original = model.bidirectional
+    monkeypatch.setattr(model, "bidirectional", lambda *args: forwards.append(1) or original(*args))
+    expected = diffuse(model, prompt, 17, threshold=0.4, eos_token_id=stop).ids[9:]
+    assert expected == text[:12]
+    before = counters(llm)["draft_forwards"]
+    options: dict[str, Any] = {"mode": "diffusion", "threshold": 0.4}
+    assert generate(llm, [prompt], [options], max_tokens=17, stop_token_ids=[stop]) == [expected]
+    assert counters(llm)["draft_forwards"] - before == len(forwards)
+
+
 def test_a_block_is_committed_in_several_steps(folder: Path, model: ReferenceModel) -> None:
     """A step of ten tokens holds no three blocks of eight."""
     prompts = random_prompts([4, 5, 6], VOCAB, seed=9)
@@ -125,25 +144,6 @@ def test_a_request_takes_nothing_over_from_an_aborted_one(folder: Path, model: R
                 engine.abort_request(["b"])
     assert found["a"] == ar_generate(model, prompts["a"], 16).ids[6:]
     assert found["c"] == diffuse(model, prompts["c"], 5, threshold=0.4).ids[8:]
-
-
-def test_nothing_is_denoised_after_a_stop_token(
-    llm: Any, model: ReferenceModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Although the scheduler learns of it one step later."""
-    (prompt,) = random_prompts([9], VOCAB, seed=5)
-    text = diffuse(model, prompt, 17, threshold=0.4).ids[9:]
-    stop = text[11]  # in the second block
-    assert stop not in text[:11]
-    forwards = list[int]()
-    original = model.bidirectional
-    monkeypatch.setattr(model, "bidirectional", lambda *args: forwards.append(1) or original(*args))
-    expected = diffuse(model, prompt, 17, threshold=0.4, eos_token_id=stop).ids[9:]
-    assert expected == text[:12]
-    before = counters(llm)["draft_forwards"]
-    options: dict[str, Any] = {"mode": "diffusion", "threshold": 0.4}
-    assert generate(llm, [prompt], [options], max_tokens=17, stop_token_ids=[stop]) == [expected]
-    assert counters(llm)["draft_forwards"] - before == len(forwards)
 
 
 class Fickle:

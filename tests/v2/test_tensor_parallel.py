@@ -57,7 +57,9 @@ def llm(model: ReferenceModel, adapter: DraftAdapter, tmp_path_factory: pytest.T
     torch.set_num_threads(1)  # a forked process has none of OpenMP's threads, and would wait for them
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiproc_executor, "get_mp_context", lambda: multiprocessing.get_context("fork"))
-        patch.setattr(torch._dynamo.config, "disable", True)  # vLLM compiles a split embedding: that asks Triton's driver
+        patch.setattr(
+            torch._dynamo.config, "disable", True
+        )  # vLLM compiles a split embedding: that asks Triton's driver
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "200")  # in case ranks wait for each other
         with second_engine(folder, tensor_parallel_size=2, max_num_seqs=len(ASKED)) as made:
