@@ -313,10 +313,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         padded = graphs.slots_for(used) if graphs is not None and used else None
         if padded is not None:
             slot_length = self.block_length  # a shorter block takes the first drafts of a whole one
-        slot_of_row = np.where(drafting, np.cumsum(drafting) - 1, -1).astype(np.int32)
-        self.buffers.fill(
-            to_device(slot_of_row, self.device), step, self.table.on_device, used, padded or used, slot_length
-        )
+        slots = self.buffers.slot_of_row(drafting)
+        self.buffers.fill(slots, step, self.table.on_device, used, padded or used, slot_length)
         if graphs is not None and padded is not None:
             self.forwards += 1
             graphs.replay(padded)

@@ -36,7 +36,7 @@ class NLDSampler(Sampler):  # type: ignore[misc]
     """
 
     def __init__(self, sampler: Sampler, speculator: Speculator) -> None:
-        vars(self).update(vars(sampler))
+        self.__dict__.update(vars(sampler))
         self.speculator = speculator
         self._indices: Any = None
 
@@ -100,8 +100,24 @@ class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
         else:
             sampled = given["draft_sampled"].new_empty(rows, given["num_speculative_steps"] + 1, dtype=torch.int64)
             counts = given["cu_num_logits"].new_empty(rows)
-        targets = second_runner.draw(
-            given["target_logits"],
+        targets = self._targets(given)
+        handed = self.speculator.last_drafts
+        kernels.accept_kernel[(rows,)](
+            sampled, sampled.stride(0), counts, given["draft_sampled"], targets, given["cu_num_logits"],
+            given["idx_mapping"], table.on_device[1], valid, handed, handed.stride(0), EVERY=not rejections,
+        )  # fmt: skip
+        return sampled, counts
+
+    def _targets(self, given: dict[str, Any]) -> Tensor:
+        """Return the verifier's own tokens, int64 ``[logits]``; where all are the best ones, by one kernel, not three.
+
+        Equal logits fall to the lowest token in either way.
+        """
+        logits: Tensor = given["target_logits"]
+        if not self.speculator.table.random[self._indices].any():
+            return logits.argmax(-1)
+        return second_runner.draw(
+            logits,
             given["expanded_idx_mapping"],
             given["temperature"],
             given["seed"],
@@ -109,12 +125,6 @@ class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
             tempered=True,
             fp64=self.sampler.use_fp64_gumbel,
         )
-        handed = self.speculator.last_drafts
-        kernels.accept_kernel[(rows,)](
-            sampled, sampled.stride(0), counts, given["draft_sampled"], targets, given["cu_num_logits"],
-            given["idx_mapping"], table.on_device[1], valid, handed, handed.stride(0), EVERY=not rejections,
-        )  # fmt: skip
-        return sampled, counts
 
 
 def verify(original: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> Any:
