@@ -65,12 +65,14 @@ def stubbed(requests: int, graphs: bool, counts: Counter[str]) -> Any:
     own = object.__new__(speculator.Speculator)
     own.device, own.block_length, own.steps, own.max_tokens = torch.device("cpu"), BLOCK, BLOCK - 1, 8192
     own.table = RequestTable(requests, EngineTraits(NLDOptions(mode="self_speculation"), BLOCK), rejects=False)
-    params = SimpleNamespace(temperature=0.0, seed=None, structured_outputs=None, extra_args=None)
+    params = SimpleNamespace(
+        temperature=0.0, seed=None, structured_outputs=None, bad_words_token_ids=None, extra_args=None
+    )
     for index in range(requests):
         own.table.add(index, params)
     own._buffers = DraftBuffers(Shape(requests, BLOCK, 256, 16, 4096, 5), torch.float32, own.device)
     own._table = torch.zeros(requests, 256, dtype=torch.int32)
-    own._kept, own.draft_logits, own.forwards = None, None, 0
+    own._kept, own.draft_logits, own.forwards, own.auto_drafts = None, None, 0, True
     own._context = {f"layers.{n}": SimpleNamespace(kv_cache=None) for n in range(LAYERS)}
     own._runner = SimpleNamespace(model=SimpleNamespace(draft_lora=None))
     hidden = torch.zeros(requests * BLOCK, HIDDEN)

@@ -194,6 +194,28 @@ class TestVerification:
         text = vllm.text(f"{SPECULATORS}/rejection_sampler_utils.py")
         assert "tl.load(draft_sampled_ptr + logit_idx + 1)" in text
 
+    def test_steps_without_drafts_take_the_plain_sampler(self, vllm: VllmSource) -> None:
+        """``NLDSampler`` shares its state, and changes what it samples."""
+        assert "sampler_output = self.sampler(logits, input_batch)" in vllm.text(RUNNER)
+        file = "v1/worker/gpu/sample/sampler.py"
+        assert vllm.parameters(file, "Sampler.__call__") == ["logits", "input_batch"]
+        assert vllm.parameters(file, "Sampler.sample")[:2] == ["logits", "expanded_idx_mapping"]
+        text = vllm.text(file, "Sampler.__call__")
+        assert "sampled, processed_logits = self.sample(logits, expanded_idx_mapping," in text
+        assert "sampled_token_ids=sampled.view(-1, 1)" in text
+        assert "__slots__" not in vllm.text(file, "Sampler")
+
+    def test_new_requests_are_taken_in_before_their_first_step(self, vllm: VllmSource) -> None:
+        text = vllm.text(RUNNER, "GPUModelRunner.add_requests")
+        added = text.index("self.model_state.add_request(req_index, new_req_data)")
+        assert added < text.index("self.model_state.apply_staged_writes()")
+
+    def test_a_place_without_a_draft_is_decided_by_the_verifier(self, vllm: VllmSource) -> None:
+        """-1 is no draft: ``NLDRejectionSampler`` marks places so, where draft logits are kept."""
+        keeps = "logits_cache" in vllm.parameters("v1/worker/gpu/sample/gumbel.py", "gumbel_sample")
+        text = vllm.text(f"{SPECULATORS}/rejection_sampler_utils.py")
+        assert not keeps or "if is_bonus or not is_valid_rejected_draft:" in text
+
     def test_ar_draws_by_the_position_before_the_token(self, vllm: VllmSource) -> None:
         text = vllm.text("v1/worker/gpu/sample/sampler.py", "Sampler.__call__")
         assert "pos = input_batch.positions[input_batch.logits_indices]" in text
@@ -205,6 +227,14 @@ class TestScheduling:
         assert "request.spec_token_ids = self._spec_token_placeholders" in text
         assert "if request.is_prefill_chunk:" in text
         assert "request.num_output_placeholders +=" in text
+
+    def test_no_step_skips_drafts(self, vllm: VllmSource) -> None:
+        """From 0.33 on vLLM may; a method without slots for its own cache is left alone."""
+        text = vllm.text("v1/core/sched/scheduler.py", "Scheduler")
+        if "skip_drafts" in text:
+            assert "self.can_skip_drafts = self.num_lookahead_tokens > 0 and vllm_config.use_v2_model_runner" in text
+            assert "drafts_needed = not self.can_skip_drafts" in text
+            assert "custom_class" not in vllm.text(CONFIG, "VllmConfig.num_lookahead_tokens")
 
     def test_synchronous_drafts_are_taken_in_by_one_method(self, vllm: VllmSource) -> None:
         text = vllm.text("v1/core/sched/scheduler.py", "Scheduler.update_draft_token_ids")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from gpu_check import plan, record, report
 from gpu_check.plan import Step
-from gpu_check.steps.forwards import covered
+from gpu_check.steps.forwards import covered, idle_gaps
 from gpu_check.supervise import Supervisor
 
 # Replaces gpu_check.child: takes the same arguments, and does what a step's name says.
@@ -75,6 +75,12 @@ def test_every_step_has_a_module_and_a_time() -> None:
         assert (folder / f"{step.module}.py").is_file()
         assert step.seconds > 0
     assert len({step.name for step in plan.STEPS}) == len(plan.STEPS)
+
+
+def test_idle_gaps_name_what_is_around_them() -> None:
+    spans = [(9.0, 10.0, "d"), (0.0, 2.0, "a"), (1.0, 5.0, "b"), (1.5, 1.6, "c"), (10.0, 11.0, "e"), (11.5, 12.0, "f")]
+    assert idle_gaps(spans) == [(4.0, "b", "d"), (0.5, "e", "f")]
+    assert idle_gaps([]) == idle_gaps(spans[:1]) == []
 
 
 def test_covered_time_counts_overlaps_once() -> None:

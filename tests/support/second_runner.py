@@ -57,15 +57,16 @@ def second_engine(
         second_runner.asynchronous_is_possible = allowed
 
 
-@contextlib.contextmanager
-def watch_drafts(llm: Any) -> Iterator[dict[tuple[tuple[int, ...], int], list[int]]]:
-    """Collect the drafts of every block, by the text's first three tokens and its length, seed included."""
-    own = runner(llm)
-    speculator, states = own.speculator, own.req_states
-    propose, seen = speculator.propose, {}
+Seen = dict[tuple[tuple[int, ...], int], list[int]]
+"""Drafts by the text's first three tokens and its length, seed included."""
 
-    def watching(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+
+def watching(propose: Any, runner: Any, seen: Seen) -> Any:
+    """Return ``propose`` that puts the drafts of every block into ``seen``."""
+
+    def propose_and_tell(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         drafts = propose(input_batch, *args, **kwargs)
+        speculator, states = runner.speculator, runner.req_states
         for row, index in enumerate(input_batch.idx_mapping_np.tolist()):
             count = int(speculator.buffers.valid[index])
             length = int(states.total_len.gpu[index])
@@ -74,8 +75,22 @@ def watch_drafts(llm: Any) -> Iterator[dict[tuple[tuple[int, ...], int], list[in
                 seen[start, length] = drafts[row, :count].tolist()
         return drafts
 
-    speculator.propose = watching
+    return propose_and_tell
+
+
+@contextlib.contextmanager
+def watch_drafts(llm: Any) -> Iterator[Seen]:
+    """Collect the drafts of every block."""
+    own, seen = runner(llm), Seen()
+    propose = own.speculator.propose
+    own.speculator.propose = watching(propose, own, seen)
     try:
         yield seen
     finally:
-        speculator.propose = propose
+        own.speculator.propose = propose
+
+
+def watch_worker(worker: Any) -> None:
+    """Collect the drafts of every block of a worker, from now on, in its ``seen_drafts``; for ``collective_rpc``."""
+    worker.seen_drafts, own = Seen(), worker.model_runner
+    own.speculator.propose = watching(own.speculator.propose, own, worker.seen_drafts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.engines import generate, random_prompts
+from tests.support.engines import counters, generate, random_prompts, runner
 from tests.support.models import random_model, save, small_config
 from tests.support.second_runner import second_engine
 from vllm_nld.reference import ReferenceModel, ar_generate
@@ -60,3 +60,46 @@ def test_text_does_not_depend_on_when_it_drafts(llm: Any, model: ReferenceModel)
     assert {"ar 1", f"self_speculation {model.config.block_size}"} <= set(told["decisions"])
     assert told["forwards"]["ar"] > 0
     assert told["tokens"]["ar"] > 0
+
+
+class Settled:
+    """Trials that know what pays."""
+
+    def __init__(self, drafts: bool) -> None:
+        self.answer = drafts
+
+    def drafts(self, requests: int) -> bool:
+        return self.answer
+
+    def saw(self, *step: Any, comparable: bool) -> None:
+        pass
+
+
+def test_the_worker_drafts_nothing_where_ar_pays(
+    llm: Any, model: ReferenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where drafts are made: draft passes, and the requests in them."""
+    speculator = runner(llm).speculator
+    slots = list[int]()
+
+    def draft(first: int, count: int, *args: Any, **kwargs: Any) -> None:
+        slots.append(count)
+        original(first, count, *args, **kwargs)
+
+    original = speculator._draft
+    monkeypatch.setattr(speculator, "_draft", draft)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    prompts = random_prompts([5, 17], VOCAB, seed=3)
+    expected = [ar_generate(model, ids, 8).ids[len(ids) :] for ids in prompts]
+
+    def passes(drafts: bool, modes: list[dict[str, Any]]) -> set[int]:
+        """Return how many requests the draft passes had."""
+        slots.clear()
+        scheduler.trials, before = Settled(drafts), counters(llm)["draft_forwards"]
+        assert generate(llm, prompts[: len(modes)], modes, max_tokens=8) == expected[: len(modes)]
+        assert counters(llm)["draft_forwards"] - before == len(slots)
+        return set(slots)
+
+    assert passes(False, [{}, {}]) == set()
+    assert passes(False, [{}, {"mode": "self_speculation"}]) == {1}
+    assert 2 in passes(True, [{}, {}])

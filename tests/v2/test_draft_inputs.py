@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,3 +153,14 @@ def test_padding_is_not_a_row_s(step: Any) -> None:
     buffers.fill(ints(-1, -1, -1, -1, -1), step, (ones, ones, ones), 0, 0, BLOCK)
     assert buffers.valid[step.requests].tolist() == [0] * 5
     assert (buffers.drafts[:5] >= 0).all()
+
+
+def test_rows_of_the_step_before_are_not_copied_again(step: Any) -> None:
+    buffers = filled(step, 3)
+    drafting = np.array([True, False, True])
+    slots = buffers.slot_of_row(drafting)
+    assert slots.tolist() == [0, -1, 1] and slots.dtype == torch.int32
+    assert buffers.slot_of_row(drafting.copy()) is slots
+    assert buffers.slot_of_row(~drafting).tolist() == [-1, 0, -1]
+    assert buffers.slot_of_row(drafting).tolist() == [0, -1, 1]
+    assert buffers.slot_of_row(np.array([True, False, True, False])).tolist() == [0, -1, 1, -1]

@@ -57,7 +57,12 @@ def sampled() -> Any:
         "seed": seeds,
         "num_speculative_steps": 2,
     }
-    table = SimpleNamespace(rejections=lambda _: True, exactly=lambda _: True, on_device=(None, kinds, None))
+    table = SimpleNamespace(
+        rejections=lambda _: True,
+        exactly=lambda _: True,
+        random=np.ones(REQUESTS, dtype=bool),
+        on_device=(None, kinds, None),
+    )
     verifier = object.__new__(NLDRejectionSampler)
     verifier.sampler = SimpleNamespace(use_fp64_gumbel=False)
     verifier._indices = np.arange(REQUESTS)
@@ -93,3 +98,13 @@ def test_rejection_accepts_as_many_as_it_can(sampled: Any) -> None:
     exact = float((counts[kinds == kernels.EXACT] == 2).float().mean())
     assert abs(rejection - overlap) < 4 * (overlap * (1 - overlap) / (REQUESTS / 2)) ** 0.5
     assert overlap / (2 - overlap) - 0.15 < exact < overlap + 0.15
+
+
+def test_the_best_token_is_what_ar_takes() -> None:
+    """Steps of greedy requests skip vLLM's kernel, which AR steps run. Ties fall to the lowest token in both."""
+    complete_interpreter()
+    logits = torch.randint(0, 40, (3, 2500), generator=torch.Generator().manual_seed(1)).float()  # several of its tiles
+    ones, zeros = torch.arange(3), torch.zeros(3)
+    taken = second_runner.draw(logits, ones, zeros, ones, ones, tempered=True, fp64=False)
+    assert (logits == logits.max(1, keepdim=True).values).sum(1).min() > 10
+    assert taken.equal(logits.argmax(-1))

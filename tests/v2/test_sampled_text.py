@@ -15,6 +15,7 @@ from tests.support.models import random_model, save, small_config
 from tests.support.second_runner import second_engine
 from vllm_nld.reference import ReferenceModel
 from vllm_nld.reference.generate import ids_tensor
+from vllm_nld.reference.model import KVCache
 from vllm_nld.vllm_glue import second_runner
 
 VOCAB = 12
@@ -120,6 +121,48 @@ def exact(model: ReferenceModel, prompt: list[int], place: int, temperature: flo
         texts = [[*texts[index // VOCAB], index % VOCAB] for index in kept.tolist()]
         weights = joint.flatten()[kept]
     raise AssertionError
+
+
+def test_drafts_are_drawn_from_what_the_verifier_is_told(
+    llm: Any, model: ReferenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept logits are those of the draft pass, and give each draft by the noise of a stream of its own.
+
+    The test of texts below is too coarse to notice; rejection sampling by such logits is tested by itself.
+    """
+    from vllm_nld.speculator.buffers import OWN_STREAM
+
+    own = runner(llm)
+    speculator, states, seen = own.speculator, own.req_states, list[tuple[list[int], torch.Tensor, torch.Tensor]]()
+    if speculator.draft_logits is None:
+        pytest.skip("this vLLM keeps no draft logits")
+    propose = speculator.propose
+
+    def watching(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        drafts = propose(batch, *args, **kwargs)
+        index = int(batch.idx_mapping_np[0])
+        count, length = int(speculator.buffers.valid[index]), int(states.total_len.gpu[index])
+        text, kept = states.all_token_ids.gpu[index, :length].tolist(), speculator.draft_logits[index, :count].clone()
+        whose = torch.zeros(count, dtype=torch.int64)
+        temperature, seeds = (
+            tensor[index : index + 1] for tensor in (speculator.buffers.temperature, speculator.buffers.seeds)
+        )
+        positions = torch.arange(count) + length - 1 + OWN_STREAM
+        drawn = second_runner.draw(kept, whose, temperature, seeds, positions, tempered=False, fp64=False)
+        assert drawn.equal(drafts[0, :count])
+        seen.append((text, kept, drawn))
+        return drafts
+
+    monkeypatch.setattr(speculator, "propose", watching)
+    (prompt,) = random_prompts([6], VOCAB, seed=2)
+    run(llm, [prompt], [params("self_speculation", max_tokens=5, temperature=1.3)])
+    assert len(seen) > 1 and any(len(drawn) == 3 for *_, drawn in seen)
+    masks = [model.config.mask_token_id] * 3
+    for text, kept, drawn in seen:
+        cache = KVCache()
+        model.causal(ids_tensor(model, text[:-1]), cache)
+        expected = model.draft(ids_tensor(model, [text[-1], *masks]), cache)[0, 1 : 1 + len(drawn)]
+        assert torch.allclose(kept.softmax(-1), expected.softmax(-1), atol=1e-4)
 
 
 def test_unseeded_texts_have_ar_s_distribution(llm: Any, model: ReferenceModel) -> None:

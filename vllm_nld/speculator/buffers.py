@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,22 @@ class DraftBuffers:
         self.drafts = ints(rows, steps, wide=True)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._starts_by_slot: dict[int, Tensor] = {}
+        self._slots: tuple[bytes, Tensor] | None = None
         self._columns_by_slot = {block: torch.arange(steps, device=device).repeat(rows)}
+
+    def slot_of_row(self, drafting: np.ndarray[Any, np.dtype[Any]]) -> Tensor:
+        """Return each row's slot on the device, int32 ``[rows]``; -1 where it does not draft.
+
+        Most steps have the rows of the step before, and nothing is copied.
+
+        Args:
+            drafting: bool ``[rows]``.
+        """
+        key = drafting.tobytes()
+        if self._slots is None or self._slots[0] != key:
+            slots = np.where(drafting, np.cumsum(drafting) - 1, -1).astype(np.int32)
+            self._slots = key, to_device(slots, self.device)
+        return self._slots[1]
 
     def fill(
         self, slot_of_row: Tensor, step: StepTensors, tables: tuple[Tensor, Tensor, Tensor], used: int, padded: int,

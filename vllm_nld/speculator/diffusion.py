@@ -32,6 +32,7 @@ class Diffusing:
         options: the request's options.
         prompt: tokens of the prompt.
         handed: tokens of a block that the next causal pass was given to commit.
+        has_ended: whether a stop token is committed. The scheduler learns of it later, so steps may follow.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Diffusing:
     options: NLDOptions
     prompt: int
     handed: list[int] = field(default_factory=list)
+    has_ended: bool = False
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -110,7 +112,8 @@ class Diffusion:
         for row, (prefix, seed, decided) in enumerate(step.tolist()):
             request = self._requests[indices[row]]
             rest = request.after(decided - 1, offered[row])
-            block = self._block(request, prefix, seed) if rest is None else None
+            request.has_ended |= not rest and not request.stop_ids.isdisjoint([seed, *request.handed[-1:]])
+            block = self._block(request, prefix, seed) if rest is None and not request.has_ended else None
             if block is None:
                 handed[row] = rest or []
                 continue
@@ -129,7 +132,7 @@ class Diffusion:
         decided, params = prefix + 1, request.params
         left = self._max_model_len if params.max_tokens is None else params.max_tokens - (decided - request.prompt)
         length = min(request.options.block_length or self._longest, left + 1, self._max_model_len - decided)
-        if length < 2 or seed in request.stop_ids:
+        if length < 2:
             return None
         tokens = [seed] + [self._mask] * (length - 1)
         return Block(prefix, tokens, CommitRule.for_diffusion(request.options), self._choice(request, prefix),

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_nld.speculator.speculator import Speculator
-from vllm_nld.speculator.verify import NLDRejectionSampler, verify
+from vllm_nld.speculator.verify import NLDRejectionSampler, NLDSampler, verify
 from vllm_nld.vllm_glue import second_runner
 
 
@@ -39,9 +39,16 @@ class NLDModelState(DefaultModelState):  # type: ignore[misc]
         if self._speculator is not None:
             self._speculator.add_request(req_index, new_req_data)
 
+    def apply_staged_writes(self) -> None:
+        """Bring what new requests ask for to the device, before the step that they are in."""
+        super().apply_staged_writes()
+        if self._speculator is not None:
+            self._speculator.take_in_requests()
+
     def custom_sampler(self, sampler: Any) -> Any:
-        """Return vLLM's sampler and this extension's rejection sampler."""
+        """Return this extension's sampler and rejection sampler, in place of vLLM's."""
         if self._speculator is None:
             return None
+        sampler = NLDSampler(sampler, self._speculator)
         verifier = NLDRejectionSampler(sampler, self.vllm_config.speculative_config, self.device, self._speculator)
         return sampler, verifier

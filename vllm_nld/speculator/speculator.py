@@ -207,6 +207,12 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             prompt = len(new.prompt_token_ids or ())
             self.diffusion.add(index, Diffusing(new.req_id, params, options, prompt))
 
+    def take_in_requests(self) -> None:
+        """Bring what new requests ask for to the device; drafts of earlier ones with their indices count no more."""
+        new = self.table.upload()
+        if new and self._buffers is not None:
+            self._buffers.valid.index_fill_(0, to_device(np.array(new), self.device), 0)
+
     @functools.cached_property
     def diffusion(self) -> Diffusion:
         """What fills diffusion blocks; made for the first request that has any."""
@@ -307,11 +313,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         padded = graphs.slots_for(used) if graphs is not None and used else None
         if padded is not None:
             slot_length = self.block_length  # a shorter block takes the first drafts of a whole one
-        slot_of_row = np.where(drafting, np.cumsum(drafting) - 1, -1).astype(np.int32)
-        self.table.upload_changes()
-        self.buffers.fill(
-            to_device(slot_of_row, self.device), step, self.table.on_device, used, padded or used, slot_length
-        )
+        slots = self.buffers.slot_of_row(drafting)
+        self.buffers.fill(slots, step, self.table.on_device, used, padded or used, slot_length)
         if graphs is not None and padded is not None:
             self.forwards += 1
             graphs.replay(padded)

@@ -21,7 +21,8 @@ class RequestTable:
         lengths: int32, tokens of the next block, seed included; 1: nothing is drafted.
         kinds: int32, how drafts are verified (:mod:`vllm_nld.speculator.kernels`).
         adapters: int32, whether drafts run with the draft adapter.
-        drawn: bool, on the host only: whether drafts are drawn, by the request's temperature.
+        random: bool, on the host only: whether its tokens are drawn, by its temperature; else they are the best ones.
+        drawn: bool, on the host only: whether drafts are drawn, too.
         auto: bool, on the host only: whether it is in auto mode, which drafts where that pays.
         offered: bool, on the host only: whether the device may still count drafts of the last step as valid.
 
@@ -37,10 +38,11 @@ class RequestTable:
 
         self._traits, self._rejects = traits, rejects
         self._tables = [UvaBackedTensor(requests, dtype=torch.int32) for _ in range(3)]
+        self.random: Numbers = np.zeros(requests, dtype=bool)
         self.drawn: Numbers = np.zeros(requests, dtype=bool)
         self.auto: Numbers = np.zeros(requests, dtype=bool)
         self.offered: Numbers = np.zeros(requests, dtype=bool)
-        self._changed = False
+        self._new: list[int] = []
         self._lengths.np.fill(1)
         self._kinds.np.fill(EXACT)
         self.upload()
@@ -60,8 +62,10 @@ class RequestTable:
         self._kinds.np[index] = self._kind(options, params)
         self._tables[2].np[index] = options.draft_adapter
         self.auto[index] = options.mode == "auto"
-        self.drawn[index] = params.temperature > 0 and options.sampled_drafts
-        self._changed = True
+        self.random[index] = params.temperature > 0
+        self.drawn[index] = self.random[index] and options.sampled_drafts
+        self.offered[index] = False
+        self._new.append(index)
         return options
 
     def _kind(self, options: NLDOptions, params: Any) -> int:
@@ -82,16 +86,12 @@ class RequestTable:
         mask: Numbers = self._kinds.np[indices] == COMMIT
         return mask
 
-    def upload(self) -> None:
-        """Bring the tables to the device, without waiting for it."""
+    def upload(self) -> list[int]:
+        """Bring the tables to the device, without waiting for it; return the requests added since the last time."""
         for table in self._tables:
             table.copy_to_uva()
-        self._changed = False
-
-    def upload_changes(self) -> None:
-        """Bring changes to the device, if there are any."""
-        if self._changed:
-            self.upload()
+        new, self._new = self._new, []
+        return new
 
     def drafts(self, indices: Numbers, auto_drafts: bool) -> Numbers:
         """Return bool per request: whether it drafts, by self-speculation, or in auto mode if ``auto_drafts``."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_nld.speculator import kernels
@@ -22,6 +23,42 @@ from vllm_nld.vllm_glue import second_runner
 
 _in_charge: list[NLDRejectionSampler] = []
 """The sampler whose step is being verified: vLLM does not pass it to the function that calls :func:`verify`."""
+
+
+class NLDSampler(Sampler):  # type: ignore[misc]
+    """vLLM's, for steps without drafts: also there, rows of diffusion get the next token of their block.
+
+    Such steps have more requests than places for drafts.
+
+    Args:
+        sampler: vLLM's, whose state is shared.
+        speculator: the engine's.
+    """
+
+    def __init__(self, sampler: Sampler, speculator: Speculator) -> None:
+        self.__dict__.update(vars(sampler))
+        self.speculator = speculator
+        self._indices: Any = None
+
+    def __call__(self, logits: Tensor, input_batch: Any) -> Any:
+        """Sample a token for every row, as vLLM does."""
+        self._indices = input_batch.idx_mapping_np
+        return super().__call__(logits, input_batch)
+
+    def sample(self, logits: Tensor, requests: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Return each row's token, int64 ``[rows]``, and the logits that it was drawn from.
+
+        Args:
+            logits: ``[rows, vocab]``.
+            requests: int64 ``[rows]``, each row's request.
+            others: vLLM's, as ``named``.
+        """
+        sampled, processed = super().sample(logits, requests, *others, **named)
+        table = self.speculator.table
+        if table.denoises(self._indices).any():
+            is_next = (table.on_device[1][requests] == kernels.COMMIT) & (self.speculator.buffers.valid[requests] > 0)
+            sampled = torch.where(is_next, self.speculator.last_drafts[requests, 0], sampled)
+        return sampled, processed
 
 
 class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
@@ -63,8 +100,24 @@ class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
         else:
             sampled = given["draft_sampled"].new_empty(rows, given["num_speculative_steps"] + 1, dtype=torch.int64)
             counts = given["cu_num_logits"].new_empty(rows)
-        targets = second_runner.draw(
-            given["target_logits"],
+        targets = self._targets(given)
+        handed = self.speculator.last_drafts
+        kernels.accept_kernel[(rows,)](
+            sampled, sampled.stride(0), counts, given["draft_sampled"], targets, given["cu_num_logits"],
+            given["idx_mapping"], table.on_device[1], valid, handed, handed.stride(0), EVERY=not rejections,
+        )  # fmt: skip
+        return sampled, counts
+
+    def _targets(self, given: dict[str, Any]) -> Tensor:
+        """Return the verifier's own tokens, int64 ``[logits]``; where all are the best ones, by one kernel, not three.
+
+        Equal logits fall to the lowest token in either way.
+        """
+        logits: Tensor = given["target_logits"]
+        if not self.speculator.table.random[self._indices].any():
+            return logits.argmax(-1)
+        return second_runner.draw(
+            logits,
             given["expanded_idx_mapping"],
             given["temperature"],
             given["seed"],
@@ -72,12 +125,6 @@ class NLDRejectionSampler(RejectionSampler):  # type: ignore[misc]
             tempered=True,
             fp64=self.sampler.use_fp64_gumbel,
         )
-        handed = self.speculator.last_drafts
-        kernels.accept_kernel[(rows,)](
-            sampled, sampled.stride(0), counts, given["draft_sampled"], targets, given["cu_num_logits"],
-            given["idx_mapping"], table.on_device[1], valid, handed, handed.stride(0), EVERY=not rejections,
-        )  # fmt: skip
-        return sampled, counts
 
 
 def verify(original: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> Any:

@@ -6,10 +6,11 @@ import statistics
 
 from gpu_check.check import Check
 from gpu_check.serving import core, plain, runner
+from gpu_check.steps.forwards import profile_steps
 
 
 def run(check: Check) -> None:
-    """Time its decode steps, and convert the measured cycles to these."""
+    """Time its decode steps, convert the measured cycles to these, and see when the device waits for the host."""
     from vllm_nld.cli.bench_cycle import time_decoding
 
     llm, sizes = plain(check), check.sizes
@@ -27,3 +28,4 @@ def run(check: Check) -> None:
         second = check.earlier(cycles.replace("cycle", "second"), "cycle", requests=count)
         if second is not None:
             check.figure("cycle on the second runner in AR steps", second * 1e-3 / step, requests=count)
+    profile_steps(check, llm, lambda: None)

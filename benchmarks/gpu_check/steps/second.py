@@ -7,7 +7,7 @@ from typing import Any
 
 from gpu_check.check import Check
 from gpu_check.serving import core, runner, second
-from gpu_check.steps.forwards import CALLS, Profiled
+from gpu_check.steps.forwards import profile_steps
 
 
 def run(check: Check) -> None:
@@ -31,7 +31,7 @@ def run(check: Check) -> None:
         if first is not None:
             check.figure("cycle in cycles of the first runner", cycle * 1e3 / first, requests=count)
     _texts(check, llm)
-    _profile(check, llm)
+    profile_steps(check, llm, lambda: None, sizes.drafts)
 
 
 def _texts(check: Check, llm: Any) -> None:
@@ -49,21 +49,3 @@ def _texts(check: Check, llm: Any) -> None:
         texts.append([list(output.outputs[0].token_ids) for output in outputs])
     same = sum(own == other for own, other in zip(*texts, strict=True))
     check.figure("texts that agree with AR", f"{same} of {len(prompts)}")
-
-
-def _profile(check: Check, llm: Any) -> None:
-    """Count launches and waits per cycle; the device is not waited for, which would end what is asynchronous."""
-    from torch.profiler import ProfilerActivity, profile
-
-    from vllm_nld.cli.bench_cycle import time_decoding
-
-    cycles = 20 if not check.dry else 3
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if check.device == "cuda" else [])]
-    watch = Profiled(lambda: profile(activities=activities), lambda: None)
-    count = len(time_decoding(llm, 1, check.sizes.prompt_tokens, cycles, check.sizes.drafts, watch))
-    check.synchronize()
-    calls, busy, lasted = watch.finish()
-    for name, beginnings in CALLS.items():
-        check.figure(name, sum(n for call, n in calls.items() if call.startswith(beginnings)) / count, "a cycle")
-    check.figure("device busy", busy / count * 1e3, "ms a cycle")
-    check.figure("idle share", 1 - busy / lasted)
