@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.checkpoints.headers import expected_image_tensors
+from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
 from vllm_nld.reference import ReferenceModel
 
 
@@ -69,4 +70,31 @@ def save(model: ReferenceModel, folder: Path) -> Path:
     # Parameters, not the state dict: that has tied weights twice.
     save_file({k: v.detach().contiguous() for k, v in model.named_parameters()}, folder / "model.safetensors")
     model.config.save_pretrained(folder)
+    return folder
+
+
+def small_vlm_config(**overrides: Any) -> NemotronLabsDiffusionVLMConfig:
+    """The text model of :func:`small_config`, with a two-layer tower for images of at most 8 by 8 cells."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 224,
+    }
+    text = small_config(architectures=["NemotronLabsDiffusionVLMModel"]).to_dict()
+    return NemotronLabsDiffusionVLMConfig(**(text | {"vision_config": vision} | overrides))
+
+
+def save_vlm(config: NemotronLabsDiffusionVLMConfig, folder: Path, seed: int = 0) -> Path:
+    """Write a random model that reads images, in the released layout; pictures change its text."""
+    save(random_model(config.text_config, seed), folder)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(folder / "model.safetensors")
+    for name, shape in expected_image_tensors(config).items():
+        random = torch.randn(shape, generator=generator)
+        fan_in = random[0].numel()
+        tensors[name] = 1 + 0.2 * random if len(shape) == 1 else 1.6 * fan_in**-0.5 * random
+    save_file(tensors, folder / "model.safetensors")
+    config.save_pretrained(folder)
     return folder

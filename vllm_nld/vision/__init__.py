@@ -1,0 +1,1 @@
+"""Images: what they become before the network, and the network that reads them."""
