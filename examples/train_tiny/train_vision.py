@@ -22,13 +22,16 @@ from torch import Tensor
 from tqdm import tqdm
 from vision_checkpoint import EOS, export, normalized, prompt_ids, tiny_vlm_config, train_tokenizer
 from vision_objective import Pictures, ar_loss, joint_loss
-from vision_scenes import QUESTIONS, SIZES, Scene, draw_scene, render
+from vision_scenes import LONG, SHORT, SIZES, Scene, draw_scene, render
 
 from vllm_nld.reference.vision_language import ReferenceVLM
 
+NAMES = {"short": SHORT, "long": LONG}
 DIFFUSION_WEIGHT = 0.5
 SHARES = {(56, 56): 0.6, (84, 56): 0.12, (56, 84): 0.12, (84, 84): 0.08, (112, 84): 0.08}
 """Of the sizes: small pictures are cheap."""
+HELD_OUT_PICTURES = 100
+"""Captioned whenever the state is saved."""
 
 
 class Gallery:
@@ -39,12 +42,12 @@ class Gallery:
         pixels: by size, uint8 ``[pictures, height, width, 3]``.
     """
 
-    def __init__(self, pictures: int, seed: int) -> None:
+    def __init__(self, pictures: int, seed: int, held_out: bool = False) -> None:
         rng = random.Random(seed)
         self.scenes: dict[tuple[int, int], list[Scene]] = {}
         self.pixels: dict[tuple[int, int], np.ndarray] = {}
         for size in SIZES:
-            self.scenes[size] = [draw_scene(rng, held_out=False) for _ in range(int(SHARES[size] * pictures))]
+            self.scenes[size] = [draw_scene(rng, held_out) for _ in range(int(SHARES[size] * pictures))]
             self.pixels[size] = np.stack([np.asarray(render(scene, size, rng)) for scene in self.scenes[size]])
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[tuple[int, int], list[Scene], Tensor]:
@@ -99,7 +102,7 @@ def training_step(
     # A block reaches beyond a short answer's end, by an unknown number of tokens.
     longer = int(torch.randint(model.config.block_size, (), generator=generator)) if step >= args.ar_steps else 0
     losses, total = {}, torch.zeros(())
-    for question, name in zip(QUESTIONS, ("short", "long"), strict=True):
+    for name, question in NAMES.items():
         batch = answered(question, size, scenes, features, tokenizer, longer)
         if step < args.ar_steps:
             losses[f"{name}_ar"] = ar_loss(model, batch)
@@ -107,8 +110,26 @@ def training_step(
             losses[f"{name}_ar"], losses[f"{name}_diffusion"] = joint_loss(model, batch, generator)
             total = total + DIFFUSION_WEIGHT * losses[f"{name}_diffusion"]
         total = total + losses[f"{name}_ar"]
-    (total / len(QUESTIONS)).backward()
+    (total / len(NAMES)).backward()
     return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def captioned_right(model: ReferenceVLM, gallery: Gallery, tokenizer: Tokenizer) -> dict[str, float]:
+    """Return the share of a gallery's pictures whose greedy AR caption is exactly right, for each question.
+
+    Greedy text is the answer if every token of the answer is the most probable one after those before it.
+    """
+    right = dict.fromkeys(NAMES, 0)
+    for size, scenes in gallery.scenes.items():
+        features = model.image_features(normalized(gallery.pixels[size]))
+        for name, question in NAMES.items():
+            batch = answered(question, size, scenes, features, tokenizer, 0)
+            embedded = model.embed_features(batch.ids, features.flatten(0, 1))
+            best = model.causal(batch.ids, None, embedded)[:, batch.start - 1 : -1].argmax(-1)
+            right[name] += int(((best == batch.ids[:, batch.start :]) | batch.ended[:, batch.start :]).all(1).sum())
+    pictures = sum(map(len, gallery.scenes.values()))
+    return {f"{name}_right": count / pictures for name, count in right.items()}
 
 
 def save_state(path: Path, step: int, model: ReferenceVLM, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -148,7 +169,7 @@ def main() -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step = state["step"]
-    gallery = Gallery(args.pictures, args.seed)
+    gallery, held_out = Gallery(args.pictures, args.seed), Gallery(HELD_OUT_PICTURES, args.seed + 1, held_out=True)
     bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=20)
     with (args.output / "log.jsonl").open("a") as log:
         while step < args.steps:
@@ -161,12 +182,14 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            log.write(json.dumps({"step": step, "cpu_seconds": time.process_time() - started, **losses}) + "\n")
+            entry = {"step": step, "cpu_seconds": time.process_time() - started, **losses}
+            if step % args.save_every == 0 or step == args.steps:
+                save_state(state_file, step, model, optimizers)
+                entry |= captioned_right(model, held_out, tokenizer)
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
             bar.update()
-            if step % args.save_every == 0 or step == args.steps:
-                log.flush()
-                save_state(state_file, step, model, optimizers)
     export(model, tokenizer, args.output / "checkpoint")
 
 
