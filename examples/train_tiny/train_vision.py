@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from corpus import EOS_ID
 from muon import Muon
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
-from vision_checkpoint import EOS, export, normalized, prompt_ids, tiny_vlm_config, train_tokenizer
+from vision_checkpoint import export_vlm, normalized, prompt_ids, tiny_vlm_config, train_tokenizer
 from vision_objective import Pictures, ar_loss, joint_loss
 from vision_scenes import LONG, SHORT, SIZES, Scene, draw_scene, render
 
@@ -65,8 +66,8 @@ def answered(
     tokens = [encoded.ids for encoded in tokenizer.encode_batch(answers, add_special_tokens=False)]
     prompt = prompt_ids(tokenizer, question, *size)
     length = max(map(len, tokens)) + 1 + longer
-    ids = torch.tensor([prompt + answer + [EOS] * (length - len(answer)) for answer in tokens])
-    return Pictures(features, ids, len(prompt), EOS)
+    ids = torch.tensor([prompt + answer + [EOS_ID] * (length - len(answer)) for answer in tokens])
+    return Pictures(features, ids, len(prompt), EOS_ID)
 
 
 def initialize(model: ReferenceVLM) -> None:
@@ -190,7 +191,7 @@ def main() -> None:
             log.flush()
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
             bar.update()
-    export(model, tokenizer, args.output / "checkpoint")
+    export_vlm(model, tokenizer, args.output / "checkpoint")
 
 
 if __name__ == "__main__":

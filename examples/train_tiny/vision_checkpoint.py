@@ -5,33 +5,23 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import corpus
+import export
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from vision_scenes import QUESTIONS, draw_scene
 
 from vllm_nld.config import NemotronLabsDiffusionVLMConfig
 from vllm_nld.names import VLM_ARCHITECTURE
-from vllm_nld.reference import ReferenceModel
+from vllm_nld.reference import ReferenceVLM
 from vllm_nld.vision.images import DEVIATION, MAX_IMAGE_SIZE, MEAN, grid_of, tokens_of
 
-SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", *(f"<special_{i}>" for i in range(3, 10))]
-SPECIAL_TOKENS += [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<think>",
-    "</think>",
-    "<mask>",
-    "<pad>",
-    "<special_16>",
-    "<special_17>",
-]
-# The released models' ids, as those of the turn markers: 18 to 21.
-SPECIAL_TOKENS += ["<|image_start|>", "<|image_pad|>", "<|image_break|>", "<|image_end|>"]
-BOS, EOS, MASK, PAD = 1, 11, 14, 15
-IMAGE_TOKENS = 18, 19, 20, 21
+IMAGE_TOKENS = ("<|image_start|>", "<|image_pad|>", "<|image_break|>", "<|image_end|>")
+IMAGE_IDS = 18, 19, 20, 21
+"""The released model's, as the ids of the turn markers are."""
+SPECIAL_TOKENS = [*corpus.SPECIAL_TOKENS, "<special_16>", "<special_17>", *IMAGE_TOKENS]
 CELL = 28
 
 CHAT_TEMPLATE = """\
@@ -76,10 +66,10 @@ def tiny_vlm_config(vocab_size: int) -> NemotronLabsDiffusionVLMConfig:
             "llama_4_scaling_beta": 0.1,
         },
         block_size=16,
-        mask_token_id=MASK,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
+        mask_token_id=corpus.MASK_ID,
+        bos_token_id=corpus.BOS_ID,
+        eos_token_id=corpus.EOS_ID,
+        pad_token_id=corpus.PAD_ID,
         dtype="bfloat16",
         vision_config={
             "hidden_size": 96,
@@ -119,7 +109,7 @@ def prompt_ids(tokenizer: Tokenizer, question: str, width: int, height: int) -> 
 
     Width and height are in pixels.
     """
-    image = tokens_of(grid_of(width, height, MAX_IMAGE_SIZE, CELL), IMAGE_TOKENS)
+    image = tokens_of(grid_of(width, height, MAX_IMAGE_SIZE, CELL), IMAGE_IDS)
     before = tokenizer.encode("<|im_start|>user\n", add_special_tokens=False)
     after = tokenizer.encode(f"{question}<|im_end|>\n<|im_start|>assistant\n<think></think>", add_special_tokens=False)
     return [*before.ids, *image, *after.ids]
@@ -134,10 +124,6 @@ def normalized(pixels: np.ndarray) -> Tensor:
     return scaled.permute(0, 3, 1, 2).contiguous()
 
 
-def export(model: ReferenceModel, tokenizer: Tokenizer, folder: Path) -> None:
+def export_vlm(model: ReferenceVLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write config, weights (bfloat16), tokenizer and chat template to ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(torch.bfloat16).cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    export.export(model, tokenizer, folder, CHAT_TEMPLATE, (*export.SPECIAL_TOKENS, *IMAGE_TOKENS))

@@ -58,22 +58,36 @@ def joint_loss(model: ReferenceVLM, batch: Pictures, generator: torch.Generator)
     shift = int(torch.randint(2 * block_length, (), generator=generator))
     first_block = batch.start + (shift if shift < block_length else 0)
     masked, probability = _draw_masks(rows, batch.start, length, first_block, block_length, generator)
-    embedded = model.embed_features(batch.ids, batch.features.flatten(0, 1))
-    noisy = torch.where(masked, model.config.mask_token_id, batch.ids[:, batch.start :])
-    positions = torch.arange(length)
-    hidden = model.hidden(
-        torch.cat((noisy, batch.ids), dim=1),
-        torch.cat((positions[batch.start :], positions)),
-        dual_stream_mask(length, block_length, batch.ids.device, batch.start, first_block),
-        embedded=torch.cat((model.encoder.embed_tokens(noisy), embedded), dim=1),
-    )
-    noisy_hidden, clean_hidden = hidden.split((length - batch.start, length), dim=1)
+    noisy_hidden, clean_hidden = dual_stream(model, batch, masked, first_block)
     logits = model.diffusion_head(noisy_hidden[masked]).float()
     losses = F.cross_entropy(logits, batch.ids[:, batch.start :][masked], reduction="none")
     # One row's many masks must not outweigh another's few: each counts by 1 / its probability.
     weights = (1 / probability.clamp(min=0.1)).expand_as(masked)[masked]
     diffusion = (losses * weights).sum() / masked.numel()
     return _next_token_loss(model, clean_hidden, batch), diffusion
+
+
+def dual_stream(model: ReferenceVLM, batch: Pictures, masked: Tensor, first_block: int) -> tuple[Tensor, Tensor]:
+    """Return hidden states of the noisy answers and of all that is clean, ``[pictures, tokens, hidden]``.
+
+    Args:
+        model: of which one forward runs.
+        batch: the clean stream.
+        masked: bool ``[pictures, length - start]``, which tokens of the answers the noisy stream hides.
+        first_block: position at which a block begins.
+    """
+    length = batch.ids.shape[1]
+    embedded = model.embed_features(batch.ids, batch.features.flatten(0, 1))
+    noisy = torch.where(masked, model.config.mask_token_id, batch.ids[:, batch.start :])
+    positions = torch.arange(length)
+    hidden = model.hidden(
+        torch.cat((noisy, batch.ids), dim=1),
+        torch.cat((positions[batch.start :], positions)),
+        dual_stream_mask(length, model.config.block_size, batch.ids.device, batch.start, first_block),
+        embedded=torch.cat((model.embed(noisy), embedded), dim=1),
+    )
+    noisy_hidden, clean_hidden = hidden.split((length - batch.start, length), dim=1)
+    return noisy_hidden, clean_hidden
 
 
 def _draw_masks(
