@@ -31,25 +31,39 @@ NAMES = {"short": SHORT, "long": LONG}
 DIFFUSION_WEIGHT = 0.5
 SHARES = {(56, 56): 0.6, (84, 56): 0.12, (56, 84): 0.12, (84, 84): 0.08, (112, 84): 0.08}
 """Of the sizes: small pictures are cheap."""
+DIGIT_WEIGHT = 6.0
+"""In the AR loss: digits are the hardest to see, and one token of many."""
 HELD_OUT_PICTURES = 100
 """Captioned whenever the state is saved."""
 
 
 class Gallery:
-    """Rendered pictures, made once and kept in memory, by size.
+    """Rendered pictures by size, in memory.
+
+    Args:
+        pictures: how many, of all sizes together.
+        seed: of what they show and of how they are rendered.
+        held_out: show the held-out combinations, instead of all others.
+        file: ``.npz`` in which the pictures are kept, so that a resumed run need not render again; None: nowhere.
 
     Attributes:
         scenes: by size, what each picture shows.
         pixels: by size, uint8 ``[pictures, height, width, 3]``.
     """
 
-    def __init__(self, pictures: int, seed: int, held_out: bool = False) -> None:
+    def __init__(self, pictures: int, seed: int, held_out: bool = False, file: Path | None = None) -> None:
         rng = random.Random(seed)
-        self.scenes: dict[tuple[int, int], list[Scene]] = {}
-        self.pixels: dict[tuple[int, int], np.ndarray] = {}
-        for size in SIZES:
-            self.scenes[size] = [draw_scene(rng, held_out) for _ in range(int(SHARES[size] * pictures))]
-            self.pixels[size] = np.stack([np.asarray(render(scene, size, rng)) for scene in self.scenes[size]])
+        self.scenes = {size: [draw_scene(rng, held_out) for _ in range(int(SHARES[size] * pictures))] for size in SIZES}
+        if file is None or not file.is_file():
+            self.pixels = {size: self._rendered(size, rng) for size in SIZES}
+            if file is not None:
+                np.savez(file, **{f"{width}x{height}": self.pixels[width, height] for width, height in SIZES})
+        else:
+            kept = np.load(file)
+            self.pixels = {(width, height): kept[f"{width}x{height}"] for width, height in SIZES}
+
+    def _rendered(self, size: tuple[int, int], rng: random.Random) -> np.ndarray:
+        return np.stack([np.asarray(render(scene, size, rng)) for scene in self.scenes[size]])
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[tuple[int, int], list[Scene], Tensor]:
         """Return random pictures of one random size: the size, what they show, and their normalized pixels."""
@@ -67,7 +81,9 @@ def answered(
     prompt = prompt_ids(tokenizer, question, *size)
     length = max(map(len, tokens)) + 1 + longer
     ids = torch.tensor([prompt + answer + [EOS_ID] * (length - len(answer)) for answer in tokens])
-    return Pictures(features, ids, len(prompt), EOS_ID)
+    weights = torch.ones(tokenizer.get_vocab_size())
+    weights[[tokenizer.token_to_id(f"\u0120{digit}") for digit in range(10)]] = DIGIT_WEIGHT
+    return Pictures(features, ids, weights, len(prompt), EOS_ID)
 
 
 def initialize(model: ReferenceVLM) -> None:
@@ -148,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ar-steps", type=int, default=800, help="steps of the AR-only stage")
     parser.add_argument("--steps", type=int, default=2400, help="all steps")
     parser.add_argument("--batch", type=int, default=24, help="pictures per step")
-    parser.add_argument("--pictures", type=int, default=20_000, help="rendered for training")
+    parser.add_argument("--pictures", type=int, default=8_000, help="rendered for training")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=50, help="steps between saves")
@@ -170,7 +186,8 @@ def main() -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step = state["step"]
-    gallery, held_out = Gallery(args.pictures, args.seed), Gallery(HELD_OUT_PICTURES, args.seed + 1, held_out=True)
+    gallery = Gallery(args.pictures, args.seed, file=args.output / f"pictures_{args.pictures}_{args.seed}.npz")
+    held_out = Gallery(HELD_OUT_PICTURES, args.seed + 1, held_out=True)
     bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=20)
     with (args.output / "log.jsonl").open("a") as log:
         while step < args.steps:

@@ -22,12 +22,14 @@ class Pictures:
     Attributes:
         features: the embeddings of their cells, ``[pictures, cells, hidden]``.
         ids: int64 ``[pictures, length]``: prompt, answer, and its end token until all rows are equally long.
+        weights: of the tokens in the AR loss, ``[vocab]``.
         start: position of the answer's first token, the same in all rows.
         end_token: ends an answer.
     """
 
     features: Tensor
     ids: Tensor
+    weights: Tensor
     start: int
     end_token: int
 
@@ -104,7 +106,7 @@ def _draw_masks(
 
 
 def _next_token_loss(model: ReferenceVLM, hidden: Tensor, batch: Pictures) -> Tensor:
-    """Mean over the answers with their end tokens, but not what is after them."""
+    """Weighted mean over the answers with their end tokens, but not what is after them."""
     counted = ~batch.ended[:, batch.start :]
     logits = model.diffusion_head(hidden[:, batch.start - 1 : -1][counted]).float()
-    return F.cross_entropy(logits, batch.ids[:, batch.start :][counted])
+    return F.cross_entropy(logits, batch.ids[:, batch.start :][counted], batch.weights)

@@ -91,13 +91,14 @@ def render(scene: Scene, size: tuple[int, int], rng: random.Random) -> Image.Ima
     pen = ImageDraw.Draw(picture)
     for index, corner in enumerate(scene.corners):
         width, height = (side * scale / 2 for side in size)
-        radius = min(width, height) * rng.uniform(0.30, 0.42)
+        is_digit = index == scene.count
+        radius = min(width, height) * (rng.uniform(0.36, 0.44) if is_digit else rng.uniform(0.30, 0.42))
         x = (corner % 2) * width + rng.uniform(radius, width - radius)
         y = (corner // 2) * height + rng.uniform(radius, height - radius)
-        if index == scene.count:
+        if is_digit:
             dark = rng.randint(0, 60)
             font = ImageFont.load_default(size=2.4 * radius)
-            pen.text((x, y), str(scene.digit), fill=(dark, dark, dark), font=font, anchor="mm")
+            pen.text((x, y), str(scene.digit), (dark,) * 3, font, anchor="mm", stroke_width=scale // 2)
         else:
             color = tuple(min(255, max(0, part + rng.randint(-12, 12))) for part in COLORS[scene.color])
             _draw_shape(pen, scene.shape, x, y, radius, color)
