@@ -65,7 +65,7 @@ def draw_pictures(folder: Path, file: Path) -> None:
         ids = ar_generate(model, prompt, MOST_TOKENS, images=[pixels]).ids[len(prompt) :]
         caption = tokenizer.decode(ids)
         axes.imshow(np.asarray(picture), extent=(0, picture.width, picture.height, 0))
-        axes.set(xlim=(0, 112), ylim=(84, 0))
+        axes.set(xlim=(0, 84), ylim=(84, 0))
         axes.set_title(caption, fontsize=8, color="black" if caption == scene.short() else "red")
         axes.axis("off")
     figure.tight_layout()

@@ -20,8 +20,10 @@ SHAPES = ("circle", "square", "triangle", "star")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 SHORT, LONG = "What is in the picture?", "Describe the picture."
 QUESTIONS = (SHORT, LONG)
-SIZES = ((56, 56), (84, 56), (56, 84), (84, 84), (112, 84))
-"""Width and height in pixels, multiples of 28, so that nothing is resized."""
+SIZES = ((56, 56), (84, 56), (56, 84), (84, 84))
+"""Width and height in pixels, multiples of 28, so that nothing is resized. Objects are as large in all of them."""
+OBJECT = 14
+"""Half the side of the square that an object fits in, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def render(scene: Scene, size: tuple[int, int], rng: random.Random) -> Image.Ima
     for index, corner in enumerate(scene.corners):
         width, height = (side * scale / 2 for side in size)
         is_digit = index == scene.count
-        radius = min(width, height) * (rng.uniform(0.36, 0.44) if is_digit else rng.uniform(0.30, 0.42))
+        radius = OBJECT * scale * (rng.uniform(0.72, 0.88) if is_digit else rng.uniform(0.60, 0.84))
         x = (corner % 2) * width + rng.uniform(radius, width - radius)
         y = (corner // 2) * height + rng.uniform(radius, height - radius)
         if is_digit:

@@ -97,8 +97,8 @@ def test_the_chat_template_writes_the_prompts_of_training(kind: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     start, *_ = image_ids = trained().config.image_token_ids
     where = ids.index(start)
-    ids[where : where + 1] = tokens_of(grid_of(112, 84, MAX_IMAGE_SIZE, 28), image_ids)
-    assert ids == prompt_ids(TOKENIZER, SHORT, 112, 84)
+    ids[where : where + 1] = tokens_of(grid_of(84, 56, MAX_IMAGE_SIZE, 28), image_ids)
+    assert ids == prompt_ids(TOKENIZER, SHORT, 84, 56)
 
 
 def test_text_messages_are_accepted_by_the_chat_template() -> None:
