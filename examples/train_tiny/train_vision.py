@@ -112,22 +112,21 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def training_step(
     model: ReferenceVLM, gallery: Gallery, tokenizer: Tokenizer, step: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Accumulate the gradients of both questions about the same pictures; returns mean losses in nats a token."""
+    """Accumulate the gradients of a batch with one of the questions, in turn; returns mean losses in nats a token."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    name, question = list(NAMES.items())[step % len(NAMES)]
     size, scenes, pixels = gallery.draw(args.batch, generator)
-    features = model.image_features(pixels)
     # A block reaches beyond a short answer's end, by an unknown number of tokens.
     longer = int(torch.randint(model.config.block_size, (), generator=generator)) if step >= args.ar_steps else 0
-    losses, total = {}, torch.zeros(())
-    for name, question in NAMES.items():
-        batch = answered(question, size, scenes, features, tokenizer, longer)
-        if step < args.ar_steps:
-            losses[f"{name}_ar"] = ar_loss(model, batch)
-        else:
-            losses[f"{name}_ar"], losses[f"{name}_diffusion"] = joint_loss(model, batch, generator)
-            total = total + DIFFUSION_WEIGHT * losses[f"{name}_diffusion"]
-        total = total + losses[f"{name}_ar"]
-    (total / len(NAMES)).backward()
+    batch = answered(question, size, scenes, model.image_features(pixels), tokenizer, longer)
+    if step < args.ar_steps:
+        ar = total = ar_loss(model, batch)
+        losses = {f"{name}_ar": ar}
+    else:
+        ar, diffusion = joint_loss(model, batch, generator)
+        total = ar + DIFFUSION_WEIGHT * diffusion
+        losses = {f"{name}_ar": ar, f"{name}_diffusion": diffusion}
+    total.backward()
     return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
