@@ -2,8 +2,7 @@
 
 python examples/train_tiny/evaluate_vision.py vllm_nld/checkpoints/tiny_vlm
 
-Prints one JSON object. Tokens per forward are counted as in the paper: NFE without the prefill. Pictures are rendered
-at sizes of whole cells, as in training; ``--any-size`` renders them at other sizes, which are then resized to cells.
+Prints one JSON object. Tokens per forward are counted as in the paper: NFE without the prefill.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
-from vision_checkpoint import CELL, prompt_ids
+from vision_checkpoint import prompt_ids
 from vision_scenes import LONG, SHORT, SIZES, Scene, draw_scene, render
 
 from vllm_nld.reference import ReferenceVLM, ar_generate, generate, linear_spec_generate, load_reference
@@ -69,15 +68,13 @@ class Tally:
         return found | ({"acceptance_length": (self.tokens - pictures) / self.cycles} if self.cycles else {})
 
 
-def pictures(count: int, seed: int, any_size: bool) -> list[tuple[Scene, Image.Image]]:
+def pictures(count: int, seed: int) -> list[tuple[Scene, Image.Image]]:
     """Return held-out scenes with their pictures; each size is taken in turn."""
     rng = random.Random(seed)
     found = []
     for index in range(count):
         scene = draw_scene(rng, held_out=True)
         size = SIZES[index % len(SIZES)]
-        if any_size:
-            size = (size[0] - rng.randint(1, CELL // 4), size[1] - rng.randint(1, CELL // 4))
         found.append((scene, render(scene, size, rng)))
     return found
 
@@ -102,14 +99,13 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--any-size", action="store_true", help="sizes that are not whole cells")
     args = parser.parse_args()
     model = load_reference(args.checkpoint)
     assert isinstance(model, ReferenceVLM)
     tokenizer = Tokenizer.from_file(str(args.checkpoint / "tokenizer.json"))
     tallies = {name: {mode: Tally() for mode in ("ar", "self_speculation", "diffusion")} for name in QUESTIONS}
     wrong: list[str] = []
-    for scene, picture in tqdm(pictures(args.pictures, args.seed, args.any_size), mininterval=10):
+    for scene, picture in tqdm(pictures(args.pictures, args.seed), mininterval=10):
         pixels = torch.from_numpy(pixels_of(picture, MAX_IMAGE_SIZE, model.config.image_cell))
         for name, question in QUESTIONS.items():
             prompt = prompt_ids(tokenizer, question, picture.width, picture.height)

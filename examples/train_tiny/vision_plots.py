@@ -59,7 +59,7 @@ def draw_pictures(folder: Path, file: Path) -> None:
     model, tokenizer = load_reference(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert isinstance(model, ReferenceVLM)
     figure, grid = file_pyplot().subplots(2, SHOWN // 2, figsize=(11, 4.4))
-    for axes, (scene, picture) in zip(grid.flat, pictures(SHOWN, 3, any_size=False), strict=True):
+    for axes, (scene, picture) in zip(grid.flat, pictures(SHOWN, 3), strict=True):
         pixels = torch.from_numpy(pixels_of(picture, MAX_IMAGE_SIZE, model.config.image_cell))
         prompt = prompt_ids(tokenizer, SHORT, picture.width, picture.height)
         ids = ar_generate(model, prompt, MOST_TOKENS, images=[pixels]).ids[len(prompt) :]

@@ -1,8 +1,8 @@
 """Pictures for the tiny vision-language model: one to three equal shapes and a digit, and what to say about them.
 
-A picture has four corners; each object is in one of them, with its own size and a jittered place. A combination is a
-count, a color, a shape and a digit; one digit of each (count, color, shape) is held out: no picture of training shows
-it.
+A picture has four corners; each object is in one of them, with its own size, at a random point of the grid of patches
+(which a model this small could not do without), jittered. A combination is a count, a color, a shape and a digit; one
+digit of each (count, color, shape) is held out: no picture of training shows it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ QUESTIONS = (SHORT, LONG)
 SIZES = ((56, 56), (84, 56), (56, 84), (84, 84))
 """Width and height in pixels, multiples of 28, so that nothing is resized. Objects are as large in all of them."""
 OBJECT = 14
-"""Half the side of the square that an object fits in, in pixels."""
+"""Half the side of the square that an object fits in, in pixels; as large as a patch."""
+JITTER = 2.5
+"""Pixels by which an object's center is off the grid of patches, at most."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def render(scene: Scene, size: tuple[int, int], rng: random.Random) -> Image.Ima
         width, height = (side * scale / 2 for side in size)
         is_digit = index == scene.count
         radius = OBJECT * scale * (rng.uniform(0.72, 0.88) if is_digit else rng.uniform(0.60, 0.84))
-        x = (corner % 2) * width + rng.uniform(radius, width - radius)
-        y = (corner // 2) * height + rng.uniform(radius, height - radius)
+        x = (corner % 2) * width + _place(width / scale, radius / scale, rng) * scale
+        y = (corner // 2) * height + _place(height / scale, radius / scale, rng) * scale
         if is_digit:
             dark = rng.randint(0, 60)
             font = ImageFont.load_default(size=2.4 * radius)
@@ -105,6 +107,15 @@ def render(scene: Scene, size: tuple[int, int], rng: random.Random) -> Image.Ima
             color = tuple(min(255, max(0, part + rng.randint(-12, 12))) for part in COLORS[scene.color])
             _draw_shape(pen, scene.shape, x, y, radius, color)
     return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _place(side: float, radius: float, rng: random.Random) -> float:
+    """Return a center, in pixels from the begin of a corner with this side, at which an object fits in the corner.
+
+    Near a corner of patches: what a model learns about one place is true at all others.
+    """
+    jitter = min(JITTER, OBJECT - radius)
+    return OBJECT * rng.randint(1, int(side) // OBJECT - 1) + rng.uniform(-jitter, jitter)
 
 
 def _draw_shape(
