@@ -1,0 +1,135 @@
+"""The tiny vision-language model's configuration, tokenizer and prompts, and how it is written as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PixtralVisionConfig
+from vision_scenes import QUESTIONS, draw_scene
+
+from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.reference import ReferenceModel
+
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", *(f"<special_{i}>" for i in range(3, 10))]
+SPECIAL_TOKENS += ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<mask>", "<pad>", "<special_16>", "<special_17>"]
+# The released models' ids, as those of the turn markers: 18 to 21.
+SPECIAL_TOKENS += ["<|image_start|>", "<|image_pad|>", "<|image_break|>", "<|image_end|>"]
+BOS, EOS, MASK, PAD = 1, 11, 14, 15
+IMAGE_START, IMAGE_PAD, IMAGE_BREAK, IMAGE_END = 18, 19, 20, 21
+CELL = 28
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type in ('image', 'image_url') -%}{{ '<|image_start|>' }}
+{%- elif part.type == 'text' -%}{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think></think>' }}{%- endif -%}
+"""
+
+
+def tiny_vlm_config(vocab_size: int) -> NemotronLabsDiffusionConfig:
+    """Return the configuration: every released feature, at a size that one CPU core can train."""
+    config = NemotronLabsDiffusionConfig(
+        architectures=["NemotronLabsDiffusionVLMModel"],
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        block_size=16,
+        mask_token_id=MASK,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        dtype="bfloat16",
+    )
+    config.vision_config = PixtralVisionConfig(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_channels=3,
+        patch_size=14,
+        image_size=224,
+        hidden_act="silu",
+        rope_parameters={"rope_type": "axial", "rope_theta": 10000.0},
+    )
+    config.spatial_merge_size = 2
+    return config
+
+
+def train_tokenizer(most: int = 512) -> Tokenizer:
+    """Train a byte-level BPE tokenizer in which each word of the captions and questions is a token."""
+    rng = random.Random(0)
+    scenes = [draw_scene(rng, held_out=False) for _ in range(500)]
+    texts = [*QUESTIONS, "user\n", "assistant\n", *(scene.answer(question) for scene in scenes for question in QUESTIONS)]
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=most,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def prompt_ids(tokenizer: Tokenizer, question: str, width: int, height: int) -> list[int]:
+    """Return the prompt that the chat template and the image processor make of one picture and a question.
+
+    Width and height are in pixels, multiples of a cell's side.
+    """
+    row = [IMAGE_PAD] * (width // CELL) + [IMAGE_BREAK]
+    image = [IMAGE_START, *row * (height // CELL)]
+    image[-1] = IMAGE_END
+    before = tokenizer.encode("<|im_start|>user\n", add_special_tokens=False).ids
+    after = tokenizer.encode(f"{question}<|im_end|>\n<|im_start|>assistant\n<think></think>", add_special_tokens=False)
+    return [*before, *image, *after.ids]
+
+
+def normalized(pixels: np.ndarray) -> Tensor:
+    """Return uint8 ``[pictures, height, width, 3]`` as the tower takes them, float32 ``[pictures, 3, height, width]``."""
+    scaled = (torch.from_numpy(pixels).float() / 255 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
+    return scaled.permute(0, 3, 1, 2).contiguous()
+
+
+def export(model: ReferenceModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write config, weights (bfloat16), tokenizer and chat template to ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.to(torch.bfloat16).cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
