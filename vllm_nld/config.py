@@ -141,6 +141,11 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
         """Ids of the tokens that no text contains."""
         return (self.mask_token_id,)
 
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that stand for images in a prompt."""
+        return ()
+
     def to_dict(self) -> dict[str, Any]:
         """Return the released layout, so that a saved config can be read here and by other programs."""
         output: dict[str, Any] = super().to_dict()
