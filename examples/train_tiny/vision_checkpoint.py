@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -11,20 +10,29 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PixtralVisionConfig
 from vision_scenes import QUESTIONS, draw_scene
 
-from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.config import NemotronLabsDiffusionVLMConfig
+from vllm_nld.names import VLM_ARCHITECTURE
 from vllm_nld.reference import ReferenceModel
+from vllm_nld.vision.images import DEVIATION, MAX_IMAGE_SIZE, MEAN, grid_of, tokens_of
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", *(f"<special_{i}>" for i in range(3, 10))]
-SPECIAL_TOKENS += ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<mask>", "<pad>", "<special_16>", "<special_17>"]
+SPECIAL_TOKENS += [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<mask>",
+    "<pad>",
+    "<special_16>",
+    "<special_17>",
+]
 # The released models' ids, as those of the turn markers: 18 to 21.
 SPECIAL_TOKENS += ["<|image_start|>", "<|image_pad|>", "<|image_break|>", "<|image_end|>"]
 BOS, EOS, MASK, PAD = 1, 11, 14, 15
-IMAGE_START, IMAGE_PAD, IMAGE_BREAK, IMAGE_END = 18, 19, 20, 21
+IMAGE_TOKENS = 18, 19, 20, 21
 CELL = 28
-MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -44,10 +52,10 @@ CHAT_TEMPLATE = """\
 """
 
 
-def tiny_vlm_config(vocab_size: int) -> NemotronLabsDiffusionConfig:
+def tiny_vlm_config(vocab_size: int) -> NemotronLabsDiffusionVLMConfig:
     """Return the configuration: every released feature, at a size that one CPU core can train."""
-    config = NemotronLabsDiffusionConfig(
-        architectures=["NemotronLabsDiffusionVLMModel"],
+    return NemotronLabsDiffusionVLMConfig(
+        architectures=[VLM_ARCHITECTURE],
         vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=384,
@@ -73,27 +81,26 @@ def tiny_vlm_config(vocab_size: int) -> NemotronLabsDiffusionConfig:
         eos_token_id=EOS,
         pad_token_id=PAD,
         dtype="bfloat16",
+        vision_config={
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 224,
+        },
     )
-    config.vision_config = PixtralVisionConfig(
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_channels=3,
-        patch_size=14,
-        image_size=224,
-        hidden_act="silu",
-        rope_parameters={"rope_type": "axial", "rope_theta": 10000.0},
-    )
-    config.spatial_merge_size = 2
-    return config
 
 
 def train_tokenizer(most: int = 512) -> Tokenizer:
     """Train a byte-level BPE tokenizer in which each word of the captions and questions is a token."""
     rng = random.Random(0)
     scenes = [draw_scene(rng, held_out=False) for _ in range(500)]
-    texts = [*QUESTIONS, "user\n", "assistant\n", *(scene.answer(question) for scene in scenes for question in QUESTIONS)]
+    texts = [
+        *QUESTIONS,
+        "user\n",
+        "assistant\n",
+        *(scene.answer(question) for scene in scenes for question in QUESTIONS),
+    ]
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,20 +115,21 @@ def train_tokenizer(most: int = 512) -> Tokenizer:
 
 
 def prompt_ids(tokenizer: Tokenizer, question: str, width: int, height: int) -> list[int]:
-    """Return the prompt that the chat template and the image processor make of one picture and a question.
+    """Return the prompt that the chat template and the image processor make of a question after one picture.
 
-    Width and height are in pixels, multiples of a cell's side.
+    Width and height are in pixels.
     """
-    row = [IMAGE_PAD] * (width // CELL) + [IMAGE_BREAK]
-    image = [IMAGE_START, *row * (height // CELL)]
-    image[-1] = IMAGE_END
-    before = tokenizer.encode("<|im_start|>user\n", add_special_tokens=False).ids
+    image = tokens_of(grid_of(width, height, MAX_IMAGE_SIZE, CELL), IMAGE_TOKENS)
+    before = tokenizer.encode("<|im_start|>user\n", add_special_tokens=False)
     after = tokenizer.encode(f"{question}<|im_end|>\n<|im_start|>assistant\n<think></think>", add_special_tokens=False)
-    return [*before, *image, *after.ids]
+    return [*before.ids, *image, *after.ids]
 
 
 def normalized(pixels: np.ndarray) -> Tensor:
-    """Return uint8 ``[pictures, height, width, 3]`` as the tower takes them, float32 ``[pictures, 3, height, width]``."""
+    """Return what the tower reads, float32 ``[pictures, 3, height, width]``, of uint8 ``[pictures, height, width, 3]``.
+
+    As :func:`vllm_nld.vision.images.pixels_of` does, but without its resizing.
+    """
     scaled = (torch.from_numpy(pixels).float() / 255 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
     return scaled.permute(0, 3, 1, 2).contiguous()
 

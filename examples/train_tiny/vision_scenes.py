@@ -67,18 +67,20 @@ def is_held_out(count: int, color: int, shape: int, digit: int) -> bool:
     return (7 * count + 3 * color + 5 * shape + digit) % 10 == 0
 
 
+def combinations(held_out: bool) -> list[tuple[int, int, int, int]]:
+    """Return the held-out combinations, or all others."""
+    every = product((1, 2, 3), range(len(COLORS)), range(len(SHAPES)), range(10))
+    return [combination for combination in every if is_held_out(*combination) == held_out]
+
+
+_COMBINATIONS = {held_out: combinations(held_out) for held_out in (False, True)}
+
+
 def draw_scene(rng: random.Random, held_out: bool) -> Scene:
     """Return a random scene, of the held-out combinations or of all others."""
-    chosen = rng.choice(_COMBINATIONS[held_out])
-    count, color, shape, digit = chosen
+    count, color, shape, digit = rng.choice(_COMBINATIONS[held_out])
     places = rng.sample(range(len(CORNERS)), count + 1)
     return Scene(list(COLORS)[color], SHAPES[shape], digit, (*sorted(places[:count]), places[count]))
-
-
-_COMBINATIONS = {
-    held_out: [c for c in product((1, 2, 3), range(len(COLORS)), range(len(SHAPES)), range(10)) if is_held_out(*c) == held_out]
-    for held_out in (False, True)
-}
 
 
 def render(scene: Scene, size: tuple[int, int], rng: random.Random) -> Image.Image:
@@ -102,7 +104,9 @@ def render(scene: Scene, size: tuple[int, int], rng: random.Random) -> Image.Ima
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, color: tuple[int, ...]) -> None:
+def _draw_shape(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, color: tuple[int, ...]
+) -> None:
     if shape == "circle":
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
     elif shape == "square":

@@ -251,14 +251,18 @@ class ReferenceModel(nn.Module):
 
     With tied embeddings ``diffusion_head.weight`` is ``encoder.embed_tokens.weight``: one parameter, by that name.
 
+    Args:
+        config: of the checkpoint.
+        encoder: one with more parts; None: the text model's.
+
     Attributes:
         draft_adapter: changes only what :meth:`draft` predicts. Not one of the model's parameters.
     """
 
-    def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
+    def __init__(self, config: NemotronLabsDiffusionConfig, encoder: Encoder | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = encoder or Encoder(config)
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.diffusion_head.weight = self.encoder.embed_tokens.weight
@@ -356,8 +360,8 @@ class ReferenceModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Project ``[..., hidden]`` to float32 ``[..., vocab]``.
 
-        The mask token is excluded: it stands for "undecided" and is never an answer.
+        The mask token is excluded (it stands for "undecided" and is never an answer), and what else the config names.
         """
         logits: Tensor = self.diffusion_head(hidden).float()
-        logits[..., self.config.mask_token_id] = -torch.inf
+        logits[..., list(self.config.never_emitted)] = -torch.inf
         return logits

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_nld.config import NemotronLabsDiffusionVLMConfig
 from vllm_nld.reference.model import RMSNorm, rotate
 
 _EPS = 1e-5
@@ -32,7 +33,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         def split(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return projected.view(*projected.shape[:-1], self.heads, -1).transpose(1, 2)
 
         query, key = (rotate(split(project(x)), cos, sin) for project in (self.q_proj, self.k_proj))
         seen = F.scaled_dot_product_attention(query, key, split(self.v_proj(x)))
@@ -100,14 +101,14 @@ class VisionTower(nn.Module):
         Args:
             pixels: normalized, ``[images, channels, height, width]``; whole patches in both directions.
         """
-        patches = self.patch_conv(pixels.to(self.patch_conv.weight.dtype))
+        patches: Tensor = self.patch_conv(pixels.to(self.patch_conv.weight.dtype))
         rows, columns = patches.shape[-2:]
-        x = self.ln_pre(patches.flatten(2).transpose(1, 2))
+        x: Tensor = self.ln_pre(patches.flatten(2).transpose(1, 2))
         angles = self._angles(rows, columns).to(x.device)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.transformer.layers:
             x = layer(x, cos, sin)
-        return x.unflatten(1, (rows, columns))
+        return x.view(-1, rows, columns, x.shape[-1])
 
     def _angles(self, rows: int, columns: int) -> Tensor:
         """Return float32 ``[rows * columns, head_dim // 2]``: first those of a patch's row, then of its column.
@@ -143,7 +144,7 @@ class Projector(nn.Module):
         config: of the vision-language model.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: NemotronLabsDiffusionVLMConfig) -> None:
         super().__init__()
         seen = config.vision_config.hidden_size
         self.norm = RMSNorm(seen, config.rms_norm_eps)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vllm_nld.reference.model import ReferenceModel
+from vllm_nld.config import NemotronLabsDiffusionVLMConfig
+from vllm_nld.reference.model import Encoder, ReferenceModel
 from vllm_nld.reference.vision import Projector, VisionTower
 
-IMAGE_PAD = 19
+
+class VisionLanguageEncoder(Encoder):
+    """The text model's encoder, and the tower and the projector, which the released files keep in it."""
+
+    def __init__(self, config: NemotronLabsDiffusionVLMConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = VisionTower(config.vision_config)
+        self.multi_modal_projector = Projector(config)
 
 
 class ReferenceVLM(ReferenceModel):
@@ -22,10 +28,10 @@ class ReferenceVLM(ReferenceModel):
     nothing else is different from the text model.
     """
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.encoder.vision_tower = VisionTower(config.vision_config)
-        self.encoder.multi_modal_projector = Projector(config)
+    encoder: VisionLanguageEncoder
+
+    def __init__(self, config: NemotronLabsDiffusionVLMConfig) -> None:
+        super().__init__(config, VisionLanguageEncoder(config))
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return ``[images, cells, hidden]``, row by row, for normalized pixels ``[images, 3, height, width]``.
@@ -49,7 +55,7 @@ class ReferenceVLM(ReferenceModel):
         Raises:
             ValueError: the number of pads is another.
         """
-        pads = ids == IMAGE_PAD
+        pads = torch.eq(ids, self.config.image_pad_token_id)
         if int(pads.sum()) != len(features):
             raise ValueError(f"the prompt has {int(pads.sum())} image pads, but its images have {len(features)} cells")
         embedded = super().embed(ids)
