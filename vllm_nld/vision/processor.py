@@ -90,7 +90,8 @@ class ImageProcessor(BaseMultiModalProcessor[ImageInfo]):  # type: ignore[misc]
         )
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        longest, cell, dtype = self.info.longest(hf_kwargs), self.info.config.image_cell, self.info.ctx.model_config.dtype
+        longest, cell = self.info.longest(hf_kwargs), self.info.config.image_cell
+        dtype = self.info.ctx.model_config.dtype
         pixels = [pixels_of(as_picture(image), longest, cell) for image in hf_data["images"]]
         return BatchFeature({"pixel_values": [torch.from_numpy(own).to(dtype) for own in pixels]})
 
@@ -110,15 +111,17 @@ class ImageProcessor(BaseMultiModalProcessor[ImageInfo]):  # type: ignore[misc]
         start = [config.image_start_token_id]
         return [PromptReplacement(modality="image", target=start, replacement=tokens_of_item)]
 
-    def _validate_mm_placeholders(self, mm_placeholders: Mapping[str, Any], mm_item_counts: Mapping[str, int]) -> None:
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Mapping[str, Any]) -> tuple[Any, Any]:
         """Say what is missing as a fault of the request, which it is; vLLM would call it one of the server."""
-        images, found = mm_item_counts.get("image", 0), len(mm_placeholders.get("image", ()))
-        if found != images:
+        images, start = len(mm_prompt_updates.get("image", ())), self.info.config.image_start_token_id
+        if images > token_ids.count(start):
             raise NLDError(
-                f"{images} image(s), but the prompt has {found} place(s) for one: {IMAGE_START} (token "
-                f"{self.info.config.image_start_token_id}) is needed once per image. If a chat template left it out, "
-                "start the server with --chat-template-content-format string"
+                f"{images} image(s), but the prompt has {token_ids.count(start)} place(s) for one: {IMAGE_START} "
+                f"(token {start}) is needed once per image. If a chat template left it out, start the server with "
+                "--chat-template-content-format string"
             )
+        applied: tuple[Any, Any] = super()._apply_prompt_updates(token_ids, mm_prompt_updates)
+        return applied
 
 
 def as_picture(image: Any) -> Image.Image:
