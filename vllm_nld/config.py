@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import PixtralVisionConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from vllm_nld.names import MODEL_TYPE, OWN_ARCHITECTURE, VLM_MODEL_TYPE
 
@@ -141,6 +141,11 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
         """Ids of the tokens that no text contains."""
         return (self.mask_token_id,)
 
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that stand for images in a prompt."""
+        return ()
+
     def to_dict(self) -> dict[str, Any]:
         """Return the released layout, so that a saved config can be read here and by other programs."""
         output: dict[str, Any] = super().to_dict()
@@ -160,7 +165,7 @@ class NemotronLabsDiffusionVLMConfig(NemotronLabsDiffusionConfig):
     part.
 
     Args:
-        vision_config: of the Pixtral tower, a :class:`PixtralVisionConfig` or its dictionary.
+        vision_config: of the Pixtral tower, transformers' ``PixtralVisionConfig`` or its dictionary.
         spatial_merge_size: the projector makes one embedding of so many by so many patches.
         projector_hidden_act: activation between the projector's two matrices.
         multimodal_projector_bias: whether those two matrices have biases.
@@ -177,11 +182,10 @@ class NemotronLabsDiffusionVLMConfig(NemotronLabsDiffusionConfig):
     """
 
     model_type = VLM_MODEL_TYPE
-    sub_configs = {"vision_config": PixtralVisionConfig}
 
     def __init__(
         self,
-        vision_config: PixtralVisionConfig | dict[str, Any] | None = None,
+        vision_config: Any = None,
         spatial_merge_size: int = 2,
         projector_hidden_act: str = "gelu",
         multimodal_projector_bias: bool = False,
@@ -195,8 +199,10 @@ class NemotronLabsDiffusionVLMConfig(NemotronLabsDiffusionConfig):
         **kwargs: Any,
     ) -> None:
         if vision_config is None or isinstance(vision_config, dict):
+            from transformers import PixtralVisionConfig  # it imports every model's name: seconds
+
             vision_config = PixtralVisionConfig(**(released_vision_config() | (vision_config or {})))
-        self.vision_config: Any = vision_config
+        self.vision_config = vision_config
         self.spatial_merge_size = spatial_merge_size
         self.projector_hidden_act = projector_hidden_act
         self.multimodal_projector_bias = multimodal_projector_bias
