@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from vision_checkpoint import export_vlm, normalized, prompt_ids, tiny_vlm_config, train_tokenizer
 from vision_objective import Pictures, ar_loss, joint_loss
-from vision_scenes import LONG, SHORT, SIZES, Scene, draw_scene, render
+from vision_scenes import LONG, SHAPES, SHORT, SIZES, Scene, draw_scene, render
 
 from vllm_nld.reference.vision_language import ReferenceVLM
 
@@ -31,8 +31,9 @@ NAMES = {"short": SHORT, "long": LONG}
 DIFFUSION_WEIGHT = 0.5
 SHARES = {(56, 56): 0.3, (84, 56): 0.25, (56, 84): 0.25, (84, 84): 0.2}
 """Of the sizes."""
-DIGIT_WEIGHT = 6.0
-"""In the AR loss: digits are the hardest to see, and one token of many."""
+HARD_WORDS = (*map(str, range(10)), *SHAPES, *(f"{shape}s" for shape in SHAPES))
+HARD_WEIGHT = 6.0
+"""Of these words in the AR loss: they are the hardest to see, and few of all."""
 HELD_OUT_PICTURES = 100
 """Captioned whenever the state is saved."""
 
@@ -82,7 +83,7 @@ def answered(
     length = max(map(len, tokens)) + 1 + longer
     ids = torch.tensor([prompt + answer + [EOS_ID] * (length - len(answer)) for answer in tokens])
     weights = torch.ones(tokenizer.get_vocab_size())
-    weights[[tokenizer.token_to_id(f"\u0120{digit}") for digit in range(10)]] = DIGIT_WEIGHT
+    weights[[tokenizer.token_to_id(f"\u0120{word}") for word in HARD_WORDS]] = HARD_WEIGHT
     return Pictures(features, ids, weights, len(prompt), EOS_ID)
 
 
