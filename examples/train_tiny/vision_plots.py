@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
-    draw_curve([json.loads(line) for line in args.log.read_text().splitlines()], args.output / "tiny_vlm.png")
+    # A resumed run repeats the steps after the last saved one.
+    entries = {entry["step"]: entry for entry in map(json.loads, args.log.read_text().splitlines())}
+    draw_curve(sorted(entries.values(), key=lambda entry: entry["step"]), args.output / "tiny_vlm.png")
     draw_pictures(args.checkpoint, args.output / "tiny_vlm_pictures.png")
 
 

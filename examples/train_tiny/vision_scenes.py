@@ -125,7 +125,8 @@ def _draw_shape(
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
     elif shape == "square":
         side = 0.85 * radius
-        pen.rectangle((x - side, y - side, x + side, y + side), fill=color)
+        # An outline: patches this large make a small model take a full square for a circle.
+        pen.rectangle((x - side, y - side, x + side, y + side), outline=color, width=int(0.4 * radius))
     elif shape == "triangle":
         pen.polygon(_corners(x, y, [radius] * 3), fill=color)
     else:
