@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.contracts.vllm_source import VllmSource
-from vllm_nld.vision.requirements import OLDEST
+from vllm_nld.vllm_glue.image_requirements import OLDEST
 from vllm_nld.vllm_glue.versions import FIXED_BITMASK_ROWS
 
 SCHEDULER = "v1/core/sched/scheduler.py"

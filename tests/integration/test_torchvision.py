@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.models import save_vlm, small_vlm_config
 from vllm_nld import errors, plugin
-from vllm_nld.vision import requirements
+from vllm_nld.vllm_glue import image_requirements as requirements
 from vllm_nld.vllm_glue import versions
 
 SHIM = Path(__file__).parents[2] / "scripts" / "torchvision_cpu"

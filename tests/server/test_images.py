@@ -6,6 +6,8 @@ import base64
 import functools
 import http.server
 import io
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from tests.support.models import save_chatting_vlm
 from tests.support.ports import reserved_port
 from tests.support.servers import serving
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think></think>"
 Parts = list[dict[str, Any]]
 
@@ -147,6 +150,15 @@ def test_answers_stream(client: OpenAI) -> None:
             extra_body={"vllm_xargs": {"nld.mode": mode}, "ignore_eos": True},
         )
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == whole
+
+
+def test_example_runs(client: OpenAI, tmp_path: Path) -> None:
+    file = tmp_path / "picture.webp"
+    picture(1).save(file)
+    command = [sys.executable, str(EXAMPLES / "describe_image.py"), str(file), "x", "--base-url", str(client.base_url)]
+    found = subprocess.run([*command, "--max-tokens", "12"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip()
 
 
 def bomb() -> bytes:
