@@ -41,12 +41,12 @@ def register_models() -> None:
     from vllm_nld import names
     from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
     from vllm_nld.model.engine_config import NLDEngineConfig, NLDVLMEngineConfig, install
-    from vllm_nld.vision.requirements import why_no_images
+    from vllm_nld.vllm_glue.image_requirements import why_no_images
 
     text = "vllm_nld.model:NLDForCausalLM"
 
     def register_images(name: str) -> None:
-        registration.register_with_stand_in(name, "vllm_nld.vision:NLDForConditionalGeneration", text, why_no_images)
+        registration.register_with_stand_in(name, "vllm_nld.model:NLDForConditionalGeneration", text, why_no_images)
 
     for released, own, config, hook, register_as in (
         (

@@ -24,7 +24,7 @@ LONGEST = 224
 
 def needs_images() -> None:
     """Skip a test where nothing could read images; ``tests/integration/test_torchvision.py`` fails there."""
-    from vllm_nld.vision.requirements import why_no_images
+    from vllm_nld.vllm_glue.image_requirements import why_no_images
 
     reason = why_no_images()
     if reason is not None:

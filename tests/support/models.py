@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.headers import expected_image_tensors
 from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
 from vllm_nld.reference import ReferenceModel
@@ -97,4 +100,38 @@ def save_vlm(config: NemotronLabsDiffusionVLMConfig, folder: Path, seed: int = 0
         tensors[name] = 1 + 0.2 * random if len(shape) == 1 else 1.6 * fan_in**-0.5 * random
     save_file(tensors, folder / "model.safetensors")
     config.save_pretrained(folder)
+    return folder
+
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type in ('image', 'image_url') -%}{{ '<|image_start|>' }}{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think></think>' }}{%- endif -%}
+"""
+"""Takes both kinds of parts that stand for an image, and plain text."""
+
+
+def save_chatting_vlm(folder: Path) -> Path:
+    """Write a random model that reads images, with the embedded tiny model's tokenizer and a chat template.
+
+    The tokenizer's ids 3 to 6, which have no meaning, become the tokens of images.
+    """
+    names = ["<|image_start|>", "<|image_pad|>", "<|image_break|>", "<|image_end|>"]
+    tiny = json.loads((checkpoint_path("tiny") / "config.json").read_text())
+    special = {key: tiny[key] for key in ("vocab_size", "mask_token_id", "eos_token_id", "bos_token_id")}
+    ids = {f"image_{part}_token_id": 3 + place for place, part in enumerate(("start", "pad", "break", "end"))}
+    save_vlm(small_vlm_config(**special, **ids), folder)
+    tokenizer = (checkpoint_path("tiny") / "tokenizer.json").read_text()
+    for place, name in enumerate(names):
+        tokenizer = tokenizer.replace(f"<special_{3 + place}>", name)
+    (folder / "tokenizer.json").write_text(tokenizer)
+    shutil.copy(checkpoint_path("tiny") / "tokenizer_config.json", folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder

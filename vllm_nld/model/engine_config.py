@@ -14,8 +14,8 @@ from vllm_nld.names import OWN_ARCHITECTURE, OWN_VLM_ARCHITECTURE, PROPOSER_PATH
 from vllm_nld.options import NLDOptions, is_ours
 from vllm_nld.serving.admission import EngineTraits, check_defaults
 from vllm_nld.vision.options import image_size_limit
-from vllm_nld.vision.requirements import why_no_images
-from vllm_nld.vllm_glue import registration, scheduling, workers
+from vllm_nld.vllm_glue import image_errors, registration, scheduling, workers
+from vllm_nld.vllm_glue.image_requirements import why_no_images
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
@@ -97,6 +97,7 @@ class NLDVLMEngineConfig(NLDEngineConfig):
         image_size_limit(images.mm_processor_kwargs, model_config.hf_config)
         if images.enable_mm_embeds:
             raise NLDError("enable_mm_embeds=True: this model takes images, not their embeddings; allowed: False")
+        image_errors.answer_with_400()
 
 
 def _is_self_speculation(speculative: Any) -> bool:

@@ -17,7 +17,8 @@ def text_model(target: Any) -> Any:
 
 def is_called_with_embeddings(model_config: Any) -> bool:
     """Whether vLLM's runners embed the tokens themselves, which they do for images and for prompts of embeddings."""
-    return bool(model_config.supports_multimodal_inputs or model_config.enable_prompt_embeds)
+    # Versions that lack the first one have no model here that reads images.
+    return bool(getattr(model_config, "supports_multimodal_inputs", False) or model_config.enable_prompt_embeds)
 
 
 def last_hidden(model: Any, ids: Tensor, positions: Tensor, embeds: bool) -> Tensor:

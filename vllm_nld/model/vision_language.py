@@ -1,6 +1,6 @@
 """The NLD network that reads images: vLLM's Mistral-3 tower and projector before this extension's text model.
 
-Importing this needs torchvision, which vLLM's part imports (:mod:`vllm_nld.vision.requirements`).
+Importing this needs torchvision, which vLLM's part imports (:mod:`vllm_nld.vllm_glue.image_requirements`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from vllm.model_executor.models.mistral3 import Mistral3ForConditionalGeneration
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vllm_nld.model.image_processor import IMAGE_START, DummyImages, ImageInfo, ImageProcessor
 from vllm_nld.model.network import NLDForCausalLM
-from vllm_nld.vision.processor import IMAGE_START, DummyImages, ImageInfo, ImageProcessor
 
 
 @MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ImageInfo, dummy_inputs=DummyImages)
