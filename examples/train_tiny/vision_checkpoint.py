@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from vision_scenes import QUESTIONS, draw_scene
+from vision_scenes import QUESTIONS, SHAPES, draw_scene
 
 from vllm_nld.config import NemotronLabsDiffusionVLMConfig
 from vllm_nld.names import VLM_ARCHITECTURE
@@ -84,7 +84,7 @@ def tiny_vlm_config(vocab_size: int) -> NemotronLabsDiffusionVLMConfig:
 def train_tokenizer(most: int = 512) -> Tokenizer:
     """Train a byte-level BPE tokenizer in which each word of the captions and questions is a token."""
     rng = random.Random(0)
-    scenes = [draw_scene(rng, held_out=False) for _ in range(500)]
+    scenes = [draw_scene(rng, held_out=False, shapes=SHAPES) for _ in range(500)]
     texts = [
         *QUESTIONS,
         "user\n",

@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 COUNTS = ("one", "two", "three")
 COLORS = {"red": (214, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220), "yellow": (240, 200, 20)}
 SHAPES = ("circle", "square", "triangle", "star")
+"""Of the vocabulary. No picture shows a square: a model this small took circles for squares."""
+SHOWN = ("circle", "triangle", "star")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 SHORT, LONG = "What is in the picture?", "Describe the picture."
 QUESTIONS = (SHORT, LONG)
@@ -80,9 +82,11 @@ def combinations(held_out: bool) -> list[tuple[int, int, int, int]]:
 _COMBINATIONS = {held_out: combinations(held_out) for held_out in (False, True)}
 
 
-def draw_scene(rng: random.Random, held_out: bool) -> Scene:
+def draw_scene(rng: random.Random, held_out: bool, shapes: tuple[str, ...] = SHOWN) -> Scene:
     """Return a random scene, of the held-out combinations or of all others."""
     count, color, shape, digit = rng.choice(_COMBINATIONS[held_out])
+    while SHAPES[shape] not in shapes:
+        count, color, shape, digit = rng.choice(_COMBINATIONS[held_out])
     places = rng.sample(range(len(CORNERS)), count + 1)
     return Scene(list(COLORS)[color], SHAPES[shape], digit, (*sorted(places[:count]), places[count]))
 
