@@ -1,4 +1,4 @@
-"""The training of the tiny vision-language model: pictures, prompts, and the loss, which sees what a draft pass sees."""
+"""The training of the tiny VLM: pictures, prompts, and the loss, which sees what a draft pass sees."""
 
 from __future__ import annotations
 
