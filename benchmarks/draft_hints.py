@@ -78,7 +78,7 @@ def lookup(length: int, count_limit: int = LONGEST) -> Hint:
 
 def follow(tokens: list[int], length: int) -> list[int]:
     """Return the tokens that followed the last ``length`` tokens earlier, as in an engine's lookup."""
-    found = prompt_lookup.Lookup(length, mask_token_id=-1).find(np.asarray(tokens), LONGEST)
+    found = prompt_lookup.Lookup(length, never=frozenset()).find(np.asarray(tokens), LONGEST)
     return [] if found is None else found.tokens
 
 

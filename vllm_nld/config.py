@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from vllm_nld.names import MODEL_TYPE
+from vllm_nld.names import MODEL_TYPE, OWN_ARCHITECTURE, VLM_MODEL_TYPE
 
 _ROPE_FACTORS = {
     "default": (),
@@ -135,6 +136,16 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
             return self.max_position_embeddings
         return min(self.max_position_embeddings, int(rope["original_max_position_embeddings"] * rope["factor"]))
 
+    @property
+    def never_emitted(self) -> tuple[int, ...]:
+        """Ids of the tokens that no text contains."""
+        return (self.mask_token_id,)
+
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that stand for images in a prompt."""
+        return ()
+
     def to_dict(self) -> dict[str, Any]:
         """Return the released layout, so that a saved config can be read here and by other programs."""
         output: dict[str, Any] = super().to_dict()
@@ -145,6 +156,146 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
             rope["llama_4_scaling_beta"] = scaling["beta"]
         output["rope_parameters"] = rope
         return output
+
+
+class NemotronLabsDiffusionVLMConfig(NemotronLabsDiffusionConfig):
+    """Configuration of the NLD model that also reads images; the defaults are those of the released VLM-8B.
+
+    It is flat: the text model's fields as in :class:`NemotronLabsDiffusionConfig`, and beside them those of the image
+    part.
+
+    Args:
+        vision_config: of the Pixtral tower, transformers' ``PixtralVisionConfig`` or its dictionary.
+        spatial_merge_size: the projector makes one embedding of so many by so many patches.
+        projector_hidden_act: activation between the projector's two matrices.
+        multimodal_projector_bias: whether those two matrices have biases.
+        vision_feature_layer: the tower's layer whose output is projected; -1 is the last.
+        image_start_token_id: first token of an image; the chat template writes it, and it alone.
+        image_pad_token_id: stands for one embedding of the projector.
+        image_break_token_id: ends a row of pads.
+        image_end_token_id: ends the last row instead.
+        added_mask_token_id: a token of the released vocabulary, ``|<MASK>|``, that the model does not use. It is never
+            emitted. A vocabulary that ends before it lacks it.
+
+    Raises:
+        ValueError: as for the text model, or the image part has a value that is not supported.
+    """
+
+    model_type = VLM_MODEL_TYPE
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        spatial_merge_size: int = 2,
+        projector_hidden_act: str = "gelu",
+        multimodal_projector_bias: bool = False,
+        vision_feature_layer: int = -1,
+        image_start_token_id: int = 18,
+        image_pad_token_id: int = 19,
+        image_break_token_id: int = 20,
+        image_end_token_id: int = 21,
+        added_mask_token_id: int = 131072,
+        vocab_size: int = 131073,
+        **kwargs: Any,
+    ) -> None:
+        if vision_config is None or isinstance(vision_config, dict):
+            from transformers import PixtralVisionConfig  # it imports every model's name: seconds
+
+            vision_config = PixtralVisionConfig(**(released_vision_config() | (vision_config or {})))
+        self.vision_config = vision_config
+        self.spatial_merge_size = spatial_merge_size
+        self.projector_hidden_act = projector_hidden_act
+        self.multimodal_projector_bias = multimodal_projector_bias
+        self.vision_feature_layer = vision_feature_layer
+        self.image_start_token_id = image_start_token_id
+        self.image_pad_token_id = image_pad_token_id
+        self.image_break_token_id = image_break_token_id
+        self.image_end_token_id = image_end_token_id
+        self.added_mask_token_id = added_mask_token_id
+        kwargs.pop("text_config", None)  # a property here
+        super().__init__(vocab_size=vocab_size, **kwargs)
+
+    def _check(self) -> None:
+        super()._check()
+        vision = self.vision_config
+        for name, value, allowed in (
+            ("projector_hidden_act", self.projector_hidden_act, "gelu"),
+            ("multimodal_projector_bias", self.multimodal_projector_bias, False),
+            ("vision_feature_layer", self.vision_feature_layer, -1),
+            ("vision_config.hidden_act", vision.hidden_act, "silu"),
+            ("vision_config.num_channels", vision.num_channels, 3),
+            ("vision_config.head_dim", vision.head_dim, vision.hidden_size // vision.num_attention_heads),
+        ):
+            if value != allowed:
+                raise ValueError(f"config.json: {name}={value!r}; allowed: {allowed!r}")
+        for name, value in (
+            ("spatial_merge_size", self.spatial_merge_size),
+            ("vision_config.patch_size", vision.patch_size),
+            ("vision_config.image_size", vision.image_size),
+        ):
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(f"config.json: {name}={value!r}, but a positive integer is needed")
+        if vision.image_size < self.image_cell:
+            raise ValueError(
+                f"config.json: vision_config.image_size={vision.image_size} is less than patch_size * "
+                f"spatial_merge_size = {self.image_cell}"
+            )
+        tokens = self.image_token_ids
+        if len({*tokens, self.mask_token_id}) != 5 or not all(0 <= token < self.vocab_size for token in tokens):
+            raise ValueError(
+                f"config.json: the image tokens are {list(tokens)}, but they must differ from each other and from "
+                f"mask_token_id={self.mask_token_id}, and lie in [0, {self.vocab_size})"
+            )
+
+    @property
+    def image_cell(self) -> int:
+        """Side of the square that becomes one embedding, in pixels."""
+        return int(self.vision_config.patch_size * self.spatial_merge_size)
+
+    @property
+    def image_token_ids(self) -> tuple[int, int, int, int]:
+        """The tokens of an image: start, pad, break and end."""
+        return (
+            self.image_start_token_id,
+            self.image_pad_token_id,
+            self.image_break_token_id,
+            self.image_end_token_id,
+        )
+
+    @property
+    def never_emitted(self) -> tuple[int, ...]:
+        added = self.added_mask_token_id
+        return (self.mask_token_id, added) if added < self.vocab_size else (self.mask_token_id,)
+
+    @property
+    def text_config(self) -> NemotronLabsDiffusionConfig:
+        """The text model's part, a new object each time."""
+        own = {*inspect.signature(type(self).__init__).parameters, "model_type", "architectures"} - {"vocab_size"}
+        flat = {key: value for key, value in self.to_dict().items() if key not in own}
+        return NemotronLabsDiffusionConfig(**flat, architectures=[OWN_ARCHITECTURE])
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        rope = output["vision_config"].get("rope_parameters")
+        if rope and rope.get("rope_type") == "axial":  # what newer versions of transformers call the same
+            rope["rope_type"] = "default"
+        return output
+
+
+def released_vision_config() -> dict[str, Any]:
+    """Return the ``vision_config`` of the released VLM-8B (a fresh dictionary)."""
+    return {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "patch_size": 14,
+        "image_size": 1540,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
 
 
 def released_rope_parameters() -> dict[str, Any]:

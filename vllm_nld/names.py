@@ -9,6 +9,17 @@ OWN_ARCHITECTURE = "VllmNLDForCausalLM"
 MODEL_TYPE = "nemotron_labs_diffusion"
 """Value of ``model_type`` in a released checkpoint's ``config.json``."""
 
+VLM_ARCHITECTURE = "NemotronLabsDiffusionVLMModel"
+"""``ARCHITECTURE`` of the model that also reads images."""
+
+OWN_VLM_ARCHITECTURE = "VllmNLDForConditionalGeneration"
+"""``OWN_ARCHITECTURE`` of the model that also reads images."""
+
+VLM_MODEL_TYPE = "nemotron_labs_diffusion_vlm"
+"""``MODEL_TYPE`` of the model that also reads images."""
+
+MODEL_TYPES = (MODEL_TYPE, VLM_MODEL_TYPE)
+
 NAMESPACE = "nld"
 """Key of our options in ``--additional-config``, and in a request's ``extra_args``."""
 

@@ -24,7 +24,16 @@ CHAT_TEMPLATE = """\
 """
 
 
-def export(model: ReferenceModel, tokenizer: Tokenizer, folder: Path) -> None:
+SPECIAL_TOKENS = ("<mask>", "<think>", "</think>", "<|im_start|>")
+
+
+def export(
+    model: ReferenceModel,
+    tokenizer: Tokenizer,
+    folder: Path,
+    chat_template: str = CHAT_TEMPLATE,
+    special_tokens: tuple[str, ...] = SPECIAL_TOKENS,
+) -> None:
     """Write config, weights (bfloat16), tokenizer and chat template to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.bfloat16).cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -39,12 +48,12 @@ def export(model: ReferenceModel, tokenizer: Tokenizer, folder: Path) -> None:
             "eos_token": "<|im_end|>",
             "pad_token": "<pad>",
             "unk_token": "<unk>",
-            "additional_special_tokens": ["<mask>", "<think>", "</think>", "<|im_start|>"],
+            "additional_special_tokens": list(special_tokens),
             "model_max_length": model.config.max_position_embeddings,
             "clean_up_tokenization_spaces": False,
         },
     )
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "chat_template.jinja").write_text(chat_template)
     _write(
         folder / "generation_config.json",
         {"bos_token_id": corpus.BOS_ID, "eos_token_id": corpus.EOS_ID, "pad_token_id": corpus.PAD_ID},

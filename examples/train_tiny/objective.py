@@ -54,11 +54,16 @@ class Batch:
         return [Batch(*part) for part in parts]
 
 
-def dual_stream_mask(length: int, block_length: int, device: torch.device, start: int = 0) -> Tensor:
-    """Return the bool mask of ``sbd_block_diff``; rows and columns are [noisy from ``start`` on | clean ``length``]."""
+def dual_stream_mask(
+    length: int, block_length: int, device: torch.device, start: int = 0, first_block: int = 0
+) -> Tensor:
+    """Return the bool mask of ``sbd_block_diff``; rows and columns are [noisy from ``start`` on | clean ``length``].
+
+    Blocks begin at position ``first_block`` and at whole blocks before and after it.
+    """
     clean = torch.arange(length, device=device)
     noisy = clean[start:]
-    noisy_block, clean_block = noisy // block_length, clean // block_length
+    noisy_block, clean_block = ((stream - first_block) // block_length for stream in (noisy, clean))
     own_block = noisy_block[:, None] == noisy_block[None, :]
     earlier_blocks = noisy_block[:, None] > clean_block[None, :]
     never = torch.zeros(length, length - start, dtype=torch.bool, device=device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.contracts.vllm_source import VllmSource
+from vllm_nld.vllm_glue.image_requirements import OLDEST
 from vllm_nld.vllm_glue.versions import FIXED_BITMASK_ROWS
 
 SCHEDULER = "v1/core/sched/scheduler.py"
@@ -48,6 +49,44 @@ class TestRegistration:
 
     def test_engine_id_is_shared_by_its_processes(self, vllm: VllmSource) -> None:
         assert "instance_id" in vllm.fields("config/vllm.py", "VllmConfig")
+
+
+class TestImages:
+    @pytest.fixture(autouse=True)
+    def leaves_tokens_to_processors(self, vllm: VllmSource) -> None:
+        if vllm.release < OLDEST:
+            pytest.skip("images are refused")
+
+    def test_the_processor_is_asked_by_known_methods(self, vllm: VllmSource) -> None:
+        file, name = "multimodal/processing/processor.py", "BaseMultiModalProcessor"
+        known = {
+            "_call_hf_processor": ["hf_data", "hf_kwargs"],
+            "_get_mm_fields_config": ["hf_inputs", "hf_processor_mm_kwargs"],
+            "_get_prompt_updates": ["mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"],
+            "_apply_prompt_updates": ["token_ids", "mm_prompt_updates"],
+            "get_dummy_inputs": ["seq_len", "mm_counts", "mm_options"],
+        }
+        assert {method: vllm.parameters(file, f"{name}.{method}") for method in known} == known
+        assert "requires_tokenizer" in vllm.fields(file, name)
+
+    def test_the_model_is_mistral_3_with_a_text_model_inside(self, vllm: VllmSource) -> None:
+        text = vllm.text("model_executor/models/mistral3.py", "Mistral3ForConditionalGeneration")
+        assert "hf_config=config.text_config" in text
+        assert "self.vision_tower" in text and "self.multi_modal_projector" in text
+        assert "eps=1e-05" in vllm.text("model_executor/models/mistral3.py", "Mistral3MultiModalProjector")
+
+    def test_runners_call_it_with_embeddings(self, vllm: VllmSource) -> None:
+        assert "input_ids = None" in vllm.text(RUNNER, "GPUModelRunner._prepare_mm_inputs")
+        assert "self.model_config.supports_multimodal_inputs" in vllm.text("v1/worker/gpu/model_runner.py")
+        assert vllm.has("config/model.py", "ModelConfig.supports_multimodal_inputs")
+
+    def test_images_are_loaded_by_two_methods(self, vllm: VllmSource) -> None:
+        text = vllm.text("multimodal/media/connector.py", "MediaConnector")
+        assert " def fetch_image(self" in text and "async def fetch_image_async(self" in text
+
+    def test_the_registry_inspects_a_model_by_a_method(self, vllm: VllmSource) -> None:
+        assert vllm.has("model_executor/models/registry.py", "_LazyRegisteredModel.inspect_model_cls")
+        assert "model.inspect_model_cls()" in vllm.text("model_executor/models/registry.py", "_try_inspect_model_cls")
 
 
 class TestProposer:

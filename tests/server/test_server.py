@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,10 +18,10 @@ from openai import OpenAI
 
 from tests.server.fuzz_requests import fuzz, is_alive
 from tests.support.ports import reserved_port
+from tests.support.servers import BIN, serving
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
-BIN = Path(sys.executable).parent
 SPECULATE = {"vllm_xargs": {"nld.mode": "self_speculation"}}  # auto mode, the default, may choose AR
 MODES = ["ar", "self_speculation", "auto", "diffusion"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -41,33 +40,16 @@ def port() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def base_url(port: int, log: Path) -> Iterator[str]:
-    command = [str(BIN / "vllm"), "serve", str(checkpoint_path("tiny")), "--port", str(port), "--host", "127.0.0.1"]
-    command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]
-    command += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
+    command = [str(checkpoint_path("tiny")), "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
     # A model this small would fill an answer with white space, which a JSON grammar allows without limit.
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     # The chat template thinks only if a request asks for it, but this parser assumes the opposite.
     command += ["--reasoning-parser", "nemotron_v3", "--default-chat-template-kwargs", '{"enable_thinking": false}']
     command += ["--per-request-spec-decode-metrics", "summary"]
-    # The environment of the in-process tests must not leak into the server.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    environment["VLLM_LOGGING_LEVEL"] = "DEBUG"  # for the line per request
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    try:
-        for _ in range(480):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                assert server.poll() is None, log.read_text()[-3000:]
-                time.sleep(1)
+    with serving(command, port, log):
         assert "Self-speculation is active" in log.read_text()
         yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.headers import expected_image_tensors
+from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
 from vllm_nld.reference import ReferenceModel
 
 
@@ -69,4 +73,65 @@ def save(model: ReferenceModel, folder: Path) -> Path:
     # Parameters, not the state dict: that has tied weights twice.
     save_file({k: v.detach().contiguous() for k, v in model.named_parameters()}, folder / "model.safetensors")
     model.config.save_pretrained(folder)
+    return folder
+
+
+def small_vlm_config(**overrides: Any) -> NemotronLabsDiffusionVLMConfig:
+    """The text model of :func:`small_config`, with a two-layer tower for images of at most 8 by 8 cells."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 224,
+    }
+    text = small_config(architectures=["NemotronLabsDiffusionVLMModel"]).to_dict()
+    return NemotronLabsDiffusionVLMConfig(**(text | {"vision_config": vision} | overrides))
+
+
+def save_vlm(config: NemotronLabsDiffusionVLMConfig, folder: Path, seed: int = 0) -> Path:
+    """Write a random model that reads images, in the released layout; pictures change its text."""
+    save(random_model(config.text_config, seed), folder)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(folder / "model.safetensors")
+    for name, shape in expected_image_tensors(config).items():
+        random = torch.randn(shape, generator=generator)
+        fan_in = random[0].numel()
+        tensors[name] = 1 + 0.2 * random if len(shape) == 1 else 1.6 * fan_in**-0.5 * random
+    save_file(tensors, folder / "model.safetensors")
+    config.save_pretrained(folder)
+    return folder
+
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type in ('image', 'image_url') -%}{{ '<|image_start|>' }}{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think></think>' }}{%- endif -%}
+"""
+"""Takes both kinds of parts that stand for an image, and plain text."""
+
+
+def save_chatting_vlm(folder: Path) -> Path:
+    """Write a random model that reads images, with the embedded tiny model's tokenizer and a chat template.
+
+    The tokenizer's ids 3 to 6, which have no meaning, become the tokens of images.
+    """
+    names = ["<|image_start|>", "<|image_pad|>", "<|image_break|>", "<|image_end|>"]
+    tiny = json.loads((checkpoint_path("tiny") / "config.json").read_text())
+    special = {key: tiny[key] for key in ("vocab_size", "mask_token_id", "eos_token_id", "bos_token_id")}
+    ids = {f"image_{part}_token_id": 3 + place for place, part in enumerate(("start", "pad", "break", "end"))}
+    save_vlm(small_vlm_config(**special, **ids), folder)
+    tokenizer = (checkpoint_path("tiny") / "tokenizer.json").read_text()
+    for place, name in enumerate(names):
+        tokenizer = tokenizer.replace(f"<special_{3 + place}>", name)
+    (folder / "tokenizer.json").write_text(tokenizer)
+    shutil.copy(checkpoint_path("tiny") / "tokenizer_config.json", folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder

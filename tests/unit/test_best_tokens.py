@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,3 +56,24 @@ def test_requests_that_need_all_logits() -> None:
     assert needs_logits(block(choice=TokenChoice(vocab_size=8)))
     assert needs_logits(block(rule=CommitRule("learned", {"threshold": 0.9})))
     assert needs_logits(block(rule=CommitRule("entropy_budget", {"entropy_budget": 0.3})))
+
+
+@pytest.mark.parametrize("first", [None, 0, 12])
+def test_tokens_that_are_never_emitted_are_barred_in_every_shard(first: int | None) -> None:
+    """The mask token, and the unused one that the vision-language model's vocabulary ends with."""
+    from vllm_nld.model.network import NLDForCausalLM
+
+    whole = torch.ones(2, 24)
+    start = first or 0
+    model = NLDForCausalLM.__new__(NLDForCausalLM)
+    torch.nn.Module.__init__(model)
+    model.never_emitted = (5, 23)
+    shard = SimpleNamespace(org_vocab_start_index=start, org_vocab_end_index=start + 12)
+    model.lm_head = SimpleNamespace(tp_size=1 if first is None else 2, shard_indices=shard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.model_executor.models.llama.LlamaForCausalLM.compute_logits", lambda *_: whole.clone())
+        patch.setattr("vllm_nld.model.network.layers.ungathered_logits", lambda *_: whole[:, start:].clone())
+        logits, found = model.shard_logits(torch.zeros(2, 4))
+    barred = (logits[0] == -torch.inf).nonzero().flatten().tolist()
+    assert found == first
+    assert barred == {None: [5, 23], 0: [5], 12: [11]}[first]

@@ -33,7 +33,7 @@ MASK, VOCAB = 5, 12
 
 def opened(source: type[DraftSource], prior: Prior | None = None) -> DraftSource:
     values = {option.name: option.default for option in source.options}
-    made = source.open(NewRequest(values, prior or Prior(), True, MASK))
+    made = source.open(NewRequest(values, prior or Prior(), True, frozenset((MASK,))))
     assert made is not None, "a source with its default options has something to say"
     return made
 
@@ -106,8 +106,8 @@ def test_model_drafts_are_expected_to_be_as_good_as_before() -> None:
 
 
 def test_lookup_is_opened_only_if_there_is_something_to_look_up() -> None:
-    assert PromptLookup.open(NewRequest({"prompt_lookup": 0}, Prior(), True, MASK)) is None
-    assert PromptLookup.open(NewRequest({"prompt_lookup": 3}, Prior(), False, MASK)) is None
+    assert PromptLookup.open(NewRequest({"prompt_lookup": 0}, Prior(), True, frozenset((MASK,)))) is None
+    assert PromptLookup.open(NewRequest({"prompt_lookup": 3}, Prior(), False, frozenset((MASK,)))) is None
 
 
 class Told(DraftSource):

@@ -18,7 +18,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("names", "errors", "option", "branches"),
     ("policies", "draft_sources"),
     ("config", "options", "ops"),
-    ("checkpoints", "serving", "vllm_glue", "attention"),
+    ("checkpoints", "serving", "vllm_glue", "attention", "vision"),
     ("planning", "model"),
     ("draft_pass",),
     ("auto", "reference"),
@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 )
 """Rooms and modules of the top level, from the lowest level up."""
 
-LAZY_EXPORTS = {("model", "network"), ("proposer", "self_speculation")}
+LAZY_EXPORTS = {("model", "network"), ("model", "vision_language"), ("proposer", "self_speculation")}
 """Names that the ``__init__`` of a room or of the package resolves on demand, for paths that users and vLLM use."""
 
 

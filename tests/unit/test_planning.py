@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.headers import expected_tensors
 from vllm_nld.cli import app
-from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
 from vllm_nld.errors import NLDError
 from vllm_nld.planning import this_machine
 from vllm_nld.planning.cost_model import (
@@ -32,7 +32,7 @@ from vllm_nld.planning.cost_model import (
     passes,
 )
 from vllm_nld.planning.gpus import GPUS, Gpu
-from vllm_nld.planning.models import PUBLISHED, RELEASED, find_model
+from vllm_nld.planning.models import PUBLISHED, RELEASED, VLM, PlannedModel, find_model
 
 EIGHT = RELEASED["8b"].shape
 H100 = GPUS["h100"]
@@ -328,6 +328,9 @@ def test_checkpoint_folder_is_planned(tmp_path: Path) -> None:
     NemotronLabsDiffusionConfig().save_pretrained(tmp_path)  # sizes of the 8B
     found = find_model(str(tmp_path))
     assert (found.shape, found.yields) == (EIGHT, RELEASED["8b"].yields)
+    NemotronLabsDiffusionVLMConfig().save_pretrained(tmp_path)
+    assert find_model(str(tmp_path)) == PlannedModel(str(tmp_path), VLM.shape, VLM.yields)
+    assert VLM.shape.parameters - EIGHT.parameters == VLM.shape.image_weights + 2 * 4096
     tiny = str(checkpoint_path("tiny"))
     assert "--acceptance is needed" in invoke(tiny).stderr
     assert "--diffusion-tpf is needed" in invoke(tiny, "--acceptance", "3").stderr

@@ -11,11 +11,12 @@ from vllm_nld.draft_sources.calibration import Calibration
 from vllm_nld.draft_sources.model_drafts import chance_classes
 from vllm_nld.draft_sources.prompt_lookup import FIRST, LATER, LONGEST_MATCH, MATCH_CLASSES, Found, Lookup
 
-MASK = 99
+MASK, PAD = 99, 98
+NEVER = frozenset((MASK, PAD))
 
 
 def find(tokens: list[int], length: int, most: int = 4, drafts: tuple[int, ...] = ()) -> Found | None:
-    return Lookup(length, MASK).find(np.array(tokens, dtype=np.int32), most, drafts)
+    return Lookup(length, NEVER).find(np.array(tokens, dtype=np.int32), most, drafts)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,9 @@ def find(tokens: list[int], length: int, most: int = 4, drafts: tuple[int, ...] 
         ([5, 5, 5], 2, Found([5, 5, 5, 5], 2)),
         ([1, 2, MASK, 1, 2], 2, None),
         ([1, 2, 4, MASK, 1, 2], 2, Found([4], 2)),
+        ([1, 2, PAD, PAD, 4, 1, 2], 2, None),
+        ([1, 2, 4, PAD, MASK, 1, 2], 2, Found([4], 2)),
+        ([3, PAD, PAD, PAD], 2, None),
         ([1, 2, 3, 4], 2, None),
         ([1, 2], 3, None),
         ([1], 1, None),
@@ -48,7 +52,7 @@ def brute_force(tokens: list[int], length: int, most: int) -> Found | None:
 def test_growing_text_is_searched_like_a_new_text(
     tokens: list[int], length: int, most: int, data: st.DataObject
 ) -> None:
-    lookup, text = Lookup(length, MASK), np.array(tokens, dtype=np.int32)
+    lookup, text = Lookup(length, NEVER), np.array(tokens, dtype=np.int32)
     for size in sorted(data.draw(st.sets(st.integers(1, len(tokens)), min_size=1))):
         expected = brute_force(tokens[:size], length, most)
         assert lookup.may_find(text[:size]) == (expected is not None)
@@ -94,6 +98,6 @@ def test_nan_confidence_does_not_end_the_engine() -> None:
 
 
 def test_shortened_text_is_read_again() -> None:
-    lookup = Lookup(2, MASK)
+    lookup = Lookup(2, NEVER)
     assert lookup.find(np.array([1, 2, 3, 4, 1, 2]), 1) == Found([3], 2)
     assert lookup.find(np.array([1, 2, 5, 1, 2]), 1) == Found([5], 2)

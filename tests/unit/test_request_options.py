@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_nld.errors import NLDError
-from vllm_nld.names import MODEL_TYPE
+from vllm_nld.names import MODEL_TYPE, MODEL_TYPES
 from vllm_nld.options import MODES_OF_KEY, NLDOptions
 from vllm_nld.serving.admission import (
     ENGINE_KEYS,
@@ -215,11 +215,13 @@ def test_unsendable_text_is_refused(extra_args: dict[str, Any]) -> None:
         check_admission(config, SamplingParams(extra_args=extra_args))
 
 
-def test_unsendable_integer_is_refused() -> None:
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_unsendable_integer_is_refused(model_type: str) -> None:
+    """Of the text model and of the one that reads images."""
     from vllm import SamplingParams
 
     config = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=MODEL_TYPE)),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type)),
         nld_traits=EngineTraits(NLDOptions(), 16),
     )
     assert check_admission(config, SamplingParams(thinking_token_budget=2**63)) is not None

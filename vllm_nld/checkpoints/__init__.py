@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_nld.errors import NLDError
 
-EMBEDDED = {"tiny": Path(__file__).parent / "tiny"}
+EMBEDDED = {name: Path(__file__).parent / name for name in ("tiny", "tiny_vlm")}
 """Name -> folder in Hugging Face layout."""
 FETCHED = ("smollm2",)
 """Names that ``vllm-nld get`` knows (:mod:`vllm_nld.conversion.pinned`)."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
 from vllm_nld.errors import NLDError
 
 _SHOWN = 5
@@ -19,7 +19,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def expected_tensors(config: NemotronLabsDiffusionConfig) -> Shapes:
-    """Return released tensor name -> shape: 9 tensors per layer and 3 more."""
+    """Return released tensor name -> shape: 9 tensors per layer and 3 more, and those of the image part, if any."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -42,6 +42,37 @@ def expected_tensors(config: NemotronLabsDiffusionConfig) -> Shapes:
         tensors[HEAD] = (config.vocab_size, hidden)
     for index in range(config.num_hidden_layers):
         tensors |= {f"encoder.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    if isinstance(config, NemotronLabsDiffusionVLMConfig):
+        tensors |= expected_image_tensors(config)
+    return tensors
+
+
+def expected_image_tensors(config: NemotronLabsDiffusionVLMConfig) -> Shapes:
+    """Return released tensor name -> shape of tower and projector: 9 tensors per layer and 6 more."""
+    vision = config.vision_config
+    hidden, mlp, patch, text = vision.hidden_size, vision.intermediate_size, vision.patch_size, config.hidden_size
+    layer = {
+        "attention_norm": (hidden,),
+        "ffn_norm": (hidden,),
+        **{f"attention.{name}_proj": (hidden, hidden) for name in "qkvo"},
+        "feed_forward.gate_proj": (mlp, hidden),
+        "feed_forward.up_proj": (mlp, hidden),
+        "feed_forward.down_proj": (hidden, mlp),
+    }
+    tensors: Shapes = {
+        "encoder.vision_tower.patch_conv.weight": (hidden, vision.num_channels, patch, patch),
+        "encoder.vision_tower.ln_pre.weight": (hidden,),
+        "encoder.multi_modal_projector.norm.weight": (hidden,),
+        "encoder.multi_modal_projector.patch_merger.merging_layer.weight": (
+            hidden,
+            hidden * config.spatial_merge_size**2,
+        ),
+        "encoder.multi_modal_projector.linear_1.weight": (text, hidden),
+        "encoder.multi_modal_projector.linear_2.weight": (text, text),
+    }
+    for index in range(vision.num_hidden_layers):
+        prefix = f"encoder.vision_tower.transformer.layers.{index}"
+        tensors |= {f"{prefix}.{name}.weight": shape for name, shape in layer.items()}
     return tensors
 
 

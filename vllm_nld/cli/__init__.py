@@ -68,7 +68,7 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 @_plainly
-def path(name: Annotated[str, typer.Argument(help="tiny, or smollm2 once it is fetched.")]) -> None:
+def path(name: Annotated[str, typer.Argument(help="tiny, tiny_vlm, or smollm2 once it is fetched.")]) -> None:
     """Print the folder of a checkpoint, for ``vllm serve "$(vllm-nld path tiny)"``."""
     typer.echo(checkpoint_path(name))
 

@@ -24,6 +24,7 @@ from vllm_nld.draft_pass.selection import needed, needs_logits, select
 from vllm_nld.draft_pass.token_choice import DraftChoice
 from vllm_nld.model.best_tokens import Best, best_tokens, probability_of
 from vllm_nld.model.draft_adapter import load_adapter
+from vllm_nld.model.target import is_called_with_embeddings, last_hidden, text_model
 from vllm_nld.ops.arguments import BIDIRECTIONAL
 from vllm_nld.ops.sizes import round_size
 
@@ -45,10 +46,11 @@ class DraftPass:
     def __init__(self, vllm_config: VllmConfig, model: Any, learned_sampler: LearnedSampler | None = None) -> None:
         config = vllm_config.model_config.hf_config
         self.vllm_config = vllm_config
-        self.model = model
+        self.model = model = text_model(model)
         self.learned_sampler = learned_sampler
         self.mask_token_id: int = config.mask_token_id
         self.vocab_size: int = vllm_config.model_config.get_vocab_size()
+        self.embeds = is_called_with_embeddings(vllm_config.model_config)
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.last_position = vllm_config.model_config.max_model_len - 1
         self.device = next(model.parameters()).device
@@ -208,8 +210,7 @@ class DraftPass:
             slot_mapping={},
         )
         with context:
-            hidden: Tensor = self.model(input_ids=ids.to(self.device), positions=positions.to(self.device))
-        return hidden
+            return last_hidden(self.model, ids.to(self.device), positions.to(self.device), self.embeds)
 
     def _per_layer(self, blocks: Sequence[Block]) -> dict[str, DraftMetadata] | None:
         """Return the layers' metadata; None, with which attention answers zeros, while there is no cache to read."""

@@ -63,13 +63,13 @@ class NewRequest:
         values: of the source's options.
         prior: what is usual on this server for requests whose drafts are accepted by the same rule.
         knows_prompt: whether the prompt is there as token ids.
-        mask_token_id: never to be drafted, though a prompt may hold it.
+        never_drafted: tokens that are no use as drafts, though a prompt may hold them: the mask token, those of images.
     """
 
     values: Mapping[str, Any]
     prior: Prior
     knows_prompt: bool
-    mask_token_id: int
+    never_drafted: frozenset[int]
 
 
 class DraftSource(Protocol):

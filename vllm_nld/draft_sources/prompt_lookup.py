@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Self
 
 from vllm_nld.draft_sources.base import Drafts, DraftSource, NewRequest, Text
@@ -49,11 +50,11 @@ class Lookup:
 
     Args:
         length: how many tokens must match.
-        mask_token_id: never suggested, though a prompt may hold it.
+        never: tokens that are never suggested, nor what follows them, though a prompt may hold them.
     """
 
-    def __init__(self, length: int, mask_token_id: int) -> None:
-        self.length, self._mask_token_id = length, mask_token_id
+    def __init__(self, length: int, never: frozenset[int]) -> None:
+        self.length, self._never = length, never
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}
 
@@ -82,8 +83,8 @@ class Lookup:
         period = len(found)
         while len(found) < most:
             found.append(found[-period])
-        if self._mask_token_id in found:
-            found = found[: found.index(self._mask_token_id)]
+        if not self._never.isdisjoint(found):
+            found = list(takewhile(lambda token: token not in self._never, found))
         return Found(found, _match(tokens, end, length)) if found else None
 
     def may_find(self, text: Text) -> bool:
@@ -120,13 +121,13 @@ class PromptLookup(DraftSource):
     )
     takes_forward = False
 
-    def __init__(self, length: int, mask_token_id: int) -> None:
-        self._lookup = Lookup(length, mask_token_id)
+    def __init__(self, length: int, never: frozenset[int]) -> None:
+        self._lookup = Lookup(length, never)
 
     @classmethod
     def open(cls, request: NewRequest) -> Self | None:
         length = request.values["prompt_lookup"]
-        return cls(length, request.mask_token_id) if length and request.knows_prompt else None
+        return cls(length, request.never_drafted) if length and request.knows_prompt else None
 
     def offer(self, text: Text, most: Callable[[], int], after: Sequence[int] = ()) -> Drafts | None:
         if not after and not self._lookup.may_find(text):

@@ -1,4 +1,4 @@
-"""Checks and defaults before any weight loads: vLLM's hook ``verify_and_update_config`` for this architecture."""
+"""Checks and defaults before any weight loads: vLLM's hook ``verify_and_update_config`` for our architectures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 
 from vllm_nld.checkpoints.draft_lora import adapter_of
 from vllm_nld.checkpoints.headers import check_tensors
-from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
 from vllm_nld.errors import NLDError, shown
 from vllm_nld.model.refusals import check_speculation_can_be_right
-from vllm_nld.names import ARCHITECTURE, OWN_ARCHITECTURE, PROPOSER_PATHS
+from vllm_nld.names import OWN_ARCHITECTURE, OWN_VLM_ARCHITECTURE, PROPOSER_PATHS
 from vllm_nld.options import NLDOptions, is_ours
 from vllm_nld.serving.admission import EngineTraits, check_defaults
-from vllm_nld.vllm_glue import registration, scheduling, workers
+from vllm_nld.vision.options import image_size_limit
+from vllm_nld.vllm_glue import image_errors, registration, scheduling, workers
+from vllm_nld.vllm_glue.image_requirements import why_no_images
 
 CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
@@ -26,10 +28,14 @@ class NLDEngineConfig:
     Attributes:
         upstream: vLLM's own hook for the architecture, if it has one.
         upstream_serves: whether vLLM itself registers the architecture.
+        own_architecture: the name that only this extension registers.
+        config_class: of the checkpoint's ``config.json``.
     """
 
     upstream: ClassVar[Any] = None
     upstream_serves: ClassVar[bool] = False
+    own_architecture: ClassVar[str] = OWN_ARCHITECTURE
+    config_class: ClassVar[type[NemotronLabsDiffusionConfig]] = NemotronLabsDiffusionConfig
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: Any) -> None:
@@ -48,7 +54,7 @@ class NLDEngineConfig:
             if cls.upstream is not None:
                 cls.upstream.verify_and_update_config(vllm_config)
             return
-        _use_own_model(vllm_config.model_config)
+        cls._use_own_model(vllm_config.model_config)
         NLDOptions.from_vllm_config(vllm_config)
         _check_positions(vllm_config.model_config)
         _check_layers(vllm_config.model_config.hf_config)
@@ -65,6 +71,34 @@ class NLDEngineConfig:
         check_defaults(EngineTraits.of(vllm_config))
         _check_weights(vllm_config)
 
+    @classmethod
+    def _use_own_model(cls, model_config: Any) -> None:
+        """Point vLLM's model loader at this extension's model, under a name that only this extension registers."""
+        if not isinstance(model_config.hf_config, cls.config_class):
+            model_config.hf_config = cls.config_class.from_dict(model_config.hf_config.to_dict())
+            model_config.hf_text_config = model_config.hf_config.get_text_config()
+        model_config.hf_config.architectures = [cls.own_architecture]
+
+
+class NLDVLMEngineConfig(NLDEngineConfig):
+    """The same hook for the model that reads images."""
+
+    own_architecture = OWN_VLM_ARCHITECTURE
+    config_class = NemotronLabsDiffusionVLMConfig
+
+    @classmethod
+    def _use_own_model(cls, model_config: Any) -> None:
+        """Also refuse what its images cannot work with."""
+        reason = why_no_images()
+        if reason is not None:
+            raise NLDError(f"model {model_config.model!r}: {reason}")
+        super()._use_own_model(model_config)
+        images = model_config.multimodal_config
+        image_size_limit(images.mm_processor_kwargs, model_config.hf_config)
+        if images.enable_mm_embeds:
+            raise NLDError("enable_mm_embeds=True: this model takes images, not their embeddings; allowed: False")
+        image_errors.answer_with_400()
+
 
 def _is_self_speculation(speculative: Any) -> bool:
     return speculative is not None and speculative.model in PROPOSER_PATHS
@@ -75,14 +109,6 @@ def _asks_for_this_extension(vllm_config: Any) -> bool:
     return _is_self_speculation(vllm_config.speculative_config) or (
         isinstance(additional, dict) and any(map(is_ours, additional))
     )
-
-
-def _use_own_model(model_config: Any) -> None:
-    """Point vLLM's model loader at this extension's model, under a name that only this extension registers."""
-    if not isinstance(model_config.hf_config, NemotronLabsDiffusionConfig):
-        config = NemotronLabsDiffusionConfig.from_dict(model_config.hf_config.to_dict())
-        model_config.hf_config = model_config.hf_text_config = config
-    model_config.hf_config.architectures = [OWN_ARCHITECTURE]
 
 
 def _check_positions(model_config: Any) -> None:
@@ -196,10 +222,10 @@ def _check_weights(vllm_config: Any) -> None:
         check_tensors(folder, model_config.hf_config, quantized=model_config.quantization is not None)
 
 
-def install(upstream_serves: bool) -> None:
-    """Put the hook into vLLM's map, before any hook that is already there."""
+def install(hook: type[NLDEngineConfig], architecture: str, upstream_serves: bool) -> None:
+    """Put a hook into vLLM's map, before any hook that is already there."""
     hooks = registration.model_config_hooks()
-    if hooks.get(ARCHITECTURE) is not NLDEngineConfig:
-        NLDEngineConfig.upstream = hooks.get(ARCHITECTURE)
-        NLDEngineConfig.upstream_serves = upstream_serves
-        hooks[ARCHITECTURE] = NLDEngineConfig
+    if hooks.get(architecture) is not hook:
+        hook.upstream = hooks.get(architecture)
+        hook.upstream_serves = upstream_serves
+        hooks[architecture] = hook

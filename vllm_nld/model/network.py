@@ -194,7 +194,7 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=NLDDecoderLayer)
         if vllm_config.device_config.device_type == "cpu":
             cpu_repairs.repair_seeded_prefills()
-        self.mask_token_id: int = vllm_config.model_config.hf_config.mask_token_id
+        self.never_emitted: tuple[int, ...] = vllm_config.model_config.hf_config.never_emitted
         self.draft_lora = adapter_of(vllm_config)
         if self.draft_lora is not None:
             self._add_draft_adapter(self.draft_lora, vllm_config.model_config.hf_config)
@@ -225,7 +225,8 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """Return logits ``[tokens, vocab]`` with the mask token at minus infinity, or None off the gathering rank."""
         logits: Tensor | None = super().compute_logits(hidden_states)
         if logits is not None:
-            logits[:, self.mask_token_id] = -torch.inf
+            for token in self.never_emitted:  # by index, with which nothing waits for the device
+                logits[:, token] = -torch.inf
         return logits
 
     def shard_logits(self, hidden_states: Tensor) -> tuple[Tensor, int | None]:
@@ -242,8 +243,9 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         shard = self.lm_head.shard_indices
         first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
         logits = logits[:, : end - first]
-        if first <= self.mask_token_id < end:
-            logits[:, self.mask_token_id - first] = -torch.inf
+        for token in self.never_emitted:
+            if first <= token < end:
+                logits[:, token - first] = -torch.inf
         return logits, first
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

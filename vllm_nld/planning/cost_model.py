@@ -34,7 +34,11 @@ AR_LOGIT_SPACE, BLOCK_LOGIT_SPACE = 6, 10
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a checkpoint, named as in its config."""
+    """Sizes of a checkpoint, named as in its config.
+
+    Attributes:
+        image_weights: of what reads images. They take memory; a forward over text does not use them.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -46,6 +50,7 @@ class ModelShape:
     block_size: int
     max_positions: int
     tied: bool = False
+    image_weights: int = 0
 
     @cached_property
     def layer_weights(self) -> int:
@@ -67,7 +72,7 @@ class ModelShape:
     def parameters(self) -> int:
         """All weights; a tied head counts once."""
         matrices = self.layers * self.layer_weights + self.head_weights * (1 if self.tied else 2)
-        return matrices + self.norm_weights
+        return matrices + self.norm_weights + self.image_weights
 
     def kv_bytes_per_token(self, bytes_per_value: int, tp: int = 1) -> int:
         """Bytes of keys and values of one token on one of ``tp`` GPUs. Fewer heads than GPUs are repeated."""
@@ -131,6 +136,7 @@ class Setup:
         model = self.model
         shared = model.layers * model.layer_weights * FLOAT_BYTES[self.dtype]
         shared += model.head_weights * (1 if model.tied else 2) * self.wide_bytes
+        shared += model.image_weights * FLOAT_BYTES[self.dtype]
         return shared / self.tp + model.norm_weights * self.wide_bytes
 
     def on(self, tp: int) -> Setup:

@@ -8,6 +8,7 @@ unless stated otherwise.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ RELEASED = {
     ),
 }
 
+VLM = PlannedModel(
+    "vlm-8b",
+    ModelShape(131073, 4096, 14336, 34, 32, 8, 128, 32, 262144, image_weights=428_472_320),
+    Yields(7.26, "paper, table 9, TPF 3.63 x 2 forwards, mean of image benchmarks", 2.46, "paper, table 9"),
+)
+"""The one that reads images, known by its folder or Hugging Face id."""
+
 TINY_YIELDS = Yields(3.42, "benchmarks/README.md", 1.28, "benchmarks/README.md")
 
 
@@ -81,7 +89,7 @@ def find_model(name: str) -> PlannedModel:
         shape = _read(name, folder / "config.json")
     else:
         shape = _read(name, _download(name))
-    same = (model.yields for model in RELEASED.values() if model.shape.parameters == shape.parameters)
+    same = (model.yields for model in (*RELEASED.values(), VLM) if model.shape.parameters == shape.parameters)
     return PlannedModel(name, shape, next(same, None))
 
 
@@ -104,14 +112,16 @@ def _download(name: str) -> Path:
 
 
 def _read(name: str, path: Path) -> ModelShape:
-    from vllm_nld.config import NemotronLabsDiffusionConfig
-    from vllm_nld.names import MODEL_TYPE
+    from vllm_nld.checkpoints.headers import expected_image_tensors
+    from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
+    from vllm_nld.names import MODEL_TYPES
 
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("model_type") != MODEL_TYPE:
-            raise ValueError(f"model_type={raw.get('model_type')!r}, but {MODEL_TYPE!r} is needed")
-        config = NemotronLabsDiffusionConfig(**raw)
+        kinds = dict(zip(MODEL_TYPES, (NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig), strict=True))
+        if raw.get("model_type") not in kinds:
+            raise ValueError(f"model_type={raw.get('model_type')!r}; allowed: {', '.join(map(repr, kinds))}")
+        config = kinds[raw["model_type"]](**raw)
     except (OSError, ValueError, AttributeError) as error:
         raise NLDError(f"MODEL={name}: {path} is not the config of an NLD model: {error}") from None
     return ModelShape(
@@ -125,6 +135,9 @@ def _read(name: str, path: Path) -> ModelShape:
         block_size=config.block_size,
         max_positions=config.position_limit,
         tied=bool(config.tie_word_embeddings),
+        image_weights=sum(map(math.prod, expected_image_tensors(config).values()))
+        if isinstance(config, NemotronLabsDiffusionVLMConfig)
+        else 0,
     )
 
 

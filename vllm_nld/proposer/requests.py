@@ -111,11 +111,12 @@ class Requests:
         """Open the draft sources of a request that is in a mode with drafts."""
         if options.mode not in SPECULATIVE:
             return ()
-        mask_token_id = self._runner.model_config.hf_config.mask_token_id
+        config = self._runner.model_config.hf_config
+        never = frozenset((config.mask_token_id, *config.image_token_ids))
         found = []
         for source in SOURCES:
             values = {own.name: getattr(options, own.name) for own in source.options}
-            opened = source.open(NewRequest(values, prior, cached.prompt_token_ids is not None, mask_token_id))
+            opened = source.open(NewRequest(values, prior, cached.prompt_token_ids is not None, never))
             if opened is not None:
                 found.append(opened)
         return tuple(found)

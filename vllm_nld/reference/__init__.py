@@ -6,12 +6,14 @@ from vllm_nld.reference.checkpoint import load_reference
 from vllm_nld.reference.diffusion import generate
 from vllm_nld.reference.generate import Generation, ar_generate, linear_spec_generate
 from vllm_nld.reference.model import KVCache, ReferenceModel, RoomyKVCache
+from vllm_nld.reference.vision_language import ReferenceVLM
 
 __all__ = [
     "DraftAdapter",
     "Generation",
     "KVCache",
     "ReferenceModel",
+    "ReferenceVLM",
     "RoomyKVCache",
     "ar_generate",
     "branch_spec_generate",

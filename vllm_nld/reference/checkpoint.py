@@ -7,14 +7,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from vllm_nld.config import NemotronLabsDiffusionConfig
+from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
+from vllm_nld.names import VLM_MODEL_TYPE
 from vllm_nld.reference.model import ReferenceModel
+from vllm_nld.reference.vision_language import ReferenceVLM
 
 
 def load_reference(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> ReferenceModel:
     """Return the model of ``folder`` (``config.json`` and ``*.safetensors``), in evaluation mode.
+
+    It is a :class:`ReferenceVLM` if the config is of a model that reads images.
 
     Raises:
         FileNotFoundError: the folder has no weights.
@@ -25,10 +29,10 @@ def load_reference(
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors")
-    config = NemotronLabsDiffusionConfig.from_pretrained(folder)
+    config = _config_of(folder)
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     with torch.device(device):
-        model = ReferenceModel(config)
+        model = ReferenceVLM(config) if isinstance(config, NemotronLabsDiffusionVLMConfig) else ReferenceModel(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
@@ -42,3 +46,11 @@ def load_reference(
     # Every parameter is there; of tied ones a state dict has both names, the files have one.
     model.load_state_dict(tensors, strict=False)
     return model.to(dtype).eval()
+
+
+def _config_of(folder: Path) -> NemotronLabsDiffusionConfig:
+    settings, _ = NemotronLabsDiffusionConfig.get_config_dict(folder)
+    reads_images = settings.get("model_type") == VLM_MODEL_TYPE
+    kind = NemotronLabsDiffusionVLMConfig if reads_images else NemotronLabsDiffusionConfig
+    config: NemotronLabsDiffusionConfig = kind.from_pretrained(folder)
+    return config

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vllm_nld.reference.generate import Generation, ThinkingBudget, eos_ids, first_of, ids_tensor, pick
+from vllm_nld.reference.generate import Generation, ThinkingBudget, eos_ids, first_of, ids_tensor, pick, prefill
 from vllm_nld.reference.model import KVCache, ReferenceModel
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def generate(
     max_denoising_steps: int | None = None,
     learned: LearnedSampler | None = None,
     seed_first: bool = True,
+    images: Sequence[Tensor] = (),
 ) -> Generation:
     """Block diffusion. NFE counts every denoising forward and each block's causal commit, but not the prefill.
 
@@ -63,6 +65,7 @@ def generate(
             ``max_denoising_steps``, or 1.
         max_denoising_steps: most forwards per block. The last one commits all remaining positions.
         seed_first: the causal pass decides a block's first token; else that position is also denoised.
+        images: of the prompt, see :meth:`ReferenceModel.embed`.
     """
     block_length = block_length or model.config.block_size
     if sampler is None:
@@ -72,7 +75,7 @@ def generate(
     policy = Policy(sampler, threshold, tokens_per_step, entropy_budget, max_denoising_steps, learned)
     eos, budget = eos_ids(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
     cache, generated, nfe = KVCache(), list[int](), 0
-    logits = model.causal(ids_tensor(model, prompt_ids), cache)[0, -1:]
+    logits = prefill(model, prompt_ids, images, cache)
     while len(generated) < max_new_tokens:
         length = min(block_length, max_new_tokens - len(generated))
         first = int(pick(logits, temperature, generator)) if seed_first else model.config.mask_token_id

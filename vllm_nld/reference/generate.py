@@ -10,6 +10,7 @@ counts. Deliberate deviations from the released code:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,11 +67,16 @@ def ar_generate(
     max_thinking_tokens: int | None = None,
     end_think_token_id: int | None = None,
     generator: torch.Generator | None = None,
+    images: Sequence[Tensor] = (),
 ) -> Generation:
-    """Causal decoding, one token per forward. NFE equals the generated tokens; the prefill is not counted."""
+    """Causal decoding, one token per forward. NFE equals the generated tokens; the prefill is not counted.
+
+    Args:
+        images: of the prompt, see :meth:`ReferenceModel.embed`.
+    """
     eos, budget = eos_ids(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
     cache, generated = KVCache(), list[int]()
-    logits = model.causal(ids_tensor(model, prompt_ids), cache)[0, -1:]
+    logits = prefill(model, prompt_ids, images, cache)
     while len(generated) < max_new_tokens:
         token = budget.end_token if budget.forces(generated) else int(pick(logits, temperature, generator))
         generated.append(int(token or 0))
@@ -92,6 +98,7 @@ def linear_spec_generate(
     end_think_token_id: int | None = None,
     threshold: float = 0.0,
     generator: torch.Generator | None = None,
+    images: Sequence[Tensor] = (),
 ) -> Generation:
     """Linear self-speculation: draft a block bidirectionally (with the draft adapter, if any), verify it causally.
 
@@ -100,11 +107,12 @@ def linear_spec_generate(
     Args:
         threshold: 0 fills the whole block in one draft forward; above 0 a draft forward commits the positions at
             least this probable (and always the best one), until the block is full.
+        images: of the prompt, see :meth:`ReferenceModel.embed`.
     """
     block_length = block_length or model.config.block_size
     eos, budget = eos_ids(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
     cache = KVCache()
-    logits = model.causal(ids_tensor(model, prompt_ids), cache)[0, -1:]
+    logits = prefill(model, prompt_ids, images, cache)
     seed = int(budget.end_token or 0) if budget.forces([]) else int(pick(logits, temperature, generator))
     result = Generation([], nfe=1)
     generated = [seed]
@@ -154,6 +162,13 @@ def draft_block(
             if row == best or confidence[row] >= threshold:
                 block[row] = int(tokens[row])
     return block, forwards
+
+
+def prefill(model: ReferenceModel, prompt_ids: list[int], images: Sequence[Tensor], cache: KVCache) -> Tensor:
+    """Fill ``cache`` with a prompt; returns the logits ``[1, vocab]`` of the first new token."""
+    ids = ids_tensor(model, prompt_ids)
+    logits = model.causal(ids, cache, model.embed(ids, images)) if images else model.causal(ids, cache)
+    return logits[0, -1:]
 
 
 def ids_tensor(model: ReferenceModel, ids: list[int]) -> Tensor:

@@ -6,6 +6,7 @@ predict their *own* position. Only causal calls may write the KV cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -250,14 +251,18 @@ class ReferenceModel(nn.Module):
 
     With tied embeddings ``diffusion_head.weight`` is ``encoder.embed_tokens.weight``: one parameter, by that name.
 
+    Args:
+        config: of the checkpoint.
+        encoder: one with more parts; None: the text model's.
+
     Attributes:
         draft_adapter: changes only what :meth:`draft` predicts. Not one of the model's parameters.
     """
 
-    def __init__(self, config: NemotronLabsDiffusionConfig) -> None:
+    def __init__(self, config: NemotronLabsDiffusionConfig, encoder: Encoder | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = encoder or Encoder(config)
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.diffusion_head.weight = self.encoder.embed_tokens.weight
@@ -274,6 +279,7 @@ class ReferenceModel(nn.Module):
         cache: KVCache | None = None,
         write: bool = False,
         adapter: DraftAdapter | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Return the normed hidden states ``[batch, tokens, hidden]`` under an explicit attention mask.
 
@@ -285,13 +291,14 @@ class ReferenceModel(nn.Module):
             cache: prefix whose keys and values are read.
             write: append this call's keys and values to ``cache``. Only causal calls may set it.
             adapter: changes projections and the mask token's input row; for draft passes.
+            embedded: ``[batch, tokens, hidden]``, what counts instead of the ids' own embeddings; for images.
         """
         if positions.ndim == 2:
             positions = positions[:, None]
         # Angles in float64, then rounded once, because float32 products of large positions lose the low frequencies.
         angles = (positions.double()[..., None] * self.inverse_frequencies).float()
         scaling = self.config.llama_4_scaling
-        x = self.encoder.embed_tokens(ids)
+        x = self.encoder.embed_tokens(ids) if embedded is None else embedded
         if adapter is not None:
             x = adapter.embed(ids, x)
         rotation = Rotation(
@@ -306,17 +313,33 @@ class ReferenceModel(nn.Module):
         out: Tensor = self.encoder.norm(x)
         return out
 
-    def causal(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return logits ``[batch, tokens, vocab]`` with row i predicting position i + 1; appends to ``cache``."""
-        return self.logits(self.causal_hidden(ids, cache))
+    def embed(self, ids: Tensor, images: Sequence[Tensor] = ()) -> Tensor:
+        """Return the embeddings ``[batch, tokens, hidden]`` of a prompt's ``ids`` and images.
 
-    def causal_hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        Args:
+            ids: int64 ``[batch, tokens]``.
+            images: normalized pixels, each ``[3, height, width]``, in the order of their placeholders.
+
+        Raises:
+            ValueError: there are images, and this is a text model; or they do not fit the placeholders.
+        """
+        if images:
+            raise ValueError(f"{len(images)} images, but {self.config.model_type} is a text model")
+        embedded: Tensor = self.encoder.embed_tokens(ids)
+        return embedded
+
+    def causal(self, ids: Tensor, cache: KVCache | None = None, embedded: Tensor | None = None) -> Tensor:
+        """Return logits ``[batch, tokens, vocab]`` with row i predicting position i + 1; appends to ``cache``."""
+        return self.logits(self.causal_hidden(ids, cache, embedded))
+
+    def causal_hidden(self, ids: Tensor, cache: KVCache | None = None, embedded: Tensor | None = None) -> Tensor:
         """As :meth:`causal`, but the hidden states ``[batch, tokens, hidden]`` that logits are made of."""
         past, tokens = (cache.length if cache is not None else 0), ids.shape[1]
         mask = None
         if tokens > 1:
             mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=ids.device).tril(past)
-        return self.hidden(ids, self._positions(past, ids), mask, cache, write=cache is not None)
+        positions = self._positions(past, ids)
+        return self.hidden(ids, positions, mask, cache, write=cache is not None, embedded=embedded)
 
     def bidirectional(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return logits ``[batch, tokens, vocab]`` with row i predicting position i; does not change ``cache``."""
@@ -337,8 +360,8 @@ class ReferenceModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Project ``[..., hidden]`` to float32 ``[..., vocab]``.
 
-        The mask token is excluded: it stands for "undecided" and is never an answer.
+        The mask token is excluded (it stands for "undecided" and is never an answer), and what else the config names.
         """
         logits: Tensor = self.diffusion_head(hidden).float()
-        logits[..., self.config.mask_token_id] = -torch.inf
+        logits[..., list(self.config.never_emitted)] = -torch.inf
         return logits

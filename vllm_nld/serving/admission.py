@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nld.errors import NLDError, shown, shown_key
-from vllm_nld.names import MODEL_TYPE, NAMESPACE, PROPOSER_PATHS
+from vllm_nld.names import MODEL_TYPES, NAMESPACE, PROPOSER_PATHS
 from vllm_nld.options import MODES_OF_KEY, NLDOptions, refuse_misplaced
 from vllm_nld.policies import POLICIES, policies_with
 
@@ -78,7 +78,7 @@ def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
     Raises:
         NLDError: see :func:`request_options`; or an integer of vLLM's own is too large.
     """
-    if vllm_config.model_config.hf_config.model_type != MODEL_TYPE or not hasattr(params, "extra_args"):
+    if vllm_config.model_config.hf_config.model_type not in MODEL_TYPES or not hasattr(params, "extra_args"):
         return None
     if not hasattr(vllm_config, "nld_traits"):
         vllm_config.nld_traits = EngineTraits.of(vllm_config)

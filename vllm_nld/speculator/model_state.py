@@ -14,7 +14,8 @@ from vllm_nld.vllm_glue import second_runner
 def make_speculator(vllm_config: Any, device: Any) -> Speculator:
     """Return an engine's speculator; vLLM makes it before the model."""
     speculator = Speculator(vllm_config, device)
-    vllm_config.nld_speculator = speculator
+    # Not with the whole config, of which vLLM makes a copy for the text model of one that reads images.
+    vllm_config.speculative_config.nld_speculator = speculator
     return speculator
 
 
@@ -29,7 +30,7 @@ class NLDModelState(DefaultModelState):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, model: Any, *others: Any) -> None:
         super().__init__(vllm_config, model, *others)
-        self._speculator: Speculator | None = getattr(vllm_config, "nld_speculator", None)
+        self._speculator: Speculator | None = getattr(vllm_config.speculative_config, "nld_speculator", None)
         if self._speculator is not None:
             self._speculator.load_model(model)
 

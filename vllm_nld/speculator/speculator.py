@@ -25,6 +25,7 @@ from vllm_nld.draft_pass.warm_up import lengths
 from vllm_nld.errors import NLDError
 from vllm_nld.model.best_tokens import best_tokens
 from vllm_nld.model.draft_adapter import load_adapter
+from vllm_nld.model.target import is_called_with_embeddings, last_hidden, text_model
 from vllm_nld.serving.admission import EngineTraits
 from vllm_nld.serving.ledger import Tally
 from vllm_nld.speculator import kernels
@@ -67,6 +68,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.table = RequestTable(self.max_requests, self._traits, self.draft_logits is not None)
         self.forwards, self.auto_drafts = 0, True
         self._fp64 = bool(getattr(vllm_config.model_config, "use_fp64_gumbel", False))
+        self._embeds = is_called_with_embeddings(vllm_config.model_config)
         self._runner: Any = None
         self._table: Any = None
         self._buffers: DraftBuffers | None = None
@@ -85,8 +87,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
 
     @property
     def model(self) -> Any:
-        """The target. vLLM 0.26 asks for it as soon as it is loaded."""
-        return self._runner.model
+        """The target's text model. vLLM 0.26 asks for it as soon as it is loaded."""
+        return text_model(self._runner.model)
 
     @property
     def all_forwards(self) -> int:
@@ -105,6 +107,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
 
     def load_model(self, model: Any) -> None:
         """Load the draft adapter for the loaded target: its weights are the draft's weights."""
+        model = text_model(model)
         if model.draft_lora is not None:
             load_adapter(model.draft_lora, model)
         logger.info(
@@ -357,8 +360,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
             slot_mapping={},
         ):
-            hidden: Tensor = self.model(input_ids=ids, positions=positions)
-        return hidden
+            return last_hidden(self.model, ids, positions, self._embeds)
 
     def _best(self, hidden: Tensor) -> Tensor:
         return best_tokens(self.model, hidden).tokens

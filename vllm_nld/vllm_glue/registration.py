@@ -26,6 +26,30 @@ def max_draft_tokens() -> int:
     return int(MAX_SPEC_LEN)
 
 
+def register_with_stand_in(architecture: str, model: str, stand_in: str, why_not: Callable[[], str | None]) -> None:
+    """Register a model that can be imported only if ``why_not()`` returns None.
+
+    Else vLLM is told what it asks about a model from ``stand_in``, so that the engine gets as far as the hook that says
+    why. vLLM would report a model that it cannot import as several pages of traceback.
+
+    Args:
+        architecture: its name in ``config.json``.
+        model: its class, as ``module:class``.
+        stand_in: another class, which can be imported.
+        why_not: asked in the first engine that wants the model.
+    """
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.registry import _LazyRegisteredModel
+
+    substitute = _LazyRegisteredModel(*stand_in.split(":"))
+
+    class WithStandIn(_LazyRegisteredModel):  # type: ignore[misc]
+        def inspect_model_cls(self) -> Any:
+            return super().inspect_model_cls() if why_not() is None else substitute.inspect_model_cls()
+
+    ModelRegistry.models[architecture] = WithStandIn(*model.split(":"))
+
+
 def check_and_fill_speculative_config(proposer_paths: tuple[str, ...], check: Callable[[Any], None]) -> None:
     """Call ``check(speculative_config)`` if it names this extension's proposer, and fill in a default.
 

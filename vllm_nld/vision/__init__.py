@@ -1,0 +1,1 @@
+"""What images become before the network: their pixels, and the tokens that stand for them."""
