@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import vllm_nld.reference
 from tests.support.models import random_model, small_config
 from vllm_nld.cli import app
 from vllm_nld.reference import KVCache, ReferenceModel
@@ -133,7 +134,10 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["sol", *arguments])
 
 
-def test_sol_command_reports(tmp_path: Path) -> None:
+def test_sol_command_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    load = vllm_nld.reference.load_reference
+    monkeypatch.setattr(vllm_nld.reference, "load_reference", lambda *args: loads.append(args) or load(*args))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("def read(self):\n\nimport os\n")
     plot = tmp_path / "plot.png"
@@ -141,6 +145,7 @@ def test_sol_command_reports(tmp_path: Path) -> None:
         "tiny", "--prompts", str(prompts), "--max-tokens", "8", "--block-length", "4", "--json", "--plot", str(plot)
     )
     assert result.exit_code == 0, result.output
+    assert len(loads) == 1
     report = json.loads(result.stdout)
     assert report["prompts"] == 2
     assert [row["safe"] for row in report["speed_of_light"]] == ["serial", "acceptance", "greedy"]
