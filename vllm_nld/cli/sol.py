@@ -128,6 +128,7 @@ def speed_of_light(
                     "serial_forwards": total.serial,
                     "simulated_forwards": total.simulated,
                     "incomplete_blocks": total.incomplete,
+                    "given_tokens": total.given,
                 }
             )
     return rows
@@ -183,6 +184,7 @@ def _show(report: dict[str, Any]) -> None:
     for row in report["speed_of_light"]:
         name = f"speed of light, block {row['block_length']}, safe: {row['safe']}"
         name += f" ({row['incomplete_blocks']} blocks over budget)" if row["incomplete_blocks"] else ""
+        name += f" ({row['given_tokens']} tokens given)" if row["given_tokens"] else ""
         forwards = f"{row['serial_forwards']} / {row['denoising_forwards']}"
         table.add_row(name, f"{row['tpf']:.2f}", f"{row['tpf_denoising']:.2f}", forwards, "")
     console = Console()
