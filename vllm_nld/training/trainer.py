@@ -63,31 +63,28 @@ def fresh_adapter(model: ReferenceModel, settings: Settings) -> DraftAdapter:
 
 
 def given_adapter(model: ReferenceModel, settings: Settings, folder: Path) -> DraftAdapter:
-    """Return the adapter of a folder, float32 on the CPU, to train on.
+    """Return the adapter of a folder, float32 on the CPU, to train on; a higher rank widens it without changing it.
 
     Raises:
         NLDError: it is not one for this model, or it differs from what the settings say of the adapter.
     """
     try:
-        DraftLoRA.open(folder, model.config)
+        given = DraftLoRA.open(folder, model.config)
     except NLDError as error:
         raise NLDError(f"--from {folder}: {str(error).removeprefix('draft_lora: ')}") from None
-    found = DraftAdapter.read(folder)
-    rank = next(iter(found.a.values())).shape[0]
-    alpha, mask_row = found.scale * rank, found.mask_row is not None
-    for name, wanted, has in (
-        ("--rank", settings.rank, rank),
-        ("--alpha", settings.scale_alpha, alpha),
-        ("--targets", ",".join(settings.targets), ",".join(found.targets)),
-    ):
-        if wanted != has:
-            raise NLDError(f"{name} {wanted}: the adapter that training begins with has another; allowed: {has}")
-    if mask_row != settings.mask_row:
-        raise NLDError(
-            f"--from {folder}: the adapter has {'a' if mask_row else 'no'} row for the mask token; "
-            f"allowed: {'the option --mask-row' if mask_row else 'leaving --mask-row out'}"
-        )
-    return found
+    has = f"the adapter of --from {folder} has"
+    if settings.rank < given.rank:
+        raise NLDError(f"--rank {settings.rank}: {has} rank {given.rank}; allowed: {given.rank} or more")
+    alpha = given.scale * settings.rank
+    if settings.scale_alpha != alpha:
+        raise NLDError(f"--alpha {settings.scale_alpha:g}: {has} scale {given.scale:g}; allowed: {alpha:g}")
+    if settings.targets != given.targets:
+        targets = ",".join(given.targets)
+        raise NLDError(f"--targets {','.join(settings.targets)}: {has} others; allowed: {targets}")
+    if settings.mask_row != given.mask_row:
+        row = "a row for the mask token; allowed: --mask-row" if given.mask_row else "no row for the mask token"
+        raise NLDError(f"--mask-row {'on' if settings.mask_row else 'off'}: {has} {row}")
+    return DraftAdapter.read(folder).widened(settings.rank, torch.Generator().manual_seed(settings.seed))
 
 
 class Trainer:
