@@ -182,4 +182,5 @@ class DraftAdapter:
 
 
 def _fresh_a(rank: int, inputs: int, generator: torch.Generator) -> Tensor:
-    return (2 * torch.rand(rank, inputs, generator=generator) - 1) * inputs**-0.5
+    matrix: Tensor = (2 * torch.rand(rank, inputs, generator=generator) - 1) * inputs**-0.5
+    return matrix
