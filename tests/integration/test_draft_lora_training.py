@@ -703,3 +703,92 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     random_adapter(model_of()).write(tmp_path / "adapter", "base")
     with pytest.raises(NLDError, match="holds an adapter or a run"):
         trainer_in(tmp_path / "adapter")
+
+
+# --- beginning with an adapter ---
+
+
+def given(folder: Path, **rest: Any) -> DraftAdapter:
+    adapter = random_adapter(model_of(), **{"mask_row": True, "targets": TARGETS} | rest)
+    adapter.write(folder, "small")
+    return adapter
+
+
+OF_GIVEN = ("--targets=all", "--mask-row", "--alpha=6")
+SETTINGS_OF_GIVEN = Settings.of(**SMALL | {"targets": "all", "mask_row": True, "alpha": 6})
+
+
+def test_training_begins_with_the_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    """Its weights are what the first step changes, and the curve begins with its acceptance length."""
+    adapter = given(tmp_path / "given")
+    start = f"--from={tmp_path / 'given'}"
+    arguments = (f"--output={tmp_path / 'out'}", start, *OF_GIVEN)
+    result = command(checkpoint, *arguments, "--steps=1", "--learning-rate=1e-9")
+    assert result.exit_code == 0, result.output
+    trained = DraftAdapter.read(tmp_path / "out")
+    assert (trained.scale, trained.targets) == (adapter.scale, TARGETS)
+    for before, after in zip(adapter.parameters, trained.parameters, strict=True):
+        torch.testing.assert_close(after, before)
+    curve = json.loads((tmp_path / "out" / "training" / "curve.json").read_text())["curve"]
+    fresh = command(checkpoint, f"--output={tmp_path / 'fresh'}", *OF_GIVEN, "--steps=1")
+    assert fresh.exit_code == 0, fresh.output
+    untrained = json.loads((tmp_path / "fresh" / "training" / "curve.json").read_text())["curve"]
+    assert curve[0] == curve[1] | {"step": 0}
+    assert curve[0] != untrained[0]
+    again = command(checkpoint, *arguments, "--steps=1", "--learning-rate=1e-9", "--resume")
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank=2"], "--rank 2: the adapter of --from {given} has rank 3; allowed: 3 or more"),
+        (["--alpha=12"], "--alpha 12: the adapter of --from {given} has scale 2; allowed: 6"),
+        (["--targets=o_proj"], "--targets o_proj: the adapter of --from {given} has others; allowed: q_proj,k_proj,"),
+        (["--from=nowhere"], "--from nowhere: nowhere has no adapter_config.json"),
+    ],
+)
+def test_an_unsuitable_adapter_is_refused(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    given(tmp_path / "given")
+    start = f"--from={tmp_path / 'given'}"
+    result = command(checkpoint, f"--output={tmp_path / 'out'}", start, *OF_GIVEN, *arguments)
+    assert result.exit_code == 1
+    assert message.format(given=tmp_path / "given") in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_model_or_without_a_mask_row_is_refused(tmp_path: Path) -> None:
+    given(tmp_path / "bare", mask_row=False)
+    with pytest.raises(NLDError, match=r"--mask-row on: .*bare has no row for the mask token"):
+        Trainer(model_of(), stream_of(), SETTINGS_OF_GIVEN, tmp_path / "out", tmp_path / "bare")
+    given(tmp_path / "given")
+    with pytest.raises(NLDError, match=r"--mask-row off: .*given has a row for the mask token; allowed: --mask-row"):
+        plain = SETTINGS_OF_GIVEN.model_copy(update={"mask_row": False})
+        Trainer(model_of(), stream_of(), plain, tmp_path / "out", tmp_path / "given")
+    other = models.random_model(models.small_config(num_hidden_layers=3), 0).requires_grad_(False)
+    with pytest.raises(NLDError, match=r"--from .*given: .*layers"):
+        Trainer(other, stream_of(), SETTINGS_OF_GIVEN, tmp_path / "out", tmp_path / "given")
+
+
+def test_a_higher_rank_begins_with_the_same_drafts(tmp_path: Path) -> None:
+    adapter = given(tmp_path / "given")
+    settings = SETTINGS_OF_GIVEN.model_copy(update={"rank": 5, "alpha": 10.0})
+    trainer = Trainer(model_of(), stream_of(), settings, tmp_path / "out", tmp_path / "given")
+    assert {len(a) for a in trainer.adapter.a.values()} == {5}
+    model, ids = model_of(), torch.tensor([[*PROMPT, 5, 5, 5]])
+    found = []
+    for model.draft_adapter in (adapter, trainer.adapter):
+        found.append(model.draft(ids).detach())
+    torch.testing.assert_close(found[1], found[0])
+    trainer.begin(False)
+    finish(trainer)
+    assert all(b[:, 3:].any() for b in trainer.adapter.b.values())
+
+
+def test_a_run_does_not_go_on_from_another_adapter(tmp_path: Path) -> None:
+    given(tmp_path / "given")
+    Trainer(model_of(), stream_of(), SETTINGS_OF_GIVEN, tmp_path / "out", tmp_path / "given").begin(False)
+    given(tmp_path / "other", seed=1)
+    for start in (tmp_path / "other", None):
+        with pytest.raises(NLDError, match="--from has changed since the run began"):
+            Trainer(model_of(), stream_of(), SETTINGS_OF_GIVEN, tmp_path / "out", start).begin(True)

@@ -199,6 +199,7 @@ def train_draft_lora(
     data: Annotated[Path, typer.Option(help="Text, or .jsonl with a key messages (conversations) or text.")],
     held_out: Annotated[Path | None, typer.Option(help="Text for the curve; else a twentieth of --data.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; by default MODEL/linear_spec_lora.")] = None,
+    start: Annotated[Path | None, typer.Option("--from", help="Folder of an adapter to begin with.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     minutes: Annotated[
         float | None, typer.Option(min=0, max=10**6, help="Save and stop after this many minutes. --resume continues.")
@@ -242,9 +243,10 @@ def train_draft_lora(
     from vllm_nld.cli.train_draft_lora import run
     from vllm_nld.training.trainer import Schedule
 
-    apart = {"model", "data", "held_out", "output", "resume", "minutes", "save_every", "measure_every", "device"}
+    apart = {"model", "data", "held_out", "output", "start", "resume", "device"}
+    apart |= {"minutes", "save_every", "measure_every"}
     options = {name: value for name, value in given.items() if name not in apart}
-    run(model, data, held_out, output, resume, Schedule(save_every, measure_every, minutes), device, options)
+    run(model, data, held_out, output, start, resume, Schedule(save_every, measure_every, minutes), device, options)
 
 
 @app.command()

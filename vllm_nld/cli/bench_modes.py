@@ -147,9 +147,9 @@ def _compaction(texts: list[str], max_tokens: int, dtype: str, rounds: int = 3) 
 
 
 def _speed_of_light(texts: list[str], max_tokens: int) -> list[dict[str, Any]]:
-    from vllm_nld.cli.sol import speed_of_light
+    from vllm_nld.cli.sol import load, speed_of_light
 
-    return speed_of_light(checkpoint_path("tiny"), texts, max_tokens, SOL_BLOCK_LENGTHS)
+    return speed_of_light(*load(checkpoint_path("tiny"), texts), max_tokens, SOL_BLOCK_LENGTHS)
 
 
 def _share(values: Any) -> float:

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -18,6 +18,9 @@ from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli.limits import check_device, check_writable
 from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError
+
+if TYPE_CHECKING:
+    from vllm_nld.reference import ReferenceModel
 
 CONVENTION = "tokens per decode forward: every draft, verify, denoising and commit forward counts, the prefill does not"
 
@@ -48,14 +51,15 @@ def run(
     if plot is not None:
         check_writable("--plot", plot)
     texts = read_prompts(prompts) if prompts else [text for _, text in held_out_prompts(held_out)]
+    loaded, ids = load(folder, texts, device)
     report = {
         "model": model,
         "prompts": len(texts),
         "max_tokens": max_tokens,
         "budget": budget,
         "tpf_convention": CONVENTION,
-        "speed_of_light": speed_of_light(folder, texts, max_tokens, block_lengths, budget, device),
-        "modes": real_modes(folder, texts, max_tokens, device),
+        "speed_of_light": speed_of_light(loaded, ids, max_tokens, block_lengths, budget),
+        "modes": real_modes(loaded, ids, max_tokens),
     }
     if plot is not None:
         draw(report, plot)
@@ -85,31 +89,30 @@ def read_prompts(path: Path) -> list[str]:
     return lines
 
 
-def _load(folder: Path, device: str) -> tuple[Any, Any]:
+def load(folder: Path, texts: list[str], device: str = "cpu") -> tuple[ReferenceModel, list[list[int]]]:
+    """Return the model of a checkpoint, and the token ids of each text."""
     from tokenizers import Tokenizer
 
     from vllm_nld.reference import load_reference
 
-    return load_reference(folder).to(device), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return load_reference(folder).to(device), [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 def speed_of_light(
-    folder: Path,
-    texts: list[str],
+    model: ReferenceModel,
+    prompts: list[list[int]],
     max_tokens: int,
     block_lengths: Sequence[int],
     budget: int = 5000,
-    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Return one row per block length and definition of what is safe to commit."""
     from vllm_nld.reference.speed_of_light import Safety, SpeedOfLight, analyse
 
-    model, tokenizer = _load(folder, device)
-    prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
         for length, safety in itertools.product(block_lengths, Safety):
-            task = progress.add_task(f"block length {length}, {safety}", total=max_tokens * len(texts))
+            task = progress.add_task(f"block length {length}, {safety}", total=max_tokens * len(prompts))
             total = SpeedOfLight()
             for ids in prompts:
                 advance = functools.partial(progress.advance, task)
@@ -125,17 +128,16 @@ def speed_of_light(
                     "serial_forwards": total.serial,
                     "simulated_forwards": total.simulated,
                     "incomplete_blocks": total.incomplete,
+                    "given_tokens": total.given,
                 }
             )
     return rows
 
 
-def real_modes(folder: Path, texts: list[str], max_tokens: int, device: str = "cpu") -> list[dict[str, Any]]:
+def real_modes(model: ReferenceModel, prompts: list[list[int]], max_tokens: int) -> list[dict[str, Any]]:
     """Return TPF (and acceptance length) of the modes, from the reference, at the checkpoint's block length."""
     from vllm_nld.reference import generate, linear_spec_generate
 
-    model, tokenizer = _load(folder, device)
-    prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     spec = [linear_spec_generate(model, ids, max_tokens, eos_token_id=-1) for ids in prompts]
     tokens = max_tokens * len(prompts)
     cycles = [count for result in spec for count in result.accepted]
@@ -182,6 +184,7 @@ def _show(report: dict[str, Any]) -> None:
     for row in report["speed_of_light"]:
         name = f"speed of light, block {row['block_length']}, safe: {row['safe']}"
         name += f" ({row['incomplete_blocks']} blocks over budget)" if row["incomplete_blocks"] else ""
+        name += f" ({row['given_tokens']} tokens given)" if row["given_tokens"] else ""
         forwards = f"{row['serial_forwards']} / {row['denoising_forwards']}"
         table.add_row(name, f"{row['tpf']:.2f}", f"{row['tpf_denoising']:.2f}", forwards, "")
     console = Console()

@@ -26,6 +26,7 @@ def run(
     data: Path,
     held_out: Path | None,
     output: Path | None,
+    start: Path | None,
     resume: bool,
     schedule: Schedule,
     device: str,
@@ -54,11 +55,18 @@ def run(
             typer.echo(f"{left_out} answers are left out: their prompts are longer than --prefix-tokens", err=True)
     else:
         corpus = Stream.read(data, held_out, tokenizer)
-    train(folder, corpus, settings, schedule, output or folder / "linear_spec_lora", resume, device)
+    train(folder, corpus, settings, schedule, output or folder / "linear_spec_lora", resume, device, start)
 
 
 def train(
-    folder: Path, corpus: Corpus, settings: Settings, schedule: Schedule, output: Path, resume: bool, device: str
+    folder: Path,
+    corpus: Corpus,
+    settings: Settings,
+    schedule: Schedule,
+    output: Path,
+    resume: bool,
+    device: str,
+    start: Path | None = None,
 ) -> bool:
     """Train with progress on standard error; write the adapter, and next to it the run with its curve.
 
@@ -74,7 +82,7 @@ def train(
         model = load_frozen(folder, getattr(torch, settings.dtype), device)
     except (OSError, ValueError) as error:
         raise NLDError(f"MODEL={folder}: {' '.join(str(error).split())}") from None
-    trainer = Trainer(model, corpus, settings, output)
+    trainer = Trainer(model, corpus, settings, output, start)
     trainer.begin(resume)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -99,7 +107,7 @@ def report(trainer: Trainer, finished: bool) -> None:
         draw(trainer.curve, trainer.state_folder / "curve.png")
     first, last = trainer.curve[0], trainer.curve[-1]
     typer.echo(
-        f"acceptance length on held-out text: {first['acceptance_length']:.2f} without the adapter, "
+        f"acceptance length on held-out text: {first['acceptance_length']:.2f} before training, "
         f"{last['acceptance_length']:.2f} after {last['step']} steps"
     )
     if not drawn:
@@ -116,7 +124,7 @@ def draw(curve: list[dict[str, Any]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     left.plot([row["step"] for row in curve], [row["acceptance_length"] for row in curve], marker="o")
     left.set(xlabel="step", ylabel="acceptance length, held-out text")
-    for row, label in ((curve[0], "without the adapter"), (curve[-1], f"after {curve[-1]['step']} steps")):
+    for row, label in ((curve[0], "before training"), (curve[-1], f"after {curve[-1]['step']} steps")):
         right.plot(range(1, len(row["by_position"]) + 1), row["by_position"], marker="o", label=label)
     right.set(xlabel="position in the block", ylabel="share of cycles that accept it", ylim=(0, 1))
     right.legend()

@@ -2,7 +2,7 @@
 
 After the paper's section 3.2 and appendix A: per position the predicted token's embedding, compressed to 128
 dimensions by PCA, and 16 statistics of the distribution; a few encoder layers over the block; sigmoids. It sees no
-hidden states of the language model. The features here are our own choice, since the paper's list is not public.
+hidden states of the language model. The paper embeds the three most probable tokens and has fewer statistics.
 
 It predicts more than whether the token is right, since that does not decide what a commit costs: a token that serial
 denoising would choose later can still, committed now, change what comes after it, and a wrong token spoils a whole

@@ -72,7 +72,7 @@ class DraftAdapter:
         for layer in range(config.num_hidden_layers):
             for target in in_order(targets):
                 inputs, outputs = projection_size(config, target)
-                a[layer, target] = (2 * torch.rand(rank, inputs, generator=generator) - 1) * inputs**-0.5
+                a[layer, target] = _fresh_a(rank, inputs, generator)
                 b[layer, target] = torch.zeros(outputs, rank)
         if mask_row is None:
             return cls(a, b, alpha / rank)
@@ -117,6 +117,14 @@ class DraftAdapter:
         a, b = ({place: x.to(dtype) for place, x in matrices.items()} for matrices in (self.a, self.b))
         row = None if self.mask_row is None else self.mask_row.to(dtype)
         return DraftAdapter(a, b, self.scale, row, self.mask_token_id)
+
+    def widened(self, rank: int, generator: torch.Generator) -> DraftAdapter:
+        """Return the same change in a form of higher rank: fresh rows of A meet zero columns of B. Alpha grows, too."""
+        a = {
+            place: torch.cat((old, _fresh_a(rank - len(old), old.shape[1], generator))) for place, old in self.a.items()
+        }
+        b = {place: torch.cat((old, old.new_zeros(len(old), rank - old.shape[1])), 1) for place, old in self.b.items()}
+        return DraftAdapter(a, b, self.scale, self.mask_row, self.mask_token_id)
 
     @classmethod
     def read(cls, folder: str | Path) -> DraftAdapter:
@@ -171,3 +179,8 @@ class DraftAdapter:
         if self.mask_row is not None:
             settings["trainable_token_indices"] = {"embed_tokens": [self.mask_token_id]}
         return settings
+
+
+def _fresh_a(rank: int, inputs: int, generator: torch.Generator) -> Tensor:
+    matrix: Tensor = (2 * torch.rand(rank, inputs, generator=generator) - 1) * inputs**-0.5
+    return matrix

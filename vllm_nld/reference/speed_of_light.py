@@ -42,11 +42,13 @@ class OracleBlock:
         target: the result of serial denoising, seed first.
         commits: positions committed by each forward of the oracle, in order.
         complete: False if the simulation budget ran out; the rest was then committed serially.
+        given: forwards in which no prediction was the target's, so that the surest position was given its token.
     """
 
     target: list[int]
     commits: list[list[int]] = field(default_factory=list)
     complete: bool = True
+    given: int = 0
 
 
 @dataclass
@@ -61,6 +63,7 @@ class SpeedOfLight:
         simulated: forwards that the analysis itself took.
         blocks: analyzed blocks.
         incomplete: blocks for which the budget ran out.
+        given: forwards that committed a token that the model did not predict there, as no prediction was right.
     """
 
     tokens: int = 0
@@ -70,6 +73,7 @@ class SpeedOfLight:
     simulated: int = 0
     blocks: int = 0
     incomplete: int = 0
+    given: int = 0
 
     def add(self, other: SpeedOfLight) -> None:
         """Add the counts of another analysis."""
@@ -116,9 +120,8 @@ def analyse(
         length = min(block_length, max_new_tokens - result.tokens)
         simulator = _Simulator(model, cache, budget, safety)
         block = simulator.analyse(int(logits.argmax()), length)
-        result.add(
-            SpeedOfLight(length, len(block.commits), 1, length - 1, simulator.spent, 1, 0 if block.complete else 1)
-        )
+        incomplete = 0 if block.complete else 1
+        result.add(SpeedOfLight(length, len(block.commits), 1, length - 1, simulator.spent, 1, incomplete, block.given))
         logits = model.causal(torch.tensor([block.target], device=device), cache)[0, -1]
         if progress is not None:
             progress(length)
@@ -146,7 +149,9 @@ class _Simulator:
                 block.complete = False
                 block.commits += [[position] for position in order if state[position] == self.mask_id]
                 break
-            commit = self._longest_safe_run(state, target)
+            run, surest = self._longest_safe_run(state, target)
+            commit = run or [surest]
+            block.given += not run
             block.commits.append(commit)
             for position in commit:
                 state[position] = target[position]
@@ -175,16 +180,17 @@ class _Simulator:
         confidence = confidence.masked_fill(states != self.mask_id, -1.0)
         return confidence.argmax(1), predicted, confidence
 
-    def _longest_safe_run(self, state: list[int], target: list[int]) -> list[int]:
-        """Return the positions to commit now; where no prediction is the target's, only the surest position."""
+    def _longest_safe_run(self, state: list[int], target: list[int]) -> tuple[list[int], int]:
+        """Return the positions to commit now, none where no prediction is the target's; and the surest position."""
         _, predicted, confidence = self._look(torch.tensor([state]))
         right = [
             position
             for position in confidence[0].argsort(descending=True, stable=True).tolist()
             if state[position] == self.mask_id and int(predicted[0, position]) == target[position]
         ]
+        surest = int(confidence[0].argmax())
         if self.safety is Safety.GREEDY:
-            return right or [int(confidence[0].argmax())]
+            return right, surest
         # A run of one needs no check: serial denoising would commit it here.
         probes = []
         for count in range(2, len(right) + 1):
@@ -194,7 +200,7 @@ class _Simulator:
             probes.append(probe)
         safe = self._reach(torch.tensor(probes), torch.tensor(target)) if probes else []
         longest = max((count for count, reached in enumerate(safe, 2) if reached), default=1)
-        return right[:longest] or [int(confidence[0].argmax())]
+        return right[:longest], surest
 
     def _reach(self, probes: Tensor, target: Tensor) -> list[bool]:
         """Return which probes ``[rows, length]`` end in the target when they go on as ``safety`` says.

@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from vllm_nld.checkpoints.draft_lora import WEIGHTS_FILE
+from vllm_nld.checkpoints.draft_lora import WEIGHTS_FILE, DraftLoRA
 from vllm_nld.errors import NLDError
 from vllm_nld.reference import DraftAdapter, ReferenceModel, load_reference
 from vllm_nld.reference.generate import eos_ids
@@ -55,8 +55,50 @@ def load_frozen(folder: Path, dtype: torch.dtype, device: str | torch.device) ->
     return model
 
 
+def fresh_adapter(model: ReferenceModel, settings: Settings) -> DraftAdapter:
+    """Return an untrained adapter, float32 on the CPU, which depends only on the seed and the model's shape."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    row = model.encoder.embed_tokens.weight[model.config.mask_token_id] if settings.mask_row else None
+    return DraftAdapter.fresh(model.config, settings.rank, settings.scale_alpha, generator, settings.targets, row)
+
+
+def given_adapter(model: ReferenceModel, settings: Settings, folder: Path) -> DraftAdapter:
+    """Return the adapter of a folder, float32 on the CPU, to train on; a higher rank widens it without changing it.
+
+    Raises:
+        NLDError: it is not one for this model, or it differs from what the settings say of the adapter.
+    """
+    try:
+        given = DraftLoRA.open(folder, model.config)
+    except NLDError as error:
+        raise NLDError(f"--from {folder}: {str(error).removeprefix('draft_lora: ')}") from None
+    has = f"the adapter of --from {folder} has"
+    if settings.rank < given.rank:
+        raise NLDError(f"--rank {settings.rank}: {has} rank {given.rank}; allowed: {given.rank} or more")
+    alpha = given.scale * settings.rank
+    if settings.scale_alpha != alpha:
+        raise NLDError(f"--alpha {settings.scale_alpha:g}: {has} scale {given.scale:g}; allowed: {alpha:g}")
+    if settings.targets != given.targets:
+        targets = ",".join(given.targets)
+        raise NLDError(f"--targets {','.join(settings.targets)}: {has} others; allowed: {targets}")
+    if settings.mask_row != given.mask_row:
+        row = "a row for the mask token; allowed: --mask-row" if given.mask_row else "no row for the mask token"
+        raise NLDError(f"--mask-row {'on' if settings.mask_row else 'off'}: {has} {row}")
+    return DraftAdapter.read(folder).widened(settings.rank, torch.Generator().manual_seed(settings.seed))
+
+
 class Trainer:
     """Trains a draft adapter; only its matrices change.
+
+    Args:
+        model: frozen, as :func:`load_frozen` returns it.
+        corpus: the text.
+        settings: of the run.
+        output: folder of the adapter and the run.
+        start: folder of an adapter to begin with; None: a fresh one, which changes nothing yet.
+
+    Raises:
+        NLDError: the text or the adapter to begin with does not fit the settings or the model.
 
     Attributes:
         adapter: float32, on the model's device.
@@ -65,7 +107,9 @@ class Trainer:
         curve: measurements so far, each with ``step``, ``acceptance_length``, ``by_position`` and ``cycles``.
     """
 
-    def __init__(self, model: ReferenceModel, corpus: Corpus, settings: Settings, output: Path) -> None:
+    def __init__(
+        self, model: ReferenceModel, corpus: Corpus, settings: Settings, output: Path, start: Path | None = None
+    ) -> None:
         self.model, self.corpus, self.settings, self.output = model, corpus, settings, output
         self.device = model.diffusion_head.weight.device
         self.block_length = settings.block_length or model.config.block_size
@@ -83,10 +127,9 @@ class Trainer:
             )
         corpus.check(settings)
         self.generator = torch.Generator().manual_seed(settings.seed)
-        own = torch.Generator().manual_seed(settings.seed)
-        row = model.encoder.embed_tokens.weight[model.config.mask_token_id] if settings.mask_row else None
-        fresh = DraftAdapter.fresh(model.config, settings.rank, settings.scale_alpha, own, settings.targets, row)
-        self.adapter = fresh.to(self.device)
+        first = fresh_adapter(model, settings) if start is None else given_adapter(model, settings, start)
+        self._start = "" if start is None else digest(*first.parameters)
+        self.adapter = first.to(self.device)
         for matrix in self.adapter.parameters:
             matrix.requires_grad_()
         self.optimizer = torch.optim.AdamW(
@@ -123,8 +166,8 @@ class Trainer:
             raise NLDError(f"--resume: {self.output} holds no run to continue; leave --resume out, or correct --output")
         state = torch.load(self._state_file, map_location=self.device)
         self.settings.check_same(state["settings"])
-        for name, found in self._fingerprints.items():
-            if state["fingerprints"][name] != found:
+        for name in self._fingerprints | state["fingerprints"]:
+            if state["fingerprints"].get(name) != self._fingerprints.get(name):
                 raise NLDError(
                     f"--resume: {name} has changed since the run began; allowed: the same, or another --output"
                 )
@@ -276,8 +319,9 @@ class Trainer:
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
         """Identify the inputs that a resumed run needs unchanged."""
-        return {
+        found = {
             "MODEL": digest(self.model.diffusion_head.weight.float().cpu()),
             "--data": self.corpus.digest(self.corpus.train),
             "the held-out text": self.corpus.digest(self.corpus.held_out),
         }
+        return found | ({"--from": self._start} if self._start else {})
