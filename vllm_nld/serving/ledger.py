@@ -24,7 +24,7 @@ class Tally:
         tokens: generated tokens by mode.
         blocks: blocks by mode: verified blocks of self-speculation, denoised blocks of diffusion.
         accepted: accepted drafts by mode.
-        branches: ``tokens`` that branches took, and their hits, ``guess`` and ``mask``: each saved a draft.
+        branches: those ``run``, ``tokens`` that they took, and hits, ``guess`` and ``mask``: each saved a draft.
     """
 
     forwards: Counter[str] = field(default_factory=Counter)

@@ -47,7 +47,7 @@ METRICS: dict[str, Metric] = {
     "vllm:nld_branches": Metric(
         "counter",
         ("kind",),
-        "Branches of verify forwards: their tokens, and hits by kind (guess, mask), each of which saved a draft.",
+        "Branches of verify forwards: run, their tokens, and hits by kind (guess, mask), each of which saved a draft.",
     ),
     "vllm:nld_denoising_passes": Metric("counter", (), "Denoising forwards of diffusion blocks, per block."),
     "vllm:nld_decisions": Metric(
