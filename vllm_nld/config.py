@@ -42,6 +42,7 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
     Args:
         block_size: the diffusion block length the checkpoint was trained for, in tokens.
         mask_token_id: id of the token that stands for "not decided yet"; it is never emitted.
+        added_mask_token_id: another token that is never emitted; None, or an id past the vocabulary: there is none.
         rope_parameters: YaRN parameters as released, or those of ``rope_type`` ``default``, ``linear`` or ``llama3``.
 
     Raises:
