@@ -33,14 +33,16 @@ done
 # Images need torchvision: its CPU build from torch's own index; where that is out of reach the one that is there, with
 # its operators declared (scripts/torchvision_cpu); if nothing helps none, and then only text is served.
 imports_torchvision() { "$venv/bin/python" -c 'import torchvision' 2>/dev/null; }
-if ! imports_torchvision; then
+cpu_torch() { "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; }
+if ! imports_torchvision && cpu_torch; then
+    echo "setup: looking for a torchvision that works with a CPU build of torch ..."
     found=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torchvision").partition("+")[0])' 2>/dev/null || true)
-    [ -z "$found" ] || "${install[@]}" --no-deps --force-reinstall --index-url https://download.pytorch.org/whl/cpu \
-        "torchvision==$found+cpu" 2>/dev/null || true
-    if ! imports_torchvision; then
+    [ -z "$found" ] || "${install[@]}" --no-deps --force-reinstall --retries 0 --timeout 10 \
+        --index-url https://download.pytorch.org/whl/cpu "torchvision==$found+cpu" 2>/dev/null || true
+    if [ -n "$found" ] && ! imports_torchvision; then
         copy=$(mktemp -d) # pip builds where the sources are
         cp scripts/torchvision_cpu/* "$copy"
-        "${install[@]}" --no-deps --no-build-isolation "$copy"
+        "${install[@]}" --no-deps --no-build-isolation "$copy" || true
         rm -rf "$copy"
     fi
     imports_torchvision || {

@@ -42,6 +42,7 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
     Args:
         block_size: the diffusion block length the checkpoint was trained for, in tokens.
         mask_token_id: id of the token that stands for "not decided yet"; it is never emitted.
+        added_mask_token_id: another token that is never emitted; None, or an id past the vocabulary: there is none.
         rope_parameters: YaRN parameters as released, or those of ``rope_type`` ``default``, ``linear`` or ``llama3``.
 
     Raises:
@@ -74,9 +75,11 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
         bos_token_id: int | None = 1,
         eos_token_id: int | list[int] | None = 11,
         tie_word_embeddings: bool = False,
+        added_mask_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
+        self.added_mask_token_id = added_mask_token_id
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -139,7 +142,8 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
     @property
     def never_emitted(self) -> tuple[int, ...]:
         """Ids of the tokens that no text contains."""
-        return (self.mask_token_id,)
+        added = self.added_mask_token_id
+        return (self.mask_token_id,) if added is None or added >= self.vocab_size else (self.mask_token_id, added)
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
@@ -150,6 +154,8 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
         """Return the released layout, so that a saved config can be read here and by other programs."""
         output: dict[str, Any] = super().to_dict()
         scaling = output.pop("llama_4_scaling", None)
+        if output["added_mask_token_id"] is None:
+            del output["added_mask_token_id"]
         rope = dict(output["rope_parameters"])
         rope.pop("attention_factor", None)
         if scaling:
@@ -201,7 +207,13 @@ class NemotronLabsDiffusionVLMConfig(NemotronLabsDiffusionConfig):
         if vision_config is None or isinstance(vision_config, dict):
             from transformers import PixtralVisionConfig  # it imports every model's name: seconds
 
-            vision_config = PixtralVisionConfig(**(released_vision_config() | (vision_config or {})))
+            given = released_vision_config() | (vision_config or {})
+            heads = given["num_attention_heads"]
+            if not isinstance(heads, int) or heads <= 0:
+                raise ValueError(
+                    f"config.json: vision_config.num_attention_heads={heads!r}, but a positive integer is needed"
+                )
+            vision_config = PixtralVisionConfig(**given)
         self.vision_config = vision_config
         self.spatial_merge_size = spatial_merge_size
         self.projector_hidden_act = projector_hidden_act
@@ -211,9 +223,9 @@ class NemotronLabsDiffusionVLMConfig(NemotronLabsDiffusionConfig):
         self.image_pad_token_id = image_pad_token_id
         self.image_break_token_id = image_break_token_id
         self.image_end_token_id = image_end_token_id
-        self.added_mask_token_id = added_mask_token_id
-        kwargs.pop("text_config", None)  # a property here
-        super().__init__(vocab_size=vocab_size, **kwargs)
+        if kwargs.pop("text_config", None):  # a property here
+            raise ValueError("config.json: text_config, but the text model's fields are needed beside vision_config")
+        super().__init__(vocab_size=vocab_size, added_mask_token_id=added_mask_token_id, **kwargs)
 
     def _check(self) -> None:
         super()._check()
@@ -263,14 +275,10 @@ class NemotronLabsDiffusionVLMConfig(NemotronLabsDiffusionConfig):
         )
 
     @property
-    def never_emitted(self) -> tuple[int, ...]:
-        added = self.added_mask_token_id
-        return (self.mask_token_id, added) if added < self.vocab_size else (self.mask_token_id,)
-
-    @property
     def text_config(self) -> NemotronLabsDiffusionConfig:
         """The text model's part, a new object each time."""
-        own = {*inspect.signature(type(self).__init__).parameters, "model_type", "architectures"} - {"vocab_size"}
+        own = {*inspect.signature(type(self).__init__).parameters, "model_type", "architectures"}
+        own -= {"vocab_size", "added_mask_token_id"}
         flat = {key: value for key, value in self.to_dict().items() if key not in own}
         return NemotronLabsDiffusionConfig(**flat, architectures=[OWN_ARCHITECTURE])
 

@@ -2,7 +2,7 @@
 
 Package indexes other than torch's own have only that build. Its extension library cannot load then, and its Python part
 stops at the first operator that is not declared. This declares them, just before torchvision is imported: everything
-but the operators works. A torchvision whose extension loads is left alone.
+but the operators works. A torchvision whose extension loads is left alone, and any next to a CUDA build of torch.
 
 ``torchvision_cpu.pth`` runs :func:`install` when Python starts, so nothing may be imported here at the top.
 """
@@ -20,10 +20,27 @@ class BeforeTorchvision:
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        """Declare the operators if it is torchvision; let the other finders find it."""
-        if name == "torchvision":
-            sys.meta_path.remove(cls)
-            declare_operators()
+        """Find torchvision as the other finders do, and have it declare the operators before it runs."""
+        if name != "torchvision":
+            return None
+        import importlib.util
+        from pathlib import Path
+
+        sys.meta_path.remove(cls)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, cls)
+        if spec is None or spec.origin is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def declare_then_run(module):
+            declare_operators(Path(spec.origin).parent)
+            run(module)
+
+        spec.loader.exec_module = declare_then_run
+        return spec
 
 
 def install():
@@ -32,18 +49,14 @@ def install():
         sys.meta_path.insert(0, BeforeTorchvision)
 
 
-def declare_operators():
-    """Declare torchvision's operators unless its own extension library does."""
-    import importlib.util
-    from pathlib import Path
-
+def declare_operators(folder):
+    """Declare the operators of the torchvision in a folder unless its own extension library does."""
     import torch
 
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
+    if torch.version.cuda is not None:
         return
     try:
-        for library in Path(spec.origin).parent.glob("_C*.so"):
+        for library in folder.glob("_C*.so"):
             torch.ops.load_library(str(library))
     except OSError:
         global _library  # what it declares ends with it

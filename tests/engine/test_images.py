@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.adapters import random_adapter
-from tests.support.engines import accepted, engine, runner, watch_blocks
+from tests.support.engines import accepted, engine, generate, runner, watch_blocks
 from tests.support.images import Ask, Oracle, complete, needs_images, picture, texts
 from tests.support.models import save_vlm, small_vlm_config
 from vllm_nld.checkpoints.draft_lora import TARGETS
@@ -94,6 +95,21 @@ def test_looked_up_drafts_change_no_text(llm: Any, expected: list[list[int]]) ->
     """The prompts repeat the tokens of images, which are never drafted."""
     options = [{"mode": "self_speculation", "prompt_lookup": 1}] * 3
     assert texts(complete(llm, ASKS[1:4], options)) == expected[1:4]
+
+
+def test_the_added_mask_token_is_never_emitted(tmp_path: Path) -> None:
+    """Weights that make it win many an argmax if it were allowed to."""
+    needs_images()
+    config = small_vlm_config(added_mask_token_id=7)
+    folder = save_vlm(config, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["diffusion_head.weight"][7] = 3.0
+    save_file(tensors, folder / "model.safetensors")
+    each: list[dict[str, Any]] = [{"mode": mode} for mode in ("ar", "self_speculation", "diffusion")]
+    with engine(folder, spec=True) as llm:
+        texts = generate(llm, [[9, 10, 11]] * 3, each, max_tokens=24)
+    assert texts[0] == texts[1]
+    assert 7 not in {token for ids in texts for token in ids}
 
 
 def test_sampled_text_is_seeded_and_holds_no_mask(llm: Any, oracle: Oracle) -> None:

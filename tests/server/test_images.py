@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from openai import OpenAI
@@ -171,6 +172,15 @@ def bomb() -> bytes:
     return bytes(data)
 
 
+def broken_chunk() -> bytes:
+    """A PNG whose second chunk of data has no such name: Pillow raises SyntaxError."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    data = bytearray(encoded(Image.fromarray(noise)))
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    data[second : second + 4] = b"\x00\x01\x02\x03"
+    return bytes(data)
+
+
 GOOD = image_part(url_of(encoded(picture(1))))
 
 
@@ -182,6 +192,7 @@ GOOD = image_part(url_of(encoded(picture(1))))
         ([image_part("data:image/png;base64,")], {}, "image"),
         ([image_part(url_of(encoded(picture(1))[:200]))], {}, "truncated"),
         ([image_part(url_of(bomb()))], {}, "pixels"),
+        ([image_part(url_of(broken_chunk()))], {}, "broken PNG"),
         ([image_part("file:///etc/passwd")], {}, "local"),
         ([GOOD] * 3, {}, "At most 2 image"),
         ([GOOD], {"vllm_xargs": {"nld.mode": "quadratic"}}, "quadratic"),

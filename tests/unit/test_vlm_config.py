@@ -64,6 +64,9 @@ def test_the_text_part_is_a_text_model() -> None:
     assert {key: text.to_dict()[key] for key in expected} == expected
     assert not {key for key in text.to_dict() if "image" in key or "vision" in key or "projector" in key}
     assert text.never_emitted == config.never_emitted == (5,)
+    both = models.small_vlm_config(added_mask_token_id=7)
+    assert both.text_config.never_emitted == both.never_emitted == (5, 7)
+    assert NemotronLabsDiffusionConfig(**both.text_config.to_dict()).never_emitted == (5, 7)
 
 
 def test_tensors_are_those_of_the_released_model() -> None:
@@ -100,6 +103,8 @@ def test_a_missing_tensor_of_the_projector_is_named(tmp_path: Path) -> None:
         ({"vision_config": {"head_dim": 32}}, "vision_config.head_dim=32; allowed: 64"),
         ({"vision_config": {"image_size": 27}}, "image_size=27 is less than patch_size"),
         ({"vision_config": {"patch_size": 0}}, "vision_config.patch_size=0, but a positive integer is needed"),
+        ({"vision_config": {"num_attention_heads": 0}}, "num_attention_heads=0, but a positive"),
+        ({"text_config": {"hidden_size": 64}}, "text_config, but the text model's fields are needed"),
         ({"spatial_merge_size": 0}, "spatial_merge_size=0, but a positive integer is needed"),
         ({"image_pad_token_id": 18}, r"image tokens are \[18, 18, 20, 21\], but they must differ"),
         ({"image_end_token_id": 100}, r"image tokens are \[18, 19, 20, 100\], but they must differ"),

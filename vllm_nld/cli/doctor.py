@@ -101,7 +101,8 @@ def _torchvision_problem() -> str | None:
     try:
         import torchvision  # type: ignore[import-not-found]  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
-        return f"torchvision does not match this torch ({error}): pip uninstall torchvision torchaudio torchcodec"
+        mend = "scripts/setup.sh mends it, or, for text only, pip uninstall torchvision torchaudio torchcodec"
+        return f"torchvision does not match this torch ({error}): {mend}"
     return None
 
 

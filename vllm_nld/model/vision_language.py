@@ -21,12 +21,13 @@ class NLDForConditionalGeneration(Mistral3ForConditionalGeneration):  # type: ig
 
     supports_mm_device_do_normalize = False  # the processor hands over normalized pixels
     hf_to_vllm_mapper = WeightsMapper(
-        # The first that fits counts.
+        # In this order: names that the first ones have changed do not fit the third. Without a dot at the end, because
+        # a quantization's list of modules to skip names the modules themselves.
         orig_to_new_prefix={
-            "encoder.vision_tower.": "vision_tower.",
-            "encoder.multi_modal_projector.": "multi_modal_projector.",
+            "encoder.vision_tower": "vision_tower",
+            "encoder.multi_modal_projector": "multi_modal_projector",
             "encoder.": "language_model.model.",
-            "diffusion_head.": "language_model.lm_head.",
+            "diffusion_head": "language_model.lm_head",
         }
     )
 

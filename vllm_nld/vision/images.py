@@ -66,8 +66,10 @@ def pixels_of(image: Image, longest: int, cell: int) -> NDArray[np.float32]:
     size = (grid.columns * cell, grid.rows * cell)
     planes = np.empty((3, size[1], size[0]), np.float32)
     # One channel at a time, because the floats of a large photograph need much memory.
-    for plane, channel, mean, deviation in zip(planes, on_white(image).split(), MEAN, DEVIATION, strict=True):
-        values: Any = cv2.resize(np.asarray(channel, np.float32), size, interpolation=cv2.INTER_CUBIC)
+    opaque = on_white(image)
+    for index, (plane, mean, deviation) in enumerate(zip(planes, MEAN, DEVIATION, strict=True)):
+        channel = np.asarray(opaque.getchannel(index), np.float32)
+        values: Any = cv2.resize(channel, size, interpolation=cv2.INTER_CUBIC)
         plane[:] = (values / np.float32(255) - np.float32(mean)) / np.float32(deviation)
     return planes
 

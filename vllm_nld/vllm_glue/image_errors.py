@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+DAMAGED = (SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError)
+"""What Pillow's decoders raise for damaged files besides ``OSError``, which is all that vLLM 0.32 expects."""
 
 
 @contextmanager
@@ -16,7 +21,7 @@ def as_validation_error() -> Iterator[None]:
 
     try:
         yield
-    except DecompressionBombError as error:
+    except (DecompressionBombError, *DAMAGED) as error:
         raise VLLMValidationError(f"image_url: {error}", parameter="image_url") from error
     except RuntimeError as error:
         if "local files" not in str(error):
