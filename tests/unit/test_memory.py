@@ -78,7 +78,10 @@ def make(model: Model, cache: int = 1) -> DraftPass:
     layer = SimpleNamespace(kv_cache=torch.zeros(cache))
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(
-            hf_config=SimpleNamespace(mask_token_id=MASK), max_model_len=1000, get_vocab_size=lambda: VOCAB
+            hf_config=SimpleNamespace(mask_token_id=MASK),
+            max_model_len=1000,
+            get_vocab_size=lambda: VOCAB,
+            enable_prompt_embeds=False,
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=TOKENS),
         compilation_config=SimpleNamespace(static_forward_context={"layer": layer}),

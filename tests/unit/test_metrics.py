@@ -101,6 +101,7 @@ def config(model_type: str = MODEL_TYPE, speculative: Any = None) -> Any:
     model = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type), model="/x", served_model_name="m")
     return SimpleNamespace(
         instance_id="abc_dp1",
+        lora_config=None,
         parallel_config=SimpleNamespace(data_parallel_rank=0, data_parallel_index=1),  # as in a dense model's engine 1
         model_config=model,
         speculative_config=speculative,

@@ -127,9 +127,10 @@ def test_admitted_options_can_be_used(sampler: LearnedSampler, data: Any) -> Non
     cached = SimpleNamespace(
         sampling_params=params, prompt_token_ids=[1, 2, 3, 2], output_token_ids=[8, 9], num_prompt_tokens=4
     )
+    hf_config = SimpleNamespace(mask_token_id=mask, never_emitted=(mask,), image_token_ids=())
     runner = SimpleNamespace(
         requests={"request": cached},
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(mask_token_id=mask)),
+        model_config=SimpleNamespace(hf_config=hf_config),
         sampler=SimpleNamespace(topk_topp_sampler=TopKTopPSampler()),
     )
     state, sizes = Requests(runner, engine, None).state("request"), Sizes(LONGEST, VOCAB, mask, 56)
