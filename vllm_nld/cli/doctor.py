@@ -99,7 +99,7 @@ def _torchvision_problem() -> str | None:
     if importlib.util.find_spec("torchvision") is None:
         return None
     try:
-        import torchvision  # type: ignore[import-not-found]  # noqa: F401
+        importlib.import_module("torchvision")
     except (ImportError, RuntimeError, OSError) as error:
         mend = "scripts/setup.sh mends it, or, for text only, pip uninstall torchvision torchaudio torchcodec"
         return f"torchvision does not match this torch ({error}): {mend}"
