@@ -97,21 +97,6 @@ def test_looked_up_drafts_change_no_text(llm: Any, expected: list[list[int]]) ->
     assert texts(complete(llm, ASKS[1:4], options)) == expected[1:4]
 
 
-def test_the_added_mask_token_is_never_emitted(tmp_path: Path) -> None:
-    """Weights that make it win many an argmax if it were allowed to."""
-    needs_images()
-    config = small_vlm_config(added_mask_token_id=7)
-    folder = save_vlm(config, tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["diffusion_head.weight"][7] = 3.0
-    save_file(tensors, folder / "model.safetensors")
-    each: list[dict[str, Any]] = [{"mode": mode} for mode in ("ar", "self_speculation", "diffusion")]
-    with engine(folder, spec=True) as llm:
-        texts = generate(llm, [[9, 10, 11]] * 3, each, max_tokens=24)
-    assert texts[0] == texts[1]
-    assert 7 not in {token for ids in texts for token in ids}
-
-
 def test_sampled_text_is_seeded_and_holds_no_mask(llm: Any, oracle: Oracle) -> None:
     params = {"temperature": 2.0, "seed": 5, "tokens": 30}
     first, again = (texts(complete(llm, ASKS[1:4], modes("self_speculation") * 3, **params)) for _ in range(2))
@@ -229,3 +214,18 @@ def test_unsuitable_engine_options_are_refused(settings: dict[str, Any], words: 
     from vllm_nld.errors import find
 
     assert isinstance(find(caught.value), NLDError)
+
+
+def test_the_added_mask_token_is_never_emitted(tmp_path: Path) -> None:
+    """Weights that make it win many an argmax if it were allowed to."""
+    needs_images()
+    config = small_vlm_config(added_mask_token_id=7)
+    folder = save_vlm(config, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["diffusion_head.weight"][7] = 3.0
+    save_file(tensors, folder / "model.safetensors")
+    each: list[dict[str, Any]] = [{"mode": mode} for mode in ("ar", "self_speculation", "diffusion")]
+    with engine(folder, spec=True) as llm:
+        texts = generate(llm, [[9, 10, 11]] * 3, each, max_tokens=24)
+    assert texts[0] == texts[1]
+    assert 7 not in {token for ids in texts for token in ids}
