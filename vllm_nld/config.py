@@ -167,8 +167,8 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
 class NemotronLabsDiffusionVLMConfig(NemotronLabsDiffusionConfig):
     """Configuration of the NLD model that also reads images; the defaults are those of the released VLM-8B.
 
-    It is flat: the text model's fields as in :class:`NemotronLabsDiffusionConfig`, and beside them those of the image
-    part.
+    It is flat: the text model's fields are those of :class:`NemotronLabsDiffusionConfig`, and the image part's are next
+    to them.
 
     Args:
         vision_config: of the Pixtral tower, transformers' ``PixtralVisionConfig`` or its dictionary.
@@ -224,7 +224,7 @@ class NemotronLabsDiffusionVLMConfig(NemotronLabsDiffusionConfig):
         self.image_break_token_id = image_break_token_id
         self.image_end_token_id = image_end_token_id
         if kwargs.pop("text_config", None):  # a property here
-            raise ValueError("config.json: text_config, but the text model's fields are needed beside vision_config")
+            raise ValueError("config.json: text_config, but the text model's fields are needed next to vision_config")
         super().__init__(vocab_size=vocab_size, added_mask_token_id=added_mask_token_id, **kwargs)
 
     def _check(self) -> None:

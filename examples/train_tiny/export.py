@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import corpus
 import torch
@@ -25,6 +26,21 @@ CHAT_TEMPLATE = """\
 
 
 SPECIAL_TOKENS = ("<mask>", "<think>", "</think>", "<|im_start|>")
+
+
+def rope_parameters() -> dict[str, Any]:
+    """Return the embedded checkpoints' rotary parameters: every released feature, for 4 x 512 positions."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
 
 
 def export(

@@ -24,7 +24,7 @@ import corpus
 import numpy as np
 import torch
 from draft_adapter import train_adapter
-from export import export
+from export import export, rope_parameters
 from objective import Batch, ar_loss_sum, draft_loss_sum, draft_weights, joint_loss_sum
 from safetensors.torch import load_file
 from self_text import DraftStage
@@ -51,17 +51,7 @@ def tiny_config(vocab_size: int, block_length: int = 16) -> NemotronLabsDiffusio
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=2048,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 4.0,
-            "original_max_position_embeddings": 512,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        },
+        rope_parameters=rope_parameters(),
         block_size=block_length,
         mask_token_id=corpus.MASK_ID,
         bos_token_id=corpus.BOS_ID,

@@ -9,7 +9,7 @@ import corpus
 import export
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 from vision_scenes import QUESTIONS, SHAPES, draw_scene
 
@@ -54,17 +54,7 @@ def tiny_vlm_config(vocab_size: int) -> NemotronLabsDiffusionVLMConfig:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=2048,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 4.0,
-            "original_max_position_embeddings": 512,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        },
+        rope_parameters=export.rope_parameters(),
         block_size=16,
         mask_token_id=corpus.MASK_ID,
         bos_token_id=corpus.BOS_ID,
@@ -91,17 +81,7 @@ def train_tokenizer(most: int = 512) -> Tokenizer:
         "assistant\n",
         *(scene.answer(question) for scene in scenes for question in QUESTIONS),
     ]
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=most,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return corpus.train_tokenizer(texts, most, SPECIAL_TOKENS)
 
 
 def prompt_ids(tokenizer: Tokenizer, question: str, width: int, height: int) -> list[int]:

@@ -64,7 +64,7 @@ def test_pixels_are_resized_without_smoothing() -> None:
     row[0, 56:] = 255
     image = Image.fromarray(np.repeat(np.repeat(row, 28, 0)[..., None], 3, 2))
     red = pixels_of(image, 56, CELL)[0, 14] * 0.26862954 + 0.48145466
-    # 112 pixels become 56: places 27 and 28 lie half a pixel beside the edge's pixels.
+    # 112 pixels become 56: places 27 and 28 lie half a pixel from those at the edge.
     np.testing.assert_allclose(red[26:30], [0, -0.09375, 1.09375, 1], atol=1e-5)
 
 

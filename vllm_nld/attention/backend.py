@@ -7,6 +7,7 @@ draft's keys and values are never written, because the draft pass runs without s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -77,7 +78,7 @@ class BlockTable:
     def __init__(self) -> None:
         self.pages: Tensor | None = None
 
-    def rows(self, rows: list[int], tokens: int, page_size: int) -> Tensor:
+    def rows(self, rows: Sequence[int], tokens: int, page_size: int) -> Tensor:
         """Return the int32 page ids ``[len(rows), ceil(tokens / page_size)]`` of some batch rows.
 
         Raises:
@@ -86,7 +87,7 @@ class BlockTable:
         if self.pages is None:
             raise NLDError("a draft pass was requested before the first model step")
         count = -(-tokens // page_size)
-        index = torch.tensor(rows, device=self.pages.device)
+        index = torch.tensor(list(rows), device=self.pages.device)
         return self.pages[index, :count].int()
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 RANKS = 4
 """Candidates of each position that a policy sees."""
 BY_RANK = (0.45, 0.17, 0.08)
-"""Given a rejection, how likely the verifier's token is the draft's second, third and fourth candidate: measured on the
-embedded checkpoint."""
+"""Given a rejection, how likely the verifier's token is the draft's second, third and fourth candidate: from a study of
+the embedded checkpoint that is not in this repository."""
 MASK_WORTH = 0.5
-"""Tokens of a block drafted after a mask over those of one drafted after the right guess: 0.7 on the embedded
-checkpoint, 0.53 in published traces of the 8B."""
+"""Tokens of a block drafted after a mask over those of one drafted after the right guess: an assumption, a little below
+what that study saw (0.7)."""
 SHORTEST = 2
 """Tokens of the shortest block with a draft."""
 

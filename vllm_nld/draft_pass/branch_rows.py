@@ -10,10 +10,9 @@ from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
-from vllm_nld.attention.backend import BranchedMetadata, DraftMetadata, page_layout
+from vllm_nld.attention.backend import BranchedMetadata, DraftMetadata
 from vllm_nld.draft_pass.block import Block
-from vllm_nld.draft_pass.forward import DraftPass
-from vllm_nld.ops.sizes import round_size
+from vllm_nld.draft_pass.forward import DraftPass, rounded_size
 
 
 def run_with_blocks(
@@ -40,8 +39,8 @@ def run_with_blocks(
         others: more arguments of ``forward``.
     """
     tokens, added = len(input_ids), sum(block.length for block in blocks)
-    padding = max(0, min(round_size(tokens + added), draft_pass.max_tokens) - tokens - added)
-    _locate(draft_pass, blocks, rows)
+    padding = rounded_size(tokens + added, draft_pass.max_tokens) - tokens - added
+    draft_pass.locate(rows, blocks)
     ids = [token for block in blocks for token in block.tokens]
     places = [block.prefix + index for block in blocks for index in range(block.length)]
 
@@ -64,15 +63,6 @@ def run_with_blocks(
     finally:
         context.attn_metadata, context.slot_mapping, context.cudagraph_runtime_mode = before
     return hidden[:tokens], hidden[tokens : tokens + added]
-
-
-def _locate(draft_pass: DraftPass, blocks: Sequence[Block], rows: Sequence[int]) -> None:
-    """Note the pages of the blocks' prefixes; several blocks may have the same request."""
-    layer = next(iter(draft_pass.layers.values()))
-    longest = max(block.prefix for block in blocks)
-    pages = draft_pass.table.rows(list(rows), longest, page_layout(layer).page_size(layer))
-    for block, own in zip(blocks, pages, strict=True):
-        block.pages = own
 
 
 def _shifted(branches: DraftMetadata, tokens: int) -> Tensor | None:

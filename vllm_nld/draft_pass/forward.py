@@ -7,7 +7,7 @@ of diffusion differ in their rules only, and share their forwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -86,13 +86,18 @@ class DraftPass:
         self.forwards, self.block_forwards = counts
         return seconds
 
-    def locate(self, blocks: Mapping[int, Block]) -> None:
-        """Note the pages that hold the prefixes of blocks, given by their batch rows in the step that has just run."""
-        longest = max((block.prefix for block in blocks.values()), default=0)
+    def locate(self, rows: Sequence[int], blocks: Sequence[Block]) -> None:
+        """Note the pages that hold the blocks' prefixes.
+
+        Args:
+            rows: of each block's request, in the batch of the step that has just run or is being run.
+            blocks: there may be several of a request.
+        """
+        longest = max((block.prefix for block in blocks), default=0)
         if longest:
             layer = next(iter(self.layers.values()))
-            pages = self.table.rows(list(blocks), longest, page_layout(layer).page_size(layer))
-            for block, own in zip(blocks.values(), pages, strict=True):
+            pages = self.table.rows(rows, longest, page_layout(layer).page_size(layer))
+            for block, own in zip(blocks, pages, strict=True):
                 block.pages = own
 
     @torch.inference_mode()
@@ -201,7 +206,7 @@ class DraftPass:
         ids, positions = _rounded(ids, self.max_tokens), _rounded(positions, self.max_tokens)
         if self.activate_tasks is not None:
             logits = sum(block.tokens.count(self.mask_token_id) for block in blocks)
-            self.activate_tasks(blocks, ids.numel(), _rounded_size(logits, self.max_tokens))
+            self.activate_tasks(blocks, ids.numel(), rounded_size(logits, self.max_tokens))
         context = set_forward_context(
             self._per_layer(blocks),
             self.vllm_config,
@@ -370,10 +375,11 @@ def _rank(blocks: Sequence[Block], masked: Tensor, logits: Tensor) -> None:
 
 def _rounded(values: Tensor, limit: int) -> Tensor:
     """Repeat the last value up to a size that kernels exist for, but not beyond ``limit``."""
-    return torch.cat((values, values[-1:].expand(_rounded_size(len(values), limit) - len(values))))
+    return torch.cat((values, values[-1:].expand(rounded_size(len(values), limit) - len(values))))
 
 
-def _rounded_size(size: int, limit: int) -> int:
+def rounded_size(size: int, limit: int) -> int:
+    """Return the next size that kernels exist for, but not beyond ``limit``."""
     return max(size, min(round_size(size), limit))
 
 

@@ -164,9 +164,12 @@ class Branching:
             step: the step.
             arguments: of ``forward``: ``input_ids``, ``positions`` and others.
         """
+        self.tokens = 0
+        due = [(row, state, own) for row, state in states.items() if (own := _due(state, step))]
+        if not due:
+            return forward(**arguments)
         room = draft_pass.max_tokens - len(arguments["input_ids"])
         blocks, rows, owners = list[Block](), list[int](), list[tuple[Pending, Branch]]()
-        due = [(row, state, own) for row, state in states.items() if (own := _due(state, step))]
         for index, (row, state, own) in enumerate(due):
             share = room // (len(due) - index)  # no request takes what others could use
             assert state.pending is not None

@@ -62,7 +62,8 @@ class Proposal:
         self._speculation.look_past(draft_pass.max_tokens, most_drafts)
         mask = sizes.mask_token_id
         empty = {row: block for row, block in self._opened.filling.items() if not block.is_done(mask)}
-        draft_pass.locate(empty | self._speculation.blocks | self._opened.parked)
+        located = empty | self._speculation.blocks | self._opened.parked
+        draft_pass.locate([*located], [*located.values()])
 
     def fill(self, ledger: Ledger) -> float:
         """Fill the step's blocks, and carry on with those of parked requests as long as no request waits.

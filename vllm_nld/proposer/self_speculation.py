@@ -184,9 +184,6 @@ class SelfSpeculation:
         Admission keeps branches from engines that cannot run them.
         """
         states = self._known_requests().verified(self._step.drafted)
-        if not any(state.pending is not None for state in states.values()):
-            self._branching.tokens = 0
-            return forward(**arguments)
         return self._branching.run(self._draft_pass(), forward, states, self._step, arguments)
 
     def denoise_parked(self) -> None:

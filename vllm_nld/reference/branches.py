@@ -3,8 +3,8 @@
 A branch is ``[guess or MASK, MASK, ...]`` after one token of the block being verified. It sees the prefix, the block up
 to that token, and itself, bidirectionally. If verification ends there, with the guessed token (a *hit*; a mask stands
 for any token), the next block is drafted already and the cycle costs one forward instead of two. Otherwise a draft
-forward follows as usual. Verify rows see no branch, and no branch enters the cache, so the text is AR's whatever the
-branches are. A mask branch after every token is the paper's quadratic self-speculation (Appendix C).
+forward follows as usual. Verify rows do not see branches, and branches do not enter the cache, so they never change
+the text, which is AR's. A mask branch after every token is the paper's quadratic self-speculation (Appendix C).
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def branch_spec_generate(
     bootstrap: bool = False,
     ar_weight: float = 1.0,
 ) -> BranchGeneration:
-    """Linear self-speculation with branches. The text is AR's: by token at temperature 0, else in distribution.
+    """Linear self-speculation with branches. At temperature 0 the text is AR's; above, it has AR's distribution.
 
     NFE counts the prefill (1), every draft forward and every verify forward. Which branch is used depends on the
     verifier's tokens only, never on how good its drafts look: that would favor some texts.
