@@ -30,7 +30,7 @@ _SHOWN = 3
 
 
 MOST_BRANCHES = 64
-"""More than the largest block has places."""
+"""Branches that a request may ask for: more only make its steps longer."""
 
 SPECULATIVE: tuple[Mode, ...] = ("auto", "self_speculation")
 BRANCHING: tuple[Mode, ...] = ("self_speculation",)

@@ -30,7 +30,7 @@ def as_validation_error() -> Iterator[None]:
 
 
 def answer_with_400() -> None:
-    """Have the server answer HTTP 400 to an image of too many pixels, and to a local file; idempotent."""
+    """Have the server answer HTTP 400 to a damaged image, one of too many pixels, and a local file; idempotent."""
     from vllm.multimodal.media.connector import MediaConnector
 
     fetch, fetch_async = MediaConnector.fetch_image, MediaConnector.fetch_image_async

@@ -60,21 +60,14 @@ def attach_proposer(runner: Any, drafts: int) -> None:
 def _wrap_forward(runner: Any) -> None:
     """Have the proposer run the causal pass (vLLM: ``_model_forward`` "can be overridden by subclasses"); idempotent.
 
-    Warm-ups and profiling runs call the model itself.
+    vLLM passes all arguments by name. Warm-ups and profiling runs call the model itself.
     """
     original = runner._model_forward
     if getattr(original, "runs_branches", False):
         return
 
-    def forward(
-        input_ids: Any = None,
-        positions: Any = None,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Any = None,
-        **others: Any,
-    ) -> Any:
-        named = {"intermediate_tensors": intermediate_tensors, "inputs_embeds": inputs_embeds}
-        return runner.drafter.forward(original, {"input_ids": input_ids, "positions": positions, **named, **others})
+    def forward(**arguments: Any) -> Any:
+        return runner.drafter.forward(original, arguments)
 
     forward.runs_branches = True  # type: ignore[attr-defined]
     runner._model_forward = forward
