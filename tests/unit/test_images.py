@@ -30,6 +30,7 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
         ((100_000, 1), (50, 1)),  # the shorter side would round to 0
         ((2800, 113), (50, 2)),  # 56.5 pixels: to the even 56, so two rows
         ((2800, 115), (50, 3)),  # 57.5 to 58
+        ((2000, 41), (50, 2)),  # 28.7 to 29, which takes a second row; Pixtral's own arithmetic would cut it to 28
     ],
 )
 def test_grids(size: tuple[int, int], cells: tuple[int, int]) -> None:
