@@ -1,6 +1,7 @@
 """``vllm-nld bench branches``: what branches and quadratic self-speculation gain and cost in the engine.
 
-One request at a time. The ways take turns, prompt by prompt, so that a machine's changing speed meets all of them.
+One request at a time. AR is plain vLLM, without this extension's speculation, eager like the other engine. The ways
+take turns, prompt by prompt, so that a machine's changing speed meets all of them.
 """
 
 from __future__ import annotations
@@ -23,21 +24,31 @@ from vllm_nld.serving.ledger import Tally
 FORWARD_SIZES = (1, 8, 16, 32, 64, 128, 256)
 
 
+AR = "AR (plain vLLM)"
+
+
 def ways(blocks: list[int]) -> dict[str, dict[str, Any]]:
-    """Return what is compared: a name, and a request's options."""
-    found: dict[str, dict[str, Any]] = {"AR": {"mode": "ar"}}
+    """Return what is compared with AR: a name, and a request's options."""
+    found: dict[str, dict[str, Any]] = {}
     for block in blocks:
         drafting = {"mode": "self_speculation", "block_length": block, "prompt_lookup": 0}
         found[f"linear, block {block}"] = drafting
         for count in (1, 2, 4, 8):
             found[f"{count} branches, block {block}"] = drafting | {"branches": count}
+        found[f"branches by price, block {block}"] = drafting | {"branches": "auto"}
         found[f"quadratic, block {block}"] = drafting | {"branches": "all"}
     return found
 
 
 @dataclass
 class Run:
-    """What one way has done so far."""
+    """What one way has done so far.
+
+    Attributes:
+        texts: token ids, by prompt.
+        seconds: that they took.
+        tally: of what; empty for plain vLLM, whose forwards give one token each.
+    """
 
     texts: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
@@ -55,9 +66,13 @@ def run(model: str, blocks: list[int], prompts: int, max_tokens: int, dtype: str
     check_completions("--max-tokens", max_tokens, texts)
     prepare_environment()
     folder = str(checkpoint_path(model))
-    with stdout_to_stderr(), engine(folder, drafts=max(blocks) - 1, dtype=dtype) as llm:
+    with (
+        stdout_to_stderr(),
+        engine(folder, dtype=dtype) as plain,
+        engine(folder, drafts=max(blocks) - 1, dtype=dtype) as llm,
+    ):
         costs = _forward_costs(llm)
-        rows = _rows(_take_turns(llm, ways(blocks), texts, max_tokens))
+        rows = _rows(_take_turns(plain, llm, ways(blocks), texts, max_tokens))
     report = {
         "model": model,
         "dtype": dtype,
@@ -82,31 +97,38 @@ def _forward_costs(llm: Any) -> dict[str, float]:
     return found
 
 
-def _take_turns(llm: Any, compared: dict[str, dict[str, Any]], texts: list[str], max_tokens: int) -> dict[str, Run]:
+def _take_turns(
+    plain: Any, llm: Any, compared: dict[str, dict[str, Any]], texts: list[str], max_tokens: int
+) -> dict[str, Run]:
     from vllm import SamplingParams
 
-    runs = {name: Run() for name in compared}
-    for number, text in enumerate([texts[0], *texts]):  # the first turn warms up
+    def complete(engine: Any, text: str, options: dict[str, Any] | None, own: Run) -> None:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args={"nld": options} if options else None)
+        started = time.perf_counter()
+        own.texts.append(list(engine.generate(text, params, use_tqdm=False)[0].outputs[0].token_ids))
+        own.seconds += time.perf_counter() - started
+
+    runs = {name: Run() for name in (AR, *compared)}
+    for number, text in enumerate([texts[0], *texts]):
         print(f"bench: prompt {number} of {len(texts)} ...", file=sys.stderr, flush=True)
-        for name, nld in compared.items():
-            params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args={"nld": nld})
-            before, started = llm.collective_rpc("nld_tally")[0], time.perf_counter()
-            tokens = list(llm.generate(text, params, use_tqdm=False)[0].outputs[0].token_ids)
-            seconds = time.perf_counter() - started
-            if number:
-                own = runs[name]
-                own.texts.append(tokens)
-                own.seconds += seconds
-                own.tally.add(Tally.between(before, llm.collective_rpc("nld_tally")[0]))
+        if number == 1:  # the turn before warmed up
+            runs = {name: Run() for name in runs}
+        complete(plain, text, None, runs[AR])
+        for name, options in compared.items():
+            before = llm.collective_rpc("nld_tally")[0]
+            complete(llm, text, options, runs[name])
+            runs[name].tally.add(Tally.between(before, llm.collective_rpc("nld_tally")[0]))
     return runs
 
 
 def _rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
-    ar = runs["AR"]
+    def speed(own: Run) -> float:
+        return sum(map(len, own.texts)) / own.seconds
+
     rows = []
     for name, own in runs.items():
         generated = sum(map(len, own.texts))
-        forwards = sum(count for kind, count in own.tally.forwards.items() if kind != "prefill")
+        forwards = sum(count for kind, count in own.tally.forwards.items() if kind != "prefill") or generated
         blocks = max(1, own.tally.blocks["self_speculation"])
         rows.append(
             {
@@ -116,9 +138,9 @@ def _rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
                 "guess_hits": round(own.tally.branches["guess"] / blocks, 3),
                 "mask_hits": round(own.tally.branches["mask"] / blocks, 3),
                 "branch_tokens_per_forward": round(own.tally.branches["tokens"] / forwards, 1),
-                "tokens_per_s": round(generated / own.seconds, 1),
-                "speed_up": round(generated / own.seconds / (sum(map(len, ar.texts)) / ar.seconds), 3),
-                "same_text_as_ar": sum(a == b for a, b in zip(own.texts, ar.texts, strict=True)),
+                "tokens_per_s": round(speed(own), 1),
+                "speed_up": round(speed(own) / speed(runs[AR]), 3),
+                "same_text_as_ar": sum(a == b for a, b in zip(own.texts, runs[AR].texts, strict=True)),
             }
         )
     return rows
