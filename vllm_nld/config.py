@@ -79,7 +79,8 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
-        self.added_mask_token_id = added_mask_token_id
+        in_vocabulary = added_mask_token_id is not None and added_mask_token_id < vocab_size
+        self.added_mask_token_id = added_mask_token_id if in_vocabulary else None
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -143,7 +144,7 @@ class NemotronLabsDiffusionConfig(PretrainedConfig):  # type: ignore[misc]
     def never_emitted(self) -> tuple[int, ...]:
         """Ids of the tokens that no text contains."""
         added = self.added_mask_token_id
-        return (self.mask_token_id,) if added is None or added >= self.vocab_size else (self.mask_token_id, added)
+        return (self.mask_token_id,) if added is None else (self.mask_token_id, added)
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
