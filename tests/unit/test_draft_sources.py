@@ -46,7 +46,7 @@ def test_source_names_differ_and_one_takes_the_forward() -> None:
 
 
 def test_sources_are_documented() -> None:
-    docs = Path(__file__).parents[2] / "docs"
+    docs = Path(__file__).parents[2] / "docs/user"
     speculation, modes = (docs / "speculation.md").read_text(), (docs / "modes.md").read_text()
     assert not [source.name for source in SOURCES if f"| `{source.name}` |" not in speculation]
     assert not [name for name in OPTIONS if f"| `{name}` |" not in modes]

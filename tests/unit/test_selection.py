@@ -92,7 +92,7 @@ def test_reference_has_every_policy() -> None:
 
 
 def test_every_policy_is_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs/modes.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/user/modes.md").read_text()
     assert not [name for name in [*POLICIES, *OPTIONS] if f"`{name}`" not in page]
 
 
