@@ -77,7 +77,7 @@ class NLDAttention(nn.Module):
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
-            attn_backend=block_attention_backend(config.head_dim, cache_config),
+            attn_backend=block_attention_backend(config.head_dim, cache_config, quant_config),
         )
 
     def add_draft_adapter(self, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
