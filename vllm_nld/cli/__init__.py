@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -268,6 +269,24 @@ def convert(
     from vllm_nld.conversion import Options
 
     run(source, folder, Options(mask_token, block_length, dtype, check), json)
+
+
+@app.command()
+@_plainly
+def quantize(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder with plain weights, or tiny, tiny_vlm, smollm2.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    scheme: Annotated[str, typer.Option(help="W8A8, W4A16, FP8_DYNAMIC, FP8_BLOCK, ...; a wrong one names them all.")],
+    python: Annotated[Path, typer.Option(help="Interpreter of an environment with llm-compressor.")] = Path(
+        sys.executable
+    ),
+    device: Annotated[str, typer.Option(help="On which llm-compressor computes: cpu, cuda, ...")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Make a quantized copy by llm-compressor; head, embedding, draft adapter and samplers stay as they are."""
+    from vllm_nld.cli.quantize import run
+
+    run(source, folder, scheme, python, device, json)
 
 
 @app.command()
