@@ -134,7 +134,7 @@ def _check(source: Path, folder: Path, scheme: str, python: Path, run: Run) -> N
         raise NLDError(
             f"SOURCE={source}: is quantized already (config.json: quantization_config); needed: plain weights"
         )
-    config = kinds[settings["model_type"]].from_dict(settings)
+    config: NemotronLabsDiffusionConfig = kinds[settings["model_type"]].from_dict(settings)
     check_tensors(source, config)
     try:
         there = run([str(python), "-c", _FIND]).returncode == 0
@@ -190,7 +190,7 @@ class Tensors:
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("*.safetensors"))
         self._opened = {path: safe_open(path, framework="pt") for path in paths}
-        self.files = {name: path for path, file in self._opened.items() for name in file.keys()}  # noqa: SIM118
+        self.files = {name: path for path, file in self._opened.items() for name in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
         self.bytes = sum(path.stat().st_size for path in paths)
 
     def __enter__(self) -> Tensors:
@@ -200,7 +200,7 @@ class Tensors:
         self._opened.clear()
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._opened[self.files[name]].get_tensor(name)
+        tensor: Tensor = self._opened[self.files[name]].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
 
     def of_module(self, module: str) -> Iterator[tuple[str, Tensor]]:
@@ -214,8 +214,8 @@ class Scheme:
     """How a checkpoint's one scheme is undone, by compressed-tensors, which vLLM brings."""
 
     def __init__(self, settings: dict[str, object]) -> None:
-        from compressed_tensors.compressors import BaseCompressor
-        from compressed_tensors.quantization import QuantizationConfig
+        from compressed_tensors.compressors import BaseCompressor  # type: ignore[import-untyped]
+        from compressed_tensors.quantization import QuantizationConfig  # type: ignore[import-untyped]
 
         config = QuantizationConfig.model_validate({key: settings[key] for key in ("config_groups", "format")})
         (self._scheme,) = config.config_groups.values()
