@@ -98,7 +98,9 @@ def test_float8_kernels_leave_ar_s_text_at_near_ties_only(scheme: str, plain: Pa
             found = texts(llm, {"mode": "self_speculation"} | options, together=True)
             assert max(map(far_from_best, [llm] * 3, PROMPTS, found)) < NEAR_TIE
         assert accepted(llm) > 0
-        assert [len(text) for text in texts(llm, {"mode": "diffusion", "threshold": 0.4}, together=True)] == [TOKENS] * 3
+        assert [len(text) for text in texts(llm, {"mode": "diffusion", "threshold": 0.4}, together=True)] == [
+            TOKENS
+        ] * 3
 
 
 REFUSED = {

@@ -311,7 +311,9 @@ def plan(
     concurrency: Annotated[str, typer.Option(help="Requests at once, such as 1,8,64.")] = "1,8,64",
     block_length: Annotated[str | None, typer.Option(help="Such as 8,16,32. Default: the checkpoint's.")] = None,
     context: Annotated[int, typer.Option(min=1, max=10**9, help="Cached tokens per request.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16, float32, fp8.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Format of the weights: bfloat16, fp8, w4a16, ... Default: the checkpoint's.")
+    ] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Type of the KV cache. Default: as the activations.")] = None,
     acceptance: Annotated[
         float | None, typer.Option(help="Acceptance length at the checkpoint's block length. Default: published.")
