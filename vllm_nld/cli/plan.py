@@ -307,5 +307,5 @@ def _published_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(row["gpu"], row["mode"], str(row["concurrency"]), f"{row['yields']:.2f}" if row["yields"] else "",
                       row["quantity"], f"{row['predicted']:.4g}", f"{row['value']:g}", f"{row['ratio']:.2f}",
-                      row["source"] + (" (fp8)" if row["dtype"] == "fp8" else ""))  # fmt: skip
+                      row["source"] + (f" ({row['dtype']})" if row["dtype"] != "bfloat16" else ""))  # fmt: skip
     return table

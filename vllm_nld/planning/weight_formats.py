@@ -72,7 +72,7 @@ def weight_format(quantization: dict[str, Any] | None) -> str:
     return found
 
 
-_COMPRESSED = {
+_COMPRESSED: dict[tuple[Any, Any, bool], str] = {
     ("int", 8, True): "w8a8",
     ("int", 8, False): "w8a16",
     ("int", 4, True): "w4a8",
