@@ -211,7 +211,7 @@ def test_weight_format_comes_from_the_checkpoint(tmp_path: Path, scheme: str) ->
 
 
 def test_weight_bytes_are_those_of_a_file() -> None:
-    """Of the real tool: the tiny model in each scheme, and the bytes of its tensors (docs/quantization.md)."""
+    """Of the real tool: the tiny model in each scheme, and the bytes of its tensors (docs/user/quantization.md)."""
     shape = find_model("tiny").shape
     sizes = {"bfloat16": 9.97e6, "w4a16": 2.98e6, "w8a8": 5.29e6, "nvfp4a16": 3.20e6, "mxfp8": 5.41e6}
     for dtype, size in sizes.items():

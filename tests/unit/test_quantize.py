@@ -1,6 +1,6 @@
 """``vllm-nld quantize``, with compressed-tensors in place of llm-compressor, which no environment with vLLM has.
 
-All ten schemes were run once by llm-compressor itself (``docs/quantization.md``).
+All ten schemes were run once by llm-compressor itself (``docs/user/quantization.md``).
 """
 
 from __future__ import annotations

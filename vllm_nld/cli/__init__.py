@@ -277,16 +277,16 @@ def quantize(
     source: Annotated[str, typer.Argument(help="Checkpoint folder with plain weights, or tiny, tiny_vlm, smollm2.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     scheme: Annotated[str, typer.Option(help="W8A8, W4A16, FP8_DYNAMIC, FP8_BLOCK, ...; a wrong one names them all.")],
-    python: Annotated[Path, typer.Option(help="Interpreter of an environment with llm-compressor.")] = Path(
-        sys.executable
-    ),
+    python: Annotated[
+        Path | None, typer.Option(help="Interpreter of an environment with llm-compressor. Default: this one's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="On which llm-compressor computes: cpu, cuda, ...")] = "cpu",
     json: Json = False,
 ) -> None:
     """Make a quantized copy by llm-compressor; head, embedding, draft adapter and samplers stay as they are."""
     from vllm_nld.cli.quantize import run
 
-    run(source, folder, scheme, python, device, json)
+    run(source, folder, scheme, python or Path(sys.executable), device, json)
 
 
 @app.command()
