@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -272,6 +273,24 @@ def convert(
 
 @app.command()
 @_plainly
+def quantize(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder with plain weights, or tiny, tiny_vlm, smollm2.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    scheme: Annotated[str, typer.Option(help="W8A8, W4A16, FP8_DYNAMIC, FP8_BLOCK, ...; a wrong one names them all.")],
+    python: Annotated[
+        Path | None, typer.Option(help="Interpreter of an environment with llm-compressor. Default: this one's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="On which llm-compressor computes: cpu, cuda, ...")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Make a quantized copy by llm-compressor; head, embedding, draft adapter and samplers stay as they are."""
+    from vllm_nld.cli.quantize import run
+
+    run(source, folder, scheme, python or Path(sys.executable), device, json)
+
+
+@app.command()
+@_plainly
 def get(
     name: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct.")],
     folder: Annotated[Path | None, typer.Option(help="Folder to write. Default: in the user's cache.")] = None,
@@ -292,7 +311,9 @@ def plan(
     concurrency: Annotated[str, typer.Option(help="Requests at once, such as 1,8,64.")] = "1,8,64",
     block_length: Annotated[str | None, typer.Option(help="Such as 8,16,32. Default: the checkpoint's.")] = None,
     context: Annotated[int, typer.Option(min=1, max=10**9, help="Cached tokens per request.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16, float32, fp8.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Format of the weights: bfloat16, fp8, w4a16, ... Default: the checkpoint's.")
+    ] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Type of the KV cache. Default: as the activations.")] = None,
     acceptance: Annotated[
         float | None, typer.Option(help="Acceptance length at the checkpoint's block length. Default: published.")
