@@ -6,7 +6,7 @@ python examples/ray_batch.py prompts.parquet --output results --replicas 4 --ten
 
 Each of the --replicas is a Ray actor with a vLLM engine of --tensor-parallel-size workers. Results are appended to
 results/part-*.jsonl as batches finish. The same command continues an interrupted run.
-docs/serving_at_scale.md explains what happens when something dies.
+docs/operate/serving_at_scale.md explains what happens when something dies.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ python examples/ray_serve.py --min-replicas 1 --max-replicas 4 --port 8000 -- "$
     --speculative-config '{"model": "vllm_nld.SelfSpeculation"}' --dtype float32 --max-model-len 2048
 
 The arguments of ``vllm serve`` follow ``--``, except those of its HTTP port. A request picks its mode with
-``vllm_xargs``, as usual. Ctrl-C ends the service. docs/serving_at_scale.md compares this with plain ``vllm serve``.
+``vllm_xargs``, as usual. Ctrl-C ends the service. docs/operate/serving_at_scale.md compares it with ``vllm serve``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check and measure everything that needs an NVIDIA GPU, in eight minutes: docs/gpu.md.
+# Check and measure everything that needs an NVIDIA GPU, in eight minutes: docs/developer/gpu.md.
 #   scripts/gpu_check.sh --out DIR     PYTHON names the interpreter that has vLLM (python3 by default)
 #   scripts/gpu_check.sh --dry-run     every step on a CPU, tiny, without the GPU's kernels
 set -euo pipefail

@@ -37,3 +37,11 @@ SECOND_SCHEDULER = "vllm_nld.async_scheduler.NLDSecondScheduler"
 
 MODEL_STATE = "vllm_nld.speculator.model_state.NLDModelState"
 """Path of what our model keeps about requests on vLLM's second model runner."""
+
+ENVIRONMENT = {
+    "VLLM_NLD_OPS": "the implementation of the operators to use, by name, instead of the best that runs here; "
+    "`vllm-nld doctor` lists them",
+    "VLLM_NLD_CUDA_LIBRARY": "path of the CUDA operators' library, instead of the one in the package",
+    "VLLM_NLD_CACHE": "folder for fetched checkpoints, instead of `$XDG_CACHE_HOME/vllm-nld` or `~/.cache/vllm-nld`",
+}
+"""Every environment variable that the package reads, and what it does; shown in the documentation."""

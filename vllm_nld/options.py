@@ -145,7 +145,8 @@ class NLDOptions(RegisteredOptions):
         default=None,
         ge=0.0,
         le=HOTTEST,
-        description="Diffusion: temperature of the denoising passes; by default the request's own temperature.",
+        description="Diffusion: temperature of the denoising passes. Default: the request's own, which a block's first "
+        "token keeps in any case.",
         modes=DIFFUSION,
     )
     seed_first: bool = _option(

@@ -1,1 +1,1 @@
-"""The first minutes on a GPU: ``scripts/gpu_check.sh`` runs this package; ``docs/gpu.md`` says what it measures."""
+"""The first minutes on a GPU: ``scripts/gpu_check.sh`` runs it; ``docs/developer/gpu.md`` says what it measures."""

@@ -1,4 +1,4 @@
-"""A run's figures as Markdown, for ``docs/gpu.md``: ``PYTHONPATH=benchmarks python -m gpu_check.report FOLDER``."""
+"""A run's figures as Markdown: ``PYTHONPATH=benchmarks python -m gpu_check.report FOLDER`` (docs/developer/gpu.md)."""
 
 from __future__ import annotations
 

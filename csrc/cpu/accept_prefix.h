@@ -1,4 +1,4 @@
-// Which drafts each row accepts. docs/operators.md says what the arguments mean.
+// Which drafts each row accepts. docs/developer/operators.md says what the arguments mean.
 #pragma once
 
 #include <cstdint>

@@ -33,7 +33,7 @@ struct Pages {
 
 enum MaskKind : int32_t { kAll = 0, kCausal = 1 };
 
-// One call. docs/operators.md says what the tensors mean.
+// One call. docs/developer/operators.md says what the tensors mean.
 struct BlockAttention {
     DType dtype;  // of query, key, value and output
     int rows, heads, kv_heads, head_dim, page_size;

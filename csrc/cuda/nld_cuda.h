@@ -1,4 +1,4 @@
-// The CUDA operators of vllm-nld: plain C interface, no torch. docs/operators.md says what they compute.
+// The CUDA operators of vllm-nld: plain C interface, no torch. docs/developer/operators.md says what they compute.
 //
 // Every function enqueues work on the given stream and returns at once: it neither waits, allocates nor throws. Grids
 // depend only on host-side numbers (rows, max_length, max_prefix, ...), so calls can be captured in a CUDA graph.

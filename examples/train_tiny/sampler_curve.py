@@ -4,7 +4,7 @@ Accuracy is the share of a block's tokens that equal what serial denoising (one 
 block after the same prefix. Prefixes are true text, so that every sampler fills the same blocks. The samplers are
 compared in pairs, block by block, at equal tokens per forward (both curves interpolated).
 
-python examples/train_tiny/sampler_curve.py vllm_nld/checkpoints/tiny --plot docs/learned_sampler.png
+python examples/train_tiny/sampler_curve.py vllm_nld/checkpoints/tiny --plot docs/research/learned_sampler.png
 """
 
 from __future__ import annotations

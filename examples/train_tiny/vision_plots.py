@@ -1,6 +1,6 @@
 """Draw the training curve of the tiny vision-language model, and some of its held-out pictures with its captions.
 
-python examples/train_tiny/vision_plots.py build/tiny_vlm/log.jsonl vllm_nld/checkpoints/tiny_vlm docs
+python examples/train_tiny/vision_plots.py build/tiny_vlm/log.jsonl vllm_nld/checkpoints/tiny_vlm docs/research
 """
 
 from __future__ import annotations

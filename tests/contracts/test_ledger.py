@@ -1,4 +1,4 @@
-"""Every row of ``docs/patches.md`` names a place that exists and a test that guards it."""
+"""Every row of ``docs/developer/patches.md`` names a place that exists and a test that guards it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def rows() -> list[list[str]]:
     """Return the cells of the ledger's rows: what, why, where, seen, guard, goes when."""
-    lines = (ROOT / "docs/patches.md").read_text().splitlines()
+    lines = (ROOT / "docs/developer/patches.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     return [row for row in cells if row[0] != "what"]
 
@@ -50,5 +50,5 @@ def replaced(file: Path) -> list[str]:
 def test_every_replaced_function_is_in_the_ledger() -> None:
     names = {name for file in sorted((ROOT / "vllm_nld").rglob("*.py")) for name in replaced(file)}
     assert {"__post_init__", "process_inputs", "expand_batch_to_tokens", "forward"} <= names, "the search works"
-    ledger = (ROOT / "docs/patches.md").read_text()
+    ledger = (ROOT / "docs/developer/patches.md").read_text()
     assert not [name for name in sorted(names) if name not in ledger]

@@ -1,6 +1,6 @@
 """What this extension assumes about vLLM: one test per assumption, from vLLM's source only, without an engine.
 
-A failing test names the assumption; ``docs/patches.md`` says which code relies on it, and why.
+A failing test names the assumption; ``docs/developer/patches.md`` says which code relies on it, and why.
 """
 
 from __future__ import annotations

@@ -549,7 +549,7 @@ def test_file_layout(tmp_path: Path) -> None:
 
 
 def test_embedded_adapter_gains_and_changes_no_text() -> None:
-    """Fewer cycles for the same text; four prompts of the 87 that docs/draft_lora.md measures."""
+    """Fewer cycles for the same text; four prompts of the 87 that docs/user/draft_lora.md measures."""
     folder = checkpoint_path("tiny")
     model, adapter = load_reference(folder), DraftAdapter.read(folder / "linear_spec_lora")
     assert list(adapter.a) == [(layer, "o_proj") for layer in range(model.config.num_hidden_layers)]

@@ -1,4 +1,4 @@
-"""Random ragged cases of the operators in ``docs/operators.md``, and the checks that every implementation has to pass.
+"""Random ragged cases of the operators (docs/developer/operators.md), and checks that every implementation must pass.
 
 A spec is a small frozen record that hypothesis draws and prints; ``arguments(spec, ...)`` builds the tensors from it.
 Everything that an implementation must not read (unused page slots, tokens after the last row) is NaN, as is the output.

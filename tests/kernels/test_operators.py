@@ -1,4 +1,4 @@
-"""Every implementation of the operators in ``docs/operators.md``, on the same random ragged batches."""
+"""Every implementation of the operators in ``docs/developer/operators.md``, on the same random ragged batches."""
 
 from __future__ import annotations
 

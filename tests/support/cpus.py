@@ -1,4 +1,4 @@
-"""Features of this CPU, as vLLM checks them. Tests state their needs with these. Kinds of CPU: docs/operators.md."""
+"""Features of this CPU, as vLLM checks them; tests state needs with these. Kinds of CPU: docs/developer/operators.md"""
 
 from __future__ import annotations
 

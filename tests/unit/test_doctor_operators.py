@@ -13,7 +13,7 @@ from vllm_nld import ops
 from vllm_nld.cli.doctor import _operator_packages, _operators
 from vllm_nld.ops import Implementation, torch_ops, xformers_ops
 
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "operators.md"
+DOCUMENTATION = Path(__file__).parents[2] / "docs/developer/operators.md"
 
 
 def test_operator_with_another_implementation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_implementations_are_documented_in_order_of_preference() -> None:
 
 
 def row(one: Implementation) -> str:
-    """The line of an implementation in the table of docs/operators.md."""
+    """The line of an implementation in the table of docs/developer/operators.md."""
     operators = "all" if one.operators == ops.OPERATORS else ", ".join(one.operators)
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in one.dtypes)
     yes = {True: "yes", False: "no"}

@@ -277,6 +277,6 @@ def test_dashboard_uses_existing_metrics() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    text = (ROOT / "docs/metrics.md").read_text()
+    text = (ROOT / "docs/operate/metrics.md").read_text()
     for name in METRICS:
         assert name in text

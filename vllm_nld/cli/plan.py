@@ -272,7 +272,7 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(row["model"], str(row["block"]), row["quantity"], f"{row['predicted_ms']:.2f}",
                           f"{row['measured_ms']:.2f}", f"{row['ratio']:.2f}")  # fmt: skip
         console.print(table)
-    console.print("estimates of decoding only, from a model; docs/scaling.md has its assumptions and errors")
+    console.print("estimates of decoding only, from a model; docs/research/scaling.md has its assumptions and errors")
 
 
 def _memory_table(report: dict[str, Any]) -> Table:

@@ -1,7 +1,7 @@
 """Draft sources of self-speculation: where drafts come from. One file a source.
 
 To add one: write its file, and name it in ``SOURCES`` below. Options, admission, the proposer, auto mode, metrics and
-the tests read the registry (``docs/add_a_draft_source.md``).
+the tests read the registry (``docs/developer/add_a_draft_source.md``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which of vLLM's two model runners an engine with self-speculation uses, and the parts of ours that go with it.
 
 vLLM's second runner serves it wherever vLLM would take that runner for the model. What self-speculation lacks there has
-the engine take the first, as vLLM does for what it lacks itself (``docs/runners.md``).
+the engine take the first, as vLLM does for what it lacks itself (``docs/operate/runners.md``).
 """
 
 from __future__ import annotations

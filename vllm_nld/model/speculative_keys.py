@@ -17,7 +17,7 @@ CHECKED_ELSEWHERE = ("rejection_sample_method", "synthetic_acceptance_rates", "s
 FILLED_BY_VLLM = ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config")
 METHODS = (None, "custom_class")
 
-_INSTEAD = {
+INSTEAD = {
     "attention_backend": "--attention-backend sets it for all passes",
     "code_revision": "--code-revision sets it for the model",
     "disable_padded_drafter_batch": "drafts are never padded",
@@ -58,7 +58,7 @@ def check_speculative_keys(speculative: Any) -> None:
         # vLLM's own mark for "not used", in a copy of a config that was filled in.
         if value == default or (field.name.startswith("prompt_lookup") and value == 0):
             continue
-        instead = _INSTEAD.get(field.name, "the target model drafts for itself")
+        instead = INSTEAD.get(field.name, "the target model drafts for itself")
         raise NLDError(
             f"speculative_config.{field.name}={shown(value)} has no effect with self-speculation: {instead}; "
             f"allowed: leave it out"

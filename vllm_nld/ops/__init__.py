@@ -1,8 +1,8 @@
-"""The operators of ``docs/operators.md``, whichever implementation computes them.
+"""The operators of ``docs/developer/operators.md``, whichever implementation computes them.
 
 One interface, several implementations: C++ (CPU), CUDA, Triton, FlashAttention, xformers, and PyTorch as the
 reference. The choice for a device is made once, from what is installed; ``VLLM_NLD_OPS`` forces one by name. To add
-one: ``docs/add_an_operator_implementation.md``.
+one: ``docs/developer/add_an_operator_implementation.md``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arguments of the operators of ``docs/operators.md``, and the empty results that some implementations fill."""
+"""Arguments of the operators (docs/developer/operators.md), and the empty results that some implementations fill."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def empty_best(logits: Tensor, with_normalizer: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return uninitialized results of ``best_tokens``: tokens, largest, normalizer (``docs/operators.md``)."""
+    """Return uninitialized results of ``best_tokens``: tokens, largest, normalizer (docs/developer/operators.md)."""
     rows = logits.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.int64),

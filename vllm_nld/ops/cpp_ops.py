@@ -81,7 +81,7 @@ def block_attention(call: BlockAttention) -> None:
 
 
 def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return accepted, tokens, token_starts and seeds (``docs/operators.md``); errors as of ``block_attention``."""
+    """Return accepted, tokens, token_starts, seeds (docs/developer/operators.md); errors as of ``block_attention``."""
     accepted: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.vllm_nld_cpu.accept_prefix.default(
         drafts, targets, starts
     )
@@ -89,7 +89,7 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
 
 
 def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, largest and normalizer (``docs/operators.md``); errors as of ``block_attention``."""
+    """Return tokens, largest and normalizer (``docs/developer/operators.md``); errors as of ``block_attention``."""
     best: tuple[Tensor, Tensor, Tensor] = torch.ops.vllm_nld_cpu.best_tokens.default(logits, with_normalizer)
     return best
 

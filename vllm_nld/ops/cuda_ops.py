@@ -1,4 +1,4 @@
-"""The operators of ``docs/operators.md`` by the CUDA kernels of ``csrc/cuda``, through ctypes.
+"""The operators of ``docs/developer/operators.md`` by the CUDA kernels of ``csrc/cuda``, through ctypes.
 
 The library is ``libnld_cuda.so``, built by ``scripts/build_cuda.sh`` or CMake: the file that the environment variable
 ``VLLM_NLD_CUDA_LIBRARY`` names, or the one in the package's folder ``native``. The tests load an emulation of it, which
@@ -172,7 +172,7 @@ def block_attention(call: BlockAttention, *, split_limit: int = 0) -> None:
 
 
 def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return accepted lengths, packed tokens, their starts and seeds, as ``docs/operators.md`` describes them.
+    """Return accepted lengths, packed tokens, their starts and seeds, as docs/developer/operators.md describes them.
 
     Args:
         drafts: int64 ``[N]``.
@@ -202,7 +202,7 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
 
 
 def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's most probable token, its logit and the row's normalizer (``docs/operators.md``).
+    """Return each row's most probable token, its logit and the row's normalizer (``docs/developer/operators.md``).
 
     Args:
         logits: float32, bfloat16 or float16 ``[rows, vocab]``, inner stride 1.

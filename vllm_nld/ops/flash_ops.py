@@ -1,4 +1,4 @@
-"""``block_attention`` of ``docs/operators.md`` by vLLM's own FlashAttention: over the pages, over the block, merged.
+"""``block_attention`` (docs/developer/operators.md) by vLLM's own FlashAttention: over pages and block, merged.
 
 FlashAttention returns each part's log-sum-exp, and vLLM's merge kernel weighs the parts by it. Sizes of launches come
 from shapes and the host-side bounds, so a CUDA graph may capture a call.

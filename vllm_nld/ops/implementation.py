@@ -17,7 +17,7 @@ FLOAT32, HALF = (torch.float32,), (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to compute the operators of ``docs/operators.md``. Each ``ops/*_ops.py`` has one, ``IMPLEMENTATION``.
+    """A way to compute the operators (docs/developer/operators.md). Each ``ops/*_ops.py`` has one, ``IMPLEMENTATION``.
 
     Attributes:
         name: as ``VLLM_NLD_OPS``, ``vllm-nld doctor`` and the documentation call it.

@@ -1,4 +1,4 @@
-"""The operators of ``docs/operators.md`` in plain PyTorch: the reference for every other implementation.
+"""The operators of ``docs/developer/operators.md`` in plain PyTorch: the reference for every other implementation.
 
 Given float64 tensors, everything is computed in float64: the tests' oracle. Otherwise matrix products are in the
 input's dtype and softmax is float32, as PyTorch users write attention.

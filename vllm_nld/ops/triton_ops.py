@@ -1,4 +1,4 @@
-"""The operators of ``docs/operators.md`` as Triton kernels: for GPUs without nvcc.
+"""The operators of ``docs/developer/operators.md`` as Triton kernels: for GPUs without nvcc.
 
 Nothing here waits for the GPU: launch sizes come from shapes and the host-side bounds, so that calls can be captured in
 a CUDA graph (after one call outside, which compiles the kernels).
@@ -126,7 +126,7 @@ def block_attention(call: BlockAttention) -> None:
 
 
 def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return accepted, tokens, token_starts and seeds (``docs/operators.md``)."""
+    """Return accepted, tokens, token_starts and seeds (``docs/developer/operators.md``)."""
     kernels = _kernels()
     rows = starts.shape[0] - 1
     accepted = starts.new_empty(rows)
@@ -140,7 +140,7 @@ def accept_prefix(drafts: Tensor, targets: Tensor, starts: Tensor) -> tuple[Tens
 
 
 def best_tokens(logits: Tensor, with_normalizer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's most probable token, its logit and the row's normalizer (``docs/operators.md``).
+    """Return each row's most probable token, its logit and the row's normalizer (``docs/developer/operators.md``).
 
     Raises:
         NLDError: the logits are not two-dimensional, contiguous within rows, and of an allowed dtype.

@@ -1,4 +1,4 @@
-"""``block_attention`` of ``docs/operators.md`` by xformers: its kernels over the prefix and over the block, merged.
+"""``block_attention`` (docs/developer/operators.md) by xformers: its kernels over prefix and block, merged.
 
 Each part is one of xformers' own attention biases over tokens laid end to end, so nothing is padded and no mask exists.
 The biases hold lengths on the host, so every call waits for the GPU once, and cannot be captured in a CUDA graph.

@@ -2,7 +2,7 @@
 
 A forward is a sum of parts: the matrix products of the layers and of the output layer, attention, the small operators
 between them, passes over the logits, all-reduces, and the start and end of kernels. Forwards make up an AR step, a
-cycle of self-speculation (draft and verify) and a diffusion block. ``docs/scaling.md`` lists the assumptions and
+cycle of self-speculation (draft and verify) and a diffusion block. docs/research/scaling.md lists the assumptions and
 compares them with measurements. Only decoding is modeled: no prefill, no waiting, and all requests alike.
 """
 

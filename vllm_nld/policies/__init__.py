@@ -1,7 +1,7 @@
 """Selection policies of block diffusion: which masked positions a denoising forward commits. One file a policy.
 
 To add one: write its file, and name it in ``POLICIES`` below. Options, admission, the draft pass, the table in
-``docs/modes.md`` and the tests read the registry. The reference (:mod:`vllm_nld.reference.diffusion`) has its own
+``docs/user/modes.md`` and the tests read the registry. The reference (:mod:`vllm_nld.reference.diffusion`) has its own
 version of each policy, and a test fails until the new one is there.
 """
 

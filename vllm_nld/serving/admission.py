@@ -32,7 +32,7 @@ class EngineTraits:
         block_length: tokens of the longest block, seed included; None without ``--speculative-config``.
         learned_sampler: the folder of the checkpoint's learned sampler, if it has one.
         no_branches: why verify forwards cannot branch; None: they can.
-        second: whether self-speculation runs on vLLM's second model runner (``docs/runners.md``).
+        second: whether self-speculation runs on vLLM's second model runner (``docs/operate/runners.md``).
     """
 
     defaults: NLDOptions

@@ -1,1 +1,1 @@
-"""Every use of vLLM internals that are not extension points (ledger: ``docs/patches.md``)."""
+"""Every use of vLLM internals that are not extension points (ledger: ``docs/developer/patches.md``)."""

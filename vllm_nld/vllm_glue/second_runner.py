@@ -129,7 +129,7 @@ def expected() -> str:
     if asked is not None:
         return f"V{2 if asked else 1} (VLLM_USE_V2_MODEL_RUNNER={int(asked)})"
     if has_triton():
-        return "V2, asynchronous (servers that ask for what docs/runners.md says it lacks take V1)"
+        return "V2, asynchronous (servers that ask for what docs/operate/runners.md says it lacks take V1)"
     return "V1 (V2 wants Triton, which has no driver here)"
 
 
