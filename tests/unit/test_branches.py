@@ -71,6 +71,11 @@ def test_quadratic_takes_one_forward_a_cycle() -> None:
     assert found.query_tokens[0] == 8 + 8 * 8  # B rows, and a branch of B tokens after each: B (B + 1) together
 
 
+def test_a_prompt_of_one_token_is_no_cycle() -> None:
+    found = branch_spec_generate(model_of(1), PROMPT[:1], no_branches, 10, 8)
+    assert len(found.accepted) == len(found.hits) == len(found.drafts)
+
+
 def test_misses_that_do_not_draft_take_one_forward_a_cycle() -> None:
     """After the prompt and after every miss comes a forward of one token, whose branch is hit."""
     found = branch_spec_generate(model_of(1), PROMPT, likeliest_places(3, 4), 40, 8, misses_draft=False)

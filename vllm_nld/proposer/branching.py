@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_nld.auto.costs import Costs
-from vllm_nld.branches.places import RANKS, Branch, Choice, Draft, every_place, likeliest_places
+from vllm_nld.branches.places import RANKS, Branch, Choice, Draft, every_place, likeliest_places, usual_length
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.branch_rows import run_with_blocks
 from vllm_nld.draft_pass.forward import DraftPass
@@ -25,8 +25,6 @@ from vllm_nld.proposer.pending import Pending
 from vllm_nld.proposer.request_state import RequestState
 from vllm_nld.serving.ledger import Ledger
 
-USUAL_LENGTH = 8
-"""Tokens of a branch's block: on the embedded checkpoint longer ones gain nothing."""
 MOST_BY_PRICE = 8
 """Branches of a request among which ``auto`` chooses."""
 
@@ -49,9 +47,10 @@ def ranks(state: RequestState) -> int:
 @cache
 def policy(count: int | str, length: int | None, block_length: int) -> Choice:
     """Return the policy for a request's options."""
+    own = usual_length(count, length, block_length)
     if count == "all":
-        return every_place(min(length or block_length, block_length))
-    return likeliest_places(MOST_BY_PRICE if count == "auto" else int(count), min(length or USUAL_LENGTH, block_length))
+        return every_place(own)
+    return likeliest_places(MOST_BY_PRICE if count == "auto" else int(count), own)
 
 
 class Drafted(NamedTuple):

@@ -162,7 +162,7 @@ class Speculation:
         self.cache.crop(prefix + kept)
         self.generated += emitted
         self._take(kept - 1, branches, drafted)
-        if known == 0:
+        if self.result.nfe > 1:  # not of the prompt, which may also be a single token
             self.result.accepted.append(len(emitted))
         return tokens
 

@@ -267,7 +267,6 @@ def _check_second_runner(options: NLDOptions, own: dict[str, Any], where: str) -
         ("seed_first", options.seed_first, True),
         ("draft_threshold", options.draft_threshold, 0),
         ("prompt_lookup", own.get("prompt_lookup") or 0, 0),
-        ("branches", options.branches, "off"),
     ):
         if value != allowed:
             raise NLDError(

@@ -46,6 +46,13 @@ class NLDModelState(DefaultModelState):  # type: ignore[misc]
         if self._speculator is not None:
             self._speculator.take_in_requests()
 
+    def prepare_attn(self, input_batch: Any, mode: Any, block_tables: Any, *others: Any, **named: Any) -> Any:
+        """Return the layers' attention metadata of a step, and lay out the step's branches."""
+        causal = super().prepare_attn(input_batch, mode, block_tables, *others, **named)
+        if self._speculator is None or named.get("for_capture"):
+            return causal
+        return self._speculator.with_branches(input_batch, block_tables, causal)
+
     def custom_sampler(self, sampler: Any) -> Any:
         """Return this extension's sampler and rejection sampler, in place of vLLM's."""
         if self._speculator is None:

@@ -72,6 +72,7 @@ class IntroducesSpeculator:
         whole = copy.deepcopy(self._plan.tally)
         for name, counts in self.model_runner.speculator.denoised.as_dict().items():
             getattr(whole, name).update(counts)
+        whole.branches.update(self.model_runner.speculator.branched)
         return whole
 
     def nld_counters(self) -> dict[str, int]:
