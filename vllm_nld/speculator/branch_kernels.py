@@ -99,7 +99,7 @@ def hit_kernel(
         if is_hit:
             tl.atomic_add(counters + kind, 1)
         prefix = tl.load(seq_lens + row) - tl.load(num_rejected + row)
-        own = tl.minimum(tl.load(lengths + request), max_model_len - prefix)
+        own = tl.minimum(tl.minimum(tl.load(lengths + request), length), max_model_len - prefix)
         own = tl.where(is_hit, tl.maximum(own, 1), 1)
         tl.store(block_lens + slot, own)
         tl.store(valid + request, own - 1)
@@ -145,7 +145,7 @@ def plan_kernel(
         before = tl.load(chances + (first + place - 1) * RANKS, mask=(place > 0) & (place <= drafted), other=1.0)
         ends = tl.cumprod(before, 0) * (1 - right)
         # Of the position after all drafts there are candidates only if they come from a branch that looked there.
-        looks = (drafted > 0) & (tl.load(looks_past + request) != 0)
+        looks = (drafted > 0) & (drafted < length - 1) & (tl.load(looks_past + request) != 0)
         is_rank = (place < tl.where(looks, drafted + 1, drafted)) & (column < RANKS)
         token = tl.load(likely + (first + place) * RANKS + column, mask=is_rank, other=-2)
         chance = tl.load(chances + (first + place) * RANKS + column, mask=is_rank, other=0.0)

@@ -8,7 +8,8 @@ is verified while the others are drafted (``docs/branches.md``). Only how many b
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from vllm_nld.ops import BIDIRECTIONAL
 from vllm_nld.ops.sizes import power_of_two
 from vllm_nld.options import MOST_BRANCHES
 from vllm_nld.speculator import branch_kernels as kernels
-from vllm_nld.speculator.buffers import OWN_STREAM, Shape, StepTensors, to_device
+from vllm_nld.speculator.branch_buffers import BranchBuffers, Hits, Laid
+from vllm_nld.speculator.buffers import OWN_STREAM, DraftBuffers, Shape, StepTensors, to_device
 from vllm_nld.speculator.table import Numbers, RequestTable
 
 COUNTED = ("run", "tokens", "guess", "mask")
@@ -31,64 +33,59 @@ COUNTED = ("run", "tokens", "guess", "mask")
 _PAGES_AT_ONCE = 256
 
 
-@dataclass(frozen=True)
-class Laid:
-    """The branches of a step.
-
-    Attributes:
-        slot_of_row: int ``[rows]``, on the host; -1 where a row does not branch.
-        count: branches of a slot.
-        length: tokens of a branch.
-        hidden: ``[tokens, hidden]`` of the branches, once the step has run.
-    """
-
-    slot_of_row: Numbers
-    count: int
-    length: int
-    hidden: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """What the drafts of a step are chosen from.
-
-    Attributes:
-        hidden: ``[drafts, hidden]``, those of every slot in a row.
-        draws: whose each is, its position, and its column; int64 ``[drafts]`` each.
-    """
-
-    hidden: Tensor
-    draws: tuple[Tensor, Tensor, Tensor]
-
-
 class Branching:
     """Lays out the branches of each step, and drafts from those that were hit.
 
     Args:
-        shape: of the engine's draft passes.
+        vllm_config: vLLM's.
         table: what requests ask for.
-        max_tokens: of a step, branches included.
-        adapts: whether there is a draft adapter.
-        dtype: of the model.
-        slots: int64, vLLM's buffer of cache slots: those of a step, then what is not written.
+        model: the target, whose forwards it extends.
+        default: branches of a request by the engine's own options, and the tokens of one; None: there are none.
 
     Attributes:
         counters: int64, on the device, as :data:`COUNTED`.
+        is_due: whether the next step is likely to have branches.
+        max_tokens: of a step, branches included.
     """
 
-    def __init__(
-        self, shape: Shape, table: RequestTable, max_tokens: int, adapts: bool, dtype: torch.dtype, slots: Tensor
-    ) -> None:
-        self.shape, self.max_tokens = shape, max_tokens
-        self._table, self._adapts, self._dtype, self._slots = table, adapts, dtype, slots
-        self._device = device = slots.device
-        requests = shape.requests
+    shape: Shape
+    _slots: Tensor
+
+    def __init__(self, vllm_config: Any, table: RequestTable, model: Any, default: tuple[int, int] | None) -> None:
+        self.max_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
+        self._table, self._model, self._default, self.is_due = table, model, default, False
+        self._dtype: torch.dtype = vllm_config.model_config.dtype
+        self._device = device = table.on_device[0].device
+        self._captured: dict[int, tuple[int, int]] = {}
+        requests: int = vllm_config.scheduler_config.max_num_seqs
         self._planned = np.zeros(requests, dtype=bool)
         self._planned_prefix = torch.full((requests,), -1, dtype=torch.int32, device=device)
         self._places = torch.zeros(requests, MOST_BRANCHES, dtype=torch.int32, device=device)
         self._guesses = torch.full_like(self._places, kernels.IDLE)
         self.counters = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
         self._laid: Laid | None = None
+        model.register_forward_pre_hook(self._extend, with_kwargs=True)
+        model.register_forward_hook(self._part)
+
+    def set_pages(self, shape: Shape, slots: Tensor) -> None:
+        """Take the sizes of the engine's draft passes, and vLLM's buffer of cache slots.
+
+        Args:
+            shape: the sizes.
+            slots: int64: those of a step, then what is not written.
+        """
+        self.shape, self._slots = shape, slots
+        self._captured.clear()
+        vars(self).pop("_buffers", None)
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether there is a KV cache."""
+        return "shape" in vars(self)
+
+    def counted(self) -> dict[str, int]:
+        """Return what branches did so far. It waits for the device."""
+        return {name: count for name, count in zip(COUNTED, self.counters.tolist(), strict=True) if count}
 
     def forget(self, indices: list[int]) -> None:
         """Forget the plans of earlier requests with these indices."""
@@ -97,25 +94,56 @@ class Branching:
 
     # Before a step
 
-    def lay_out(self, batch: Any, block_table: Tensor) -> Laid | None:
-        """Prepare the branches of a step's requests, as far as they fit; None if there are none.
+    def lay_out(self, batch: Any, block_table: Tensor, causal: dict[str, Any], graph: bool) -> dict[str, Any]:
+        """Prepare the branches of a step's requests, as far as they fit; returns the layers' attention metadata.
 
         Args:
             batch: vLLM's ``InputBatch``.
             block_table: int32 ``[rows, pages]``.
+            causal: the metadata of the step without them.
+            graph: whether a whole CUDA graph is going to run the step. Its branches are those it was captured with.
         """
-        indices = batch.idx_mapping_np
+        indices, tokens = batch.idx_mapping_np, batch.num_tokens_after_padding
         rows = self._planned[indices]
         self._planned[indices] = False
-        self._laid = None
-        if not rows.any():
-            return None
-        size = self._fitting(indices[rows], batch.num_tokens_after_padding)
+        self._laid, self.is_due = None, False
+        size = None
+        if graph or rows.any():
+            size = self._captured.get(tokens) if graph else self._fitting(indices[rows], tokens)
         if size is None:
-            return None
-        self._laid = Laid(np.where(rows, np.cumsum(rows) - 1, -1), *size)
-        self._fill(self._laid, batch, block_table)
-        return self._laid
+            return causal
+        slots = tokens // self.shape.block_length if graph else int(rows.sum())
+        laid = Laid(np.where(rows, np.cumsum(rows) - 1, -1), slots, *size)
+        left = self._buffers.hidden
+        self._laid = replace(laid, hidden=left[: laid.tokens]) if graph and left is not None else laid
+        self._fill(laid, batch, block_table, graph)
+        if graph:
+            return causal  # the graph has its own
+        longest = int(batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs].max())
+        return self._metadata(laid, causal, tokens, longest)
+
+    def leaves_graph(self, description: Any) -> bool:
+        """Whether the next step needs branches that a CUDA graph was not captured with."""
+        uniform = description.uniform_token_count == self.shape.block_length
+        whole = description.cg_mode == CUDAGraphMode.FULL and uniform
+        return self.is_due and not (whole and description.num_tokens in self._captured)
+
+    def capture(self, causal: dict[str, Any], slots: int, tokens: int) -> dict[str, Any]:
+        """Return the attention metadata of a whole CUDA graph, with branches by the engine's own options if they fit.
+
+        Args:
+            causal: the platform's metadata by layer.
+            slots: requests of the graph.
+            tokens: of the graph without branches.
+        """
+        if self._default is None or tokens != slots * self.shape.block_length:
+            return causal
+        count, length = self._default
+        laid = Laid(np.arange(slots), slots, count, length)
+        if tokens + laid.tokens > self.max_tokens:
+            return causal
+        self._captured[tokens] = self._default
+        return self._metadata(laid, causal, tokens, self.shape.max_model_len, graph=True)
 
     def _fitting(self, indices: Numbers, tokens: int) -> tuple[int, int] | None:
         """Return how many branches of how many tokens each request can have next to ``tokens`` others."""
@@ -123,16 +151,18 @@ class Branching:
         count = min(count, (self.max_tokens - tokens) // (len(indices) * length))
         return (count, length) if count > 0 else None
 
-    def _fill(self, laid: Laid, batch: Any, block_table: Tensor) -> None:
-        rows = np.flatnonzero(laid.slot_of_row >= 0)
-        branches, buffers = len(rows) * laid.count, self._buffers
+    def _fill(self, laid: Laid, batch: Any, block_table: Tensor, graph: bool) -> None:
+        rows = np.full(laid.slots, -1, dtype=np.int32)
+        used = np.flatnonzero(laid.slot_of_row >= 0)
+        rows[: len(used)] = used
+        branches, buffers = laid.slots * laid.count, self._buffers
         kernels.lay_out_kernel[(branches,)](
-            to_device(rows.astype(np.int32), self._device), batch.idx_mapping, batch.seq_lens, batch.query_start_loc,
+            to_device(rows, self._device), batch.idx_mapping, batch.seq_lens, batch.query_start_loc,
             block_table, block_table.stride(0),
             self._planned_prefix, self._places, self._guesses, self._places.stride(0),
             self._table.branches_on_device[0], self._table.on_device[2],
             buffers.ids, buffers.positions, buffers.prefix_lens, buffers.adapted,
-            buffers.pages(branches), self.shape.pages, buffers.live, self.counters,
+            buffers.pages(branches, graph), self.shape.pages, buffers.live, self.counters,
             laid.count, laid.length, self.shape.max_model_len, self.shape.mask_token_id, self.shape.page_size,
             LENGTH=power_of_two(laid.length), PAGES=_PAGES_AT_ONCE,
         )  # fmt: skip
@@ -141,7 +171,9 @@ class Branching:
     def _buffers(self) -> BranchBuffers:
         return BranchBuffers(self.max_tokens, self.shape.pages, self._dtype, self._device)
 
-    def metadata(self, laid: Laid, causal: dict[str, Any], tokens: int, max_prefix: int) -> dict[str, Any]:
+    def _metadata(
+        self, laid: Laid, causal: dict[str, Any], tokens: int, max_prefix: int, graph: bool = False
+    ) -> dict[str, Any]:
         """Return the layers' attention metadata of a step with branches.
 
         Args:
@@ -149,44 +181,48 @@ class Branching:
             causal: the platform's metadata by layer, of the step without them.
             tokens: of the step without them, padding included.
             max_prefix: bound of the branches' prefixes.
+            graph: whether a CUDA graph is captured.
         """
-        branches = (int(laid.slot_of_row.max()) + 1) * laid.count
-        buffers, added = self._buffers, branches * laid.length
+        buffers, branches = self._buffers, laid.slots * laid.count
         blocks = DraftMetadata(
-            buffers.pages(branches),
+            buffers.pages(branches, graph),
             buffers.prefix_lens[:branches],
             buffers.starts(laid.length)[: branches + 1],
             buffers.kinds[:branches],
             laid.length,
             max_prefix,
             BIDIRECTIONAL,
+            in_graph=graph,
         )
-        adapted = None
-        if self._adapts:
-            adapted = torch.cat((buffers.adapted.new_zeros(tokens, 1), buffers.adapted[:added]))
+        adapted = None if self._model.draft_lora is None else buffers.factors(tokens, laid.tokens)
         known = {id(own): BranchedMetadata(own, tokens, blocks, adapted) for own in causal.values()}
         return {name: known[id(own)] for name, own in causal.items()}
 
     # During a step
 
-    def extend(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    def _extend(self, _: Any, unnamed: Any, arguments: dict[str, Any]) -> Any:
         """Return the arguments of a forward with its branches' tokens; None if the forward has none."""
         branched = branched_metadata()
         if branched is None:
             return None
         context, added = get_forward_context(), len(branched.branches.prefix_lens) * branched.branches.max_length
         context.slot_mapping = dict.fromkeys(context.slot_mapping, self._slots[: branched.tokens + added])
-        context.cudagraph_runtime_mode = CUDAGraphMode.NONE  # no piecewise graph has this size
         ids = torch.cat((arguments["input_ids"], self._buffers.ids[:added]))
         positions = torch.cat((arguments["positions"], self._buffers.positions[:added]))
-        return arguments | {"input_ids": ids, "positions": positions}
+        return unnamed, arguments | {"input_ids": ids, "positions": positions}
 
-    def part(self, hidden: Tensor) -> Tensor:
+    def _part(self, _: Any, __: Any, hidden: Tensor) -> Tensor:
         """Keep the branches' part of a forward's output ``[tokens, hidden]``, if it has one, and return the rest."""
         branched = branched_metadata()
-        if branched is None or self._laid is None:
+        if branched is None:
             return hidden
-        self._laid = replace(self._laid, hidden=hidden[branched.tokens :])
+        own = hidden[branched.tokens :]
+        if branched.branches.in_graph:
+            if self._buffers.hidden is None:  # before the capture, in vLLM's warm-up; the largest graph comes first
+                self._buffers.hidden = torch.empty_like(own)
+            self._buffers.hidden[: len(own)].copy_(own)
+        elif self._laid is not None:
+            self._laid = replace(self._laid, hidden=own)
         return hidden[: branched.tokens]
 
     # After a step
@@ -205,27 +241,47 @@ class Branching:
             rows = np.zeros_like(rows)
         return rows
 
-    def find_hits(self, rows: Numbers, indices: Numbers, step: StepTensors, num_sampled: Tensor, valid: Tensor) -> Hits:
-        """Return what the step's rows drafted in its branches.
+    def draft(
+        self, rows: Numbers, indices: Numbers, step: StepTensors, num_sampled: Tensor, buffers: DraftBuffers,
+        draw: Callable[[Tensor, tuple[Tensor, Tensor, Tensor]], Tensor],
+    ) -> None:  # fmt: skip
+        """Hand out the drafts of branches that were hit, and plan the next ones.
 
         Args:
             rows: bool, as :meth:`rows` returned; there must be one.
             indices: of the step's requests.
             step: the step's results.
             num_sampled: int32 ``[rows]``, tokens that it decided.
-            valid: int32 ``[requests]``, written: how many drafts each has now.
+            buffers: take the drafts.
+            draw: draws from logits.
         """
+        hits = self._hits(rows, indices, step, num_sampled, buffers.valid)
+        if hits.laid.hidden is None:  # nothing was drafted: the next step's only branch follows the seed
+            tokens = hits.sources.new_zeros(len(hits.sources))
+            likely, chances = tokens[:, None], torch.zeros(len(tokens), 1, device=self._device)
+        else:
+            logits = self._model.compute_logits(hits.laid.hidden[hits.sources])
+            best = logits.float().topk(min(RANKS, logits.shape[-1]), dim=-1)
+            likely, chances = best.indices, (best.values - logits.float().logsumexp(-1, keepdim=True)).exp()
+            tokens = best.indices[:, 0].contiguous()
+            if self._table.drawn[indices[rows]].any():
+                buffers.temperature.copy_(step.temperature)
+                buffers.seeds.copy_(step.seeds)
+                tokens = draw(logits, (hits.draw_requests, hits.draw_positions, hits.columns))
+        self._plan(hits, step, tokens, likely, chances, buffers.drafts)
+
+    def _hits(self, rows: Numbers, indices: Numbers, step: StepTensors, num_sampled: Tensor, valid: Tensor) -> Hits:
+        """Return what the step's rows drafted in its branches; ``valid`` takes how many drafts each request has."""
         laid, self._laid = self._laid, None
         most, length = self._table.branches(indices[rows])
         slots = np.where(rows, np.cumsum(rows) - 1, -1).astype(np.int32)
         count = int(rows.sum())
         if laid is None or laid.hidden is None:
-            laid = Laid(np.full(len(rows), -1), 1, length)
-        drafts = laid.length - 1
+            laid = Laid(np.full(len(rows), -1), 0, 1, length)
+        sources, requests, positions = torch.empty(3, count * (laid.length - 1), dtype=torch.int64, device=self._device)
         hits = Hits(
             to_device(slots, self._device), laid, most, count, self.shape.block_length - 1,
-            *(torch.empty(count * drafts, dtype=torch.int64, device=self._device) for _ in range(3)),
-            torch.empty(count, dtype=torch.int32, device=self._device),
+            sources, requests, positions, torch.empty(count, dtype=torch.int32, device=self._device),
         )  # fmt: skip
         table = self._table
         kernels.hit_kernel[(len(rows),)](
@@ -238,15 +294,16 @@ class Branching:
             LENGTH=power_of_two(laid.length),
         )  # fmt: skip
         self._planned[indices] |= rows
+        self.is_due = True
         return hits
 
-    def plan(
+    def _plan(
         self, hits: Hits, step: StepTensors, tokens: Tensor, likely: Tensor, chances: Tensor, drafts: Tensor
     ) -> None:
         """Hand out what was drafted, and choose where the next verification branches.
 
         Args:
-            hits: as :meth:`find_hits` returned.
+            hits: as :meth:`_hits` returned.
             step: the step's results.
             tokens: int64 ``[slots * drafts]``, chosen.
             likely: int64 ``[slots * drafts, RANKS]``, the best candidates.
@@ -266,76 +323,8 @@ class Branching:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Hits:
-    """The branches that verification ended at, and the places of the drafts from them; in slots of their own.
-
-    Attributes:
-        slot_of_row: int32 ``[rows]``; -1 where a row does not draft by branches.
-        laid: the step's branches.
-        most: branches of a request, at most.
-        count: slots.
-        steps: drafts of the longest block.
-        sources: int64 ``[drafts]``, where among the branches' tokens each draft was predicted.
-        draw_requests: int64 ``[drafts]``, whose each is.
-        draw_positions: int64 ``[drafts]``, whose noise each is drawn by.
-        block_lens: int32 ``[slots]``, tokens of the next block; 1: no branch was hit.
-    """
-
-    slot_of_row: Tensor
-    laid: Laid
-    most: int
-    count: int
-    steps: int
-    sources: Tensor
-    draw_requests: Tensor
-    draw_positions: Tensor
-    block_lens: Tensor
-
-    @property
-    def columns(self) -> Tensor:
-        """int64 ``[drafts]``, each draft's place in its block; what looks past the longest block counts as its last."""
-        columns = torch.arange(self.laid.length - 1, device=self.sources.device).clamp(max=self.steps - 1)
-        return columns.repeat(self.count)
-
-
 def branched_metadata() -> BranchedMetadata | None:
     """Return the metadata of the forward in progress if it has branches."""
     metadata = get_forward_context().attn_metadata
     found = next(iter(metadata.values()), None) if isinstance(metadata, dict) else None
     return found if isinstance(found, BranchedMetadata) else None
-
-
-class BranchBuffers:
-    """What a step's branches read.
-
-    Args:
-        tokens: of all branches, at most.
-        pages: width of vLLM's block table.
-        dtype: of the model.
-        device: of the model.
-    """
-
-    def __init__(self, tokens: int, pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        branches = max(1, tokens // 2)  # the shortest have two tokens
-        self.ids = torch.zeros(tokens, dtype=torch.int32, device=device)
-        self.positions = torch.zeros(tokens, dtype=torch.int64, device=device)
-        self.adapted = torch.zeros(tokens, 1, dtype=dtype, device=device)
-        self.prefix_lens = torch.zeros(branches, dtype=torch.int32, device=device)
-        self.live = torch.zeros(branches, dtype=torch.int32, device=device)
-        self.kinds = torch.full((branches,), BIDIRECTIONAL, dtype=torch.int32, device=device)
-        self._starts = torch.arange(branches + 1, dtype=torch.int32, device=device)
-        self._starts_by_length: dict[int, Tensor] = {}
-        self._pages = torch.zeros(0, pages, dtype=torch.int32, device=device)
-
-    def pages(self, branches: int) -> Tensor:
-        """Return room for the pages of so many branches, int32 ``[branches, pages]``."""
-        if len(self._pages) < branches:
-            self._pages = self._pages.new_zeros(power_of_two(branches), self._pages.shape[1])
-        return self._pages[:branches]
-
-    def starts(self, length: int) -> Tensor:
-        """Return where branches of ``length`` tokens start."""
-        if length not in self._starts_by_length:
-            self._starts_by_length[length] = self._starts * length
-        return self._starts_by_length[length]

@@ -21,7 +21,6 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_nld import ops
 from vllm_nld.attention.backend import page_layout
-from vllm_nld.branches.places import RANKS
 from vllm_nld.draft_pass.warm_up import lengths
 from vllm_nld.errors import NLDError
 from vllm_nld.model.best_tokens import best_tokens
@@ -30,11 +29,11 @@ from vllm_nld.model.target import is_called_with_embeddings, last_hidden, text_m
 from vllm_nld.serving.admission import EngineTraits
 from vllm_nld.serving.ledger import Tally
 from vllm_nld.speculator import kernels
-from vllm_nld.speculator.branching import COUNTED, Branching
+from vllm_nld.speculator.branching import Branching
 from vllm_nld.speculator.buffers import DraftBuffers, Shape, StepTensors, to_device
 from vllm_nld.speculator.diffusion import Diffusing, Diffusion, step_numbers
 from vllm_nld.speculator.graphs import DraftGraphs
-from vllm_nld.speculator.table import Numbers, RequestTable
+from vllm_nld.speculator.table import Numbers, RequestTable, default_branches
 from vllm_nld.vllm_glue import second_runner
 
 logger = init_logger("vllm.nld.speculator")
@@ -52,6 +51,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         draft_logits: what drafts were drawn from, ``[requests, steps, vocab]``, for vLLM's rejection sampler; None if
             that would take too much memory, or this vLLM keeps none: drafts are then verified exactly.
         forwards: draft passes so far.
+        branching: the branches of verify forwards; None: there can be none.
         auto_drafts: whether requests in auto mode draft after this step; the scheduler decides, and the worker says so.
     """
 
@@ -69,6 +69,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.draft_logits = None if self._kept is None else self._kept[:-1]
         self.table = RequestTable(self.max_requests, self._traits, self.draft_logits is not None)
         self.forwards, self.auto_drafts = 0, True
+        self.branching: Branching | None = None
         self._fp64 = bool(getattr(vllm_config.model_config, "use_fp64_gumbel", False))
         self._embeds = is_called_with_embeddings(vllm_config.model_config)
         self._runner: Any = None
@@ -105,8 +106,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
     @property
     def branched(self) -> dict[str, int]:
         """What branches did so far. It waits for the device."""
-        counts = [] if self._buffers is None else self.branching.counters.tolist()
-        return {name: count for name, count in zip(COUNTED, counts, strict=False) if count}
+        return {} if self.branching is None else self.branching.counted()
 
     @property
     def buffers(self) -> DraftBuffers:
@@ -119,8 +119,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         if model.draft_lora is not None:
             load_adapter(model.draft_lora, model)
         if self._traits.no_branches is None:
-            model.register_forward_pre_hook(self._add_branches, with_kwargs=True)
-            model.register_forward_hook(self._take_branches)
+            default = default_branches(self._traits.defaults, self.block_length)
+            self.branching = Branching(self.vllm_config, self.table, model, default)
         logger.info(
             "Self-speculation is active: block length %d (1 seed + %d drafts), mode %s, %s, drawn drafts verified %s",
             self.block_length,
@@ -129,28 +129,6 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             "no draft adapter" if model.draft_lora is None else "draft adapter",
             "exactly" if self.draft_logits is None else "by rejection sampling, seeded ones exactly",
         )
-
-    def _add_branches(self, _: Any, args: Any, named: dict[str, Any]) -> Any:
-        """Extend a forward of the target by its branches, if it has any."""
-        extended = self.branching.extend(named) if self._buffers is not None else None
-        return None if extended is None else (args, extended)
-
-    def _take_branches(self, _: Any, __: Any, hidden: Tensor) -> Tensor:
-        return hidden if self._buffers is None else self.branching.part(hidden)
-
-    def with_branches(self, batch: Any, block_tables: Any, causal: dict[str, Any]) -> dict[str, Any]:
-        """Lay out the branches of a step; returns the layers' attention metadata.
-
-        Args:
-            batch: vLLM's ``InputBatch``.
-            block_tables: int32 ``[rows, pages]``, by KV cache group.
-            causal: the step's metadata without branches.
-        """
-        laid = self.branching.lay_out(batch, block_tables[0]) if self._buffers is not None else None
-        if laid is None:
-            return causal
-        longest = int(batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs].max())
-        return self.branching.metadata(laid, causal, batch.num_tokens_after_padding, longest)
 
     def attach(self, runner: Any) -> None:
         """Let the speculator see the runner's block tables, once there are some (called by the worker)."""
@@ -173,10 +151,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             -1 if second_runner.divides_draft_logits() else 0,
         )
         self._buffers = DraftBuffers(shape, config.dtype, self.device)
-        adapts = self.model.draft_lora is not None
-        self.branching = Branching(
-            shape, self.table, self.max_tokens, adapts, config.dtype, block_tables.slot_mappings[0]
-        )
+        if self.branching is not None:
+            self.branching.set_pages(shape, block_tables.slot_mappings[0])
 
     def find_layout(self) -> None:
         """Find the cache's page layout now, at start-up.
@@ -220,6 +196,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         """Make the buffers, and plan the graphs, if the engine uses any for decoding: of AR steps, too."""
         self._set_pages(self._runner.block_tables)
         second_runner.add_graphs_of_single_tokens(self._runner.cudagraph_manager)
+        if self.branching is not None:
+            second_runner.leave_graphs(self._runner.cudagraph_manager, self.branching.leaves_graph)
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
             return
         dtype = self.vllm_config.model_config.dtype
@@ -251,7 +229,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         """Bring what new requests ask for to the device; drafts of earlier ones with their indices count no more."""
         new = self.table.upload()
         if new and self._buffers is not None:
-            self.branching.forget(new)
+            if self.branching is not None:
+                self.branching.forget(new)
             self._buffers.valid.index_fill_(0, to_device(np.array(new), self.device), 0)
 
     @functools.cached_property
@@ -300,7 +279,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             return self._rehearse(rows, skip_attn_for_dummy_run or self._buffers is None)
         indices, decided = input_batch.idx_mapping_np, self._decided(input_batch)
         drafting = decided & self.table.drafts(indices, self.auto_drafts)
-        branching = self.branching.rows(indices, drafting)
+        branching = drafting & False if self.branching is None else self.branching.rows(indices, drafting)
         drafting &= ~branching
         denoising = np.flatnonzero(decided & self.table.denoises(indices))
         chosen = indices[drafting]
@@ -315,8 +294,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 seeds,
             )
             self._run(drafting, chosen, step, int(input_batch.seq_lens_cpu_upper_bound.numpy()[:rows].max()))
-            if branching.any():
-                self._draft_from_branches(branching, indices, step, num_sampled)
+            if self.branching is not None and branching.any():
+                self.branching.draft(branching, indices, step, num_sampled, self.buffers, self._drawn)
             self.table.offered[indices] = drafting | branching
             if len(denoising):
                 self._denoise(denoising, input_batch, step, num_sampled)
@@ -369,24 +348,6 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             self.forwards += 1
             self._draft(first, min(most, used - first), slot_length, drawn, max_prefix=max_prefix, whole=whole)
 
-    def _draft_from_branches(self, rows: Numbers, indices: Numbers, step: StepTensors, num_sampled: Tensor) -> None:
-        """Take the drafts of branches that were hit, and plan the next ones."""
-        buffers = self.buffers
-        hits = self.branching.find_hits(rows, indices, step, num_sampled, buffers.valid)
-        if hits.laid.hidden is None:  # nothing was drafted: the next step's only branch follows the seed
-            tokens = hits.sources.new_zeros(len(hits.sources))
-            likely, chances = tokens[:, None], torch.zeros(len(tokens), 1, device=self.device)
-        else:
-            logits = self.model.compute_logits(hits.laid.hidden[hits.sources])
-            best = logits.float().topk(min(RANKS, logits.shape[-1]), dim=-1)
-            likely, chances = best.indices, (best.values - logits.float().logsumexp(-1, keepdim=True)).exp()
-            tokens = best.indices[:, 0].contiguous()
-            if self.table.drawn[indices[rows]].any():
-                buffers.temperature.copy_(step.temperature)
-                buffers.seeds.copy_(step.seeds)
-                tokens = self._drawn(logits, (hits.draw_requests, hits.draw_positions, hits.columns))
-        self.branching.plan(hits, step, tokens, likely, chances, buffers.drafts)
-
     def _draft(
         self, first: int, slots: int, slot_length: int, drawn: bool, *, max_prefix: int | None = None,
         whole: bool = True, graph: bool = False,
@@ -430,6 +391,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         return self._drawn(self.model.compute_logits(hidden), draws)
 
     def _drawn(self, logits: Tensor, draws: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Draw a token per row of logits ``[drafts, vocab]``; ``draws`` are as of :meth:`DraftBuffers.draws`."""
         requests, positions, columns = draws
         if self._kept is not None:
             self._kept[requests, columns] = logits.to(self._kept.dtype)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_nld.branches.places import usual_length
 from vllm_nld.options import NLDOptions
 from vllm_nld.serving.admission import EngineTraits, request_options
-from vllm_nld.branches.places import usual_length
 from vllm_nld.speculator.branch_kernels import ALL, STREAMS
 from vllm_nld.speculator.kernels import COMMIT, EXACT, REJECTION
 from vllm_nld.vllm_glue.second_runner import block_length
@@ -154,3 +154,11 @@ def branches_of(options: NLDOptions, block_length: int) -> tuple[int, int]:
         return 0, 0
     length = min(usual_length(options.branches, options.branch_length, block_length), STREAMS)
     return (ALL if options.branches == "all" else int(options.branches)), length
+
+
+def default_branches(options: NLDOptions, block_length: int) -> tuple[int, int] | None:
+    """Return the branches of a request without options of its own, and the tokens of one with what looks past it."""
+    count, length = branches_of(options, block_length)
+    if count == 0:
+        return None
+    return (block_length, length) if count == ALL else (count, length + 1)
