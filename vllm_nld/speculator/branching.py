@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class Branching:
 
     Attributes:
         counters: int64, on the device, as :data:`COUNTED`.
+        undrafted: times that a request's draft forward was left out.
         is_due: whether the next step is likely to have branches.
         max_tokens: of a step, branches included.
     """
@@ -56,6 +58,7 @@ class Branching:
         self._table, self._model, self._default, self.is_due = table, model, default, False
         self._dtype: torch.dtype = vllm_config.model_config.dtype
         self._device = device = table.on_device[0].device
+        self._vocab_size: int = vllm_config.model_config.get_vocab_size()
         self._captured: dict[int, tuple[int, int]] = {}
         requests: int = vllm_config.scheduler_config.max_num_seqs
         self._planned = np.zeros(requests, dtype=bool)
@@ -63,6 +66,9 @@ class Branching:
         self._places = torch.zeros(requests, MOST_BRANCHES, dtype=torch.int32, device=device)
         self._guesses = torch.full_like(self._places, kernels.IDLE)
         self.counters = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
+        self.undrafted = 0
+        self._seen = torch.zeros(len(COUNTED), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._seen_np = self._seen.numpy()
         self._laid: Laid | None = None
         model.register_forward_pre_hook(self._extend, with_kwargs=True)
         model.register_forward_hook(self._part)
@@ -78,14 +84,36 @@ class Branching:
         self._captured.clear()
         vars(self).pop("_buffers", None)
 
+    def warm_up(self, step: StepTensors, buffers: DraftBuffers) -> None:
+        """Compile the kernels for the engine's own branches, as :meth:`Speculator.warm_up` does for others."""
+        if self._default is None:
+            return
+        row = step.seq_lens
+        batch = SimpleNamespace(idx_mapping=step.requests, seq_lens=row, query_start_loc=torch.arange(2).to(row))
+        laid = Laid(np.zeros(0), 1, *self._default)
+        self._fill(laid, batch, step.block_table, graph=False)  # a slot of no row
+        places, drafts = torch.zeros(3, laid.length - 1).to(step.requests), laid.length - 1
+        hits = Hits(row - 1, laid, laid.count, 1, drafts, places[0], places[1], places[2], row.clone())
+        self._find(hits, row - 1, step, row, buffers.valid)
+        best = min(RANKS, self._vocab_size)
+        for ranks in (1, best):
+            likely = places[:1].repeat(ranks, 1).t()
+            self._plan(hits, step, places[0], likely, likely.float(), buffers.drafts)
+        self.counters.zero_()
+
     @property
     def has_pages(self) -> bool:
         """Whether there is a KV cache."""
         return "shape" in vars(self)
 
-    def counted(self) -> dict[str, int]:
-        """Return what branches did so far. It waits for the device."""
-        return {name: count for name, count in zip(COUNTED, self.counters.tolist(), strict=True) if count}
+    def counted(self, wait: bool) -> dict[str, int]:
+        """Return what branches did so far, for which it waits for the device; or else until it was last called."""
+        if wait:
+            self._seen.copy_(self.counters)
+        counts = {name: int(self._seen_np[index]) for index, name in enumerate(COUNTED) if self._seen_np[index]}
+        if not wait:
+            self._seen.copy_(self.counters, non_blocking=True)
+        return counts
 
     def forget(self, indices: list[int]) -> None:
         """Forget the plans of earlier requests with these indices."""
@@ -283,9 +311,25 @@ class Branching:
             to_device(slots, self._device), laid, most, count, self.shape.block_length - 1,
             sources, requests, positions, torch.empty(count, dtype=torch.int32, device=self._device),
         )  # fmt: skip
-        table = self._table
-        kernels.hit_kernel[(len(rows),)](
-            hits.slot_of_row, to_device(laid.slot_of_row.astype(np.int32), self._device), step.requests, step.seq_lens,
+        self._find(hits, to_device(laid.slot_of_row.astype(np.int32), self._device), step, num_sampled, valid)
+        self._planned[indices] |= rows
+        self.is_due = True
+        self.undrafted += count
+        return hits
+
+    def _find(self, hits: Hits, laid_of_row: Tensor, step: StepTensors, num_sampled: Tensor, valid: Tensor) -> None:
+        """Fill in which branches were hit.
+
+        Args:
+            hits: filled in.
+            laid_of_row: int32 ``[rows]``, each row's slot among the step's branches, or -1.
+            step: the step's results.
+            num_sampled: int32 ``[rows]``.
+            valid: int32 ``[requests]``, written.
+        """
+        table, laid = self._table, hits.laid
+        kernels.hit_kernel[(len(laid_of_row),)](
+            hits.slot_of_row, laid_of_row, step.requests, step.seq_lens,
             step.num_rejected, num_sampled, step.last_sampled,
             self._places, self._guesses, self._places.stride(0), self._buffers.live,
             table.branches_on_device[1], table.on_device[1],
@@ -293,9 +337,6 @@ class Branching:
             laid.count, laid.length, self.shape.max_model_len, self.shape.pad_request, OWN_STREAM,
             LENGTH=power_of_two(laid.length),
         )  # fmt: skip
-        self._planned[indices] |= rows
-        self.is_due = True
-        return hits
 
     def _plan(
         self, hits: Hits, step: StepTensors, tokens: Tensor, likely: Tensor, chances: Tensor, drafts: Tensor

@@ -104,11 +104,6 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         return self.diffusion.ledger.total if "diffusion" in vars(self) else Tally()
 
     @property
-    def branched(self) -> dict[str, int]:
-        """What branches did so far. It waits for the device."""
-        return {} if self.branching is None else self.branching.counted()
-
-    @property
     def buffers(self) -> DraftBuffers:
         assert self._buffers is not None, "vLLM makes the KV cache before it drafts"
         return self._buffers
@@ -180,6 +175,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         for length in lengths(self.block_length)[1:]:
             buffers.fill(row - 1, step, self.table.on_device, 0, 1, length)  # a row that does not draft, and padding
             buffers.hand_out(zeros(length - 1, dtype=torch.int64), 0, 1, length)
+        if self.branching is not None:
+            self.branching.warm_up(step, buffers)
         sampled, starts = zeros(1, self.block_length, dtype=torch.int64), torch.arange(2, device=self.device).int()
         for every in (False, True):
             kernels.accept_kernel[(1,)](
