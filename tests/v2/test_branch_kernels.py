@@ -80,7 +80,7 @@ def places_of(branches: list[Branch]) -> list[tuple[int, int | None]]:
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_plans_are_the_policy_s(count: int) -> None:
-    """Drawn drafts, which may be any candidate or none; blocks of several lengths, some of which look past themselves."""
+    """Drawn drafts, which may be any candidate or none; some blocks are shorter, and some look past themselves."""
     complete_interpreter()
     generator = torch.Generator().manual_seed(count)
     rows = Requests(12, 6, count, prefix=20)

@@ -83,7 +83,11 @@ def test_cycles_are_the_reference_s(llm: Any, model: ReferenceModel, way: str) -
 def test_a_batch_of_all_kinds_of_requests(llm: Any, model: ReferenceModel) -> None:
     """Some branch, others do not; prompts are cut into pieces; at times there is no room for branches."""
     prompts = random_prompts([5, 110, 33, 9, 64, 101], VOCAB, seed=2)
-    each: list[dict[str, Any]] = [own for own, _, _ in WAYS.values()] + [{"mode": "ar"}, {}, {"branches": 2}]
+    each: list[dict[str, Any]] = [own for own, _, _ in WAYS.values()] + [
+        {"mode": "ar"},
+        {},
+        {"mode": "auto", "branches": 2},
+    ]
     counted = branches(llm)
     assert generate(llm, prompts, each, max_tokens=14) == texts(model, prompts, 14)
     found = branches(llm) - counted

@@ -16,7 +16,7 @@ ALL = -1
 """In place of a number of branches: a mask branch after every token."""
 STREAMS = 64
 """Streams of noise for drafts of branches, by the block's first position. Whether a branch is hit depends on what was
-drawn for later positions, so the next block must not draw these from the same noise. No longer block is drawn."""
+drawn for later positions, so the next block must not draw these from the same noise. No branch is longer."""
 
 # The kernels write these numbers out, because Triton reads no plain globals.
 

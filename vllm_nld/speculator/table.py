@@ -8,8 +8,8 @@ import numpy as np
 
 from vllm_nld.branches.places import usual_length
 from vllm_nld.options import NLDOptions
-from vllm_nld.serving.admission import EngineTraits, request_options
-from vllm_nld.speculator.branch_kernels import ALL, STREAMS
+from vllm_nld.serving.admission import LONGEST_BRANCH, EngineTraits, request_options
+from vllm_nld.speculator.branch_kernels import ALL
 from vllm_nld.speculator.kernels import COMMIT, EXACT, REJECTION
 from vllm_nld.vllm_glue.second_runner import block_length
 
@@ -150,9 +150,9 @@ def branches_of(options: NLDOptions, block_length: int) -> tuple[int, int]:
         options: the request's.
         block_length: tokens of its blocks, seed included; 1: it decodes without drafts.
     """
-    if options.mode != "self_speculation" or options.branches == "off" or block_length < 2:
+    if options.mode not in ("auto", "self_speculation") or options.branches == "off" or block_length < 2:
         return 0, 0
-    length = min(usual_length(options.branches, options.branch_length, block_length), STREAMS)
+    length = min(usual_length(options.branches, options.branch_length, block_length), LONGEST_BRANCH)
     return (ALL if options.branches == "all" else int(options.branches)), length
 
 
