@@ -67,9 +67,9 @@ def test_a_batch_of_all_kinds_of_requests(tmp_path: Path) -> None:
         assert generate(llm, prompts, lookup, max_tokens=40) == expected
         always_draft(llm)
         counted, automatic = branches(llm), [{"mode": "auto", "branches": count} for count in (3, "auto", "all", 1)]
-        assert generate(llm, prompts, automatic * 2, max_tokens=40) == expected
+        assert generate(llm, prompts[:4], automatic, max_tokens=20) == [text[:20] for text in expected[:4]]
         found = branches(llm) - counted
-        assert found["guess"] + found["mask"] > 10
+        assert found["guess"] + found["mask"] > 5
 
 
 def always_draft(llm: Any) -> None:
