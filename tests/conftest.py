@@ -13,8 +13,8 @@ from tests.support.interpreted import hasten_interpreter
 
 TESTS = Path(__file__).parent
 
-FIRST = ("v2", "server")
-"""Tiers of one long file, which are begun first so that the other process does not wait for them at the end."""
+FIRST = ("v2", "server", "engine", "kernels", "integration")
+"""Tiers of long files, which are begun first so that no process works on one at the end while the others have none."""
 
 # Imports make millions of objects and no garbage: collections as often as usual are a sixth of importing vLLM.
 gc.set_threshold(10_000)

@@ -156,7 +156,7 @@ struct FmaKernel {
 
     NLD_DEVICE static void write(const AttentionParams& params, const Work& work, const float (&maxima)[kQueries],
                                  float (&totals)[kQueries], const float (&sums)[kQueries][kColumns]) {
-        const float factor = work.tiles.fresh_tiles == 0 ? params.v_scale : 1.0f;
+        const float factor = work.tiles.fresh_tiles == 0 ? work.v_scale : 1.0f;
 #pragma unroll
         for (int i = 0; i < kQueries; ++i) {
 #pragma unroll
@@ -182,12 +182,12 @@ struct FmaKernel {
             sync_threads();
             float scores[kQueries] = {};
             multiply_keys(shared, scores);
-            const float scale = tile.fresh ? params.fresh_scale : params.prefix_scale;
+            const float scale = tile.fresh ? params.fresh_scale : work.prefix_scale;
 #pragma unroll
             for (int i = 0; i < kQueries; ++i) scores[i] *= scale;
             if (needs_mask<Shape::kN>(work, tile)) mask_scores(params, work, tile, scores);
             // At the first fresh tile, the sums contain only cached values, which v_scale multiplies.
-            const float factor = index == work.tiles.prefix_tiles ? params.v_scale : 1.0f;
+            const float factor = index == work.tiles.prefix_tiles ? work.v_scale : 1.0f;
             update_softmax(scores, maxima, totals, sums, factor, shared.weights);
             multiply_values(shared, sums);
         }

@@ -218,7 +218,7 @@ struct MmaKernel {
             state.sum[half] += shuffle_xor(state.sum[half], 1);
             state.sum[half] += shuffle_xor(state.sum[half], 2);
             factor[half] = params.partials != nullptr ? 1.0f : inverse_sum(state.sum[half]);
-            if (work.tiles.fresh_tiles == 0) factor[half] *= params.v_scale;
+            if (work.tiles.fresh_tiles == 0) factor[half] *= work.v_scale;
         }
         scale_sums(sums, factor);
 #pragma unroll
@@ -257,7 +257,7 @@ struct MmaKernel {
 
             float scores[kKeyTiles][4] = {};
             multiply_keys(shared, keys(shared, stage), queries, scores);
-            const float scale = tile.fresh ? params.fresh_scale : params.prefix_scale;
+            const float scale = tile.fresh ? params.fresh_scale : work.prefix_scale;
 #pragma unroll
             for (int key_tile = 0; key_tile < kKeyTiles; ++key_tile) {
 #pragma unroll
@@ -267,8 +267,8 @@ struct MmaKernel {
             float shrink[2];
             update_softmax(scores, state, shrink);
             if (index == work.tiles.prefix_tiles) {  // sums so far contain cached values, later ones fresh values
-                shrink[0] *= params.v_scale;
-                shrink[1] *= params.v_scale;
+                shrink[0] *= work.v_scale;
+                shrink[1] *= work.v_scale;
             }
             scale_sums(sums, shrink);
 

@@ -50,8 +50,12 @@ struct AttentionParams {
     int page_shift;
     int cache_type;      // NldType
     float fresh_scale;   // of scores, for base 2
-    float prefix_scale;  // with k_scale
+    float prefix_scale;  // with k_scale, unless there are k_scales
     float v_scale;
+    const float* k_scales;  // of each KV head; null: prefix_scale and v_scale are of all
+    const float* v_scales;
+    int64_t k_scales_stride;
+    int64_t v_scales_stride;
     int splits;
     Workspace workspace;
     float* partials;  // null without splits

@@ -116,8 +116,14 @@ inline AttentionParams attention_params(const NldBlockAttention& call, const Lau
     params.page_shift = page_shift(call.page_size);
     params.cache_type = call.cache_type;
     params.fresh_scale = call.scale * kLog2E;
-    params.prefix_scale = call.scale * kLog2E * (is_float8(call.cache_type) ? call.k_scale : 1.0f);
-    params.v_scale = is_float8(call.cache_type) ? call.v_scale : 1.0f;
+    const bool float8 = is_float8(call.cache_type);
+    const bool by_head = float8 && call.k_scales != nullptr && call.v_scales != nullptr;
+    params.prefix_scale = params.fresh_scale * (float8 && !by_head ? call.k_scale : 1.0f);
+    params.v_scale = float8 && !by_head ? call.v_scale : 1.0f;
+    params.k_scales = by_head ? call.k_scales : nullptr;
+    params.v_scales = by_head ? call.v_scales : nullptr;
+    params.k_scales_stride = call.k_scales_stride;
+    params.v_scales_stride = call.v_scales_stride;
     params.splits = plan.splits;
     params.workspace = call_workspace(call, plan);
     params.partials = plan.splits > 1 ? static_cast<float*>(call.workspace) : nullptr;

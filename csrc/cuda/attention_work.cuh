@@ -15,6 +15,8 @@ struct Work {
     int first_query;  // folded
     int queries;      // of the row, folded
     int mask_kind;
+    float prefix_scale;  // of scores with cached keys, for base 2
+    float v_scale;       // of cached values
     TileList tiles;
 
     NLD_DEVICE bool any() const { return first_query < queries; }
@@ -31,6 +33,12 @@ NLD_DEVICE Work find_work(const AttentionParams& params) {
     work.first_query = block_x() * kM;
     work.queries = work.length * params.group;
     work.mask_kind = params.mask_kinds[work.row];
+    work.prefix_scale = params.prefix_scale;
+    work.v_scale = params.v_scale;
+    if (params.k_scales != nullptr) {
+        work.prefix_scale *= params.k_scales[work.kv_head * params.k_scales_stride];
+        work.v_scale *= params.v_scales[work.kv_head * params.v_scales_stride];
+    }
     const int last_token = (least(work.first_query + kM, work.queries) - 1) / params.group;
     const int fresh = fresh_end(work.mask_kind, work.length, last_token);
     work.tiles = tile_list(params.prefix_lens[work.row], fresh, kN, work.split, params.splits);

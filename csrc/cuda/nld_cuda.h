@@ -57,6 +57,10 @@ struct NldBlockAttention {
     float scale;
     float k_scale;
     float v_scale;
+    const float* k_scales;  // [Hkv], in place of k_scale; or null, as are then v_scales
+    const float* v_scales;
+    int64_t k_scales_stride;
+    int64_t v_scales_stride;
     int32_t split_limit;  // most splits of a prefix; 0: the operator chooses
     void* workspace;      // device memory, aligned to 16 bytes; may be null if no bytes are needed
     size_t workspace_bytes;

@@ -93,6 +93,6 @@ const char* nld_cuda_message(int status) {
     }
 }
 
-int nld_cuda_abi_version(void) { return 2; }
+int nld_cuda_abi_version(void) { return 3; }
 
 int nld_cuda_emulated(void) { return nld::kEmulated; }

@@ -25,6 +25,11 @@ K_SCALE, V_SCALE = 0.5, 1.75
 """Scales of float8 caches, all different from 1 and from each other."""
 
 
+def scales_by_head(kv_heads: int) -> Tensor:
+    """Scales of each head, of keys and values: float32 ``[2, kv_heads]``, all different, not contiguous."""
+    return (0.5 + torch.arange(2 * kv_heads) / (2 * kv_heads)).float().view(kv_heads, 2).T
+
+
 def cache_shapes(pages: int, kv_heads: int, page_size: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
     """Shape of the cache under each of ``vllm_nld.ops.pages.LAYOUTS``, in the same order."""
     fused = (pages, kv_heads, page_size, 2 * head_dim)
@@ -66,6 +71,7 @@ class AttentionSpec:
         padding: fresh tokens after the last row.
         loose: the host-side bounds are larger than the batch, and the block table has unused columns.
         fused: query, key and value are views of one tensor.
+        by_head: a float8 cache has a scale for each KV head.
         scale: multiplier of the scores, in units of ``head_dim ** -0.5``.
         seed: of the random numbers.
     """
@@ -82,6 +88,7 @@ class AttentionSpec:
     padding: int = 0
     loose: bool = False
     fused: bool = False
+    by_head: bool = False
     scale: float = 1.0
     seed: int = 0
 
@@ -95,6 +102,7 @@ def attention_specs(
     head_dims: Sequence[int] = (32, 64, 80, 96, 128, 256),
     caches: Sequence[torch.dtype | None] = (None, *FLOAT8),
     tiles: bool = False,
+    by_head: bool = True,
 ) -> AttentionSpec:
     """Draw batches: short rows, at times one long one; empty prefixes, empty blocks, single tokens."""
     rows = draw(st.integers(1, 6))
@@ -125,6 +133,7 @@ def attention_specs(
         padding=draw(st.sampled_from((0, 3))),
         loose=draw(st.booleans()),
         fused=draw(st.booleans()),
+        by_head=by_head and draw(st.booleans()),
         scale=draw(st.sampled_from((1.0, 2.0))),
         seed=draw(st.integers(0, 2**16)),
     )
@@ -144,6 +153,11 @@ EDGE_SPECS = {
     "float8 e4m3": AttentionSpec((70, 3), (4, 5), (0, 1), cache=torch.float8_e4m3fn, layout=4, loose=True),
     "float8 e5m2": AttentionSpec((700, 3), (4, 5), (0, 1), cache=torch.float8_e5m2, layout=1, page_size=32),
     "wide head": AttentionSpec((40, 9), (8, 3), (0, 1), heads=(4, 1), head_dim=256, layout=5),
+}
+
+HEAD_SCALE_SPECS = {
+    "e4m3 by head": AttentionSpec((70, 3), (4, 5), (0, 1), (3, 2), cache=torch.float8_e4m3fn, layout=2, by_head=True),
+    "e5m2 by head": AttentionSpec((700, 0), (4, 5), (0, 1), (2, 3), cache=torch.float8_e5m2, by_head=True),
 }
 
 # Pages in tiles of 16 by 2: whole tiles, begun ones, odd tokens, several pages, a page that ends inside 64 keys.
@@ -199,6 +213,8 @@ def attention_arguments(spec: AttentionSpec, dtype: torch.dtype, device: str = "
                 _fill(_raw(pool)[page], _raw(drawn.to(cache_dtype)))
     starts = torch.tensor([0, *spec.lengths]).cumsum(0).to(torch.int32)
     scales = (K_SCALE, V_SCALE) if spec.cache in FLOAT8 else (1.0, 1.0)
+    by_head = spec.by_head and spec.cache in FLOAT8
+    head_scales = scales_by_head(spec.heads[1]).unbind() if by_head else (None, None)
     arguments = {
         "query": query,
         "key": key,
@@ -210,14 +226,31 @@ def attention_arguments(spec: AttentionSpec, dtype: torch.dtype, device: str = "
         "block_starts": starts,
         "mask_kinds": torch.tensor(spec.kinds, dtype=torch.int32),
         "scale": spec.scale * spec.head_dim**-0.5,
-        "k_scale": scales[0],
-        "v_scale": scales[1],
+        "k_scale": torch.nan if by_head else scales[0],
+        "v_scale": torch.nan if by_head else scales[1],
         "max_length": max(spec.lengths) + 2 * spec.loose,
         "max_prefix": max(spec.prefixes) + (spec.page_size + 1) * spec.loose,
         "output": torch.full(query.shape, torch.nan, dtype=dtype),
         "kind": spec.kinds[0] if len(set(spec.kinds)) == 1 else None,
+        "k_scales": head_scales[0],
+        "v_scales": head_scales[1],
     }
     return on_device(BlockAttention(**arguments), device)
+
+
+def with_float8_query(call: BlockAttention) -> BlockAttention:
+    """The call of a draft whose query vLLM has rounded, with a scale for each KV head."""
+    kv_heads = call.key.shape[1]
+    q_scales = scales_by_head(kv_heads)[0] / 64
+    grouped = call.query.unflatten(1, (kv_heads, -1)).nan_to_num()
+    rounded = (grouped / q_scales[:, None, None]).to(torch.float8_e4m3fn)
+    query = (rounded.float() * q_scales[:, None, None]).to(call.query.dtype).flatten(1, 2)
+    k_scales, v_scales = call.k_scales, call.v_scales
+    if k_scales is None:
+        k_scales, v_scales = (torch.tensor([scale]).expand(kv_heads) for scale in (call.k_scale, call.v_scale))
+    return call._replace(
+        query=query, float8_query=rounded.flatten(1, 2), q_scales=q_scales, k_scales=k_scales, v_scales=v_scales
+    )
 
 
 def _fill(page: Tensor, tokens: Tensor) -> None:

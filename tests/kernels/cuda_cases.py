@@ -29,6 +29,7 @@ class Batch:
         group: query heads per KV head.
         pages: how the cache lies in memory: "plain", "fused" (keys and values in one row, so still aligned), "shifted"
             (not aligned to 16 bytes), "transposed" (the inner stride is not 1).
+        by_head: a float8 cache has a scale for each KV head.
         shifted: query, key, value and output are also not aligned.
         split_limit: as in ``cuda_ops.block_attention``.
     """
@@ -42,6 +43,7 @@ class Batch:
     page_size: int = 16
     pages: str = "plain"
     shifted: bool = False
+    by_head: bool = False
     split_limit: int = 0
     slack: int = 0
     seed: int = 0
@@ -79,6 +81,11 @@ BATCHES = {
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     },
     **{
+        f"{str(cache)[6:]} by head {str(dtype)[6:]}": Batch(LONG, dtype, cache, group=2, kv_heads=3, by_head=True)
+        for cache in FLOAT8
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    **{
         f"{limit} splits {str(dtype)[6:]}": Batch(LONG, dtype, split_limit=limit, slack=900, head_size=128)
         for limit in (1, 2, 5, 64)
         for dtype in (torch.bfloat16, torch.float32)
@@ -104,6 +111,7 @@ def random_batch(seed: int) -> Batch:
         page_size=draw.choice((1, 5, 16, 32)),
         pages=draw.choice(("plain", "fused", "shifted", "transposed")),
         shifted=draw.random() < 0.3,
+        by_head=draw.random() < 0.5,
         split_limit=draw.choice((0, 0, 1, 3)),
         slack=draw.choice((0, 30, 700)),
         seed=seed,
@@ -147,6 +155,8 @@ def build(batch: Batch) -> tuple[BlockAttention, Tensor, int]:
                 drawn = torch.randn(batch.kv_heads, size, generator=generator).to(cache)
                 _raw(pages)[page, :, slot] = _raw(drawn)
     k_scale, v_scale = (0.75, 1.5) if batch.cache else (1.0, 1.0)
+    by_head = batch.by_head and batch.cache is not None
+    k_scales, v_scales = cases.scales_by_head(batch.kv_heads).unbind() if by_head else (None, None)
     call = BlockAttention(
         query=query,
         key=key,
@@ -158,8 +168,10 @@ def build(batch: Batch) -> tuple[BlockAttention, Tensor, int]:
         block_starts=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         mask_kinds=torch.tensor([row[2] for row in batch.rows], dtype=torch.int32),
         scale=1.5 * size**-0.5,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        k_scale=NAN if by_head else k_scale,
+        v_scale=NAN if by_head else v_scale,
+        k_scales=k_scales,
+        v_scales=v_scales,
         max_length=max(lengths) + batch.slack % 64,
         max_prefix=max(prefixes) + batch.slack,
         output=output,
@@ -169,8 +181,11 @@ def build(batch: Batch) -> tuple[BlockAttention, Tensor, int]:
 
 def _reference(batch: Batch, call: BlockAttention) -> Tensor:
     query, key, value = (x.double() for x in (call.query, call.key, call.value))
-    key_pages = call.key_pages.float().double() * call.k_scale
-    value_pages = call.value_pages.float().double() * call.v_scale
+    k_scales, v_scales = torch.tensor([[call.k_scale], [call.v_scale]]).expand(2, batch.kv_heads)
+    if call.k_scales is not None and call.v_scales is not None:
+        k_scales, v_scales = call.k_scales, call.v_scales
+    key_pages = call.key_pages.float().double() * k_scales[:, None, None]
+    value_pages = call.value_pages.float().double() * v_scales[:, None, None]
     result, start = [], 0
     for row, (prefix, length, kind) in enumerate(batch.rows):
         tokens = torch.arange(prefix)

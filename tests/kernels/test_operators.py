@@ -55,9 +55,23 @@ def test_attention_over_tiles(implementation: Implementation, device: str, dtype
 
 
 @pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
+@pytest.mark.parametrize("name", cases.HEAD_SCALE_SPECS)
+def test_float8_scales_by_head(implementation: Implementation, device: str, name: str) -> None:
+    """Most implementations take a scale for each KV head; C++ refuses them with a message."""
+    spec = cases.HEAD_SCALE_SPECS[name]
+    if implementation.reads_head_scales:
+        cases.check(implementation, spec, torch.bfloat16, device)
+        return
+    with pytest.raises(NLDError, match="k_scales"):
+        implementation.block_attention(cases.attention_arguments(spec, torch.bfloat16, device))
+
+
+@pytest.mark.parametrize(("implementation", "device"), having("block_attention"))
 def test_attention(implementation: Implementation, device: str) -> None:
     budget = effort(implementation)
-    specs = cases.attention_specs(budget.longest_prefix, tiles=implementation.reads_tiles)
+    specs = cases.attention_specs(
+        budget.longest_prefix, tiles=implementation.reads_tiles, by_head=implementation.reads_head_scales
+    )
     drawn = st.tuples(specs, st.sampled_from(implementation.dtypes))
     run_examples(budget.examples, drawn, lambda pair: cases.check(implementation, *pair, device))
 

@@ -26,8 +26,10 @@ def naive(call: BlockAttention) -> Tensor:
             end = token + 1 if int(call.mask_kinds[row]) == CAUSAL else starts[row + 1]
             for head in range(query.shape[1]):
                 kv = head // group
-                keys = [call.key_pages[page, kv, place].double() * call.k_scale for page, place in slots]
-                values = [call.value_pages[page, kv, place].double() * call.v_scale for page, place in slots]
+                k_scale = call.k_scale if call.k_scales is None else call.k_scales[kv]
+                v_scale = call.v_scale if call.v_scales is None else call.v_scales[kv]
+                keys = [call.key_pages[page, kv, place].double() * k_scale for page, place in slots]
+                values = [call.value_pages[page, kv, place].double() * v_scale for page, place in slots]
                 keys += [key[other, kv] for other in range(starts[row], end)]
                 values += [value[other, kv] for other in range(starts[row], end)]
                 scores = torch.stack(keys) @ query[token, head] * call.scale
@@ -42,6 +44,9 @@ SMALL = {
     ),
     "float8": cases.AttentionSpec(
         (18, 5), (2, 4), (0, 1), head_dim=32, layout=2, cache=torch.float8_e4m3fn, fused=True
+    ),
+    "float8 by head": cases.AttentionSpec(
+        (18, 5), (2, 4), (0, 1), (2, 3), head_dim=32, cache=torch.float8_e5m2, by_head=True
     ),
     "no prefix": cases.AttentionSpec((0, 2), (35, 3), (1, 0), heads=(1, 1), head_dim=32, scale=2.0, seed=1),
 }

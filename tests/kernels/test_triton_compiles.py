@@ -31,7 +31,7 @@ ATTENTION = {
     "split": (cases.EDGE_SPECS["one long row"], torch.bfloat16),
     "float32": (SMALL, torch.float32),
     "float8 e4m3": (cases.EDGE_SPECS["float8 e4m3"], torch.bfloat16),
-    "float8 e5m2": (cases.EDGE_SPECS["float8 e5m2"], torch.float16),
+    "float8 e5m2 by head": (cases.HEAD_SCALE_SPECS["e5m2 by head"], torch.float16),
 }
 
 

@@ -62,9 +62,9 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", cases.EDGE_SPECS)
+@pytest.mark.parametrize("name", [*cases.EDGE_SPECS, *cases.HEAD_SCALE_SPECS])
 def test_edges(patched: None, dtype: torch.dtype, name: str) -> None:
-    cases.check(xformers_ops, cases.EDGE_SPECS[name], dtype)
+    cases.check(xformers_ops, (cases.EDGE_SPECS | cases.HEAD_SCALE_SPECS)[name], dtype)
 
 
 @settings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from tests.server.command_lines import python_with_lm_eval, run_in_one_process
 from tests.server.fuzz_requests import fuzz, is_alive
 from tests.support.ports import reserved_port
-from tests.support.servers import BIN, serving
+from tests.support.servers import serving
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
@@ -318,10 +320,58 @@ def test_example_client_runs(base_url: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_bench_serve_prints_acceptance(base_url: str, model: str) -> None:
-    command = [str(BIN / "vllm"), "bench", "serve", "--model", model, "--base-url", base_url]
-    command += ["--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "32"]
-    command += ["--num-prompts", "4", "--extra-body", json.dumps(SPECULATE)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "Acceptance length" in result.stdout
+@pytest.fixture
+def in_every_mode(base_url: str) -> Iterator[dict[str, str]]:
+    """Each mode as a request's options, in JSON; afterwards every mode must have generated tokens."""
+
+    def tokens() -> dict[str, float]:
+        modes = ("ar", "self_speculation", "diffusion")  # auto's tokens are AR's or self-speculation's
+        return {mode: metric(base_url, "vllm:nld_tokens", f'mode="{mode}"') for mode in modes}
+
+    before = tokens()
+    yield {mode: json.dumps({"vllm_xargs": {"nld.mode": mode}}) for mode in MODES}
+    assert all(tokens()[mode] > count for mode, count in before.items())
+
+
+def test_bench_serve_runs_in_every_mode(
+    base_url: str, model: str, in_every_mode: dict[str, str], tmp_path: Path
+) -> None:
+    """With the user's own prompts, as JSONL, and the local tokenizer."""
+    prompts = "\n".join(json.dumps({"prompt": text[-80:]}) for _, text in held_out_prompts(3))
+    (tmp_path / "prompts.jsonl").write_text(prompts)
+    common = ["--model", model, "--tokenizer", str(checkpoint_path("tiny")), "--base-url", base_url]
+    common += ["--dataset-name", "custom", "--dataset-path", "prompts.jsonl", "--skip-chat-template"]
+    common += ["--custom-output-len", "16", "--num-prompts", "3", "--temperature", "0", "--disable-tqdm"]
+    common += ["--save-result", "--result-dir", str(tmp_path)]
+    lines = [
+        ["vllm", "bench", "serve", *common, "--result-filename", f"{mode}.json", "--extra-body", body]
+        for mode, body in in_every_mode.items()
+    ]
+    output = run_in_one_process(sys.executable, "vllm.entrypoints.cli.main:main", lines, tmp_path)
+    for mode in MODES:
+        found = json.loads((tmp_path / f"{mode}.json").read_text())
+        assert (found["completed"], found["total_output_tokens"]) == (3, 48), mode
+    assert "Acceptance length" in output
+
+
+def test_lm_eval_runs_in_every_mode(base_url: str, model: str, in_every_mode: dict[str, str], tmp_path: Path) -> None:
+    """On a local task, without a hub. Modes that keep AR's text get AR's result."""
+    python = python_with_lm_eval()
+    if python is None:
+        pytest.skip("lm-eval is not installed: pip install 'lm-eval[api]', or name its interpreter in VLLM_NLD_LM_EVAL")
+    for file in (EXAMPLES / "lm_eval").iterdir():
+        shutil.copy(file, tmp_path)
+    common = ["--model", "local-completions", "--tasks", "continue_code", "--include_path", ".", "--log_samples"]
+    arguments = f"model={model},base_url={base_url}/v1/completions,tokenizer_backend=None,num_concurrent=2"
+    lines = [
+        ["lm_eval", "run", *common, "--model_args", arguments, "--gen_kwargs", body, "--output_path", mode]
+        for mode, body in in_every_mode.items()
+    ]
+    run_in_one_process(python, "lm_eval.__main__:cli_evaluate", lines, tmp_path)
+    answers = {}
+    for mode in MODES:
+        (samples,) = (tmp_path / mode).rglob("samples_*.jsonl")
+        rows = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+        answers[mode] = [row["filtered_resps"] for row in rows]
+        assert len(rows) == 4
+    assert answers["ar"] == answers["self_speculation"] == answers["auto"]

@@ -28,8 +28,16 @@ def vllm_writes_tiles() -> bool:
     return True
 
 
+def has_float8_cache() -> bool:
+    """Whether vLLM's attention on this machine, on its GPU if it has one, reads float8 caches."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 9)
+    return has_amx() or torch.cpu._is_avx512_supported()
+
+
 needs_float8_cache = pytest.mark.skipif(
-    not (has_amx() or torch.cpu._is_avx512_supported()), reason="vLLM's float8 cache needs AVX-512 or AMX on a CPU"
+    not has_float8_cache(),
+    reason="vLLM's float8 cache needs AVX-512 or AMX on a CPU, compute capability 8.9 on a GPU",
 )
 needs_float32_int8 = pytest.mark.skipif(has_amx(), reason="with AMX, vLLM's int8 products take no float32")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_nld.vllm_glue import scheduling
+from vllm_nld.vllm_glue import image_requirements, scheduling
 
 doctor = importlib.import_module("vllm_nld.cli.doctor")  # the package has a function of that name
 
@@ -38,6 +38,13 @@ def test_doctor_says_whether_this_vllm_parks(monkeypatch: pytest.MonkeyPatch) ->
     assert doctor.parking().startswith("on (off in servers with --enable-lora")
     monkeypatch.setattr(scheduling, "parking_obstacle", lambda: "SchedulerOutput has no preempted_req_ids")
     assert doctor.parking() == "off: this vLLM's SchedulerOutput has no preempted_req_ids"
+
+
+def test_doctor_says_whether_images_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_requirements, "why_no_images", lambda: None)
+    assert doctor.images() == "served"
+    monkeypatch.setattr(image_requirements, "why_no_images", lambda: "images need torchvision")
+    assert doctor.images() == "refused: images need torchvision"
 
 
 def test_report_has_plugin_problem_and_parking(

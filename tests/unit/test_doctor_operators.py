@@ -50,6 +50,7 @@ def test_choice_depends_on_dtype_and_graphs(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert [chosen(), chosen(torch.bfloat16), chosen(torch.float32)] == ["cuda"] * 3
     assert [chosen(torch.bfloat16, True), chosen(torch.float32, True)] == ["flash", "cuda"]
+    assert [chosen(torch.bfloat16, graph, True) for graph in (False, True)] == ["cuda"] * 2  # flash would copy float8
     assert chosen(None, True, operator="best_tokens") == "cuda"
     monkeypatch.setenv(ops.ENVIRONMENT_VARIABLE, "xformers")
     assert [chosen(torch.bfloat16, True), chosen(torch.float32)] == ["xformers", "torch"]

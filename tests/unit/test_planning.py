@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.support.models import random_model, save, small_config
+from tests.support.quantized import compress
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.headers import expected_tensors
 from vllm_nld.cli import app
@@ -33,6 +35,7 @@ from vllm_nld.planning.cost_model import (
 )
 from vllm_nld.planning.gpus import GPUS, Gpu
 from vllm_nld.planning.models import PUBLISHED, RELEASED, VLM, PlannedModel, find_model
+from vllm_nld.planning.weight_formats import weight_format
 
 EIGHT = RELEASED["8b"].shape
 H100 = GPUS["h100"]
@@ -173,6 +176,57 @@ def test_fp8_halves_only_the_layers() -> None:
     assert wide.weight_bytes - narrow.weight_bytes == EIGHT.layers * EIGHT.layer_weights
     assert forward(narrow, 1, 1, 1, 12).head == forward(wide, 1, 1, 1, 12).head
     assert forward(narrow, 1, 1, 1, 12).layers == pytest.approx(forward(wide, 1, 1, 1, 12).layers / 2, rel=1e-3)
+
+
+def test_quantized_weights_alone_are_read_faster_and_multiplied_as_before() -> None:
+    wide, narrow = Setup(EIGHT, H100), Setup(EIGHT, H100, dtype="w4a16")
+    one, many = ([forward(setup, rows, 1, 1, 12).layers for rows in (1, 4096)] for setup in (wide, narrow))
+    assert one[0] / many[0] == pytest.approx(2 / 0.515625, rel=2e-2)
+    assert one[1] / many[1] == pytest.approx(1, rel=2e-2)
+    gains = [estimate(setup, SPECULATION, 8).tokens_per_request / estimate(setup, AR, 8).tokens_per_request
+             for setup in (wide, narrow)]  # fmt: skip
+    assert gains[1] < gains[0], "AR gains more than blocks do"
+
+
+FORMAT_CASES = {
+    "W8A8": "w8a8",
+    "W4A16": "w4a16",
+    "W4A16_ASYM": "w4a16",
+    "W4A8": "w4a8",
+    "W8A16": "w8a16",
+    "FP8_DYNAMIC": "fp8",
+    "FP8_BLOCK": "fp8",
+    "NVFP4A16": "nvfp4a16",
+    "MXFP4A16": "mxfp4a16",
+    "MXFP8": "mxfp8",
+}
+
+
+@pytest.mark.parametrize("scheme", FORMAT_CASES)
+def test_weight_format_comes_from_the_checkpoint(tmp_path: Path, scheme: str) -> None:
+    plain = save(random_model(small_config()), tmp_path / "plain")
+    compress(plain, tmp_path / scheme, scheme)
+    assert weight_format(find_model(str(tmp_path / scheme)).quantization) == FORMAT_CASES[scheme]
+    assert weight_format(find_model(str(plain)).quantization) == "bfloat16"
+
+
+def test_weight_bytes_are_those_of_a_file() -> None:
+    """Of the real tool: the tiny model in each scheme, and the bytes of its tensors (docs/user/quantization.md)."""
+    shape = find_model("tiny").shape
+    sizes = {"bfloat16": 9.97e6, "w4a16": 2.98e6, "w8a8": 5.29e6, "nvfp4a16": 3.20e6, "mxfp8": 5.41e6}
+    for dtype, size in sizes.items():
+        assert Setup(shape, H100, dtype=dtype).weight_bytes == pytest.approx(size, rel=0.02), dtype
+
+
+def test_unknown_quantization_is_refused_by_name(tmp_path: Path) -> None:
+    folder = save(random_model(small_config()), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "quip"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = invoke(str(folder), "--acceptance", "3", "--diffusion-tpf", "2")
+    assert result.exit_code == 1
+    assert "quip" in result.stderr and "w4a16" in result.stderr
+    given = ["--acceptance", "3", "--diffusion-tpf", "2", "--dtype", "w4a16", "--context", "64"]
+    assert invoke(str(folder), *given).exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["3b", "8b", "14b"])

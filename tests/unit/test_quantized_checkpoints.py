@@ -1,4 +1,4 @@
-"""Packed weights pass the check of tensor headers, and a float8 cache is refused if it cannot be read."""
+"""Packed weights pass the check of tensor headers, and a cache that the draft pass cannot read is refused."""
 
 from __future__ import annotations
 
@@ -68,34 +68,35 @@ def config(device: str, cache_dtype: str, quantization: dict[str, Any] | None) -
     )
 
 
-@pytest.mark.parametrize(
-    ("cache_dtype", "quantization"),
-    [
-        ("auto", COMPRESSED),
-        ("fp8", {"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": "FP8"}}),
-        ("fp8", {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}),
-    ],
-    ids=["compressed-tensors", "modelopt nested", "modelopt"],
-)
-def test_float8_cache_of_the_checkpoint_is_refused(cache_dtype: str, quantization: dict[str, Any]) -> None:
-    with pytest.raises(NLDError) as caught:
-        _check_cache(config("cuda", cache_dtype, quantization))
-    for word in ("kv_cache_dtype='fp8'", "the checkpoint's quantization config asks for", "--kv-cache-dtype bfloat16"):
-        assert word in str(caught.value)
-    _check_cache(config("cuda", "bfloat16", quantization))
-    _check_cache(config("cpu", cache_dtype, quantization))
-
-
-def test_float8_cache_of_the_user_is_refused() -> None:
-    with pytest.raises(NLDError) as caught:
-        _check_cache(config("cuda", "fp8", None))
-    assert "checkpoint" not in str(caught.value)
-    for good in (None, {"quant_method": "gptq"}, {"kv_cache_scheme": None}):
-        _check_cache(config("cuda", "auto", good))
-
-
-def test_scale_per_head_is_refused_by_name() -> None:
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_float8_cache_is_taken(device: str) -> None:
     per_head = COMPRESSED | {"kv_cache_scheme": SCHEME | {"strategy": "attn_head"}}
-    with pytest.raises(NLDError, match=r"kv_cache_scheme\.strategy='attn_head'.*'tensor'"):
-        _check_cache(config("cpu", "auto", per_head))
-    _check_cache(config("cpu", "bfloat16", per_head))
+    for quantization in (None, COMPRESSED, per_head, {"quant_method": "gptq"}, {"kv_cache_scheme": None}):
+        _check_cache(config(device, "auto", quantization))
+    for cache_dtype in ("fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16"):
+        _check_cache(config(device, cache_dtype, None))
+    _check_cache(config(device, "fp8", {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": "NVFP4"}},
+        {"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"},
+    ],
+    ids=["modelopt nested", "modelopt"],
+)
+def test_other_caches_of_the_checkpoint_are_refused(device: str, quantization: dict[str, Any]) -> None:
+    with pytest.raises(NLDError) as caught:
+        _check_cache(config(device, "nvfp4", quantization))
+    for word in ("kv_cache_dtype='nvfp4'", "checkpoint's quantization config asks for", "--kv-cache-dtype bfloat16"):
+        assert word in str(caught.value)
+    _check_cache(config(device, "bfloat16", quantization))
+
+
+@pytest.mark.parametrize("cache_dtype", ["nvfp4", "fp8_per_token_head", "int8_per_token_head", "fp8_ds_mla"])
+def test_other_caches_of_the_user_are_refused(cache_dtype: str) -> None:
+    with pytest.raises(NLDError, match=f"kv_cache_dtype='{cache_dtype}'") as caught:
+        _check_cache(config("cuda", cache_dtype, None))
+    assert "checkpoint" not in str(caught.value)

@@ -18,7 +18,7 @@ from vllm.config import CacheConfig
 from vllm.v1.attention.selector import get_attn_backend
 
 from vllm_nld import ops
-from vllm_nld.attention.layout import find_layout, scales, typed_cache
+from vllm_nld.attention.layout import by_head, find_layout, head_scales, scales, typed_cache
 from vllm_nld.errors import NLDError
 from vllm_nld.ops.arguments import CAUSAL, BlockAttention
 from vllm_nld.ops.pages import PageLayout
@@ -71,6 +71,11 @@ class BranchedMetadata:
     branches: DraftMetadata
     adapted: Tensor | None
 
+    @property
+    def in_graph(self) -> bool:
+        """As of :class:`DraftMetadata`."""
+        return self.branches.in_graph
+
 
 class BlockTable:
     """The block table (request -> KV pages) of the step that vLLM is running, kept for the draft pass after it."""
@@ -96,10 +101,17 @@ def _parts(tokens: int, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return [x[:tokens] for x in tensors], [x[tokens:] for x in tensors]
 
 
-def block_attention_backend(head_dim: int, cache_config: CacheConfig | None) -> type[Any]:
-    """Return the backend class for a layer: the platform's choice for this head size, plus draft passes."""
+def block_attention_backend(head_dim: int, cache_config: CacheConfig | None, quant_config: Any = None) -> type[Any]:
+    """Return the backend class for a layer: the platform's choice for this head size and cache, plus draft passes.
+
+    A checkpoint may ask for a float8 cache, and for a scale for each head; vLLM's layer applies that after this choice.
+    """
     cache_dtype = "auto" if cache_config is None else cache_config.cache_dtype
-    chosen = get_attn_backend(head_dim, torch.get_default_dtype(), cache_dtype)
+    scheme = getattr(quant_config, "kv_cache_scheme", None) or {}
+    if scheme and cache_dtype == "auto":
+        cache_dtype = "fp8"
+    by_head = {"use_per_head_quant_scales": True} if scheme.get("strategy") == "attn_head" else {}
+    chosen = get_attn_backend(head_dim, torch.get_default_dtype(), cache_dtype, **by_head)
     if getattr(chosen, "forward_includes_kv_cache_update", False):
         raise NLDError(
             f"attention backend {chosen.get_name()} writes the KV cache inside its forward, so a draft pass cannot "
@@ -247,11 +259,14 @@ def block_forward(
     head_dim = layer.head_size
     key_pages, value_pages = page_layout(layer).split(typed_cache(layer), head_dim)
     k_scale, v_scale = scales(layer)
+    k_scales, v_scales = head_scales(layer)
     tokens = query.shape[0]  # padding included
+    output = output.view(tokens, -1, head_dim)
+    float8_query, q_scales, query = _with_own_scale(layer, query.view(tokens, -1, head_dim), output.dtype)
     padded = blocks.tokens is not None and blocks.tokens < tokens
     # By position, in the order of the fields: keywords take longer, and this runs once a layer.
     call = BlockAttention(
-        query.view(tokens, -1, head_dim),
+        query,
         key.view(tokens, -1, head_dim),
         value.view(tokens, -1, head_dim),
         key_pages,
@@ -265,11 +280,32 @@ def block_forward(
         v_scale,
         blocks.max_length,
         blocks.max_prefix,
-        output.view(tokens, -1, head_dim),
+        output,
         blocks.kind,
         padded,
+        k_scales,
+        v_scales,
+        float8_query,
+        q_scales,
     )
-    ops.function("block_attention", query.device.type, query.dtype, blocks.in_graph)(call)
+    from_float8 = key_pages.element_size() == 1 and float8_query is None
+    ops.function("block_attention", query.device.type, query.dtype, blocks.in_graph, from_float8)(call)
     if padded:
         output[blocks.tokens :] = 0  # a quantization with one scale for all tokens would include what was there before
     return output
+
+
+def _with_own_scale(
+    layer: Any, query: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, Tensor]:
+    """Return what vLLM has rounded a query to and its scales ``[Hkv]``, if it has, and the query in ``dtype``.
+
+    vLLM rounds queries before it calls a backend that multiplies float8 by float8: FlashAttention on Hopper and
+    Blackwell. A scale is of all heads, or of the query heads that share a KV head. AR and verify passes see rounded
+    queries, so the draft does as well.
+    """
+    if query.element_size() > 1:
+        return None, None, query
+    q_scales = by_head(layer._q_scale, layer)
+    grouped = query.view(query.shape[0], layer.num_kv_heads, -1, query.shape[2]).to(dtype)
+    return query, q_scales, (grouped * q_scales[:, None, None]).to(dtype).flatten(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -173,6 +174,44 @@ def drafting(
     run(prompts, max_tokens, concurrency or [1, 4, 16], turns, json)
 
 
+@bench.command()
+@_plainly
+def tasks(
+    model: Annotated[
+        str, typer.Option(help="tiny, smollm2 once it is fetched, a folder, or a Hugging Face id.")
+    ] = "tiny",
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts: JSONL with category and messages, as SPEED-Bench. Default: packages'.")
+    ] = None,
+    category: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: all.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=10_000, help="Prompts of each category, at most.")] = 4,
+    way: Annotated[
+        list[str] | None,
+        typer.Option(help="To run besides AR, as the table names them; may be repeated. Default: all."),
+    ] = None,
+    threshold: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Of diffusion; may be repeated. Default: 0.5, 0.7, 0.9.")
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, max=256, help="Requests in flight; may be repeated. Default: 1.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, max=10**6, help="Tokens to generate per prompt.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32 compares token for token; bfloat16 has near-ties.")] = "float32",
+    draft_lora: Annotated[str | None, typer.Option(help="Another adapter than the checkpoint's, or off.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the figures here, again after each result.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture here (needs matplotlib).")] = None,
+    json: Json = False,
+) -> None:
+    """Every mode by category of task, next to plain vLLM and its ngram: TPF, acceptance, agreement, speed."""
+    from vllm_nld.cli.bench_tasks import Options, run
+
+    options = Options(
+        model, file, category or (), prompts, way or (), threshold or (0.5, 0.7, 0.9), concurrency or (1,),
+        max_tokens, dtype, draft_lora,
+    )  # fmt: skip
+    run(options, output, plot, json)
+
+
 @app.command()
 @_plainly
 def sol(
@@ -272,6 +311,24 @@ def convert(
 
 @app.command()
 @_plainly
+def quantize(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder with plain weights, or tiny, tiny_vlm, smollm2.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    scheme: Annotated[str, typer.Option(help="W8A8, W4A16, FP8_DYNAMIC, FP8_BLOCK, ...; a wrong one names them all.")],
+    python: Annotated[
+        Path | None, typer.Option(help="Interpreter of an environment with llm-compressor. Default: this one's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="On which llm-compressor computes: cpu, cuda, ...")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Make a quantized copy by llm-compressor; head, embedding, draft adapter and samplers stay as they are."""
+    from vllm_nld.cli.quantize import run
+
+    run(source, folder, scheme, python or Path(sys.executable), device, json)
+
+
+@app.command()
+@_plainly
 def get(
     name: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct.")],
     folder: Annotated[Path | None, typer.Option(help="Folder to write. Default: in the user's cache.")] = None,
@@ -292,7 +349,9 @@ def plan(
     concurrency: Annotated[str, typer.Option(help="Requests at once, such as 1,8,64.")] = "1,8,64",
     block_length: Annotated[str | None, typer.Option(help="Such as 8,16,32. Default: the checkpoint's.")] = None,
     context: Annotated[int, typer.Option(min=1, max=10**9, help="Cached tokens per request.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16, float32, fp8.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Format of the weights: bfloat16, fp8, w4a16, ... Default: the checkpoint's.")
+    ] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Type of the KV cache. Default: as the activations.")] = None,
     acceptance: Annotated[
         float | None, typer.Option(help="Acceptance length at the checkpoint's block length. Default: published.")

@@ -14,7 +14,7 @@ from vllm_nld import __version__
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
 from vllm_nld.errors import NLDError, shown_key
-from vllm_nld.vllm_glue import scheduling, second_runner
+from vllm_nld.vllm_glue import image_requirements, scheduling, second_runner
 from vllm_nld.vllm_glue.versions import installed_vllm, unsupported_reason
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(as_json: bool) -> bool:
         for key in ("versions", "devices"):
             for name, value in report[key].items():
                 print(f"{name:14} {value}")
-        for name in ("attention", "runner", "parking"):
+        for name in ("attention", "runner", "parking", "images"):
             print(f"{name:14} {report[name]}")
         print(f"{'checkpoint':14} {report['checkpoint']}")
         for problem in report["missing"]:
@@ -50,7 +50,7 @@ def run(as_json: bool) -> bool:
 
 
 def examine() -> dict[str, Any]:
-    """Return versions, devices, attention, model runner, parking, embedded checkpoint, and what is missing."""
+    """Return versions, devices, attention, model runner, parking, images, embedded checkpoint, and what is missing."""
     vllm = installed_vllm()
     versions: dict[str, str | None] = {"vllm-nld": __version__, "python": platform.python_version()}
     versions["vllm"] = " ".join(vllm) if vllm else None
@@ -75,9 +75,16 @@ def examine() -> dict[str, Any]:
         "attention": _attention() if usable else "unknown until the above is fixed",
         "runner": second_runner.expected() if usable else "unknown until the above is fixed",
         "parking": parking() if usable else "unknown until the above is fixed",
+        "images": images() if usable else "unknown until the above is fixed",
         "checkpoint": checkpoint,
         "missing": missing,
     }
+
+
+def images() -> str:
+    """Say whether a model that reads images can be served."""
+    reason = image_requirements.why_no_images()
+    return "served" if reason is None else f"refused: {reason}"
 
 
 def _version(name: str) -> str | None:

@@ -19,6 +19,7 @@ from vllm_nld.planning.cost_model import AR, PlannedMode, Setup, acceptance_at, 
 from vllm_nld.planning.gpus import HERE, Gpu
 from vllm_nld.planning.models import PUBLISHED, PlannedModel, Published, find_model
 from vllm_nld.planning.this_machine import find_gpu
+from vllm_nld.planning.weight_formats import FORMATS, weight_format
 
 PLOT_STYLES = ("-", "--", ":", "-.")
 MANY = 1_000_000
@@ -35,7 +36,7 @@ class Options:
     concurrency: str
     block_length: str | None
     context: int
-    dtype: str
+    dtype: str | None
     kv_dtype: str | None
     acceptance: float | None
     diffusion_tpf: float | None
@@ -50,11 +51,12 @@ def run(options: Options, published: bool, measured: Path | None, as_json: bool,
     if plot is not None:
         check_writable("--plot", plot)
     model = find_model(options.model)
+    dtype = options.dtype or weight_format(model.quantization)
     if options.gpu == HERE:
         prepare_environment()
     with stdout_to_stderr():
-        gpu = find_gpu(options.gpu, options.dtype)
-    report = plan(model, gpu, options)
+        gpu = find_gpu(options.gpu, FORMATS[dtype].units if dtype in FORMATS else dtype)
+    report = plan(model, gpu, dtype, options)
     if published:
         report["published"] = [against_published(figure) for figure in PUBLISHED if figure.model == options.model]
         if not report["published"]:
@@ -86,11 +88,11 @@ def numbers(option: str, text: str, least: int) -> list[int]:
     return found
 
 
-def plan(model: PlannedModel, gpu: Gpu, options: Options) -> dict[str, Any]:
+def plan(model: PlannedModel, gpu: Gpu, dtype: str, options: Options) -> dict[str, Any]:
     """Return the report: assumptions, memory, estimates and crossovers."""
     shape = model.shape
-    wide = "bfloat16" if options.dtype == "fp8" else options.dtype
-    first = Setup(shape, gpu, 1, options.dtype, options.kv_dtype or wide, options.context)
+    wide = FORMATS[dtype].wide if dtype in FORMATS else "bfloat16"
+    first = Setup(shape, gpu, 1, dtype, options.kv_dtype or wide, options.context)
     setups = [first.on(tp) for tp in numbers("--tp", options.tp, 1)]
     concurrencies = numbers("--concurrency", options.concurrency, 1)
     blocks = numbers("--block-length", options.block_length or str(shape.block_size), 2)
@@ -106,7 +108,7 @@ def plan(model: PlannedModel, gpu: Gpu, options: Options) -> dict[str, Any]:
         "model": model.name,
         "parameters": shape.parameters,
         "gpu": dataclasses.asdict(gpu),
-        "dtype": options.dtype,
+        "dtype": dtype,
         "kv_dtype": first.kv_dtype,
         "context": options.context,
         "acceptance": acceptance,
@@ -255,7 +257,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"{report['model']}: {report['parameters'] / 1e9:.2f} G parameters in {report['dtype']}, KV in "
                   f"{report['kv_dtype']}; {report['context']} cached tokens a request")  # fmt: skip
     console.print(f"{gpu['name']}: {gpu['memory'] / 1e9:.0f} GB, {gpu['bandwidth'] / 1e9:.0f} GB/s, "
-                  f"{gpu['flops'][report['dtype']] / 1e12:.3g} TFLOP/s")  # fmt: skip
+                  f"{gpu['flops'][FORMATS[report['dtype']].units] / 1e12:.3g} TFLOP/s")  # fmt: skip
     console.print(f"acceptance length {report['acceptance']:g} ({report['acceptance_source']}); "
                   f"diffusion {report['diffusion_tpf']:g} tokens a forward ({report['diffusion_source']})")  # fmt: skip
     console.print(_memory_table(report))
@@ -305,5 +307,5 @@ def _published_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(row["gpu"], row["mode"], str(row["concurrency"]), f"{row['yields']:.2f}" if row["yields"] else "",
                       row["quantity"], f"{row['predicted']:.4g}", f"{row['value']:g}", f"{row['ratio']:.2f}",
-                      row["source"] + (" (fp8)" if row["dtype"] == "fp8" else ""))  # fmt: skip
+                      row["source"] + (f" ({row['dtype']})" if row["dtype"] != "bfloat16" else ""))  # fmt: skip
     return table

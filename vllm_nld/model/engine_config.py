@@ -17,9 +17,8 @@ from vllm_nld.vision.options import image_size_limit
 from vllm_nld.vllm_glue import image_errors, registration, scheduling, workers
 from vllm_nld.vllm_glue.image_requirements import why_no_images
 
-CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")
-FLOAT8_CACHE_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
-"""Only on CPUs so far: float8 was not run with GPU backends."""
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""What the draft pass reads; vLLM's backends for a device may know fewer."""
 
 
 class NLDEngineConfig:
@@ -179,22 +178,16 @@ def _check_budget(vllm_config: Any) -> None:
 
 
 def _check_cache(vllm_config: Any) -> None:
-    """Refuse a KV cache that the draft pass cannot read, whether the user or the checkpoint asks for it."""
-    chosen, asked = vllm_config.cache_config.cache_dtype, cache_scheme(vllm_config.model_config.hf_config)
-    # vLLM reads a compressed-tensors checkpoint's scheme only when it makes the layers, and then uses fp8.
-    cache_dtype = "fp8" if chosen == "auto" and isinstance(asked, dict) else chosen
-    on_cpu = vllm_config.device_config.device_type == "cpu"
-    allowed = CACHE_DTYPES + (FLOAT8_CACHE_DTYPES if on_cpu else ())
-    if cache_dtype not in allowed:
+    """Refuse a KV cache that the draft pass cannot read, whether the user or the checkpoint asks for it.
+
+    A compressed-tensors checkpoint's scheme makes "auto" fp8 when vLLM makes the layers, and nothing else.
+    """
+    cache_dtype, asked = vllm_config.cache_config.cache_dtype, cache_scheme(vllm_config.model_config.hf_config)
+    if cache_dtype not in CACHE_DTYPES:
         source = f" (the checkpoint's quantization config asks for {shown(asked)})" if asked else ""
         raise NLDError(
             f"kv_cache_dtype={cache_dtype!r} with self-speculation{source}: the draft pass cannot read such a cache; "
-            f"allowed: {', '.join(allowed)}" + (", for instance --kv-cache-dtype bfloat16" if asked else "")
-        )
-    if isinstance(asked, dict) and asked.get("strategy") == "attn_head" and cache_dtype in FLOAT8_CACHE_DTYPES:
-        raise NLDError(
-            "quantization_config.kv_cache_scheme.strategy='attn_head' in config.json with self-speculation: the draft "
-            "pass knows one scale for all heads; allowed: 'tensor', or --kv-cache-dtype bfloat16"
+            f"allowed: {', '.join(CACHE_DTYPES)}" + (", for instance --kv-cache-dtype bfloat16" if asked else "")
         )
 
 

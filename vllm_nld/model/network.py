@@ -30,7 +30,7 @@ from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.model.adapter_shares import shares_of
 from vllm_nld.model.draft_adapter import DraftAdapter, MaskRow, leave_adapter_out_of_graphs
 from vllm_nld.names import MODEL_STATE
-from vllm_nld.vllm_glue import cpu_repairs, layers
+from vllm_nld.vllm_glue import cpu_repairs, layers, quantization
 
 
 class NLDAttention(nn.Module):
@@ -77,7 +77,7 @@ class NLDAttention(nn.Module):
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
-            attn_backend=block_attention_backend(config.head_dim, cache_config),
+            attn_backend=block_attention_backend(config.head_dim, cache_config, quant_config),
         )
 
     def add_draft_adapter(self, lora: DraftLoRA, config: NemotronLabsDiffusionConfig) -> None:
@@ -191,7 +191,9 @@ class NLDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"encoder.": "model.", "diffusion_head.": "lm_head."})
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=NLDDecoderLayer)
+        with quantization.named(vllm_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=NLDDecoderLayer)
+        quantization.check_and_name(self, vllm_config)
         if vllm_config.device_config.device_type == "cpu":
             cpu_repairs.repair_seeded_prefills()
         self.never_emitted: tuple[int, ...] = vllm_config.model_config.hf_config.never_emitted

@@ -46,7 +46,11 @@ __all__ = [
 
 @cache
 def implementation(
-    operator: str, device_type: str, dtype: torch.dtype | None = None, captured: bool = False
+    operator: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    captured: bool = False,
+    from_float8: bool = False,
 ) -> Implementation:
     """Return the implementation that computes an operator on a device.
 
@@ -55,6 +59,7 @@ def implementation(
         device_type: such as "cuda".
         dtype: of the query; None: any.
         captured: whether a CUDA graph is to hold the call. It then costs the host nothing to launch.
+        from_float8: whether it is to read float8 pages, and no float8 query multiplies them.
 
     Raises:
         NLDError: ``VLLM_NLD_OPS`` names an implementation that is unknown or does not run here.
@@ -63,7 +68,11 @@ def implementation(
     names = [candidate.name for candidate in IMPLEMENTATIONS]
     if wanted is not None and wanted not in names:
         raise NLDError(f"{ENVIRONMENT_VARIABLE}={wanted}: allowed are {', '.join(names)}")
-    for candidate in sorted(IMPLEMENTATIONS, key=lambda one: not (captured and one.first_in_graphs)):
+
+    def rank(one: Implementation) -> tuple[bool, bool]:
+        return from_float8 and one.copies_float8, not (captured and one.first_in_graphs)
+
+    for candidate in sorted(IMPLEMENTATIONS, key=rank):
         reason = candidate.unavailable(device)
         if candidate.name == wanted and reason is not None:
             raise NLDError(f"{ENVIRONMENT_VARIABLE}={wanted} does not run on {device_type}: {reason}")
@@ -75,8 +84,12 @@ def implementation(
 
 @cache
 def function(
-    operator: str, device_type: str, dtype: torch.dtype | None = None, captured: bool = False
+    operator: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    captured: bool = False,
+    from_float8: bool = False,
 ) -> Callable[..., Any]:
     """Return what :func:`implementation` chooses, to be called outside compiled code."""
-    chosen: Callable[..., Any] = getattr(implementation(operator, device_type, dtype, captured), operator)
+    chosen: Callable[..., Any] = getattr(implementation(operator, device_type, dtype, captured, from_float8), operator)
     return chosen

@@ -38,8 +38,8 @@ class BlockAttention(NamedTuple):
             perhaps none.
         mask_kinds: int32 ``[R]``, ``BIDIRECTIONAL`` or ``CAUSAL``.
         scale: multiplies the scores; more than 0.
-        k_scale: multiplies cached keys if they are float8; ignored otherwise.
-        v_scale: multiplies cached values if they are float8; ignored otherwise.
+        k_scale: multiplies cached keys if they are float8; ignored otherwise, and if there are ``k_scales``.
+        v_scale: multiplies cached values if they are float8; ignored otherwise, and if there are ``v_scales``.
         max_length: tokens of the longest block, or more. On the host, for the grids of GPU kernels: C++ and PyTorch
             do not read it.
         max_prefix: tokens of the longest prefix, or more; only GPU kernels read it, to decide how prefixes are split.
@@ -49,6 +49,12 @@ class BlockAttention(NamedTuple):
             host; no other implementation reads this.
         padded: whether there may be padding, as far as the host knows. FlashAttention reads the values of padding,
             which must then be numbers; no other implementation reads this.
+        k_scales: float32 ``[Hkv]``, any stride, on the device: multiply the cached keys of each KV head if they are
+            float8; None: ``k_scale`` does. C++ refuses them: on CPUs, vLLM has one scale for all heads.
+        v_scales: the same of values; there if ``k_scales`` are.
+        float8_query: float8_e4m3fn ``[T, H, D]``, what vLLM has rounded the query to, if its own attention multiplies
+            float8 queries by float8 keys; ``query`` is this, dequantized. Only FlashAttention reads it.
+        q_scales: float32 ``[Hkv]``, any stride, on the device: multiply ``float8_query``; there if that is.
     """
 
     query: Tensor
@@ -68,6 +74,16 @@ class BlockAttention(NamedTuple):
     output: Tensor
     kind: int | None = None
     padded: bool = True
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+    float8_query: Tensor | None = None
+    q_scales: Tensor | None = None
+
+    def page_scales(self) -> tuple[float | Tensor, float | Tensor]:
+        """Return what multiplies float8 keys and values of shape ``[..., Hkv, tokens, D]``."""
+        if self.k_scales is None or self.v_scales is None:
+            return self.k_scale, self.v_scale
+        return self.k_scales[:, None, None], self.v_scales[:, None, None]
 
 
 def check_logits(logits: Tensor) -> None:

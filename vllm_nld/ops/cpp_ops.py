@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import vllm_nld
+from vllm_nld.errors import NLDError
 from vllm_nld.ops.arguments import BlockAttention
 from vllm_nld.ops.implementation import Implementation
 
@@ -76,7 +77,10 @@ def block_attention(call: BlockAttention) -> None:
 
     Raises:
         RuntimeError: an argument is unsuitable; the message names it and what is allowed.
+        NLDError: there are scales per head.
     """
+    if call.k_scales is not None:
+        raise NLDError("block_attention in C++: k_scales are per head; allowed: None, with one k_scale for all heads")
     torch.ops.vllm_nld_cpu.block_attention.default(*call[:ARGUMENTS])
 
 
@@ -107,6 +111,7 @@ IMPLEMENTATION = Implementation(
     best_tokens=best_tokens,
     needs="a C++ compiler at installation",
     obstacle=unavailable,
+    reads_head_scales=False,
     reads_tiles=True,
     fast_causal=_fast_causal,
     details=lambda: f"{instruction_set()} for bfloat16",

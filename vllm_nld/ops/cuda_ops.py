@@ -25,7 +25,7 @@ from vllm_nld.ops.implementation import Implementation
 from vllm_nld.ops.pages import refuse_tiles
 
 LIBRARY = "VLLM_NLD_CUDA_LIBRARY"
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Of the interface; ``csrc/cuda/small_operators.cu`` has the same number."""
 _TYPES = {
     torch.float32: 0,
@@ -48,6 +48,8 @@ class _BlockAttention(Structure):
         *[(name, c_int32) for name in ("rows", "heads", "kv_heads", "head_size", "page_size")],
         *[(name, c_int32) for name in ("max_length", "max_prefix", "type", "cache_type")],
         *[(name, c_float) for name in ("scale", "k_scale", "v_scale")],
+        *[(name, c_void_p) for name in ("k_scales", "v_scales")],
+        *[(name, c_int64) for name in ("k_scales_stride", "v_scales_stride")],
         ("split_limit", c_int32),
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
@@ -167,6 +169,9 @@ def block_attention(call: BlockAttention, *, split_limit: int = 0) -> None:
         x = getattr(call, f"{name}s")
         setattr(struct, f"{name}s", x.data_ptr())
         setattr(struct, f"{name}_strides", (c_int64 * 4)(*x.stride()))
+    if call.k_scales is not None and call.v_scales is not None:
+        struct.k_scales, struct.v_scales = call.k_scales.data_ptr(), call.v_scales.data_ptr()
+        struct.k_scales_stride, struct.v_scales_stride = call.k_scales.stride(0), call.v_scales.stride(0)
     if query.shape[0] > 0:
         _run("nld_block_attention", struct, query.device)
 
@@ -246,6 +251,10 @@ def _check_attention(call: BlockAttention) -> None:
     refuse_tiles(keys, "CUDA")
     if keys.dtype not in _TYPES or values.dtype != keys.dtype:
         raise NLDError(f"the cache is {keys.dtype} and {values.dtype}; both must be the same known dtype")
+    for name in ("k_scales", "v_scales"):
+        x = getattr(call, name)
+        if x is not None and (x.dtype != torch.float32 or x.shape != call.key.shape[1:2]):
+            raise NLDError(f"{name} is {x.dtype} {list(x.shape)}; needed: float32, one for each KV head")
     if table.dtype != torch.int32 or (table.shape[1] > 1 and table.stride(1) != 1):
         raise NLDError("block_table must be int32 with contiguous rows")
     _check_lists(torch.int32, prefix_lens=call.prefix_lens, block_starts=call.block_starts, mask_kinds=call.mask_kinds)

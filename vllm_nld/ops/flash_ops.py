@@ -2,6 +2,9 @@
 
 FlashAttention returns each part's log-sum-exp, and vLLM's merge kernel weighs the parts by it. Sizes of launches come
 from shapes and the host-side bounds, so a CUDA graph may capture a call.
+
+FlashAttention multiplies float8 pages by float8 queries only (version 3 on Hopper, 4 on Blackwell). Where vLLM's own
+attention does that, it has rounded the query already, and the call brings the result along.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ def _own_block(call: BlockAttention) -> tuple[Tensor, Tensor]:
         value = value.masked_fill((_places(call) >= call.block_starts[-1])[:, None, None], 0.0)
 
     def attend(causal: bool) -> tuple[Tensor, Tensor]:
-        return _attend(call, call.key, value, call.max_length, causal, cu_seqlens_k=call.block_starts)
+        return _attend(call, call.key, value, call.max_length, causal, call.query, cu_seqlens_k=call.block_starts)
 
     if call.kind is not None:
         return attend(call.kind == CAUSAL)
@@ -79,15 +82,31 @@ def _places(call: BlockAttention) -> Tensor:
 def _prefix(call: BlockAttention) -> tuple[Tensor, Tensor]:
     """Attend to cached prefixes; the log-sum-exp of an empty one is infinite, and the merge leaves it out."""
     keys, values, table = call.key_pages, call.value_pages, call.block_table
-    if keys.dtype != call.query.dtype:  # FlashAttention reads float8 pages for float8 queries only
+    query, factors = call.query, {}
+    if keys.dtype != query.dtype and call.float8_query is not None:
+        query, factors = call.float8_query, _factors(call)
+    elif keys.dtype != query.dtype:
         ids = _used_pages(call)
         keys, values = (
-            (pool[ids].float() * scale).to(call.query.dtype).flatten(0, 1)
-            for pool, scale in ((keys, call.k_scale), (values, call.v_scale))
+            (pool[ids].float() * scale).to(query.dtype).flatten(0, 1)
+            for pool, scale in zip((keys, values), call.page_scales(), strict=True)
         )
         table = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device).view(ids.shape)
     pools = (keys.transpose(1, 2), values.transpose(1, 2))  # [pages, page size, KV heads, head size]
-    return _attend(call, *pools, call.max_prefix, False, seqused_k=call.prefix_lens, block_table=table)
+    output, lse = _attend(
+        call, *pools, call.max_prefix, False, query, seqused_k=call.prefix_lens, block_table=table, **factors
+    )
+    return output.to(call.query.dtype), lse  # of float8 it is bfloat16
+
+
+def _factors(call: BlockAttention) -> dict[str, Tensor]:
+    """Return what multiplies float8 queries, keys and values, as FlashAttention wants it: ``[R, Hkv]``."""
+    shape = (call.prefix_lens.shape[0], call.key.shape[1])
+    scales = {"q_descale": call.q_scales, "k_descale": call.k_scales, "v_descale": call.v_scales}
+    missing = [name for name, scale in scales.items() if scale is None]
+    if missing:
+        raise NLDError(f"FlashAttention: float8_query without {', '.join(missing)}; all three are needed")
+    return {name: scale.expand(shape) for name, scale in scales.items() if scale is not None}
 
 
 def _used_pages(call: BlockAttention) -> Tensor:
@@ -100,14 +119,14 @@ def _used_pages(call: BlockAttention) -> Tensor:
 
 
 def _attend(
-    call: BlockAttention, keys: Tensor, values: Tensor, longest: int, causal: bool, **where: Tensor
+    call: BlockAttention, keys: Tensor, values: Tensor, longest: int, causal: bool, query: Tensor, **others: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attend to some keys: output ``[T, H, D]`` and log-sum-exp float32 ``[H, T]``."""
     _, version, attention = _flash()
     output, lse = attention(
-        q=call.query, k=keys, v=values, cu_seqlens_q=call.block_starts, max_seqlen_q=call.max_length,
+        q=query, k=keys, v=values, cu_seqlens_q=call.block_starts, max_seqlen_q=call.max_length,
         max_seqlen_k=longest, softmax_scale=call.scale, causal=causal, return_softmax_lse=True,
-        fa_version=version(head_size=call.query.shape[2]), **where,
+        fa_version=version(head_size=query.shape[2]), **others,
     )  # fmt: skip
     return output, lse
 
@@ -130,4 +149,5 @@ IMPLEMENTATION = Implementation(
     dtypes=HALF,
     graph_safe=True,
     first_in_graphs=True,
+    copies_float8=True,
 )

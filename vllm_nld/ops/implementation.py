@@ -30,6 +30,9 @@ class Implementation:
         obstacle: returns why it cannot serve one of ``devices``, or None. Called once, when implementations are chosen;
             must not raise if its package is missing.
         dtypes: of the query.
+        reads_head_scales: takes a float8 scale for each KV head. If not, it must refuse these with NLDError.
+        copies_float8: dequantizes all float8 pages in use into memory of its own, unless FlashAttention multiplies
+            float8 queries by them. The others, which dequantize in registers, are preferred to it.
         reads_tiles: reads KV pages in tiles (``ops.pages.TILED``). If not, it must refuse such pages with NLDError.
         graph_safe: its calls never wait for the device, so a CUDA graph may capture them.
         first_in_graphs: preferred to all others where a CUDA graph holds the call: its kernels are the fastest, but
@@ -48,6 +51,8 @@ class Implementation:
     package: str | None = None
     obstacle: Callable[[torch.device], str | None] = lambda _: None
     dtypes: tuple[torch.dtype, ...] = FLOAT32 + HALF
+    reads_head_scales: bool = True
+    copies_float8: bool = False
     reads_tiles: bool = False
     graph_safe: bool = False
     first_in_graphs: bool = False

@@ -26,12 +26,10 @@ def block_attention(call: BlockAttention) -> None:
         length = fresh.stop - fresh.start
         if length == 0:
             continue
+        pools = zip((call.key_pages, call.value_pages), call.page_scales(), (call.key, call.value), strict=True)
         keys, values = (
             torch.cat((_prefix(pages, call.block_table[row], cached, scale, x), x[fresh].transpose(0, 1)), 1)
-            for pages, scale, x in (
-                (call.key_pages, call.k_scale, call.key),
-                (call.value_pages, call.v_scale, call.value),
-            )
+            for pages, scale, x in pools
         )
         mask = torch.ones(length, cached + length, dtype=torch.bool, device=keys.device)
         if kinds[row] == CAUSAL:
@@ -39,7 +37,7 @@ def block_attention(call: BlockAttention) -> None:
         call.output[fresh] = _attend(call.query[fresh], keys, values, mask, call.scale)
 
 
-def _prefix(pages: Tensor, table: Tensor, tokens: int, scale: float, like: Tensor) -> Tensor:
+def _prefix(pages: Tensor, table: Tensor, tokens: int, scale: float | Tensor, like: Tensor) -> Tensor:
     """Return the first ``tokens`` cached tokens of one row, ``[Hkv, tokens, D]``, dequantized to ``like``'s dtype."""
     used = whole_pages(pages, table[: -(-tokens // page_size(pages))].long())  # [pages, Hkv, S, D]
     flat = used.transpose(0, 1).flatten(1, 2)[:, :tokens]
@@ -133,4 +131,5 @@ IMPLEMENTATION = Implementation(
     accept_prefix=accept_prefix,
     best_tokens=best_tokens,
     reads_tiles=True,
+    copies_float8=True,
 )

@@ -81,6 +81,7 @@ def _load_page_tile(
 
 @_kernel(
     "block_table", "prefix_lens", "block_starts", "mask_kinds", "table_row", "tiles", "splits",
+    "k_scales", "v_scales", "k_scales_head", "v_scales_head",
 )  # fmt: skip
 def attention_kernel(
     query, key, value, key_pages, value_pages, block_table, prefix_lens, block_starts, mask_kinds, output,
@@ -88,9 +89,10 @@ def attention_kernel(
     q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head,
     kp_page, kp_head, kp_place, kp_dim, vp_page, vp_head, vp_place, vp_dim,
     table_row, tiles, splits, scale_log2, page_scale_log2, page_value_scale,
+    k_scales, v_scales, k_scales_head, v_scales_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    FP8: tl.constexpr, E5M2: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    FP8: tl.constexpr, E5M2: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of a row's queries for one KV head, over one part of the prefix and (part 0) the block.
 
@@ -119,6 +121,9 @@ def attention_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
+    if BY_HEAD:
+        page_scale_log2 *= tl.load(k_scales + kv_head * k_scales_head)
+        page_value_scale *= tl.load(v_scales + kv_head * v_scales_head)
     cached = tl.load(prefix_lens + row)
     start = 0
     stop = cached

@@ -96,9 +96,13 @@ def block_attention(call: BlockAttention) -> None:
     splits = split_count(rows * tiles * kv_heads, call.max_prefix, _processors(query.device))
 
     float8 = key_pages.element_size() == 1
-    if not float8:
+    k_scales = v_scales = call.prefix_lens  # not followed unless by head, but a kernel needs pointers
+    by_head = False
+    if float8 and call.k_scales is not None and call.v_scales is not None:
+        k_scales, v_scales, by_head = call.k_scales, call.v_scales, True
+    if by_head or not float8:
         k_scale = v_scale = 1.0
-    elif key_pages.dtype == torch.float8_e4m3fn:
+    if key_pages.dtype == torch.float8_e4m3fn:
         k_scale, v_scale = k_scale * _E4M3_SHIFT, v_scale * _E4M3_SHIFT
     pages = [pool.view(torch.uint8) if float8 else pool for pool in (key_pages, call.value_pages)]
 
@@ -113,9 +117,11 @@ def block_attention(call: BlockAttention) -> None:
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *output.stride()[:2],
         *key_pages.stride(), *call.value_pages.stride(), call.block_table.stride(0),
         tiles, splits, call.scale * _LOG2E, call.scale * k_scale * _LOG2E, v_scale,
+        k_scales, v_scales, k_scales.stride(0), v_scales.stride(0),
         HEADS=heads, GROUP=group, D=head_dim, PAGE=key_pages.shape[2],
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        FP8=float8, E5M2=key_pages.dtype == torch.float8_e5m2, SPLIT=splits > 1, UPCAST=_interpreted(),
+        FP8=float8, E5M2=key_pages.dtype == torch.float8_e5m2, BY_HEAD=by_head, SPLIT=splits > 1,
+        UPCAST=_interpreted(),
         num_warps=8 if block_m * block_d >= 64 * 128 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:

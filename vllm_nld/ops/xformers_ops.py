@@ -119,7 +119,7 @@ def _prefix(call: BlockAttention, rows: Rows, cached: list[int]) -> tuple[Tensor
 
     Pages are read in place where xformers can; otherwise the used ones are copied, dequantized, row after row.
     """
-    pools, scales = (call.key_pages, call.value_pages), (call.k_scale, call.v_scale)
+    pools, scales = (call.key_pages, call.value_pages), call.page_scales()
     table, query = call.block_table, call.query
     biases, size = _biases(), call.key_pages.shape[2]
     width = -(-max(cached) // size)
@@ -138,9 +138,10 @@ def _prefix(call: BlockAttention, rows: Rows, cached: list[int]) -> tuple[Tensor
     unused = torch.arange(width * size, device=query.device) >= torch.tensor(cached, device=query.device)[:, None]
     copies = []
     for pool, scale in zip(pools, scales, strict=True):
-        copied = pool[ids.long()].permute(0, 1, 3, 2, 4).flatten(1, 2)  # [rows, width * S, Hkv, D]
+        copied = pool[ids.long()]
         if pool.element_size() == 1:
             copied = (copied.float() * scale).to(query.dtype)
+        copied = copied.permute(0, 1, 3, 2, 4).flatten(1, 2)  # [rows, width * S, Hkv, D]
         copies.append(copied.masked_fill(unused[..., None, None], 0.0).flatten(0, 1))
     return copies[0], copies[1], bias
 
@@ -213,4 +214,5 @@ IMPLEMENTATION = Implementation(
     package="xformers",
     obstacle=unavailable,
     dtypes=HALF,
+    copies_float8=True,
 )

@@ -13,6 +13,7 @@ from functools import cached_property
 
 from vllm_nld.errors import NLDError
 from vllm_nld.planning.gpus import FLOAT_BYTES, Gpu
+from vllm_nld.planning.weight_formats import FORMATS, WeightFormat
 
 MEMORY_SHARE = 0.9
 """Share of a GPU's memory that vLLM takes by default."""
@@ -85,7 +86,7 @@ class Setup:
 
     Attributes:
         tp: GPUs that share each layer.
-        dtype: type of the layers' weights; with fp8, embedding, output layer and activations stay in bfloat16.
+        dtype: of the layers' weights, a name in :data:`vllm_nld.planning.weight_formats.FORMATS`.
         kv_dtype: type of keys and values.
         context: cached tokens per request.
 
@@ -101,10 +102,12 @@ class Setup:
     context: int = 2048
 
     def __post_init__(self) -> None:
-        for option, name in (("--dtype", self.dtype), ("--kv-dtype", self.kv_dtype)):
-            if name not in FLOAT_BYTES:
-                raise NLDError(f"{option} {name}: allowed are {', '.join(FLOAT_BYTES)}")
-        self.gpu.rate(self.dtype)
+        for option, name, known in (("--dtype", self.dtype, FORMATS), ("--kv-dtype", self.kv_dtype, FLOAT_BYTES)):
+            if name not in known:
+                raise NLDError(f"{option} {name}: allowed are {', '.join(known)}")
+        if self.weights.units not in self.gpu.flops:
+            allowed = ", ".join(name for name, weights in FORMATS.items() if weights.units in self.gpu.flops)
+            raise NLDError(f"--dtype {self.dtype}: {self.gpu.name} has no units for it; allowed there: {allowed}")
         heads, kv_heads = self.model.heads, self.model.kv_heads
         if heads % self.tp or (kv_heads % self.tp and self.tp % kv_heads):
             raise NLDError(f"--tp {self.tp}: {heads} heads and {kv_heads} KV heads cannot be shared out; allowed: "
@@ -116,9 +119,14 @@ class Setup:
             raise NLDError(f"--context {self.context}: the model has {self.model.max_positions} positions")
 
     @property
+    def weights(self) -> WeightFormat:
+        """Format of the layers' weights."""
+        return FORMATS[self.dtype]
+
+    @property
     def wide_dtype(self) -> str:
         """Type of activations, embedding and output layer."""
-        return "bfloat16" if self.dtype == "fp8" else self.dtype
+        return self.weights.wide
 
     @property
     def wide_bytes(self) -> int:
@@ -134,9 +142,9 @@ class Setup:
     def weight_bytes(self) -> float:
         """Bytes of weights on one GPU."""
         model = self.model
-        shared = model.layers * model.layer_weights * FLOAT_BYTES[self.dtype]
+        shared = model.layers * model.layer_weights * self.weights.bytes
         shared += model.head_weights * (1 if model.tied else 2) * self.wide_bytes
-        shared += model.image_weights * FLOAT_BYTES[self.dtype]
+        shared += model.image_weights * self.wide_bytes
         return shared / self.tp + model.norm_weights * self.wide_bytes
 
     def on(self, tp: int) -> Setup:
@@ -187,7 +195,7 @@ def forward(setup: Setup, requests: int, rows: int, logit_rows: float, logit_byt
     between = 8 * model.hidden_size + (2 * model.head_dim * (model.heads + 2 * model.kv_heads)
                                        + 3 * model.intermediate_size) / tp  # fmt: skip
     return Forward(
-        layers=gpu.seconds(2 * tokens * layer_weights, layer_weights * FLOAT_BYTES[setup.dtype], setup.dtype),
+        layers=gpu.seconds(2 * tokens * layer_weights, layer_weights * setup.weights.bytes, setup.weights.units),
         attention=gpu.seconds(
             4 * model.layers * tokens * keys * queries, requests * keys * setup.kv_bytes_per_token, setup.wide_dtype
         ),

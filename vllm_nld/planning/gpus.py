@@ -13,7 +13,7 @@ HERE = "here"
 """Name of the machine that the command runs on; see :mod:`vllm_nld.planning.this_machine`."""
 
 FLOAT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1}
-"""Bytes of a value by the name of its type."""
+"""Bytes of a value by the name of its type. Of weights: :mod:`vllm_nld.planning.weight_formats`."""
 
 NVLINK_LATENCY, PCIE_LATENCY = 8e-6, 25e-6
 
@@ -26,7 +26,7 @@ class Gpu:
         name: the value of ``--gpu``.
         memory: bytes.
         bandwidth: memory bandwidth, bytes/s.
-        flops: floating point operations/s of a matrix product, by type of the weights.
+        flops: operations/s of a matrix product, by the type that is multiplied.
         link_bandwidth: bytes/s to the other GPUs, in one direction; 0: not known.
         link_latency: seconds of a collective operation in addition to moving its bytes.
         bandwidth_share, flops_share: share of the two rates that a large kernel reaches.
@@ -72,14 +72,15 @@ class Gpu:
         return moved / (self.bandwidth * self.bandwidth_share)
 
 
-def _rates(half: float, fp8: float | None, single: float) -> dict[str, float]:
-    """Return rates by type, from TFLOP/s."""
-    rates = {"bfloat16": half, "float16": half, "float32": single} | ({"fp8": fp8} if fp8 else {})
+def _rates(half: float, fp8: float | None, single: float, int8: float | None = None) -> dict[str, float]:
+    """Return rates by type, from TFLOP/s. That of int8, unless given, is fp8's."""
+    rates = {"bfloat16": half, "float16": half, "float32": single} | ({"fp8": fp8, "int8": fp8} if fp8 else {})
+    rates |= {"int8": int8} if int8 else {}
     return {dtype: tera * 1e12 for dtype, tera in rates.items()}
 
 
 _ALL = (
-    Gpu("a100", 80e9, 2.039e12, _rates(312, None, 19.5), 300e9),
+    Gpu("a100", 80e9, 2.039e12, _rates(312, None, 19.5, 624), 300e9),
     Gpu("h100", 80e9, 3.35e12, _rates(989, 1979, 67), 450e9),
     Gpu("h200", 141e9, 4.8e12, _rates(989, 1979, 67), 450e9),
     Gpu("b200", 180e9, 8.0e12, _rates(2250, 4500, 75), 900e9),

@@ -35,11 +35,17 @@ class Yields:
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model to plan for; ``yields`` is None where none are published."""
+    """A model to plan for.
+
+    Attributes:
+        yields: None where none are published.
+        quantization: ``quantization_config`` of its ``config.json``, if there is one.
+    """
 
     name: str
     shape: ModelShape
     yields: Yields | None
+    quantization: dict[str, Any] | None = None
 
 
 RELEASED = {
@@ -81,16 +87,16 @@ def find_model(name: str) -> PlannedModel:
     if name in RELEASED:
         return RELEASED[name]
     if name == "tiny":
-        return PlannedModel(name, _read(name, checkpoint_path(name) / "config.json"), TINY_YIELDS)
+        return PlannedModel(name, _read(name, checkpoint_path(name) / "config.json")[0], TINY_YIELDS)
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise NLDError(f"MODEL={name}: no config.json there; allowed: a checkpoint folder, {_names()}")
-        shape = _read(name, folder / "config.json")
+        shape, quantization = _read(name, folder / "config.json")
     else:
-        shape = _read(name, _download(name))
+        shape, quantization = _read(name, _download(name))
     same = (model.yields for model in (*RELEASED.values(), VLM) if model.shape.parameters == shape.parameters)
-    return PlannedModel(name, shape, next(same, None))
+    return PlannedModel(name, shape, next(same, None), quantization)
 
 
 def _names() -> str:
@@ -111,7 +117,8 @@ def _download(name: str) -> Path:
         raise NLDError(f"MODEL={name}: config.json cannot be reached ({reason}); {hint}") from None
 
 
-def _read(name: str, path: Path) -> ModelShape:
+def _read(name: str, path: Path) -> tuple[ModelShape, dict[str, Any] | None]:
+    """Return the sizes in a config, and its ``quantization_config``."""
     from vllm_nld.checkpoints.headers import expected_image_tensors
     from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
     from vllm_nld.names import MODEL_TYPES
@@ -124,7 +131,7 @@ def _read(name: str, path: Path) -> ModelShape:
         config = kinds[raw["model_type"]](**raw)
     except (OSError, ValueError, AttributeError) as error:
         raise NLDError(f"MODEL={name}: {path} is not the config of an NLD model: {error}") from None
-    return ModelShape(
+    shape = ModelShape(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -139,6 +146,8 @@ def _read(name: str, path: Path) -> ModelShape:
         if isinstance(config, NemotronLabsDiffusionVLMConfig)
         else 0,
     )
+    quantization = raw.get("quantization_config")
+    return shape, quantization if isinstance(quantization, dict) else None
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,9 @@ PUBLISHED = [
     Published("8b", "gb200", "self_speculation", 32, 1, "tokens/s", 1015, "vendor, own kernels", SPEED_BENCH),
     Published("8b", "b200", "self_speculation", 32, 1, "tokens/s", 865, "vendor, SPEED-Bench", SPEED_BENCH),
     Published("8b", "rtxpro6000", "self_speculation", 32, 1, "tokens/s", 277, "vendor", SPEED_BENCH, dtype="fp8"),
+    Published("8b", "rtxpro6000", "self_speculation", 32, 1, "tokens/s", 525, "vendor", SPEED_BENCH, dtype="w4a16"),
     Published("8b", "spark", "self_speculation", 32, 1, "tokens/s", 77.5, "vendor", SPEED_BENCH, dtype="fp8"),
+    Published("8b", "spark", "self_speculation", 32, 1, "tokens/s", 112.5, "vendor", SPEED_BENCH, dtype="w4a16"),
     *_replays("8b", 8, {1: 4.98, 8: 8.56, 32: 11.24, 64: 15.36, 128: 24.27}),
     *_replays("8b", 16, {1: 5.12, 8: 9.37, 32: 14.47, 64: 21.77, 128: 38.42}),
     *_replays("8b", 32, {1: 5.58, 8: 10.74, 32: 20.90, 64: 35.37, 128: 66.22}),

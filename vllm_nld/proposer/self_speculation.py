@@ -249,14 +249,17 @@ class SelfSpeculation:
     def _learn_from_step(self, states: dict[int, RequestState], tokens: StepTokens, now: float) -> None:
         """Learn what the causal pass decided, and what it cost, host time included.
 
-        Not the cost of passes that also ran a prefill or branches.
+        Not the cost of passes that also ran a prefill; those with branches have a price of their own.
         """
         step = self._step
         prefills = {row for row, state in states.items() if step.is_prefill(state)}
-        plain = not prefills and not self._branching.tokens
-        if self._left_at is not None and states and plain and len(states) == len(tokens.sampled):
+        if self._left_at is not None and states and not prefills and len(states) == len(tokens.sampled):
             accepted = sum(len(tokens.sampled[row]) - 1 for row, state in states.items() if state.was_drafted_by_auto)
-            self._cycle.finish(len(states), step.tokens(states), accepted, now - self._left_at)
+            took = now - self._left_at
+            if self._branching.tokens:
+                self.auto.search.prices.observe_branched(len(states), step.tokens(states), self._branching.tokens, took)
+            else:
+                self._cycle.finish(len(states), step.tokens(states), accepted, took)
         for row, state in states.items():
             step.record(state, len(tokens.sampled[row]), row in prefills, self.ledger)
 

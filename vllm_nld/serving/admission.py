@@ -261,19 +261,29 @@ def _check_branches(options: NLDOptions, engine: EngineTraits, where: str) -> No
         raise NLDError(f"{where}.branch_length={options.branch_length}; allowed are 2 to the block length, {longest}")
 
 
+LONGEST_BRANCH = 64
+"""Tokens of a branch on vLLM's second runner, which has so many streams of noise for the drafts of one position."""
+
+
 def _check_second_runner(options: NLDOptions, own: dict[str, Any], where: str) -> None:
     """Refuse what self-speculation cannot do yet on vLLM's second model runner."""
     for key, value, allowed in (
         ("seed_first", options.seed_first, True),
         ("draft_threshold", options.draft_threshold, 0),
         ("prompt_lookup", own.get("prompt_lookup") or 0, 0),
-        ("branches", options.branches, "off"),
     ):
         if value != allowed:
             raise NLDError(
                 f"{where}.{key}={shown(value)} on vLLM's second model runner; allowed: {allowed} (a server started "
                 "with VLLM_USE_V2_MODEL_RUNNER=0 allows it)"
             )
+    if options.branches == "auto":
+        raise NLDError(f"{where}.branches='auto' on vLLM's second model runner; allowed: 'off', 'all', or a number")
+    if (options.branch_length or 0) > LONGEST_BRANCH:
+        raise NLDError(
+            f"{where}.branch_length={options.branch_length} on vLLM's second model runner; allowed: 2 to "
+            f"{LONGEST_BRANCH}"
+        )
 
 
 def _check_second_diffusion(params: Any, where: str) -> None:
