@@ -140,8 +140,8 @@ def test_branches_that_would_be_ignored_are_refused(nld: dict[str, Any], why: st
     assert read({"nld": {"mode": "self_speculation", "branches": "off"}}, traits).branches == "off"
 
 
-def test_every_key_except_mode_has_its_modes() -> None:
-    assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode"} == set(NLDOptions.model_fields)
+def test_every_key_except_mode_and_report_has_its_modes() -> None:
+    assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode", "report"} == set(NLDOptions.model_fields)
 
 
 def test_booleans_may_be_numbers() -> None:
