@@ -41,7 +41,7 @@ export class Answer {
     this.strip = element("div", { className: "strip", hidden: true });
     this.strip.setAttribute("role", "img");
     this.values = {};
-    const list = element("dl", { className: "figures" });
+    const list = (this.list = element("dl", { className: "figures" }));
     for (const [name, term, title] of FIGURES) {
       this.values[name] = element("dd", { textContent: "–" });
       list.append(element("div", { title }, this.values[name], element("dt", { textContent: term })));
@@ -49,7 +49,7 @@ export class Answer {
     this.node = element(
       "article",
       { className: "answer" },
-      element("header", {}, element("h3", { textContent: label }), this.status),
+      element("header", {}, element("h2", { textContent: label }), this.status),
       list,
       this.strip,
       this.text,
@@ -66,7 +66,7 @@ export class Answer {
     const clock = setInterval(() => this.tick(), 250);
     try {
       await this.follow(request, signal);
-      this.setStatus("done", this.finish === "length" ? "done: it has as many tokens as you allow" : "done");
+      this.setStatus("done", this.finish === "length" ? "done, at the token limit" : "done");
     } catch (error) {
       if (error.name === "AbortError") this.setStatus("stopped", "stopped");
       else this.fail(error);
@@ -137,6 +137,7 @@ export class Answer {
     this.values.speed.textContent = rounded(this.speed(), 1);
     this.values.tokens.textContent = this.count() || "–";
     this.drawStrip();
+    this.node.dispatchEvent(new Event("grew", { bubbles: true }));
   }
 
   drawStrip() {
@@ -179,6 +180,7 @@ export class Answer {
   fail(error) {
     const kind = error instanceof Failure ? error.kind : "broken";
     this.failed = true;
+    this.list.hidden = !this.count();
     this.setStatus("failed", "failed");
     const box = element(
       "div",
@@ -198,7 +200,7 @@ export class Answer {
   /** What a screen reader is told at the end. */
   summary() {
     const { tokens_per_forward: tpf } = this.figures;
-    return `${this.node.querySelector("h3").textContent}: ${this.status.textContent}, ${this.count()} tokens` +
+    return `${this.node.querySelector("h2").textContent}: ${this.status.textContent}, ${this.count()} tokens` +
       (tpf ? `, ${tpf.toFixed(2)} per forward` : "");
   }
 }

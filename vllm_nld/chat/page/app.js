@@ -17,6 +17,9 @@ const EXAMPLES = [
 ];
 const LOOK_AGAIN = 4000; // milliseconds between two looks for the server
 
+const MARGIN = 12; // pixels between a message and the edge
+const NEAR = 150; // pixels past the edge that still count as reading along
+
 const byId = (id) => document.getElementById(id);
 const history = [];
 let model = null;
@@ -103,7 +106,13 @@ function showTurn(text, answers) {
   const turn = element("section", { className: "turn" }, element("p", { className: "question", textContent: text }), pair);
   turn.setAttribute("aria-label", `Message: ${text.slice(0, 60)}`);
   byId("log").append(turn);
-  turn.scrollIntoView({ block: "start", behavior: "instant" });
+  byId("main").scrollTop += turn.getBoundingClientRect().top - byId("main").getBoundingClientRect().top - MARGIN;
+}
+
+/** Follow an answer that grows past the lower edge, unless somebody has scrolled up to read. */
+function follow(event) {
+  const over = event.target.getBoundingClientRect().bottom - byId("main").getBoundingClientRect().bottom;
+  if (over > 0 && over < NEAR) byId("main").scrollTop += over + MARGIN;
 }
 
 function finish(answers) {
@@ -146,6 +155,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
 });
 byId("stop").addEventListener("click", () => running?.abort());
+byId("log").addEventListener("grew", follow);
 byId("other").addEventListener("change", showRace);
 byId("new").addEventListener("click", () => {
   running?.abort();
