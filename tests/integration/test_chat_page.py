@@ -94,8 +94,9 @@ def test_two_modes_answer_one_message_and_the_chat_goes_on(page: Any, upstream: 
     assert [message["content"] for message in upstream.requests[-1]["messages"]] == ["One", "Once upon a time.", "Two"]
 
 
-def test_refused_option_is_shown_in_the_server_s_words(page: Any, upstream: StandIn) -> None:
-    upstream.behavior = "refuse"
+@pytest.mark.parametrize("behavior", ["refuse", "refuse in the stream"])
+def test_refused_option_is_shown_in_the_server_s_words(page: Any, upstream: StandIn, behavior: str) -> None:
+    upstream.behavior = behavior
     find(page, "#more summary").click()
     find(page, "#options").send_keys("speed=3 sampler=top_k on=true")
     say(page, "Quick")

@@ -43,6 +43,10 @@ class _Handler(BaseHTTPRequestHandler):
         behavior = self.server.behavior
         if behavior == "refuse":
             self._json(400, {"error": {"message": 'extra_args["nld"].speed=3 is unknown; allowed keys: mode'}})
+        elif behavior == "refuse in the stream":  # as vLLM does: by then it has begun the answer
+            self._begin()
+            refusal = {"error": {"message": 'extra_args["nld"].speed=3 is unknown; allowed keys: mode', "code": 400}}
+            self.wfile.write(f"data: {json.dumps(refusal)}\n\ndata: [DONE]\n\n".encode())
         elif behavior == "no report" and "nld.report" in request["vllm_xargs"]:
             self._json(400, {"error": {"message": 'extra_args["nld"].report=True with a server started without'}})
         elif behavior == "break":

@@ -8,6 +8,11 @@ export class Failure extends Error {
   }
 }
 
+function kindOf(status) {
+  if ([502, 503, 504].includes(status)) return "unreachable";
+  return status >= 400 && status < 500 ? "refused" : "broken";
+}
+
 async function failureOf(response) {
   let message = response.statusText;
   try {
@@ -15,8 +20,7 @@ async function failureOf(response) {
   } catch {
     // no JSON: the status has to do
   }
-  const unreachable = response.status === 502 || response.status === 503 || response.status === 504;
-  return new Failure(unreachable ? "unreachable" : response.status < 500 ? "refused" : "broken", message);
+  return new Failure(kindOf(response.status), message);
 }
 
 async function call(path, options = {}) {
@@ -60,7 +64,7 @@ export async function* ask(request, signal) {
       if (line === "data: [DONE]") return;
       if (!line.startsWith("data: ")) continue;
       const chunk = JSON.parse(line.slice(6));
-      if (chunk.error) throw new Failure("broken", chunk.error.message);
+      if (chunk.error) throw new Failure(kindOf(chunk.error.code), chunk.error.message); // after vLLM has begun
       yield chunk;
     }
     if (part.done) throw new Failure("broken", "The server went away in the middle of the answer.");
