@@ -82,6 +82,10 @@ class NLDOptions(RegisteredOptions):
         description="How a request decodes. auto picks AR or self-speculation per step by cost and acceptance; "
         "diffusion is never picked, because its text differs from AR's.",
     )
+    report: bool = Field(
+        default=False,
+        description="Say in the responses of chat completions how each token came, and what forwards it took.",
+    )
     block_length: int | None = _option(
         default=None,
         ge=2,

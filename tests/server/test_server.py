@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 import urllib.request
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,11 @@ from openai import OpenAI
 
 from tests.server.command_lines import python_with_lm_eval, run_in_one_process
 from tests.server.fuzz_requests import fuzz, is_alive
+from tests.support.browser import accessibility_faults, browser, missing
 from tests.support.ports import reserved_port
-from tests.support.servers import serving
+from tests.support.servers import BIN, serving
+from tests.support.stand_in import running
+from vllm_nld.chat.server import ChatServer, Target
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
@@ -270,6 +274,74 @@ def test_no_request_ends_the_server(base_url: str) -> None:
     assert not faults
     assert {200, 400} <= set(statuses) <= {200, 400, 404, 422}
     assert is_alive(base_url)
+
+
+KINDS_OF_TOKENS = {
+    "ar": {"ar"},
+    "self_speculation": {"ar", "drafted", "looked_up", "corrected", "bonus"},
+    "auto": {"ar", "drafted", "looked_up", "corrected", "bonus"},
+    "diffusion": {"seed", "denoised"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_responses_say_how_tokens_came(client: OpenAI, model: str, mode: str) -> None:
+    """Also where several steps share a chunk; and what is not asked for is not sent."""
+    settings = {"model": model, "temperature": 0.0, "max_tokens": 120}
+    settings["messages"] = [{"role": "user", "content": "Write the Python function read."}]
+    extra = {"vllm_xargs": {"nld.mode": mode, "nld.report": 1}, "return_token_ids": True}
+    whole = client.chat.completions.create(**settings, extra_body=extra).model_dump()
+    chunks = [chunk.model_dump() for chunk in client.chat.completions.create(**settings, extra_body=extra, stream=True)]
+    streamed = [token for chunk in chunks if chunk.get("nld") for token in chunk["nld"]["tokens"]]
+    assert "".join(token["text"] for token in streamed) == whole["choices"][0]["message"]["content"]
+    assert [token["id"] for token in streamed] == whole["choices"][0]["token_ids"]
+    for tokens in (streamed, whole["nld"]["tokens"]):
+        assert len(tokens) == 120
+        assert {token["origin"] for token in tokens} <= KINDS_OF_TOKENS[mode]
+    assert whole["kv_transfer_params"] is None
+    figures = whole["nld"]
+    forwards = sum(count for kind, count in figures["forwards"].items() if kind != "prefill")
+    assert figures["tokens_per_forward"] == 120 / forwards
+    if mode == "self_speculation":
+        by_kind = Counter(token["origin"] for token in figures["tokens"])
+        assert by_kind["drafted"] + by_kind["looked_up"] == figures["accepted_drafts"] > 0
+        assert by_kind["looked_up"] > 0  # the text repeats itself
+        assert by_kind["corrected"] + by_kind["bonus"] == figures["verified_blocks"] > 0
+    silent = client.chat.completions.create(**settings, extra_body={"vllm_xargs": {"nld.mode": mode}})
+    assert "nld" not in silent.model_dump()
+
+
+def test_reports_of_several_texts_are_refused(client: OpenAI, model: str) -> None:
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match=r"n=2 with .*report=True; allowed: 1"):
+        client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "x"}],
+            n=2,
+            temperature=1.0,
+            extra_body={"vllm_xargs": {"nld.report": 1}},
+        )
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_chat_page_shows_two_modes_of_a_real_server(base_url: str, tmp_path: Path) -> None:
+    """Pictures of it: ``VLLM_NLD_PICTURES=FOLDER``."""
+    pictures = Path(os.environ.get("VLLM_NLD_PICTURES", tmp_path))
+    with ChatServer(Target(base_url)) as server, running(server), browser() as driver:
+        driver.get(server.url)
+        driver.find_element("css selector", "#other option[value='ar']").click()
+        driver.find_element("css selector", "#prompt").send_keys("Write the Python function read.\n")
+        end = time.monotonic() + 120
+        while not (verdict := driver.find_elements("css selector", ".verdict")):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert verdict[0].text.startswith("Both texts are the same.")
+        counts = [int(node.text) for node in driver.find_elements("css selector", ".figures div:last-child dd")]
+        assert counts[0] == counts[1] == len(driver.find_elements("css selector", ".pair .answer:first-child .bar i"))
+        assert driver.find_elements("css selector", ".text .looked_up")
+        assert accessibility_faults(driver) == []
+        assert driver.save_screenshot(str(pictures / "chat.png"))
 
 
 def test_json_schemas_are_kept_in_every_mode(client: OpenAI, model: str) -> None:

@@ -156,8 +156,8 @@ def test_branches_that_the_second_runner_lacks_are_refused(nld: dict[str, Any], 
         assert read({"nld": {"mode": mode, "branches": 2, "branch_length": 64}}, traits).branches == 2
 
 
-def test_every_key_except_mode_has_its_modes() -> None:
-    assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode"} == set(NLDOptions.model_fields)
+def test_every_key_except_mode_and_report_has_its_modes() -> None:
+    assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode", "report"} == set(NLDOptions.model_fields)
 
 
 def test_booleans_may_be_numbers() -> None:
