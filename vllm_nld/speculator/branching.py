@@ -2,7 +2,7 @@
 
 The next step is planned before it is known whether a branch was hit. So a miss runs no draft forward: its next forward
 decides one token, and has a mask branch after it, which is hit for sure. That takes no more forwards: the first draft
-is verified while the others are drafted (``docs/branches.md``). Only how many branches fit is known on the host.
+is verified while the others are drafted (``docs/user/branches.md``). Only how many branches fit is known on the host.
 """
 
 from __future__ import annotations
