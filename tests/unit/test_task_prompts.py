@@ -48,7 +48,7 @@ def test_layouts_of_a_file(tmp_path: Path) -> None:
     assert from_file(file) == [
         TaskPrompt("qa", "some.jsonl", "Why?"),
         TaskPrompt("writing", "some.jsonl", "First."),
-        TaskPrompt("all", "some.jsonl", "1 + 1?", answer="2"),
+        TaskPrompt("prompts", "some.jsonl", "1 + 1?", answer="2"),
     ]
 
 

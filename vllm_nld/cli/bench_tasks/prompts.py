@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_nld.checkpoints.held_out import HELD_OUT_MODULES, held_out_prompts
-from vllm_nld.cli.bench_tasks.figures import number_in
+from vllm_nld.cli.bench_tasks.figures import ALL, number_in
 from vllm_nld.cli.demo import QUESTIONS
 from vllm_nld.errors import NLDError, shown_key
 
 LAYOUT = '{"category": "coding", "messages": [{"role": "user", "content": "..."}]}, or with "turns" or "prompt"'
+UNSORTED = "prompts"
+"""Category of a file's prompts that name none."""
 COMPLETION = "python"
 """Category of the project's own prompts: code that goes on, without a chat template."""
 
@@ -100,7 +102,8 @@ def _of_line(entry: dict[str, Any], source: str) -> TaskPrompt:
     answer = None if entry.get("answer") is None else str(entry["answer"])
     if answer is not None:
         number_in(answer)
-    return TaskPrompt(str(entry.get("category", "all")), source, text, answer=answer)
+    category = entry.get("category") or UNSORTED
+    return TaskPrompt(UNSORTED if category == ALL else str(category), source, text, answer=answer)
 
 
 def chosen(prompts: Sequence[TaskPrompt], categories: Sequence[str], count: int) -> dict[str, list[TaskPrompt]]:
