@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllm_nld.auto.costs import Costs
+from vllm_nld.auto.trials import Trials
 from vllm_nld.branches.places import Branch
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.options import NLDOptions
@@ -70,6 +71,24 @@ def test_steps_that_took_longer_than_forwards_of_their_size_are_believed() -> No
             costs.branched.observe(size, 2.5)
     branching.plan([one], tokens=6)
     assert one.state.pending.branches == []
+
+
+@pytest.mark.parametrize(("with_branches", "pays"), [(2.5, False), (1.2, True)])
+def test_branches_by_price_are_used_where_they_yield_more(with_branches: float, pays: bool) -> None:
+    """Prices know nothing of what planning takes and what follows: both ways are tried, and the faster one goes on."""
+    costs, now, used = Costs(), [0.0], list[int]()
+    for size in SIZES:
+        costs.start(size, 1.0)
+    branching, one = Branching(8, Ledger(), costs, lambda decide: int(decide())), drafted("auto")
+    branching.trials = Trials(lambda: now[0], again=1000)
+    for step in range(400):
+        branching.plan([one], tokens=6)
+        assert one.state.pending is not None
+        used.append(len(one.state.pending.branches))
+        now[0] += with_branches if used[-1] else 2.0
+        branching.learn(3, comparable=step % 50 > 0)
+    assert used[0] == 8 and 0 in used[:50]
+    assert set(used[60:]) == {8 if pays else 0}
 
 
 def test_a_request_without_branches_keeps_the_draft_forward() -> None:

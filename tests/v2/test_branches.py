@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.adapters import random_adapter
@@ -111,6 +112,10 @@ def test_without_room_requests_draft_by_themselves(llm: Any, model: ReferenceMod
     finally:
         branching.max_tokens = most
     assert counters(llm)["draft_forwards"] > before["draft_forwards"]
+    known = np.flatnonzero(runner(llm).speculator.table.branch_counts)[:1]
+    drafting = np.ones(1, dtype=bool)
+    assert branching.rows(known, drafting, tokens=20).all()
+    assert not branching.rows(known, drafting, tokens=most - 5).any()  # a prompt fills the steps
 
 
 def test_sampled_text_is_ar_s_with_the_same_seed(llm: Any) -> None:

@@ -3,6 +3,8 @@
 For vLLM's second runner. Its scheduler plans ahead of the results and cannot ask the workers for prices, which are in
 other processes. But it sees when steps end and how many tokens they yield. The slower way is tried again from time to
 time, because texts change, and with them how many drafts are accepted.
+
+The first runner tries branches in the same way: their prices leave out what planning them takes, and what follows.
 """
 
 from __future__ import annotations
@@ -37,12 +39,17 @@ class _Yields:
     Attributes:
         since: steps since the worse way was tried; less than 0 if that found nothing.
         tried: steps in which it is being tried.
+        again: steps after which it is tried again.
     """
 
+    again: int
     of: dict[bool, float] = field(default_factory=dict)
     trials: dict[bool, _Trial] = field(default_factory=lambda: {True: _Trial(), False: _Trial()})
-    since: int = AGAIN * LATER
+    since: int = 0
     tried: int = 0
+
+    def __post_init__(self) -> None:
+        self.since = self.again * LATER
 
     @property
     def better(self) -> bool:
@@ -55,13 +62,13 @@ class _Yields:
             return self.better
         self.tried += 1
         if self.tried > PATIENCE:
-            self.since, self.tried = -AGAIN * LATER, 0
+            self.since, self.tried = -self.again * LATER, 0
             return self.better
         return not self.better
 
     def _wait(self) -> int:
         known = self.of.get(not self.better)
-        return AGAIN * (LATER if known is not None and self.of[self.better] > CLEARLY * known else 1)
+        return self.again * (LATER if known is not None and self.of[self.better] > CLEARLY * known else 1)
 
     def measured(self, way: bool, tokens: int, seconds: float) -> None:
         """Take in the step of a way."""
@@ -81,10 +88,11 @@ class Trials:
 
     Args:
         clock: seconds.
+        again: steps after which the worse way is tried again.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, again: int = AGAIN) -> None:
+        self._clock, self._again = clock, again
         self._yields: dict[int, _Yields] = {}
         self._last: tuple[int, bool] | None = None
         self._ended = 0.0
@@ -110,4 +118,4 @@ class Trials:
         self._last, self._ended = way, now
 
     def _of(self, requests: int) -> _Yields:
-        return self._yields.setdefault(requests.bit_length(), _Yields())
+        return self._yields.setdefault(requests.bit_length(), _Yields(self._again))

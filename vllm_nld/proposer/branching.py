@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_nld.auto.costs import Costs
+from vllm_nld.auto.trials import Trials
 from vllm_nld.branches.places import RANKS, Branch, Choice, Draft, every_place, likeliest_places, usual_length
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.branch_rows import run_with_blocks
@@ -27,6 +28,8 @@ from vllm_nld.serving.ledger import Ledger
 
 MOST_BY_PRICE = 8
 """Branches of a request among which ``auto`` chooses."""
+TRIED_AGAIN = 1000
+"""Steps after which ``auto`` tries branches again where it found that they do not pay, or doing without."""
 LEAST_GAIN = 0.03
 """Share of a cycle's time that branches must save. The maximum of many noisy estimates is biased upward."""
 
@@ -82,6 +85,7 @@ class Branching:
 
     Attributes:
         tokens: of the branches that the last causal pass ran.
+        trials: whether branches by price pay.
     """
 
     def __init__(
@@ -89,6 +93,19 @@ class Branching:
     ) -> None:
         self._longest, self._ledger, self._costs, self._together = longest, ledger, costs, together
         self.tokens = 0
+        self.trials = Trials(again=TRIED_AGAIN)
+        self._tried: tuple[int, bool] | None = None
+
+    def learn(self, tokens: int, comparable: bool) -> None:
+        """Learn what a step has yielded.
+
+        Args:
+            tokens: that it decided.
+            comparable: whether no request was at its prompt.
+        """
+        requests, branched = self._tried or (0, False)
+        self.trials.saw(requests, branched, tokens, comparable and self._tried is not None)
+        self._tried = None
 
     def plan(self, drafted: Sequence[Drafted], tokens: int) -> None:
         """Choose the branches of the next verifications.
@@ -105,7 +122,12 @@ class Branching:
         if priced:
             offers = sorted((branch.gain for pending, _ in priced for branch in pending.branches), reverse=True)
             others = sum(one.block.length for one in drafted) - sum(length for _, length in priced)
-            count = self._together(lambda: self._worthwhile(priced, offers, tokens, others))
+
+            def decide() -> int:
+                self._tried = len(drafted), self.trials.drafts(len(drafted))
+                return self._worthwhile(priced, offers, tokens, others) if self._tried[1] else 0
+
+            count = self._together(decide)
             for pending, _ in priced:
                 pending.keep(offers[count - 1] if count else math.inf)
 

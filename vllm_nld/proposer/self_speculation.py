@@ -267,6 +267,7 @@ class SelfSpeculation:
                 self.auto.search.prices.observe_branched(len(states), step.tokens(states), self._branching.tokens, took)
             else:
                 self._cycle.finish(len(states), step.tokens(states), accepted, took)
+        self._branching.learn(sum(map(len, tokens.sampled)), comparable=not prefills)
         for row, state in states.items():
             step.record(state, len(tokens.sampled[row]), row in prefills, self.ledger)
         self._reporting = [state for state in states.values() if state.options.report]

@@ -58,6 +58,8 @@ class Branching:
         self._table, self._model, self._default, self.is_due = table, model, default, False
         self._dtype: torch.dtype = vllm_config.model_config.dtype
         self._device = device = table.on_device[0].device
+        self._known: dict[str, tuple[bytes, Tensor]] = {}
+        self._hidden_size: int = vllm_config.model_config.get_hidden_size()
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()
         self._captured: dict[int, tuple[int, int]] = {}
         requests: int = vllm_config.scheduler_config.max_num_seqs
@@ -83,6 +85,21 @@ class Branching:
         self.shape, self._slots = shape, slots
         self._captured.clear()
         vars(self).pop("_buffers", None)
+
+    def rehearse(self, slots: int) -> None:
+        """Do in a dummy run what takes most memory, if the engine's own options ask for branches."""
+        if self._default is not None:
+            rows = slots * (self._default[1] - 1)
+            candidates(
+                self._model.compute_logits(torch.zeros(rows, self._hidden_size, dtype=self._dtype, device=self._device))
+            )
+
+    def _sent(self, name: str, numbers: Numbers) -> Tensor:
+        """Return rows or slots on the device, int32. In most steps they are those of the step before."""
+        key = numbers.tobytes()
+        if self._known.get(name, (b"", None))[0] != key:
+            self._known[name] = key, to_device(numbers.astype(np.int32), self._device)
+        return self._known[name][1]
 
     def warm_up(self, step: StepTensors, buffers: DraftBuffers) -> None:
         """Compile the kernels for the engine's own branches, as :meth:`Speculator.warm_up` does for others."""
@@ -185,7 +202,7 @@ class Branching:
         rows[: len(used)] = used
         branches, buffers = laid.slots * laid.count, self._buffers
         kernels.lay_out_kernel[(branches,)](
-            to_device(rows, self._device), batch.idx_mapping, batch.seq_lens, batch.query_start_loc,
+            self._sent("rows", rows), batch.idx_mapping, batch.seq_lens, batch.query_start_loc,
             block_table, block_table.stride(0),
             self._planned_prefix, self._places, self._guesses, self._places.stride(0),
             self._table.branches_on_device[0], self._table.on_device[2],
@@ -255,17 +272,19 @@ class Branching:
 
     # After a step
 
-    def rows(self, indices: Numbers, drafting: Numbers) -> Numbers:
+    def rows(self, indices: Numbers, drafting: Numbers, tokens: int) -> Numbers:
         """Return bool per row: whether it drafts by branches, and so no draft pass has to.
 
-        None does if the next step is likely to have no room: it is taken to have the same requests.
+        None does if the next step is likely to have no room: it is taken to be as long as this one, so that requests
+        draft by themselves while prompts fill the steps.
 
         Args:
             indices: of the step's requests.
             drafting: bool ``[rows]``, which ones draft.
+            tokens: of the step.
         """
         rows = drafting & self._table.branching(indices)
-        if rows.any() and self._fitting(indices[rows], len(indices) * self.shape.block_length) is None:
+        if rows.any() and self._fitting(indices[rows], max(tokens, len(indices) * self.shape.block_length)) is None:
             rows = np.zeros_like(rows)
         return rows
 
@@ -289,9 +308,8 @@ class Branching:
             likely, chances = tokens[:, None], torch.zeros(len(tokens), 1, device=self._device)
         else:
             logits = self._model.compute_logits(hits.laid.hidden[hits.sources])
-            best = logits.float().topk(min(RANKS, logits.shape[-1]), dim=-1)
-            likely, chances = best.indices, (best.values - logits.float().logsumexp(-1, keepdim=True)).exp()
-            tokens = best.indices[:, 0].contiguous()
+            likely, chances = candidates(logits)
+            tokens = likely[:, 0].contiguous()
             if self._table.drawn[indices[rows]].any():
                 buffers.temperature.copy_(step.temperature)
                 buffers.seeds.copy_(step.seeds)
@@ -308,10 +326,10 @@ class Branching:
             laid = Laid(np.full(len(rows), -1), 0, 1, length)
         sources, requests, positions = torch.empty(3, count * (laid.length - 1), dtype=torch.int64, device=self._device)
         hits = Hits(
-            to_device(slots, self._device), laid, most, count, self.shape.block_length - 1,
+            self._sent("slots", slots), laid, most, count, self.shape.block_length - 1,
             sources, requests, positions, torch.empty(count, dtype=torch.int32, device=self._device),
         )  # fmt: skip
-        self._find(hits, to_device(laid.slot_of_row.astype(np.int32), self._device), step, num_sampled, valid)
+        self._find(hits, self._sent("laid", laid.slot_of_row), step, num_sampled, valid)
         self._planned[indices] |= rows
         self.is_due = True
         self.undrafted += count
@@ -356,12 +374,19 @@ class Branching:
         counts, _, looks_past = table.branches_on_device
         kernels.plan_kernel[(len(hits.slot_of_row),)](
             hits.slot_of_row, step.requests, step.seq_lens, step.num_rejected, step.last_sampled, hits.block_lens,
-            tokens, likely.contiguous(), chances.contiguous(), counts, looks_past, drafts, drafts.stride(0),
+            tokens, likely, chances, counts, looks_past, drafts, drafts.stride(0),
             self._planned_prefix, self._places, self._guesses, self._places.stride(0),
             length, hits.most, self.shape.max_model_len, MASK_WORTH, *BY_RANK,
             PLACES=power_of_two(length), COLUMNS=power_of_two(RANKS + 1), RANKS=ranks,
             STEPS=power_of_two(self.shape.block_length),
         )  # fmt: skip
+
+
+def candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best tokens of every row of logits ``[rows, vocab]``, and their probabilities; ``[rows, RANKS]``."""
+    logits = logits.float()
+    best = logits.topk(min(RANKS, logits.shape[-1]), dim=-1)
+    return best.indices, (best.values - logits.logsumexp(-1, keepdim=True)).exp()
 
 
 def branched_metadata() -> BranchedMetadata | None:

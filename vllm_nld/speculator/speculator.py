@@ -276,7 +276,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             return self._rehearse(rows, skip_attn_for_dummy_run or self._buffers is None)
         indices, decided = input_batch.idx_mapping_np, self._decided(input_batch)
         drafting = decided & self.table.drafts(indices, self.auto_drafts)
-        branching = drafting & False if self.branching is None else self.branching.rows(indices, drafting)
+        branching = np.zeros_like(drafting)
+        if self.branching is not None:
+            branching = self.branching.rows(indices, drafting, input_batch.num_tokens_after_padding)
         drafting &= ~branching
         denoising = np.flatnonzero(decided & self.table.denoises(indices))
         chosen = indices[drafting]
@@ -406,6 +408,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
     def _rehearse(self, rows: int, without_cache: bool) -> Tensor:
         """Do in a dummy run what takes most memory: a pass over as many requests as there can be in one."""
         slots = max(1, min(rows, self.max_tokens // self.block_length))
+        if self.branching is not None:
+            self.branching.rehearse(slots)
         if without_cache:
             ids = torch.zeros(slots * self.block_length, dtype=torch.int32, device=self.device)
             masked = self._hidden(ids, ids.long(), None).view(slots, self.block_length, -1)[:, 1:]
