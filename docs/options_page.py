@@ -77,7 +77,7 @@ def page() -> str:
     """Return the page's text."""
     lines = [
         _INTRODUCTION,
-        *_table(("Key", "Values", "Default", "Modes", "Meaning"), map(_option, NLDOptions.keys())),
+        *_options(),
         _SPECULATIVE,
         *_table(("Key", "Meaning"), ((f"`{key}`", meaning) for key, meaning in _OWN_KEYS)),
         _REFUSED,
@@ -99,13 +99,23 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def _options() -> Iterator[str]:
+    """Yield the options under ``nld``: a table for those that have an effect in the same modes."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    names = NLDOptions.keys()
+    for name in names:
+        groups.setdefault(MODES_OF_KEY.get(name, ()), []).append(name)
+    for modes, keys in groups.items():
+        yield f"### In {' and '.join(modes).replace(' and ', ', ', len(modes) - 2) or 'every mode'}\n"
+        yield from _table(("Key", "Values", "Default", "Meaning"), map(_option, keys))
+
+
 def _option(name: str) -> tuple[str, ...]:
     """Return the row of an option under ``nld``."""
     field = NLDOptions.model_fields[name]
     meaning = _escaped(" ".join((field.description or "").split()))
     more = f" [More]({PAGES[name]})" if name in PAGES else ""
-    modes = ", ".join(MODES_OF_KEY.get(name, ()))
-    return f"`{name}`", _values(name, field), _default(field.default), modes, meaning + more
+    return f"`{name}`", _values(name, field), _default(field.default), meaning + more
 
 
 def _values(name: str, field: Any) -> str:

@@ -17,8 +17,10 @@ from vllm_nld.auto.trials import Trials
 from vllm_nld.scheduler import NLDScheduler, fair_shares
 from vllm_nld.serving.admission import request_options
 from vllm_nld.serving.ledger import Ledger, Plan, Tally
+from vllm_nld.serving.second_reports import SecondReports
 from vllm_nld.vllm_glue import steps
 from vllm_nld.vllm_glue.padding import schedule_unpadded
+from vllm_nld.vllm_glue.reports import attach
 from vllm_nld.vllm_glue.second_runner import block_length
 
 
@@ -27,6 +29,7 @@ class NLDSecondScheduler(NLDScheduler):
 
     Attributes:
         ledger: what was done so far.
+        reports: of the requests that want one.
         trials: whether drafting pays, for requests in auto mode.
         decisions: of auto mode, by what was done and the tokens of a block.
         grants_places: tells other modules, which never import this class, that it is for the second runner.
@@ -37,6 +40,7 @@ class NLDSecondScheduler(NLDScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ledger, self.trials = Ledger(), Trials()
+        self.reports = SecondReports(lambda request: request_options(request.sampling_params, self._traits).report)
         self.decisions: Counter[tuple[str, int]] = Counter()
         self._auto_drafts = True
         self._modes: dict[str, tuple[str, int]] = {}
@@ -91,7 +95,9 @@ class NLDSecondScheduler(NLDScheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take a step's tokens in, as vLLM does, and count what became of the drafts."""
         self._count(scheduler_output, model_runner_output)
-        return super(NLDScheduler, self).update_from_output(scheduler_output, model_runner_output)
+        outputs = super(NLDScheduler, self).update_from_output(scheduler_output, model_runner_output)
+        attach(outputs, self.reports.take(self.requests))
+        return outputs
 
     def _count(self, planned: Any, result: Any) -> None:
         """Count what a step did for its requests, and whether it says how well its way pays."""
@@ -105,8 +111,9 @@ class NLDSecondScheduler(NLDScheduler):
                 continue
             drafts = len(planned.scheduled_spec_decode_tokens.get(name, ()))
             prefill = planned.num_scheduled_tokens[name] - drafts > 1 or request.num_output_tokens == 0
-            mode, _ = self._asked(request)
+            mode, asked = self._asked(request)
             self._count_one(mode, tokens, drafts, prefill)
+            self.reports.saw(request, mode, tokens, drafts, prefill, drafts < asked)
             if mode == "self_speculation" or (mode == "auto" and note.auto_drafts):
                 self.ledger.drafted(Tally(), 1)
             yielded += tokens

@@ -33,7 +33,6 @@ MOST_BRANCHES = 64
 """Branches that a request may ask for: more only make its steps longer."""
 
 SPECULATIVE: tuple[Mode, ...] = ("auto", "self_speculation")
-BRANCHING: tuple[Mode, ...] = ("self_speculation",)
 DIFFUSION: tuple[Mode, ...] = ("diffusion",)
 _CONFIG = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -83,6 +82,10 @@ class NLDOptions(RegisteredOptions):
         description="How a request decodes. auto picks AR or self-speculation per step by cost and acceptance; "
         "diffusion is never picked, because its text differs from AR's.",
     )
+    report: bool = Field(
+        default=False,
+        description="Say in the responses of chat completions how each token came, and what forwards it took.",
+    )
     block_length: int | None = _option(
         default=None,
         ge=2,
@@ -113,7 +116,7 @@ class NLDOptions(RegisteredOptions):
         description="Self-speculation. How many blocks a verify forward drafts for the places where verification is "
         "likely to end; if it ends at one of them, no draft forward is needed. 'auto' takes those that save more time "
         "than they cost here; 'all' is quadratic self-speculation.",
-        modes=BRANCHING,
+        modes=SPECULATIVE,
     )
     branch_length: int | None = _option(
         default=None,
@@ -121,7 +124,7 @@ class NLDOptions(RegisteredOptions):
         le=MANY,
         description="Self-speculation with branches: tokens of a branch's block, its seed included. Default: 8, or "
         "the block length if that is shorter or branches is 'all'.",
-        modes=BRANCHING,
+        modes=SPECULATIVE,
     )
     sampled_drafts: bool = _option(
         default=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_nld.vllm_glue import registration, versions
+from vllm_nld.vllm_glue import registration, reports, versions
 
 
 def register() -> None:
@@ -22,11 +22,13 @@ def register() -> None:
     from vllm_nld.model import runners
     from vllm_nld.model.speculative_keys import check_speculative_keys
     from vllm_nld.names import PROPOSER_PATHS
+    from vllm_nld.serving.report import Account
 
     errors.show_plainly()
     register_models()
     registration.check_and_fill_speculative_config(PROPOSER_PATHS, check_speculative_keys)
     registration.check_requests_at_admission(admit)
+    reports.show_in_responses(Account)
     runners.install()
 
 

@@ -12,6 +12,7 @@ from vllm_nld.draft_pass.memory import DRAWN_BYTES, rows_in
 from vllm_nld.proposer.parking import SchedulerNote, WorkerNote
 from vllm_nld.serving.admission import EngineTraits, request_options
 from vllm_nld.vllm_glue import sampling, scheduling, steps
+from vllm_nld.vllm_glue.reports import attach
 from vllm_nld.vllm_glue.padding import schedule_unpadded
 
 
@@ -127,6 +128,7 @@ class NLDScheduler(Scheduler):  # type: ignore[misc]
         note = steps.note_on(model_runner_output)
         if isinstance(note, WorkerNote):
             self.parked = note.parked
+            attach(outputs, note.reports)
             if note.finished:
                 self.update_draft_token_ids(steps.draft_token_ids(note.finished))
         return outputs

@@ -130,9 +130,24 @@ class TestSpeculator:
             "seq_lens_cpu_upper_bound",
             "num_computed_tokens_np",
             "num_scheduled_tokens",
+            "num_tokens_after_padding",
             "prefill_len_np",
+            "query_start_loc",
         }
         assert wanted <= vllm.fields(BATCH, "InputBatch")
+
+    def test_a_step_may_be_longer_than_its_batch(self, vllm: VllmSource) -> None:
+        """``speculator.branching`` adds tokens to a step: its state makes the metadata, and slots beyond it are -1."""
+        made = vllm.parameters(f"{STATE}/default.py", "DefaultModelState.prepare_attn")
+        assert [name for name in made if name != "self"][:3] == ["input_batch", "cudagraph_mode", "block_tables"]
+        assert "for_capture" in made
+        slots = vllm.text("v1/worker/gpu/block_table.py", "_compute_slot_mappings_kernel")
+        assert "range(actual_num_tokens, max_num_tokens" in slots and "PAD_ID" in slots
+        assert "self.slot_mappings" in vllm.text("v1/worker/gpu/block_table.py", "BlockTables.__init__")
+        found = vllm.parameters("v1/worker/gpu/cudagraph_utils.py", "CudaGraphManager.dispatch")
+        assert [name for name in found if name != "self"][:2] == ["num_reqs", "num_tokens"]
+        step = vllm.text(RUNNER, "GPUModelRunner.execute_model")
+        assert "self.model(**model_inputs)" in step and "slot_mapping=slot_mappings_by_layer" in step
 
     def test_block_tables_are_kept_by_the_batch_s_rows(self, vllm: VllmSource) -> None:
         text = vllm.text("v1/worker/gpu/block_table.py", "BlockTables.__init__")

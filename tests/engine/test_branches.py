@@ -13,6 +13,7 @@ from tests.support.adapters import random_adapter
 from tests.support.chi_square import chi_square_p_value
 from tests.support.engines import branches, counters, engine, generate, random_prompts, runner
 from tests.support.models import random_model, save, small_config
+from vllm_nld.auto.search import Search
 from vllm_nld.branches.places import every_place, likeliest_places
 from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
 from vllm_nld.draft_pass.block import Block
@@ -64,6 +65,23 @@ def test_a_batch_of_all_kinds_of_requests(tmp_path: Path) -> None:
         assert found["guess"] + found["mask"] > 10
         lookup = [own if "mode" in own else own | {"prompt_lookup": 2} for own in each]
         assert generate(llm, prompts, lookup, max_tokens=40) == expected
+        always_draft(llm)
+        counted, automatic = branches(llm), [{"mode": "auto", "branches": count} for count in (3, "auto", "all", 1)]
+        assert generate(llm, prompts[:4], automatic, max_tokens=20) == [text[:20] for text in expected[:4]]
+        found = branches(llm) - counted
+        assert found["guess"] + found["mask"] > 5
+
+
+def always_draft(llm: Any) -> None:
+    """Have auto mode draft, which it else does only where it measures a gain."""
+
+    class Drafts(Search):
+        def drafting(self, candidates: Any, *_: Any, **__: Any) -> tuple[dict[int, int], float]:
+            return {own.row: own.forward.longest for own in candidates}, float("inf")
+
+    auto = runner(llm).drafter.auto
+    auto.search = Drafts(auto.search.prices, auto.search.lengths)
+    auto.probing.due = lambda *_: None
 
 
 def test_edges_of_the_room_for_branches(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +18,13 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from tests.server.command_lines import python_with_lm_eval, run_in_one_process
 from tests.server.fuzz_requests import fuzz, is_alive
+from tests.support.browser import accessibility_faults, browser, missing
 from tests.support.ports import reserved_port
 from tests.support.servers import BIN, serving
+from tests.support.stand_in import running
+from vllm_nld.chat.server import ChatServer, Target
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
@@ -270,6 +276,74 @@ def test_no_request_ends_the_server(base_url: str) -> None:
     assert is_alive(base_url)
 
 
+KINDS_OF_TOKENS = {
+    "ar": {"ar"},
+    "self_speculation": {"ar", "drafted", "looked_up", "corrected", "bonus"},
+    "auto": {"ar", "drafted", "looked_up", "corrected", "bonus"},
+    "diffusion": {"seed", "denoised"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_responses_say_how_tokens_came(client: OpenAI, model: str, mode: str) -> None:
+    """Also where several steps share a chunk; and what is not asked for is not sent."""
+    settings = {"model": model, "temperature": 0.0, "max_tokens": 120}
+    settings["messages"] = [{"role": "user", "content": "Write the Python function read."}]
+    extra = {"vllm_xargs": {"nld.mode": mode, "nld.report": 1}, "return_token_ids": True}
+    whole = client.chat.completions.create(**settings, extra_body=extra).model_dump()
+    chunks = [chunk.model_dump() for chunk in client.chat.completions.create(**settings, extra_body=extra, stream=True)]
+    streamed = [token for chunk in chunks if chunk.get("nld") for token in chunk["nld"]["tokens"]]
+    assert "".join(token["text"] for token in streamed) == whole["choices"][0]["message"]["content"]
+    assert [token["id"] for token in streamed] == whole["choices"][0]["token_ids"]
+    for tokens in (streamed, whole["nld"]["tokens"]):
+        assert len(tokens) == 120
+        assert {token["origin"] for token in tokens} <= KINDS_OF_TOKENS[mode]
+    assert whole["kv_transfer_params"] is None
+    figures = whole["nld"]
+    forwards = sum(count for kind, count in figures["forwards"].items() if kind != "prefill")
+    assert figures["tokens_per_forward"] == 120 / forwards
+    if mode == "self_speculation":
+        by_kind = Counter(token["origin"] for token in figures["tokens"])
+        assert by_kind["drafted"] + by_kind["looked_up"] == figures["accepted_drafts"] > 0
+        assert by_kind["looked_up"] > 0  # the text repeats itself
+        assert by_kind["corrected"] + by_kind["bonus"] == figures["verified_blocks"] > 0
+    silent = client.chat.completions.create(**settings, extra_body={"vllm_xargs": {"nld.mode": mode}})
+    assert "nld" not in silent.model_dump()
+
+
+def test_reports_of_several_texts_are_refused(client: OpenAI, model: str) -> None:
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match=r"n=2 with .*report=True; allowed: 1"):
+        client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "x"}],
+            n=2,
+            temperature=1.0,
+            extra_body={"vllm_xargs": {"nld.report": 1}},
+        )
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_chat_page_shows_two_modes_of_a_real_server(base_url: str, tmp_path: Path) -> None:
+    """Pictures of it: ``VLLM_NLD_PICTURES=FOLDER``."""
+    pictures = Path(os.environ.get("VLLM_NLD_PICTURES", tmp_path))
+    with ChatServer(Target(base_url)) as server, running(server), browser() as driver:
+        driver.get(server.url)
+        driver.find_element("css selector", "#other option[value='ar']").click()
+        driver.find_element("css selector", "#prompt").send_keys("Write the Python function read.\n")
+        end = time.monotonic() + 120
+        while not (verdict := driver.find_elements("css selector", ".verdict")):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert verdict[0].text.startswith("Both texts are the same.")
+        counts = [int(node.text) for node in driver.find_elements("css selector", ".figures div:last-child dd")]
+        assert counts[0] == counts[1] == len(driver.find_elements("css selector", ".pair .answer:first-child .bar i"))
+        assert driver.find_elements("css selector", ".text .looked_up")
+        assert accessibility_faults(driver) == []
+        assert driver.save_screenshot(str(pictures / "chat.png"))
+
+
 def test_json_schemas_are_kept_in_every_mode(client: OpenAI, model: str) -> None:
     schema = {
         "type": "object",
@@ -318,10 +392,58 @@ def test_example_client_runs(base_url: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_bench_serve_prints_acceptance(base_url: str, model: str) -> None:
-    command = [str(BIN / "vllm"), "bench", "serve", "--model", model, "--base-url", base_url]
-    command += ["--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "32"]
-    command += ["--num-prompts", "4", "--extra-body", json.dumps(SPECULATE)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "Acceptance length" in result.stdout
+@pytest.fixture
+def in_every_mode(base_url: str) -> Iterator[dict[str, str]]:
+    """Each mode as a request's options, in JSON; afterwards every mode must have generated tokens."""
+
+    def tokens() -> dict[str, float]:
+        modes = ("ar", "self_speculation", "diffusion")  # auto's tokens are AR's or self-speculation's
+        return {mode: metric(base_url, "vllm:nld_tokens", f'mode="{mode}"') for mode in modes}
+
+    before = tokens()
+    yield {mode: json.dumps({"vllm_xargs": {"nld.mode": mode}}) for mode in MODES}
+    assert all(tokens()[mode] > count for mode, count in before.items())
+
+
+def test_bench_serve_runs_in_every_mode(
+    base_url: str, model: str, in_every_mode: dict[str, str], tmp_path: Path
+) -> None:
+    """With the user's own prompts, as JSONL, and the local tokenizer."""
+    prompts = "\n".join(json.dumps({"prompt": text[-80:]}) for _, text in held_out_prompts(3))
+    (tmp_path / "prompts.jsonl").write_text(prompts)
+    common = ["--model", model, "--tokenizer", str(checkpoint_path("tiny")), "--base-url", base_url]
+    common += ["--dataset-name", "custom", "--dataset-path", "prompts.jsonl", "--skip-chat-template"]
+    common += ["--custom-output-len", "16", "--num-prompts", "3", "--temperature", "0", "--disable-tqdm"]
+    common += ["--save-result", "--result-dir", str(tmp_path)]
+    lines = [
+        ["vllm", "bench", "serve", *common, "--result-filename", f"{mode}.json", "--extra-body", body]
+        for mode, body in in_every_mode.items()
+    ]
+    output = run_in_one_process(sys.executable, "vllm.entrypoints.cli.main:main", lines, tmp_path)
+    for mode in MODES:
+        found = json.loads((tmp_path / f"{mode}.json").read_text())
+        assert (found["completed"], found["total_output_tokens"]) == (3, 48), mode
+    assert "Acceptance length" in output
+
+
+def test_lm_eval_runs_in_every_mode(base_url: str, model: str, in_every_mode: dict[str, str], tmp_path: Path) -> None:
+    """On a local task, without a hub. Modes that keep AR's text get AR's result."""
+    python = python_with_lm_eval()
+    if python is None:
+        pytest.skip("lm-eval is not installed: pip install 'lm-eval[api]', or name its interpreter in VLLM_NLD_LM_EVAL")
+    for file in (EXAMPLES / "lm_eval").iterdir():
+        shutil.copy(file, tmp_path)
+    common = ["--model", "local-completions", "--tasks", "continue_code", "--include_path", ".", "--log_samples"]
+    arguments = f"model={model},base_url={base_url}/v1/completions,tokenizer_backend=None,num_concurrent=2"
+    lines = [
+        ["lm_eval", "run", *common, "--model_args", arguments, "--gen_kwargs", body, "--output_path", mode]
+        for mode, body in in_every_mode.items()
+    ]
+    run_in_one_process(python, "lm_eval.__main__:cli_evaluate", lines, tmp_path)
+    answers = {}
+    for mode in MODES:
+        (samples,) = (tmp_path / mode).rglob("samples_*.jsonl")
+        rows = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+        answers[mode] = [row["filtered_resps"] for row in rows]
+        assert len(rows) == 4
+    assert answers["ar"] == answers["self_speculation"] == answers["auto"]

@@ -44,12 +44,15 @@ def model_of(seed: int, adapter: bool = False) -> ReferenceModel:
     count=st.integers(1, 24),
     adapter=st.booleans(),
     bootstrap=st.booleans(),
+    misses_draft=st.booleans(),
 )
 def test_text_is_that_of_ar(
-    seed: int, prompt: list[int], block_length: int, choice: str, count: int, adapter: bool, bootstrap: bool
-) -> None:
+    seed: int, prompt: list[int], block_length: int, choice: str, count: int, adapter: bool, bootstrap: bool,
+    misses_draft: bool,
+) -> None:  # fmt: skip
     model = model_of(seed, adapter)
-    found = branch_spec_generate(model, prompt, CHOICES[choice], count, block_length, bootstrap=bootstrap)
+    how = {"bootstrap": bootstrap, "misses_draft": misses_draft}
+    found = branch_spec_generate(model, prompt, CHOICES[choice], count, block_length, **how)
     assert found.ids == ar_generate(model, prompt, count).ids
     assert quadratic_spec_generate(model, prompt, count, block_length).ids == found.ids
 
@@ -66,6 +69,22 @@ def test_quadratic_takes_one_forward_a_cycle() -> None:
     found = quadratic_spec_generate(model_of(1), PROMPT, 30, 8)
     assert found.nfe == 1 + len(found.drafts)
     assert found.query_tokens[0] == 8 + 8 * 8  # B rows, and a branch of B tokens after each: B (B + 1) together
+
+
+def test_a_prompt_of_one_token_is_no_cycle() -> None:
+    found = branch_spec_generate(model_of(1), PROMPT[:1], no_branches, 10, 8)
+    assert len(found.accepted) == len(found.hits) == len(found.drafts)
+
+
+def test_misses_that_do_not_draft_take_one_forward_a_cycle() -> None:
+    """After the prompt and after every miss comes a forward of one token, whose branch is hit."""
+    found = branch_spec_generate(model_of(1), PROMPT, likeliest_places(3, 4), 40, 8, misses_draft=False)
+    assert found.nfe == 1 + len(found.drafts)
+    assert len(found.drafts[0]) == 1
+    followed = [len(own) for own, hit in zip(found.drafts[1:], found.hits, strict=False) if hit == "none"]
+    assert followed and set(followed) == {1}
+    singles = [hit for own, hit in zip(found.drafts, found.hits, strict=True) if len(own) == 1]
+    assert set(singles[:-1]) == {"mask"}
 
 
 @pytest.mark.parametrize("seed", range(3))

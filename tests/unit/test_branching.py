@@ -57,6 +57,21 @@ def test_some_are_taken_in_between() -> None:
     assert 1 <= count < 8
 
 
+def test_steps_that_took_longer_than_forwards_of_their_size_are_believed() -> None:
+    """A step with branches also takes host time that a bare forward, timed at start-up, knows nothing of."""
+    costs = Costs()
+    for size in SIZES:
+        costs.start(size, 1.0)
+    branching, one = Branching(8, Ledger(), costs, lambda decide: int(decide())), drafted("auto")
+    branching.plan([one], tokens=6)
+    assert one.state.pending is not None and len(one.state.pending.branches) == 8
+    for _ in range(5):
+        for size in SIZES:
+            costs.branched.observe(size, 2.5)
+    branching.plan([one], tokens=6)
+    assert one.state.pending.branches == []
+
+
 def test_a_request_without_branches_keeps_the_draft_forward() -> None:
     """It is run for that request anyway, and is hardly shorter for one request less."""
     costs = [planned(lambda tokens: 1.0 + tokens * 1e-3, drafted("auto"), *others) for others in ([], [drafted("off")])]

@@ -15,7 +15,7 @@ OLD_NAMES = ("replica", "learned_sampler")
 """Modules that moved, by their old names, for one more release."""
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("names", "errors", "option", "branches"),
+    ("names", "errors", "option", "origins", "branches"),
     ("policies", "draft_sources"),
     ("config", "options", "ops"),
     ("checkpoints", "serving", "vllm_glue", "attention", "vision"),
@@ -25,6 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("proposer", "speculator", "training", "conversion"),
     ("worker", "scheduler"),
     ("async_scheduler",),
+    ("chat",),
     ("cli", "plugin", *OLD_NAMES),
 )
 """Rooms and modules of the top level, from the lowest level up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,8 +141,23 @@ def test_branches_that_would_be_ignored_are_refused(nld: dict[str, Any], why: st
     assert read({"nld": {"mode": "self_speculation", "branches": "off"}}, traits).branches == "off"
 
 
-def test_every_key_except_mode_has_its_modes() -> None:
-    assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode"} == set(NLDOptions.model_fields)
+@pytest.mark.parametrize(
+    ("nld", "words"),
+    [
+        ({"branches": "auto"}, "branches='auto' on vLLM's second model runner; allowed: 'off', 'all', or a number"),
+        ({"branches": 2, "branch_length": 65}, "branch_length=65 on vLLM's second model runner; allowed: 2 to 64"),
+    ],
+)
+def test_branches_that_the_second_runner_lacks_are_refused(nld: dict[str, Any], words: str) -> None:
+    traits = EngineTraits(NLDOptions(), 100, second=True)
+    for mode in ("auto", "self_speculation"):
+        with pytest.raises(NLDError, match=re.escape(words)):
+            read({"nld": {"mode": mode} | nld}, traits)
+        assert read({"nld": {"mode": mode, "branches": 2, "branch_length": 64}}, traits).branches == 2
+
+
+def test_every_key_except_mode_and_report_has_its_modes() -> None:
+    assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode", "report"} == set(NLDOptions.model_fields)
 
 
 def test_booleans_may_be_numbers() -> None:

@@ -102,6 +102,7 @@ def test_a_step_reads_nothing_back(llm: Any, model: ReferenceModel, monkeypatch:
     found = generate(llm, prompts, max_tokens=8, temperature=0.8, seed=3)
     assert [len(text) for text in found] == [8, 8]
     generate(llm, prompts, max_tokens=8)
+    generate(llm, prompts, [{"branches": 2}, {"branches": "all"}], max_tokens=8)
     assert not calls
     assert torch.ones(1).item() == 1.0 and not calls  # calls from other modules are not counted
     draft_block(model, KVCache(), 7, 3)  # the reference does read back: the watch would notice

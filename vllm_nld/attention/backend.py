@@ -71,6 +71,11 @@ class BranchedMetadata:
     branches: DraftMetadata
     adapted: Tensor | None
 
+    @property
+    def in_graph(self) -> bool:
+        """As of :class:`DraftMetadata`."""
+        return self.branches.in_graph
+
 
 class BlockTable:
     """The block table (request -> KV pages) of the step that vLLM is running, kept for the draft pass after it."""

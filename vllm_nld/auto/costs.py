@@ -117,23 +117,24 @@ class CostCurve:
 
 
 class Costs:
-    """The three prices of auto mode.
+    """The prices of auto mode.
 
     Attributes:
         ar: a step in which every request gets one token, by requests.
         verify: a step with drafts in it, by tokens of the causal pass.
         draft: filling blocks by one forward, by tokens of the blocks.
+        branched: a step with branches in it, by tokens of the causal pass and of the branches.
     """
 
     def __init__(self) -> None:
-        self.ar, self.verify, self.draft = CostCurve(), CostCurve(), CostCurve()
+        self.ar, self.verify, self.draft, self.branched = CostCurve(), CostCurve(), CostCurve(), CostCurve()
 
     def start(self, size: int, forward_seconds: float) -> None:
         """Take in a start-up measurement: one forward over ``size`` tokens.
 
-        The three passes run the same weights, so they start out equal; real steps soon tell them apart.
+        The passes run the same weights, so they start out equal; real steps soon tell them apart.
         """
-        for curve in (self.ar, self.verify, self.draft):
+        for curve in (self.ar, self.verify, self.draft, self.branched):
             curve.start(size, forward_seconds)
 
     def measure(self, forward: Callable[[int], float], largest: int, go_on: Callable[[], bool]) -> None:

@@ -67,3 +67,8 @@ class Prices:
             self.costs.ar.observe(requests, seconds)
         else:
             self.costs.verify.observe(tokens, seconds)
+
+    def observe_branched(self, requests: int, tokens: int, added: int, seconds: float) -> None:
+        """Learn what a causal pass took that ran ``added`` tokens of branches next to its own."""
+        if not self.was_interrupted(requests, tokens, seconds):
+            self.costs.branched.observe(tokens + added, seconds)

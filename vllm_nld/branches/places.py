@@ -18,6 +18,13 @@ MASK_WORTH = 0.5
 what that study saw (0.7)."""
 SHORTEST = 2
 """Tokens of the shortest block with a draft."""
+USUAL_LENGTH = 8
+"""Tokens of a branch's block: on the embedded checkpoint longer ones gain nothing."""
+
+
+def usual_length(count: int | str, length: int | None, block_length: int) -> int:
+    """Return the tokens of a branch's block for what a request asks for."""
+    return min(length or (block_length if count == "all" else USUAL_LENGTH), block_length)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,23 @@ def path(name: Annotated[str, typer.Argument(help="tiny, tiny_vlm, or smollm2 on
     typer.echo(checkpoint_path(name))
 
 
+@app.command()
+@_plainly
+def chat(
+    url: Annotated[str, typer.Option(help="The running server to talk to.")] = "http://localhost:8000",
+    host: Annotated[str, typer.Option(help="Where the page is served; others than this machine's can reach it only if "
+                                           "you say so here.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's key, if it wants one.", show_default=False)
+    ] = None,
+) -> None:
+    """A page to try a running server: modes next to each other, and how each token came."""
+    from vllm_nld.cli.chat import run
+
+    run(url, host, port, api_key)
+
+
 @bench.command()
 @_plainly
 def cycle(
@@ -172,6 +189,44 @@ def drafting(
     from vllm_nld.cli.bench_drafting import run
 
     run(prompts, max_tokens, concurrency or [1, 4, 16], turns, json)
+
+
+@bench.command()
+@_plainly
+def tasks(
+    model: Annotated[
+        str, typer.Option(help="tiny, smollm2 once it is fetched, a folder, or a Hugging Face id.")
+    ] = "tiny",
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts: JSONL with category and messages, as SPEED-Bench. Default: packages'.")
+    ] = None,
+    category: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: all.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, max=10_000, help="Prompts of each category, at most.")] = 4,
+    way: Annotated[
+        list[str] | None,
+        typer.Option(help="To run besides AR, as the table names them; may be repeated. Default: all."),
+    ] = None,
+    threshold: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Of diffusion; may be repeated. Default: 0.5, 0.7, 0.9.")
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, max=256, help="Requests in flight; may be repeated. Default: 1.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, max=10**6, help="Tokens to generate per prompt.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32 compares token for token; bfloat16 has near-ties.")] = "float32",
+    draft_lora: Annotated[str | None, typer.Option(help="Another adapter than the checkpoint's, or off.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the figures here, again after each result.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture here (needs matplotlib).")] = None,
+    json: Json = False,
+) -> None:
+    """Every mode by category of task, next to plain vLLM and its ngram: TPF, acceptance, agreement, speed."""
+    from vllm_nld.cli.bench_tasks import Options, run
+
+    options = Options(
+        model, file, category or (), prompts, way or (), threshold or (0.5, 0.7, 0.9), concurrency or (1,),
+        max_tokens, dtype, draft_lora,
+    )  # fmt: skip
+    run(options, output, plot, json)
 
 
 @app.command()

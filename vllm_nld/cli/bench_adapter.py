@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from vllm_nld.checkpoints.draft_lora import FOLDER, RELEASED_TARGETS, TARGETS
+from vllm_nld.cli.console import report_console
 from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import one_of
@@ -163,6 +163,6 @@ def _show(rows: list[dict[str, Any]], repeats: int) -> None:
                 row["model"], str(row["layers"]), row["adapter"], str(row["rank"]), f"{row['bytes'] / 2**20:.0f}",
                 name, *values,
             )  # fmt: skip
-    console = Console()
+    console = report_console()
     console.print(table)
     console.print(f"medians of {repeats} alternating forwards, bfloat16; in an AR step it is loaded but inactive")

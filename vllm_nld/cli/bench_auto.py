@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.cli.console import report_console
 from vllm_nld.cli.engine import PROPOSER, engine_with, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import DTYPES, MODEL_LENGTH, check_completions, one_of
 
@@ -245,6 +245,6 @@ def _show(report: dict[str, Any]) -> None:
         low, high = row["interval_95"]
         ratios = [f"{row['auto_to_better_fixed']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['control_to_ar']:.3f}"]
         table.add_row(row["workload"], str(row["concurrency"]), *speeds, *ratios)
-    console = Console()
+    console = report_console()
     console.print(table)
     console.print(f"{report['turns']} turns of {TURN_SECONDS} s each, tiny checkpoint, {report['dtype']}", style="dim")

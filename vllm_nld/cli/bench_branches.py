@@ -12,11 +12,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.cli.console import report_console
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import DTYPES, check_completions, one_of
 from vllm_nld.serving.ledger import Tally
@@ -147,7 +147,7 @@ def _rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    console = Console()
+    console = report_console()
     table = Table(*(name.replace("_", " ") for name in report["ways"][0]))
     for row in report["ways"]:
         table.add_row(*map(str, row.values()))

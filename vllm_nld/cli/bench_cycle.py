@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.cli.console import report_console
 from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import MODEL_LENGTH, one_of, within
@@ -199,7 +199,7 @@ def time_decoding(
 
 
 def _show(report: dict[str, Any]) -> None:
-    console = Console()
+    console = report_console()
     machine = report["machine"]
     console.print(
         f"machine: {machine['gemm_gflops']} GFLOP/s bf16 GEMM (32 rows), {machine['read_gb_per_s']} GB/s reads"

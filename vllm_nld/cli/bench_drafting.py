@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli.bench_auto import Client, bootstrap_ratio, check_jobs, make_jobs, serving_settings, speed, take_turns
+from vllm_nld.cli.console import report_console
 from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import check_completions
 from vllm_nld.serving.ledger import Tally
@@ -186,7 +186,7 @@ def _say(what: str) -> None:
 
 
 def _show(report: dict[str, Any]) -> None:
-    console = Console()
+    console = report_console()
     table = Table(
         "adapter", "lookup", "block length", "acceptance length", "TPF", "tokens/s", "same text as AR", "by position"
     )

@@ -8,12 +8,12 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli import bench_parking
+from vllm_nld.cli.console import report_console
 from vllm_nld.cli.engine import PROPOSER, engine, engine_with, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import DTYPES, check_completions, one_of
 from vllm_nld.serving.ledger import Tally
@@ -179,7 +179,7 @@ def _show(report: dict[str, Any]) -> None:
         )
     for row in report["speed_of_light"]:
         table.add_row(f"speed of light, block {row['block_length']}", f"{row['tpf']:.2f}", "-", "-", "-", "-", "-")
-    console = Console()
+    console = report_console()
     console.print(table)
     saved = report["compaction"]
     console.print(

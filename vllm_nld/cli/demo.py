@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.cli.console import report_console
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import DTYPES, MODEL_LENGTH, check_completions, one_of, within
 
@@ -164,7 +164,7 @@ def _counters(llm: Any, self_speculation: bool) -> dict[str, int]:
 
 
 def _show(report: dict[str, Any], prompts: list[Prompt], texts: list[str]) -> None:
-    console = Console()
+    console = report_console()
     for prompt, text in zip(prompts, texts, strict=True):
         if prompt.question:
             console.rule(prompt.source, align="left")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from vllm_nld.cli.console import report_console
 from vllm_nld.cli.engine import prepare_environment, stdout_to_stderr
 from vllm_nld.cli.limits import check_writable, within
 from vllm_nld.cli.plot import file_pyplot
@@ -252,7 +252,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def show(report: dict[str, Any]) -> None:
     """Print the report as tables."""
-    console = Console()
+    console = report_console()
     gpu = report["gpu"]
     console.print(f"{report['model']}: {report['parameters'] / 1e9:.2f} G parameters in {report['dtype']}, KV in "
                   f"{report['kv_dtype']}; {report['context']} cached tokens a request")  # fmt: skip

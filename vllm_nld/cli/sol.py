@@ -15,6 +15,7 @@ from rich.table import Table
 
 from vllm_nld.checkpoints import named_or_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
+from vllm_nld.cli.console import report_console
 from vllm_nld.cli.limits import check_device, check_writable
 from vllm_nld.cli.plot import file_pyplot
 from vllm_nld.errors import NLDError
@@ -187,6 +188,6 @@ def _show(report: dict[str, Any]) -> None:
         name += f" ({row['given_tokens']} tokens given)" if row["given_tokens"] else ""
         forwards = f"{row['serial_forwards']} / {row['denoising_forwards']}"
         table.add_row(name, f"{row['tpf']:.2f}", f"{row['tpf_denoising']:.2f}", forwards, "")
-    console = Console()
+    console = report_console()
     console.print(table)
     console.print(f"TPF: {report['tpf_convention']}; {report['prompts']} prompts x {report['max_tokens']} tokens")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_nld.origins import UNKNOWN
+
 FORGET_OFFERED = 1e-4
 """Share of the evidence on drafts at hand that is lost whenever some are offered."""
 GUESS_WEIGHT = 4.0
@@ -18,10 +20,12 @@ class ChanceClass:
     Attributes:
         name: for people.
         guess: how likely, until there is evidence.
+        origin: what a report calls those that are accepted (:mod:`vllm_nld.origins`).
     """
 
     name: str
     guess: float
+    origin: str = UNKNOWN
 
 
 class Calibration:

@@ -10,13 +10,14 @@ from vllm_nld.draft_sources.acceptance import Acceptance, Prior
 from vllm_nld.draft_sources.base import ByForward, DraftSource, NewRequest, Text
 from vllm_nld.draft_sources.calibration import ChanceClass
 from vllm_nld.option import Option
+from vllm_nld.origins import DRAFTED
 
 FORGET_SHARE = 0.01
 """What a step without a draft takes off the evidence on a request's acceptance."""
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 MIDDLES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 0.97, 0.995)
 # Confidence is taken at its word until there is evidence.
-CLASSES = tuple(ChanceClass(f"confidence about {middle}", middle) for middle in MIDDLES)
+CLASSES = tuple(ChanceClass(f"confidence about {middle}", middle, DRAFTED) for middle in MIDDLES)
 
 
 def chance_classes(confidences: Sequence[float]) -> list[ChanceClass]:

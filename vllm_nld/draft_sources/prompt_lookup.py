@@ -16,14 +16,19 @@ from typing import Self
 from vllm_nld.draft_sources.base import Drafts, DraftSource, NewRequest, Text
 from vllm_nld.draft_sources.calibration import ChanceClass
 from vllm_nld.option import Option
+from vllm_nld.origins import LOOKED_UP
 
 LONGEST_MATCH = 16
 """Matches are not followed back any further."""
 MATCH_CLASSES = (4, 6, 9, LONGEST_MATCH)
 """Shortest matches of the classes above the lowest: the longer the match, the more it promises."""
-FIRST = tuple(ChanceClass(f"looked up, first, match class {i}", x) for i, x in enumerate((0.5, 0.6, 0.7, 0.8, 0.9)))
+FIRST = tuple(
+    ChanceClass(f"looked up, first, match class {i}", x, LOOKED_UP) for i, x in enumerate((0.5, 0.6, 0.7, 0.8, 0.9))
+)
 """Of the first draft of a run, by match: it is less certain than the others."""
-LATER = tuple(ChanceClass(f"looked up, later, match class {i}", x) for i, x in enumerate((0.7, 0.75, 0.8, 0.85, 0.9)))
+LATER = tuple(
+    ChanceClass(f"looked up, later, match class {i}", x, LOOKED_UP) for i, x in enumerate((0.7, 0.75, 0.8, 0.85, 0.9))
+)
 """Of the others."""
 
 

@@ -110,7 +110,7 @@ def adapted_tokens(tensor: Tensor) -> Tensor | slice | None:
     blocks = next(iter(metadata.values()), None)
     if not isinstance(blocks, DraftMetadata | BranchedMetadata) or blocks.adapted is None:
         return None
-    if is_being_captured(tensor) and not (isinstance(blocks, DraftMetadata) and blocks.in_graph):
+    if is_being_captured(tensor) and not blocks.in_graph:
         raise NLDError("a draft pass was about to be captured in a CUDA graph; its adapter would follow the capture")
     return blocks.adapted
 

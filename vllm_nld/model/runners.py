@@ -44,7 +44,7 @@ def why_first(vllm_config: Any) -> list[str]:
     defaults = NLDOptions.from_vllm_config(vllm_config)
     if defaults.draft_threshold > 0:
         reasons.append(f"draft_threshold={defaults.draft_threshold}")
-    if defaults.branches != "off":
+    if defaults.branches == "auto":
         reasons.append(f"branches={defaults.branches!r}")
     if not defaults.seed_first:
         reasons.append("seed_first=False")

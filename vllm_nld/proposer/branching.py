@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_nld.auto.costs import Costs
-from vllm_nld.branches.places import RANKS, Branch, Choice, Draft, every_place, likeliest_places
+from vllm_nld.branches.places import RANKS, Branch, Choice, Draft, every_place, likeliest_places, usual_length
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.branch_rows import run_with_blocks
 from vllm_nld.draft_pass.forward import DraftPass
@@ -25,15 +25,15 @@ from vllm_nld.proposer.pending import Pending
 from vllm_nld.proposer.request_state import RequestState
 from vllm_nld.serving.ledger import Ledger
 
-USUAL_LENGTH = 8
-"""Tokens of a branch's block: on the embedded checkpoint longer ones gain nothing."""
 MOST_BY_PRICE = 8
 """Branches of a request among which ``auto`` chooses."""
+LEAST_GAIN = 0.03
+"""Share of a cycle's time that branches must save. The maximum of many noisy estimates is biased upward."""
 
 
 def is_branching(state: RequestState) -> bool:
     """Whether a request's verify forwards branch."""
-    return state.options.mode == "self_speculation" and state.options.branches != "off"
+    return state.options.mode in ("auto", "self_speculation") and state.options.branches != "off"
 
 
 def looks_past(state: RequestState) -> bool:
@@ -49,9 +49,10 @@ def ranks(state: RequestState) -> int:
 @cache
 def policy(count: int | str, length: int | None, block_length: int) -> Choice:
     """Return the policy for a request's options."""
+    own = usual_length(count, length, block_length)
     if count == "all":
-        return every_place(min(length or block_length, block_length))
-    return likeliest_places(MOST_BY_PRICE if count == "auto" else int(count), min(length or USUAL_LENGTH, block_length))
+        return every_place(own)
+    return likeliest_places(MOST_BY_PRICE if count == "auto" else int(count), own)
 
 
 class Drafted(NamedTuple):
@@ -132,9 +133,10 @@ class Branching:
             tokens: of the causal pass without them.
             others: tokens of a draft forward for requests that are never hit.
         """
-        draft, verify = self._costs.draft.seconds, self._costs.verify.seconds
-        drafting, plain = draft(others + sum(length for _, length in priced)), verify(tokens)
-        best, most = 0, 0.0
+        draft, branched = self._costs.draft.seconds, self._costs.branched.seconds
+        drafting = draft(others + sum(length for _, length in priced))
+        plain = self._costs.verify.seconds(tokens)
+        best, most = 0, LEAST_GAIN * (drafting + plain)
         for count, least in enumerate(offers, 1):
             taken = [[branch for branch in pending.branches if branch.gain >= least] for pending, _ in priced]
             hits = [min(1.0, sum(branch.gain for branch in own)) for own in taken]
@@ -142,7 +144,7 @@ class Branching:
             all_hit = 0.0 if others else math.prod(hits)
             saved = drafting - (1 - all_hit) * draft(max(1, round(rest)))
             added = sum(p.rows(branch) for (p, _), own in zip(priced, taken, strict=True) for branch in own)
-            gain = saved - (verify(tokens + added) - plain)
+            gain = saved - (branched(tokens + added) - plain)
             if gain > most:
                 best, most = count, gain
         return best
@@ -197,8 +199,10 @@ class Branching:
         tokens = [seed] + [mask] * (pending.rows(branch) - 1)
         return Block(pending.prefix + branch.after + 1, tokens, adapted=state.options.draft_adapter)
 
-    def use(self, draft_pass: DraftPass, states: Mapping[int, RequestState], opened: Mapping[int, Block]) -> None:
-        """Fill those of the opened blocks that a branch has drafted; a shorter branch shortens its block.
+    def use(self, draft_pass: DraftPass, states: Mapping[int, RequestState], opened: Mapping[int, Block]) -> bool:
+        """Fill those of the opened blocks that a branch has drafted, and return whether there are any.
+
+        A shorter branch shortens its block.
 
         Args:
             draft_pass: of the engine.
@@ -220,6 +224,7 @@ class Branching:
             draft_pass.settle(filled, filled, torch.cat(hidden))
             for block in filled:
                 block.passes = 0  # no forward was run for it
+        return bool(filled)
 
 
 def _due(state: RequestState, step: CausalStep) -> list[Branch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_nld.origins import AR, BONUS, CORRECTED, DENOISED, SEED
 from vllm_nld.proposer.diffusion import Phase
 from vllm_nld.proposer.parking import SchedulerNote
 from vllm_nld.proposer.request_state import RequestState
@@ -56,13 +57,15 @@ class CausalStep:
         state.draft_probs = None
         drafts = len(self.drafted.get(state.request_id, ()))
         if state.is_diffusion:
-            kind, mode = "commit", "diffusion"
+            kind, mode, origins = "commit", "diffusion", DENOISED * (decided - 1) + SEED
             if state.diffusion.phase is _COMMITTING:
                 state.diffusion.committed(drafts)
         elif drafts:
             kind, mode = "verify", "self_speculation"
             state.learn(drafts, decided - 1)
+            origins = state.origins_of_drafts(decided - 1) + (BONUS if decided > drafts else CORRECTED)
         else:
-            kind = "ar"
+            kind, origins = "ar", AR * decided
             mode = "self_speculation" if state.options.mode == "self_speculation" and prefill else "ar"
+        state.note_origins(origins)
         ledger.causal(state.tally, "prefill" if prefill else kind, mode, decided, decided - 1)

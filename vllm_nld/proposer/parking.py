@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.proposer.request_state import RequestState
@@ -24,10 +25,12 @@ class WorkerNote:
     Attributes:
         parked: requests that the next causal pass must leave out.
         finished: by request, the tokens to commit of blocks that became done while their request was not in the step.
+        reports: by request, of those that want one and got tokens in the step.
     """
 
     parked: frozenset[str]
     finished: dict[str, list[int]] = field(default_factory=dict)
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

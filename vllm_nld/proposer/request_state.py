@@ -14,6 +14,7 @@ from vllm_nld.draft_sources.base import DraftSource
 from vllm_nld.draft_sources.calibration import ChanceClass
 from vllm_nld.ops.noise import Noise, Sampler
 from vllm_nld.options import NLDOptions
+from vllm_nld.origins import put
 from vllm_nld.proposer.diffusion import DiffusionRequest
 from vllm_nld.proposer.pending import Pending
 from vllm_nld.proposer.thinking import ThinkingBudget
@@ -36,6 +37,7 @@ class RequestState:
         draft_probs: float32 ``[drafts, vocab]``, what those were drawn from; None if they were not drawn.
         pending: the branches of its next verification, if there are any.
         tally: what it has cost and yielded so far.
+        origins: how each of its tokens came (:mod:`vllm_nld.origins`), if it wants to know.
     """
 
     request_id: str
@@ -49,6 +51,7 @@ class RequestState:
     draft_probs: Tensor | None = None
     pending: Pending | None = None
     tally: Tally = field(default_factory=Tally)
+    origins: str = ""
 
     @property
     def params(self) -> Any:
@@ -122,6 +125,16 @@ class RequestState:
     def at_hand(self) -> tuple[DraftSource, ...]:
         """The sources whose drafts take no forward."""
         return tuple(source for source in self.sources if not source.takes_forward)
+
+    def note_origins(self, more: str) -> None:
+        """Record how the tokens came that have just been decided."""
+        if self.options.report:
+            self.origins = put(self.origins, len(self.cached.output_token_ids) - len(more), more)
+
+    def origins_of_drafts(self, accepted: int) -> str:
+        """Return how the first ``accepted`` of the drafts came that were handed out last."""
+        classes = self.handed_out[1] if self.handed_out is not None else []
+        return "".join(chance.origin for chance in classes[:accepted])
 
     def learn(self, drafts: int, accepted: int) -> None:
         """Learn from a causal pass that verified ``drafts`` of the drafts that were handed out last."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,7 @@ from vllm_nld.proposer.step_tokens import StepTokens, TokenArray
 from vllm_nld.proposer.thinking import thinking_tokens
 from vllm_nld.serving.admission import EngineTraits
 from vllm_nld.serving.ledger import Ledger
+from vllm_nld.serving.report import report
 from vllm_nld.vllm_glue import cpu_repairs, scheduling
 from vllm_nld.vllm_glue.rejection_sampler import pack_draft_probs
 
@@ -96,6 +98,7 @@ class SelfSpeculation:
         self._cycle = self.auto.idle()
         self._step = CausalStep()
         self._left_at: float | None = None
+        self._reporting: list[RequestState] = []
         if vllm_config.device_config.device_type == "cpu":
             cpu_repairs.repair_cpu_temperature()
 
@@ -195,8 +198,12 @@ class SelfSpeculation:
         self._left_at = time.perf_counter()
 
     def take_note(self) -> WorkerNote | None:
-        """Return what the scheduler must know after a step; None if no request is ever parked."""
-        return self._denoising.take_note() if self.parks else None
+        """Return what the scheduler must know after a step; None if that is nothing."""
+        reports = {state.request_id: report(state.origins, state.tally) for state in self._reporting}
+        self._reporting = []
+        if self.parks:
+            return replace(self._denoising.take_note(), reports=reports)
+        return WorkerNote(frozenset(), reports=reports) if reports else None
 
     def propose(
         self,
@@ -249,16 +256,20 @@ class SelfSpeculation:
     def _learn_from_step(self, states: dict[int, RequestState], tokens: StepTokens, now: float) -> None:
         """Learn what the causal pass decided, and what it cost, host time included.
 
-        Not the cost of passes that also ran a prefill or branches.
+        Not the cost of passes that also ran a prefill; those with branches have a price of their own.
         """
         step = self._step
         prefills = {row for row, state in states.items() if step.is_prefill(state)}
-        plain = not prefills and not self._branching.tokens
-        if self._left_at is not None and states and plain and len(states) == len(tokens.sampled):
+        if self._left_at is not None and states and not prefills and len(states) == len(tokens.sampled):
             accepted = sum(len(tokens.sampled[row]) - 1 for row, state in states.items() if state.was_drafted_by_auto)
-            self._cycle.finish(len(states), step.tokens(states), accepted, now - self._left_at)
+            took = now - self._left_at
+            if self._branching.tokens:
+                self.auto.search.prices.observe_branched(len(states), step.tokens(states), self._branching.tokens, took)
+            else:
+                self._cycle.finish(len(states), step.tokens(states), accepted, took)
         for row, state in states.items():
             step.record(state, len(tokens.sampled[row]), row in prefills, self.ledger)
+        self._reporting = [state for state in states.values() if state.options.report]
 
     def _draft_pass(self) -> DraftPass:
         assert self.draft_pass is not None, "vLLM calls load_model() before propose()"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_nld.origins import DENOISED
 from vllm_nld.proposer.request_state import RequestState
 
 TokenArray = np.ndarray[Any, np.dtype[Any]]
@@ -30,3 +31,4 @@ class StepTokens:
         self.sampled[row][-1] = token
         self.ids[row, int(self.decided[row]) - 1] = token
         state.cached.output_token_ids[-1] = token
+        state.note_origins(DENOISED)

@@ -3,7 +3,8 @@
 A branch is ``[guess or MASK, MASK, ...]`` after one token of the block being verified. It sees the prefix, the block up
 to that token, and itself, bidirectionally. If verification ends there, with the guessed token (a *hit*; a mask stands
 for any token), the next block is drafted already and the cycle costs one forward instead of two. Otherwise a draft
-forward follows as usual. Verify rows do not see branches, and branches do not enter the cache, so they never change
+forward follows as usual, or, if misses do not draft, a forward that decides one token and has a mask branch after it,
+which is hit for sure. Verify rows do not see branches, and branches do not enter the cache, so they never change
 the text, which is AR's. A mask branch after every token is the paper's quadratic self-speculation (Appendix C).
 """
 
@@ -161,7 +162,7 @@ class Speculation:
         self.cache.crop(prefix + kept)
         self.generated += emitted
         self._take(kept - 1, branches, drafted)
-        if known == 0:
+        if self.result.nfe > 1:  # not of the prompt, which may also be a single token
             self.result.accepted.append(len(emitted))
         return tokens
 
@@ -207,6 +208,7 @@ def branch_spec_generate(
     look_past: bool = True,
     bootstrap: bool = False,
     ar_weight: float = 1.0,
+    misses_draft: bool = True,
 ) -> BranchGeneration:
     """Linear self-speculation with branches. At temperature 0 the text is AR's; above, it has AR's distribution.
 
@@ -220,6 +222,8 @@ def branch_spec_generate(
         bootstrap: draft the first block in the prefill, by a mask branch.
         ar_weight: below 1, where a mask branch follows a token, the verifier's logits are this share of AR's and the
             rest of the branch's: the paper's ensemble. It changes the text.
+        misses_draft: run a draft forward where no branch was hit. Else the next forward decides one token and drafts
+            after it, in branches that ``choose`` returns for a block without drafts.
     """
     block_length = block_length or model.config.block_size
     eos, budget = eos_ids(model, eos_token_id), ThinkingBudget(max_thinking_tokens, end_think_token_id)
@@ -230,7 +234,7 @@ def branch_spec_generate(
     generated = run.generated
     while generated[-1] not in eos and len(generated) < max_new_tokens:
         left = max_new_tokens - len(generated)
-        draft = run.draft or run.make_draft(min(block_length, left), left)
+        draft = run.draft or run.make_draft(min(block_length, left) if misses_draft else 1, left)
         before = len(generated)
         run.cycle(draft.tokens, choose(draft, left), left)
         end = first_of(generated[before:], eos)

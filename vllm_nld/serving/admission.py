@@ -7,6 +7,7 @@ function.
 from __future__ import annotations
 
 import json
+import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class EngineTraits:
         block_length: tokens of the longest block, seed included; None without ``--speculative-config``.
         learned_sampler: the folder of the checkpoint's learned sampler, if it has one.
         no_branches: why verify forwards cannot branch; None: they can.
+        no_report: why the engine cannot say how tokens came; None: it can.
         second: whether self-speculation runs on vLLM's second model runner (``docs/operate/runners.md``).
     """
 
@@ -39,6 +41,7 @@ class EngineTraits:
     block_length: int | None
     learned_sampler: Path | None = None
     no_branches: str | None = None
+    no_report: str | None = None
     second: bool = False
 
     @classmethod
@@ -56,6 +59,7 @@ class EngineTraits:
             1 + speculative.num_speculative_tokens if own else None,
             folder if folder.is_dir() else None,
             _why_no_branches(vllm_config),
+            _why_no_report(vllm_config, own),
             own and bool(getattr(vllm_config, "use_v2_model_runner", False)),
         )
 
@@ -67,6 +71,15 @@ def _why_no_branches(vllm_config: Any) -> str | None:
     if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
         return "--enable-prompt-embeds"
     return "a model that reads images" if getattr(vllm_config.model_config, "is_multimodal_model", False) else None
+
+
+def _why_no_report(vllm_config: Any, own: bool) -> str | None:
+    """Return what keeps an engine from saying how tokens came: that comes from its proposer, by its scheduler."""
+    if not own:
+        return """a server started without --speculative-config '{"model": "vllm_nld.SelfSpeculation"}'"""
+    chosen = vllm_config.scheduler_config.scheduler_cls
+    known = pkgutil.resolve_name(chosen) if isinstance(chosen, str) else chosen
+    return None if getattr(known, "schedules_blocks", False) else f"--scheduler-cls {chosen!r}"
 
 
 def check_admission(vllm_config: Any, params: Any) -> EngineTraits | None:
@@ -142,6 +155,8 @@ def request_options(params: Any, engine: EngineTraits) -> NLDOptions:
     _check_engine(options, engine, own, where)
     _check_relevance(options, own, where)
     _check_branches(options, engine, where)
+    if options.report:
+        _check_report(params, engine, where)
     if engine.second:
         _check_second_runner(options, own, where)
     if options.mode == "diffusion":
@@ -261,19 +276,37 @@ def _check_branches(options: NLDOptions, engine: EngineTraits, where: str) -> No
         raise NLDError(f"{where}.branch_length={options.branch_length}; allowed are 2 to the block length, {longest}")
 
 
+def _check_report(params: Any, engine: EngineTraits, where: str) -> None:
+    """Refuse reports that nobody could make, and those of several texts at once."""
+    if engine.no_report is not None:
+        raise NLDError(f"{where}.report=True with {engine.no_report}; allowed: False")
+    if getattr(params, "n", 1) > 1:
+        raise NLDError(f"n={params.n} with {where}.report=True; allowed: 1")
+
+
+LONGEST_BRANCH = 64
+"""Tokens of a branch on vLLM's second runner, which has so many streams of noise for the drafts of one position."""
+
+
 def _check_second_runner(options: NLDOptions, own: dict[str, Any], where: str) -> None:
     """Refuse what self-speculation cannot do yet on vLLM's second model runner."""
     for key, value, allowed in (
         ("seed_first", options.seed_first, True),
         ("draft_threshold", options.draft_threshold, 0),
         ("prompt_lookup", own.get("prompt_lookup") or 0, 0),
-        ("branches", options.branches, "off"),
     ):
         if value != allowed:
             raise NLDError(
                 f"{where}.{key}={shown(value)} on vLLM's second model runner; allowed: {allowed} (a server started "
                 "with VLLM_USE_V2_MODEL_RUNNER=0 allows it)"
             )
+    if options.branches == "auto":
+        raise NLDError(f"{where}.branches='auto' on vLLM's second model runner; allowed: 'off', 'all', or a number")
+    if (options.branch_length or 0) > LONGEST_BRANCH:
+        raise NLDError(
+            f"{where}.branch_length={options.branch_length} on vLLM's second model runner; allowed: 2 to "
+            f"{LONGEST_BRANCH}"
+        )
 
 
 def _check_second_diffusion(params: Any, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_nld.speculator.speculator import Speculator
@@ -45,6 +46,16 @@ class NLDModelState(DefaultModelState):  # type: ignore[misc]
         super().apply_staged_writes()
         if self._speculator is not None:
             self._speculator.take_in_requests()
+
+    def prepare_attn(self, input_batch: Any, mode: Any, block_tables: Any, *others: Any, **named: Any) -> Any:
+        """Return the layers' attention metadata of a step, and lay out the step's branches."""
+        causal = super().prepare_attn(input_batch, mode, block_tables, *others, **named)
+        branching = None if self._speculator is None else self._speculator.branching
+        if branching is None or not branching.has_pages:
+            return causal
+        if named.get("for_capture"):
+            return branching.capture(causal, input_batch.num_reqs, input_batch.num_tokens_after_padding)
+        return branching.lay_out(input_batch, block_tables[0], causal, graph=mode == CUDAGraphMode.FULL)
 
     def custom_sampler(self, sampler: Any) -> Any:
         """Return this extension's sampler and rejection sampler, in place of vLLM's."""

@@ -29,10 +29,11 @@ from vllm_nld.model.target import is_called_with_embeddings, last_hidden, text_m
 from vllm_nld.serving.admission import EngineTraits
 from vllm_nld.serving.ledger import Tally
 from vllm_nld.speculator import kernels
+from vllm_nld.speculator.branching import Branching
 from vllm_nld.speculator.buffers import DraftBuffers, Shape, StepTensors, to_device
 from vllm_nld.speculator.diffusion import Diffusing, Diffusion, step_numbers
 from vllm_nld.speculator.graphs import DraftGraphs
-from vllm_nld.speculator.table import Numbers, RequestTable
+from vllm_nld.speculator.table import Numbers, RequestTable, default_branches
 from vllm_nld.vllm_glue import second_runner
 
 logger = init_logger("vllm.nld.speculator")
@@ -50,6 +51,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         draft_logits: what drafts were drawn from, ``[requests, steps, vocab]``, for vLLM's rejection sampler; None if
             that would take too much memory, or this vLLM keeps none: drafts are then verified exactly.
         forwards: draft passes so far.
+        branching: the branches of verify forwards; None: there can be none.
         auto_drafts: whether requests in auto mode draft after this step; the scheduler decides, and the worker says so.
     """
 
@@ -67,6 +69,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.draft_logits = None if self._kept is None else self._kept[:-1]
         self.table = RequestTable(self.max_requests, self._traits, self.draft_logits is not None)
         self.forwards, self.auto_drafts = 0, True
+        self.branching: Branching | None = None
         self._fp64 = bool(getattr(vllm_config.model_config, "use_fp64_gumbel", False))
         self._embeds = is_called_with_embeddings(vllm_config.model_config)
         self._runner: Any = None
@@ -110,6 +113,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         model = text_model(model)
         if model.draft_lora is not None:
             load_adapter(model.draft_lora, model)
+        if self._traits.no_branches is None:
+            default = default_branches(self._traits.defaults, self.block_length)
+            self.branching = Branching(self.vllm_config, self.table, model, default)
         logger.info(
             "Self-speculation is active: block length %d (1 seed + %d drafts), mode %s, %s, drawn drafts verified %s",
             self.block_length,
@@ -140,6 +146,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             -1 if second_runner.divides_draft_logits() else 0,
         )
         self._buffers = DraftBuffers(shape, config.dtype, self.device)
+        if self.branching is not None:
+            self.branching.set_pages(shape, block_tables.slot_mappings[0])
 
     def find_layout(self) -> None:
         """Find the cache's page layout now, at start-up.
@@ -167,6 +175,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         for length in lengths(self.block_length)[1:]:
             buffers.fill(row - 1, step, self.table.on_device, 0, 1, length)  # a row that does not draft, and padding
             buffers.hand_out(zeros(length - 1, dtype=torch.int64), 0, 1, length)
+        if self.branching is not None:
+            self.branching.warm_up(step, buffers)
         sampled, starts = zeros(1, self.block_length, dtype=torch.int64), torch.arange(2, device=self.device).int()
         for every in (False, True):
             kernels.accept_kernel[(1,)](
@@ -183,6 +193,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         """Make the buffers, and plan the graphs, if the engine uses any for decoding: of AR steps, too."""
         self._set_pages(self._runner.block_tables)
         second_runner.add_graphs_of_single_tokens(self._runner.cudagraph_manager)
+        if self.branching is not None:
+            second_runner.leave_graphs(self._runner.cudagraph_manager, self.branching.leaves_graph)
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
             return
         dtype = self.vllm_config.model_config.dtype
@@ -214,6 +226,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         """Bring what new requests ask for to the device; drafts of earlier ones with their indices count no more."""
         new = self.table.upload()
         if new and self._buffers is not None:
+            if self.branching is not None:
+                self.branching.forget(new)
             self._buffers.valid.index_fill_(0, to_device(np.array(new), self.device), 0)
 
     @functools.cached_property
@@ -262,9 +276,11 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             return self._rehearse(rows, skip_attn_for_dummy_run or self._buffers is None)
         indices, decided = input_batch.idx_mapping_np, self._decided(input_batch)
         drafting = decided & self.table.drafts(indices, self.auto_drafts)
+        branching = drafting & False if self.branching is None else self.branching.rows(indices, drafting)
+        drafting &= ~branching
         denoising = np.flatnonzero(decided & self.table.denoises(indices))
         chosen = indices[drafting]
-        if len(chosen) or len(denoising) or self.table.offered[indices].any():
+        if len(chosen) or len(denoising) or branching.any() or self.table.offered[indices].any():
             step = StepTensors(
                 input_batch.idx_mapping,
                 input_batch.seq_lens,
@@ -275,7 +291,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 seeds,
             )
             self._run(drafting, chosen, step, int(input_batch.seq_lens_cpu_upper_bound.numpy()[:rows].max()))
-            self.table.offered[indices] = drafting
+            if self.branching is not None and branching.any():
+                self.branching.draft(branching, indices, step, num_sampled, self.buffers, self._drawn)
+            self.table.offered[indices] = drafting | branching
             if len(denoising):
                 self._denoise(denoising, input_batch, step, num_sampled)
         return self.buffers.drafts[:rows]
@@ -367,7 +385,10 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
 
     def _choose(self, hidden: Tensor, draws: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Draw tokens; those of greedy requests are the best ones. Their logits are kept if there is room."""
-        logits = self.model.compute_logits(hidden)
+        return self._drawn(self.model.compute_logits(hidden), draws)
+
+    def _drawn(self, logits: Tensor, draws: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Draw a token per row of logits ``[drafts, vocab]``; ``draws`` are as of :meth:`DraftBuffers.draws`."""
         requests, positions, columns = draws
         if self._kept is not None:
             self._kept[requests, columns] = logits.to(self._kept.dtype)

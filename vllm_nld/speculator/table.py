@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from vllm_nld.branches.places import usual_length
 from vllm_nld.options import NLDOptions
-from vllm_nld.serving.admission import EngineTraits, request_options
+from vllm_nld.serving.admission import LONGEST_BRANCH, EngineTraits, request_options
+from vllm_nld.speculator.branch_kernels import ALL
 from vllm_nld.speculator.kernels import COMMIT, EXACT, REJECTION
 from vllm_nld.vllm_glue.second_runner import block_length
 
@@ -24,6 +26,7 @@ class RequestTable:
         random: bool, on the host only: whether its tokens are drawn, by its temperature; else they are the best ones.
         drawn: bool, on the host only: whether drafts are drawn, too.
         auto: bool, on the host only: whether it is in auto mode, which drafts where that pays.
+        branch_counts: int32, branches of a verify forward; 0: none, :data:`ALL`: one after every token.
         offered: bool, on the host only: whether the device may still count drafts of the last step as valid.
 
     Args:
@@ -37,7 +40,8 @@ class RequestTable:
         from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
         self._traits, self._rejects = traits, rejects
-        self._tables = [UvaBackedTensor(requests, dtype=torch.int32) for _ in range(3)]
+        self._tables = [UvaBackedTensor(requests, dtype=torch.int32) for _ in range(6)]
+        self.branch_counts: Numbers = self._tables[3].np
         self.random: Numbers = np.zeros(requests, dtype=bool)
         self.drawn: Numbers = np.zeros(requests, dtype=bool)
         self.auto: Numbers = np.zeros(requests, dtype=bool)
@@ -61,6 +65,8 @@ class RequestTable:
         self._lengths.np[index] = block_length(options, params, self._traits.block_length)
         self._kinds.np[index] = self._kind(options, params)
         self._tables[2].np[index] = options.draft_adapter
+        count, length = branches_of(options, self._lengths.np[index])
+        self._tables[3].np[index], self._tables[4].np[index], self._tables[5].np[index] = count, length, count > 0
         self.auto[index] = options.mode == "auto"
         self.random[index] = params.temperature > 0
         self.drawn[index] = self.random[index] and options.sampled_drafts
@@ -116,5 +122,43 @@ class RequestTable:
     @property
     def on_device(self) -> tuple[Any, Any, Any]:
         """Lengths, kinds and adapters, int32 ``[requests]`` each; other tensors after each upload."""
-        lengths, kinds, adapters = (table.gpu for table in self._tables)
+        lengths, kinds, adapters = (table.gpu for table in self._tables[:3])
         return lengths, kinds, adapters
+
+    def branching(self, indices: Numbers) -> Numbers:
+        """Return bool per request: whether its verify forwards branch."""
+        mask: Numbers = self.branch_counts[indices] != 0
+        return mask
+
+    def branches(self, indices: Numbers) -> tuple[int, int]:
+        """Return the most branches of one of these requests, and the tokens of the longest; all must branch."""
+        counts, lengths = self.branch_counts[indices], self._tables[4].np[indices]
+        counts = np.where(counts == ALL, self._lengths.np[indices], counts)
+        return int(counts.max()), int((lengths + self._tables[5].np[indices]).max())
+
+    @property
+    def branches_on_device(self) -> tuple[Any, Any, Any]:
+        """Numbers of branches, tokens of one, and whether they look past their block; int32 ``[requests]`` each."""
+        counts, lengths, looks_past = (table.gpu for table in self._tables[3:])
+        return counts, lengths, looks_past
+
+
+def branches_of(options: NLDOptions, block_length: int) -> tuple[int, int]:
+    """Return the branches of a request's verify forwards, and the tokens of each; no branches: 0 and 0.
+
+    Args:
+        options: the request's.
+        block_length: tokens of its blocks, seed included; 1: it decodes without drafts.
+    """
+    if options.mode not in ("auto", "self_speculation") or options.branches == "off" or block_length < 2:
+        return 0, 0
+    length = min(usual_length(options.branches, options.branch_length, block_length), LONGEST_BRANCH)
+    return (ALL if options.branches == "all" else int(options.branches)), length
+
+
+def default_branches(options: NLDOptions, block_length: int) -> tuple[int, int] | None:
+    """Return the branches of a request without options of its own, and the tokens of one with what looks past it."""
+    count, length = branches_of(options, block_length)
+    if count == 0:
+        return None
+    return (block_length, length) if count == ALL else (count, length + 1)

@@ -204,6 +204,28 @@ def add_graphs_of_single_tokens(manager: Any) -> int:
     return len(added)
 
 
+def leave_graphs(manager: Any, leaves: Callable[[Any], bool]) -> None:
+    """Have steps run without a CUDA graph for which ``leaves(description)`` says that the one found does not serve.
+
+    Args:
+        manager: the runner's ``ModelCudaGraphManager``.
+        leaves: takes vLLM's ``BatchExecutionDescriptor``.
+    """
+    from vllm.config import CUDAGraphMode
+
+    original = manager.dispatch
+
+    @functools.wraps(original)
+    def dispatch(num_reqs: int, num_tokens: int, *others: Any, **named: Any) -> Any:
+        found = original(num_reqs, num_tokens, *others, **named)
+        if found.cg_mode == CUDAGraphMode.NONE or not leaves(found):
+            return found
+        return replace(found, cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs,
+                       uniform_token_count=None)  # fmt: skip
+
+    manager.dispatch = dispatch
+
+
 def words_miss_drafts(params: Any) -> bool:
     """Whether this vLLM would let drafts end a bad word of several tokens. Such a request decodes without drafts.
 

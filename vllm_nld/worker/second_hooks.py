@@ -60,18 +60,22 @@ class IntroducesSpeculator:
             self._plan = note
             self.model_runner.speculator.auto_drafts = note.auto_drafts
         if self._publisher is not None:
-            self._publisher.publish(self._samples, now=not busy)
+            self._publisher.publish(lambda: self._samples(wait=not busy), now=not busy)
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 
-    def _samples(self) -> Any:
+    def _samples(self, wait: bool) -> Any:
         drafted = self.model_runner.speculator.all_forwards
-        return tally_samples(self._whole(), self._target_forwards, drafted, self._plan.decisions)
+        return tally_samples(self._whole(wait), self._target_forwards, drafted, self._plan.decisions)
 
-    def _whole(self) -> Tally:
-        """Return the scheduler's counts, with the speculator's counts of denoising."""
+    def _whole(self, wait: bool) -> Tally:
+        """Return the scheduler's counts, with the speculator's of denoising and branches, which may ``wait``."""
         whole = copy.deepcopy(self._plan.tally)
         for name, counts in self.model_runner.speculator.denoised.as_dict().items():
             getattr(whole, name).update(counts)
+        branching = self.model_runner.speculator.branching
+        if branching is not None:
+            whole.branches.update(branching.counted(wait))
+            whole.forwards["draft"] -= min(branching.undrafted, whole.forwards["draft"])  # the scheduler counts all
         return whole
 
     def nld_counters(self) -> dict[str, int]:
@@ -85,4 +89,4 @@ class IntroducesSpeculator:
     def nld_tally(self) -> dict[str, dict[str, int]]:
         """Return the ledger since start-up, as on the first runner, but without the last step."""
         decisions = {f"{mode} {length}": count for (mode, length), count in self._plan.decisions.items()}
-        return {**self._whole().as_dict(), "decisions": decisions}
+        return {**self._whole(wait=True).as_dict(), "decisions": decisions}

@@ -19,8 +19,6 @@ from vllm_nld.config import NemotronLabsDiffusionVLMConfig
 from vllm_nld.reference import ReferenceVLM, ar_generate, generate, linear_spec_generate, load_reference
 from vllm_nld.vision.images import MAX_IMAGE_SIZE, grid_of, pixels_of, tokens_of
 
-pytestmark = pytest.mark.unit
-
 FOLDER = checkpoint_path("tiny_vlm")
 TOKENIZER = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
 PICTURES = 10
