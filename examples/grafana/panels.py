@@ -85,7 +85,7 @@ def draw(found: list[tuple[Query, list[Series]]], start: float, output: Path) ->
     panels = list(dict.fromkeys(query.panel for query, _ in found))
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(5 * COLUMNS, 2.9 * rows), layout="constrained")
-    all_axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    all_axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel().tolist()
     for axes, panel in zip(all_axes, panels, strict=False):
         axes.set_title(panel, fontsize=10)
         axes.set_xlabel("seconds", fontsize=8)
@@ -96,7 +96,7 @@ def draw(found: list[tuple[Query, list[Series]]], start: float, output: Path) ->
         axes.set_ylim(bottom=0)
         if axes.lines:
             axes.legend(fontsize=6, loc="upper left")
-    for axes in list(all_axes)[len(panels) :]:
+    for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
     figure.savefig(output, dpi=80)
 

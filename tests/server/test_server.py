@@ -331,6 +331,7 @@ def test_chat_page_shows_two_modes_of_a_real_server(base_url: str, tmp_path: Pat
     with ChatServer(Target(base_url)) as server, running(server), browser() as driver:
         driver.get(server.url)
         driver.find_element("css selector", "#other option[value='ar']").click()
+        driver.execute_script("document.querySelector('#max-tokens').value = 120")
         driver.find_element("css selector", "#prompt").send_keys("Write the Python function read.\n")
         end = time.monotonic() + 120
         while not (verdict := driver.find_elements("css selector", ".verdict")):
