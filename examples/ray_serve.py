@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -148,6 +149,16 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--address", help="Ray cluster (default: a running one, or a new one on this machine)")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     return parser.parse_args(arguments[:split]), arguments[split + 1 :]
+
+
+def build(args: dict[str, str]) -> serve.Application:
+    """Return the application for a config file of Ray Serve (``import_path: ray_serve:build``).
+
+    Args:
+        args: under ``arguments`` those of this script, as one would type them. Ray Serve's own ``http_options`` say
+            where it listens.
+    """
+    return application(*parse_arguments(shlex.split(args["arguments"])))
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from vllm_nld.draft_pass.memory import DRAWN_BYTES, rows_in
 from vllm_nld.proposer.parking import SchedulerNote, WorkerNote
 from vllm_nld.serving.admission import EngineTraits, request_options
 from vllm_nld.vllm_glue import sampling, scheduling, steps
-from vllm_nld.vllm_glue.reports import attach
 from vllm_nld.vllm_glue.padding import schedule_unpadded
+from vllm_nld.vllm_glue.reports import attach
 
 
 def fair_shares(wanted: Sequence[int], budget: int) -> list[int]:

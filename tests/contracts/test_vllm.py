@@ -47,6 +47,26 @@ class TestRegistration:
     def test_one_method_accepts_all_requests(self, vllm: VllmSource) -> None:
         assert "params" in vllm.parameters("v1/engine/input_processor.py", "InputProcessor.process_inputs")
 
+    def test_outputs_carry_a_dictionary_to_the_api_process(self, vllm: VllmSource) -> None:
+        """Every output may have one, and where the API process merges outputs, the last one stays."""
+        assert "kv_transfer_params" in vllm.fields("v1/engine/__init__.py", "EngineCoreOutput")
+        processed = vllm.text("v1/engine/output_processor.py", "OutputProcessor.process_outputs")
+        assert "kv_transfer_params = engine_core_output.kv_transfer_params" in processed
+        made = vllm.text("v1/engine/output_processor.py", "RequestState._new_request_output")
+        assert "kv_transfer_params=kv_transfer_params" in made
+        merged = vllm.text("outputs.py", "RequestOutput.add")
+        assert "self.kv_transfer_params = next_output.kv_transfer_params" in merged
+
+    def test_two_methods_make_chat_responses(self, vllm: VllmSource) -> None:
+        file, name = "entrypoints/openai/chat_completion/serving.py", "OpenAIServingChat"
+        for method in ("chat_completion_stream_generator", "chat_completion_full_generator"):
+            assert {"request", "result_generator", "tokenizer"} <= set(vllm.parameters(file, f"{name}.{method}"))
+        stream = vllm.text(file, f"{name}.chat_completion_stream_generator")
+        assert "yield f'data: {data}\\n\\n'" in stream
+        protocol = "entrypoints/openai/chat_completion/protocol.py"
+        assert "skip_special_tokens" in vllm.fields(protocol, "ChatCompletionRequest")
+        assert "OpenAIBaseModel" in vllm.text(protocol, "ChatCompletionResponse")
+
     def test_engine_id_is_shared_by_its_processes(self, vllm: VllmSource) -> None:
         assert "instance_id" in vllm.fields("config/vllm.py", "VllmConfig")
 

@@ -25,7 +25,7 @@ class VllmSource:
     def parameters(self, file: str, name: str) -> list[str]:
         """Return the parameters of a function, or of ``Class.method`` (without ``self``)."""
         node = self._find(file, name)
-        assert isinstance(node, ast.FunctionDef), f"{file}: {name} is no function"
+        assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef), f"{file}: {name} is no function"
         names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
         return names[1:] if names[:1] == ["self"] else names
 
@@ -73,7 +73,7 @@ def _statements(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def _names(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return [target.id for target in targets if isinstance(target, ast.Name)]

@@ -66,7 +66,9 @@ def test_nothing_else_is_passed_on_or_served(page: ChatServer, upstream: StandIn
     assert not upstream.requests
 
 
-@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}], ids=["host", "origin"])
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}], ids=["host", "origin"]
+)
 def test_other_sites_are_kept_out(page: ChatServer, upstream: StandIn, headers: dict[str, str]) -> None:
     assert ask(page, "POST", "/v1/chat/completions", {"vllm_xargs": {}}, **headers)[0] == 403
     assert not upstream.requests
@@ -100,3 +102,11 @@ def test_unsuitable_address_is_refused(url: str) -> None:
 def test_taken_port_is_refused(page: ChatServer) -> None:
     with pytest.raises(NLDError, match=r"--port \d+ cannot be had"):
         ChatServer(page.target, port=page.server_address[1])
+
+
+def test_page_for_other_machines_answers_by_any_name(upstream: StandIn) -> None:
+    """As in a container, whose page is called by the name of its host. Other sites' pages are still kept out."""
+    with ChatServer(Target(upstream.url), host="0.0.0.0") as server, running(server):
+        assert ask(server, "GET", "/v1/models", Host="workstation:8080")[0] == 200
+        assert ask(server, "GET", "/v1/models", Host="workstation:8080", Origin="http://workstation:8080")[0] == 200
+        assert ask(server, "GET", "/v1/models", Host="workstation:8080", Origin="http://evil.example")[0] == 403

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grafana.panels import Query, Series, draw, queries
 from openai import OpenAI
 
 from tests.server.command_lines import python_with_lm_eval, run_in_one_process
 from tests.server.fuzz_requests import fuzz, is_alive
+from tests.support import dashboards
 from tests.support.browser import accessibility_faults, browser, missing
 from tests.support.ports import reserved_port
-from tests.support.servers import BIN, serving
+from tests.support.servers import serving
 from tests.support.stand_in import running
 from vllm_nld.chat.server import ChatServer, Target
 from vllm_nld.checkpoints import checkpoint_path
@@ -331,6 +333,7 @@ def test_chat_page_shows_two_modes_of_a_real_server(base_url: str, tmp_path: Pat
     with ChatServer(Target(base_url)) as server, running(server), browser() as driver:
         driver.get(server.url)
         driver.find_element("css selector", "#other option[value='ar']").click()
+        driver.execute_script("document.querySelector('#max-tokens').value = 120")
         driver.find_element("css selector", "#prompt").send_keys("Write the Python function read.\n")
         end = time.monotonic() + 120
         while not (verdict := driver.find_elements("css selector", ".verdict")):
@@ -384,6 +387,27 @@ def test_metrics_distinguish_the_modes(client: OpenAI, model: str, base_url: str
     assert metric(base_url, "vllm:nld_tokens_per_forward", 'mode="self_speculation"') > 0.5
     assert metric(base_url, "vllm:nld_acceptance_length") >= 1
     assert metric(base_url, "vllm:nld_denoising_passes") > 0
+
+
+@pytest.mark.skipif(dashboards.missing() is not None, reason=str(dashboards.missing()))
+def test_every_query_of_the_dashboard_has_data(client: OpenAI, model: str, base_url: str, tmp_path: Path) -> None:
+    """In a real Prometheus. A picture of it: ``VLLM_NLD_PICTURES=FOLDER``."""
+    ((_, prompt),) = held_out_prompts(1)
+    kinds = [{"nld.mode": mode} for mode in MODES] + [{"nld.mode": "self_speculation", "nld.branches": 4}]
+    with reserved_port() as port, dashboards.scraping(base_url.removeprefix("http://"), port, tmp_path) as prometheus:
+        begun = time.time()
+        empty = wanted = queries(interval="5s")
+        found: dict[Query, list[Series]] = {}
+        while empty:
+            assert time.time() < begun + 120, empty
+            for xargs in kinds:
+                settings = {"model": model, "prompt": prompt, "max_tokens": 40, "temperature": 0.0}
+                client.completions.create(**settings, extra_body={"vllm_xargs": xargs})
+            found = {query: prometheus.series(query, begun, time.time(), 1.0) for query in wanted}
+            empty = [query for query in wanted if not found[query]]
+    picture = Path(os.environ.get("VLLM_NLD_PICTURES", tmp_path)) / "dashboard_panels.png"
+    draw(list(found.items()), begun, picture)
+    assert picture.stat().st_size > 10_000
 
 
 def test_example_client_runs(base_url: str) -> None:

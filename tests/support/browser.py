@@ -7,11 +7,12 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 
 
@@ -89,7 +90,8 @@ def accessibility_faults(driver: Any) -> list[str]:
     if not driver.execute_script("return document.documentElement.lang && document.title"):
         faults.append("no language or no title")
     levels = driver.execute_script(
-        "return [...document.querySelectorAll('h1,h2,h3,h4')].filter((n) => n.checkVisibility()).map((n) => +n.tagName[1])"
+        "const shown = [...document.querySelectorAll('h1,h2,h3,h4')].filter((node) => node.checkVisibility());"
+        "return shown.map((node) => +node.tagName[1]);"
     )
-    faults += [f"heading of level {b} after {a}" for a, b in zip(levels, levels[1:], strict=False) if b > a + 1]
+    faults += [f"heading of level {b} after {a}" for a, b in pairwise(levels) if b > a + 1]
     return faults + [f"contrast {one}" for one in driver.execute_script(CONTRAST)]

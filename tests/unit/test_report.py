@@ -72,11 +72,15 @@ def saw(*steps: tuple[str, int, int, bool, bool]) -> dict[str, Any]:
 
 def test_second_runner_tells_what_its_scheduler_knows() -> None:
     mode = "self_speculation"
-    known = saw((mode, 1, 0, True, True), (mode, 3, 5, False, False), (mode, 3, 2, False, True), (mode, 1, 0, False, True))
+    known = saw(
+        (mode, 1, 0, True, True), (mode, 3, 5, False, False), (mode, 3, 2, False, True), (mode, 1, 0, False, True)
+    )
     assert known["origins"] == "a" + "ddv" + "ddb" + "a"
     assert known["forwards"] == {"prefill": 1, "verify": 2, "draft": 2, "ar": 1}
     mode = "diffusion"
-    known = saw((mode, 1, 0, True, True), (mode, 4, 3, False, False), (mode, 3, 2, False, True), (mode, 2, 2, False, True))
+    known = saw(
+        (mode, 1, 0, True, True), (mode, 4, 3, False, False), (mode, 3, 2, False, True), (mode, 2, 2, False, True)
+    )
     assert known["origins"] == "s" + "nnns" + "nn?" + "ns"
     assert known["forwards"] == {}
 

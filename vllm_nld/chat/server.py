@@ -26,6 +26,7 @@ FILES = {f"/{file.name}": file for file in PAGE.iterdir()} | {"/": PAGE / "index
 PASSED_ON = {("GET", "/v1/models"), ("POST", "/v1/chat/completions")}
 """What the page may ask of the server; nothing else is passed on."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANY_ADDRESS = ("", "0.0.0.0", "::")
 PATIENCE = 5.0
 """Seconds for a connection to the server. An answer may take any time: the page shows how long, and can stop it."""
 LOOK = 0.25
@@ -109,9 +110,12 @@ class Handler(BaseHTTPRequestHandler):
         host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
         origin = self.headers.get("Origin")
         of_this_page = origin is None or urlsplit(origin).netloc == self.headers.get("Host")
-        if host in self.server.names and of_this_page:
+        names = self.server.names
+        if of_this_page and (names is None or host in names):
             return True
-        self._refuse(HTTPStatus.FORBIDDEN, f"allowed are requests of this page, at {' or '.join(self.server.names)}")
+        self._refuse(
+            HTTPStatus.FORBIDDEN, f"allowed are requests of this page, at {' or '.join(names or ['its host'])}"
+        )
         return False
 
     def _send_file(self, file: Path) -> None:
@@ -206,14 +210,14 @@ class ChatServer(ThreadingHTTPServer):
         NLDError: the address cannot be had.
 
     Attributes:
-        names: hosts by which requests may call it.
+        names: hosts by which requests may call it; None: any.
     """
 
     daemon_threads = True
 
     def __init__(self, target: Target, host: str = LOOPBACK[0], port: int = 0) -> None:
         self.target = target
-        self.names = (host,) if host not in LOOPBACK else LOOPBACK
+        self.names = LOOPBACK if host in LOOPBACK else None if host in ANY_ADDRESS else (host,)
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:

@@ -78,8 +78,10 @@ def path(name: Annotated[str, typer.Argument(help="tiny, tiny_vlm, or smollm2 on
 @_plainly
 def chat(
     url: Annotated[str, typer.Option(help="The running server to talk to.")] = "http://localhost:8000",
-    host: Annotated[str, typer.Option(help="Where the page is served; others than this machine's can reach it only if "
-                                           "you say so here.")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option(help="Where the page is served; others than this machine's can reach it only if you say so here."),
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 8080,
     api_key: Annotated[
         str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's key, if it wants one.", show_default=False)

@@ -6,7 +6,6 @@ tokens are only known to be the verifier's, and a diffusion request's forwards a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
