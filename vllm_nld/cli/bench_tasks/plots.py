@@ -33,8 +33,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     _throughput(axes[1, 1], rows, colors)
     settings = report["settings"]
     figure.suptitle(
-        f"{settings['model']}, {settings['dtype']}, greedy, at most {settings['prompts']} prompts of each category, "
-        f"{settings['max_tokens']} tokens at most"
+        f"{Path(settings['model']).name}, {settings['dtype']}, greedy, "
+        f"at most {settings['prompts']} prompts of each category, {settings['max_tokens']} tokens at most"
     )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
