@@ -126,4 +126,4 @@ def test_no_option_is_left_out() -> None:
     assert ("bench cycle", "--prompt-tokens") in found
     assert ("train-draft-lora", "--learning-rate") in found
     assert ("plan", "--acceptance") in found
-    assert len(found) == 55
+    assert len(found) == 56

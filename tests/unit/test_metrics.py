@@ -105,6 +105,7 @@ def config(model_type: str = MODEL_TYPE, speculative: Any = None) -> Any:
         parallel_config=SimpleNamespace(data_parallel_rank=0, data_parallel_index=1),  # as in a dense model's engine 1
         model_config=model,
         speculative_config=speculative,
+        scheduler_config=SimpleNamespace(scheduler_cls="vllm_nld.scheduler.NLDScheduler"),
         additional_config={},
     )
 

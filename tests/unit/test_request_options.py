@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,29 @@ def test_branches_that_the_second_runner_lacks_are_refused(nld: dict[str, Any], 
 
 def test_every_key_except_mode_and_report_has_its_modes() -> None:
     assert {*MODES_OF_KEY, *ENGINE_KEYS, "mode", "report"} == set(NLDOptions.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "model", "words"),
+    [
+        ("vllm.v1.core.sched.scheduler.Scheduler", "vllm_nld.SelfSpeculation", "--scheduler-cls 'vllm.v1"),
+        ("vllm_nld.scheduler.NLDScheduler", None, "started without --speculative-config"),
+    ],
+)
+def test_report_needs_this_extension_s_proposer_and_scheduler(scheduler: str, model: str | None, words: str) -> None:
+    config = SimpleNamespace(
+        speculative_config=model and SimpleNamespace(model=model, num_speculative_tokens=3),
+        scheduler_config=SimpleNamespace(scheduler_cls=scheduler),
+        model_config=SimpleNamespace(model="nowhere"),
+        lora_config=None,
+        additional_config={},
+    )
+    traits = EngineTraits.of(config)
+    settings = {"bad_words": None, "logprobs": None, "structured_outputs": None}
+    params = SimpleNamespace(extra_args={"nld.report": 1}, **settings)
+    with pytest.raises(NLDError, match=r"report=True with .*" + re.escape(words)):
+        request_options(params, traits)
+    assert request_options(params, replace(traits, no_report=None)).report
 
 
 def test_booleans_may_be_numbers() -> None:

@@ -79,6 +79,36 @@ def test_every_policy_next_to_the_other_modes(llm: Any, model: ReferenceModel, l
     assert after["forwards"]["denoise"] > before["forwards"].get("denoise", 0)
 
 
+def test_reports_say_how_tokens_came(llm: Any, model: ReferenceModel) -> None:
+    """Its scheduler makes them; a diffusion request's first block is told apart token by token."""
+    from vllm import SamplingParams
+
+    modes = ("ar", "self_speculation", "diffusion")
+    prompts = random_prompts([9, 12, 15], VOCAB, seed=8)
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=17, detokenize=False, extra_args={"nld": {"mode": mode, "report": True}}
+        )
+        for mode in modes
+    ]
+    before = llm.collective_rpc("nld_tally")[0]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    reports = dict(zip(modes, (output.kv_transfer_params["nld"] for output in outputs), strict=True))
+    origins = {mode: report["origins"][:17] for mode, report in reports.items()}
+    assert origins["ar"] == "a" * 17
+    assert set(origins["self_speculation"]) <= set("advb")
+    report = reports["self_speculation"]
+    assert report["origins"].count("d") == report["accepted_drafts"]
+    assert report["forwards"]["verify"] == report["verified_blocks"] > 0
+    expected = diffuse(model, prompts[2], 17)
+    block = llm.llm_engine.vllm_config.speculative_config.num_speculative_tokens + 1
+    assert origins["diffusion"] == "".join("s" if place % block == 0 else "n" for place in range(17))
+    assert list(outputs[2].outputs[0].token_ids) == expected.ids[-17:]
+    after = llm.collective_rpc("nld_tally")[0]
+    accepted = {name: after["accepted"].get(name, 0) - before["accepted"].get(name, 0) for name in after["accepted"]}
+    assert accepted.get("self_speculation", 0) <= report["accepted_drafts"]
+
+
 def test_nothing_is_denoised_after_a_stop_token(
     llm: Any, model: ReferenceModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
