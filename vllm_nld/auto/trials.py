@@ -40,9 +40,11 @@ class _Yields:
         since: steps since the worse way was tried; less than 0 if that found nothing.
         tried: steps in which it is being tried.
         again: steps after which it is tried again.
+        first: the way that is taken until both are known.
     """
 
     again: int
+    first: bool
     of: dict[bool, float] = field(default_factory=dict)
     trials: dict[bool, _Trial] = field(default_factory=lambda: {True: _Trial(), False: _Trial()})
     since: int = 0
@@ -53,12 +55,12 @@ class _Yields:
 
     @property
     def better(self) -> bool:
-        """The way that yields more, as far as known; at first, drafting."""
-        return True not in self.of or self.of[True] >= self.of.get(False, 0.0)
+        """The way that yields more, as far as known."""
+        return self.first if len(self.of) < 2 else self.of[True] >= self.of[False]
 
     def choose(self) -> bool:
         """Return the way of a step to come."""
-        if True not in self.of or self.since < self._wait():
+        if self.first not in self.of or self.since < self._wait():
             return self.better
         self.tried += 1
         if self.tried > PATIENCE:
@@ -89,10 +91,11 @@ class Trials:
     Args:
         clock: seconds.
         again: steps after which the worse way is tried again.
+        first: the way that is taken until it is measured; the other is then tried for :data:`PATIENCE` steps at most.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, again: int = AGAIN) -> None:
-        self._clock, self._again = clock, again
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, again: int = AGAIN, first: bool = True) -> None:
+        self._clock, self._again, self._first = clock, again, first
         self._yields: dict[int, _Yields] = {}
         self._last: tuple[int, bool] | None = None
         self._ended = 0.0
@@ -118,4 +121,4 @@ class Trials:
         self._last, self._ended = way, now
 
     def _of(self, requests: int) -> _Yields:
-        return self._yields.setdefault(requests.bit_length(), _Yields(self._again))
+        return self._yields.setdefault(requests.bit_length(), _Yields(self._again, self._first))

@@ -93,7 +93,7 @@ class Branching:
     ) -> None:
         self._longest, self._ledger, self._costs, self._together = longest, ledger, costs, together
         self.tokens = 0
-        self.trials = Trials(again=TRIED_AGAIN)
+        self.trials = Trials(again=TRIED_AGAIN, first=False)
         self._tried: tuple[int, bool] | None = None
 
     def learn(self, tokens: int, comparable: bool) -> None:
