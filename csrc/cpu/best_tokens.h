@@ -1,4 +1,5 @@
-// The largest logit of every row, its token and the row's normalizer. docs/developer/operators.md says what the arguments mean.
+// The largest logit of every row, its token and the row's normalizer. docs/developer/operators.md says what the
+// arguments mean.
 #pragma once
 
 #include <cstdint>
