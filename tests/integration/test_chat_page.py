@@ -94,6 +94,18 @@ def test_two_modes_answer_one_message_and_the_chat_goes_on(page: Any, upstream: 
     assert [message["content"] for message in upstream.requests[-1]["messages"]] == ["One", "Once upon a time.", "Two"]
 
 
+def test_new_chat_knows_nothing_of_an_answer_that_was_still_coming(page: Any, upstream: StandIn) -> None:
+    upstream.behavior = "stop after a token"
+    say(page, "Old")
+    wait(lambda: texts(page, ".answer .t"))
+    find(page, "#new").click()
+    wait(lambda: is_over(page))
+    upstream.behavior = "answer"
+    say(page, "New")
+    wait(lambda: is_over(page) and texts(page, ".answer h2"))
+    assert [message["content"] for message in upstream.requests[-1]["messages"]] == ["New"]
+
+
 @pytest.mark.parametrize("behavior", ["refuse", "refuse in the stream"])
 def test_refused_option_is_shown_in_the_server_s_words(page: Any, upstream: StandIn, behavior: str) -> None:
     upstream.behavior = behavior

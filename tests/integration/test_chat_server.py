@@ -104,9 +104,20 @@ def test_taken_port_is_refused(page: ChatServer) -> None:
         ChatServer(page.target, port=page.server_address[1])
 
 
-def test_page_for_other_machines_answers_by_any_name(upstream: StandIn) -> None:
-    """As in a container, whose page is called by the name of its host. Other sites' pages are still kept out."""
-    with ChatServer(Target(upstream.url), host="0.0.0.0") as server, running(server):
-        assert ask(server, "GET", "/v1/models", Host="workstation:8080")[0] == 200
-        assert ask(server, "GET", "/v1/models", Host="workstation:8080", Origin="http://workstation:8080")[0] == 200
-        assert ask(server, "GET", "/v1/models", Host="workstation:8080", Origin="http://evil.example")[0] == 403
+def test_page_for_other_machines_answers_by_address_and_by_allowed_names(upstream: StandIn) -> None:
+    """As in a container. Another site's name may resolve to this machine: its pages are still kept out."""
+    with ChatServer(Target(upstream.url), host="0.0.0.0", called=["WorkStation"]) as server, running(server):
+        for name in ("workstation:8080", "192.0.2.7:8080", f"{socket.gethostname()}:8080", "localhost:8080"):
+            assert ask(server, "GET", "/v1/models", Host=name)[0] == 200, name
+            assert ask(server, "GET", "/v1/models", Host=name, Origin=f"http://{name}")[0] == 200, name
+            assert ask(server, "GET", "/v1/models", Host=name, Origin="http://evil.example")[0] == 403, name
+        evil = {"Host": "evil.example:8080", "Origin": "http://evil.example:8080"}
+        assert ask(server, "GET", "/v1/models", **evil)[0] == 403
+        assert ask(server, "GET", "/", Host="[")[0] == 403
+
+
+def test_names_and_keys_may_be_written_as_people_do(upstream: StandIn) -> None:
+    """A file of a secret ends in a newline; the browser sends names in lower case."""
+    with ChatServer(Target(upstream.url, "secret\n"), host="LocalHost") as server, running(server):
+        assert ask(server, "GET", "/v1/models")[0] == 200
+    assert upstream.headers[-1]["Authorization"] == "Bearer secret"

@@ -54,7 +54,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._chunk(*STORY[0])
         else:
             self._begin()
-            if behavior == "slow":
+            if behavior in ("slow", "stop after a token"):
+                if behavior != "slow":
+                    self._chunk(*STORY[0])
                 self._wait()
                 return
             for token in STORY:

@@ -128,6 +128,7 @@ def test_draft_equals_dense_attention_over_dequantized_pages(scales: str, rounde
         ("auto", "tensor", "fp8"),
         ("auto", "attn_head", "fp8"),
         ("bfloat16", "tensor", "bfloat16"),
+        ("bfloat16", "attn_head", "bfloat16"),  # the user overrules the checkpoint
     ],
 )
 def test_backend_is_chosen_for_the_cache_of_the_checkpoint(
@@ -144,4 +145,4 @@ def test_backend_is_chosen_for_the_cache_of_the_checkpoint(
     monkeypatch.setattr(backend, "_with_draft_passes", lambda chosen: chosen)
     scheme = None if strategy is None else {"strategy": strategy}
     block_attention_backend(64, CacheConfig(cache_dtype=cache_dtype), SimpleNamespace(kv_cache_scheme=scheme))
-    assert calls == [(asked, strategy == "attn_head")]
+    assert calls == [(asked, strategy == "attn_head" and asked == "fp8")]

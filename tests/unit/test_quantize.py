@@ -64,6 +64,8 @@ class Compressor:
             tensors["diffusion_head.weight"] += 1
         if self.fault == "scale":
             tensors["encoder.layers.1.mlp.up_proj.weight_scale"] *= 2
+        if self.fault == "not a number":
+            tensors["encoder.layers.1.mlp.up_proj.weight_scale"].fill_(torch.nan)
         if self.fault == "missing":
             del tensors["encoder.layers.1.mlp.up_proj.weight"]
             del tensors["encoder.layers.1.mlp.up_proj.weight_scale"]
@@ -106,6 +108,7 @@ def test_image_part_stays_as_it_is(tmp_path: Path) -> None:
         ("fails", ["--scheme W8A8", "llm-compressor failed: ValueError: no such scheme"]),
         ("head", ["diffusion_head.weight", "was changed"]),
         ("scale", ["encoder.layers.1.mlp.up_proj.weight", "differs by 100%"]),
+        ("not a number", ["encoder.layers.1.mlp.up_proj.weight", "differs by nan%"]),
         ("missing", ["encoder.layers.1.mlp.up_proj.weight is missing"]),
     ],
 )

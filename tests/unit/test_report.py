@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_nld.names import NAMESPACE
 from vllm_nld.origins import WORDS, put
 from vllm_nld.serving.ledger import Tally
 from vllm_nld.serving.report import Account, Pieces, report
 from vllm_nld.serving.second_reports import SecondReports
-from vllm_nld.vllm_glue.reports import attach, detach
+from vllm_nld.vllm_glue.reports import _Watched, attach, detach
 
 
 def decode(ids: list[int]) -> str:
@@ -87,3 +90,20 @@ def test_second_runner_tells_what_its_scheduler_knows() -> None:
 
 def test_every_origin_has_a_word_of_its_own() -> None:
     assert len(set(WORDS.values())) == len(WORDS) == 9
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_tokens_of_hidden_reasoning_stay_hidden(hides: bool) -> None:
+    async def results() -> AsyncIterator[Any]:
+        known = {NAMESPACE: report("ad", Tally())}
+        yield SimpleNamespace(kv_transfer_params=known, outputs=[SimpleNamespace(token_ids=list(b"hi"))])
+
+    async def told() -> Any:
+        watching = _Watched(results(), Account(decode), hides)
+        async for _ in watching:
+            pass
+        return watching.take()
+
+    found = asyncio.run(told())
+    assert "".join(token["text"] for token in found["tokens"]) == ("" if hides else "hi")
+    assert found["verified_blocks"] == 0

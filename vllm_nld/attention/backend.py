@@ -110,7 +110,9 @@ def block_attention_backend(head_dim: int, cache_config: CacheConfig | None, qua
     scheme = getattr(quant_config, "kv_cache_scheme", None) or {}
     if scheme and cache_dtype == "auto":
         cache_dtype = "fp8"
-    by_head = {"use_per_head_quant_scales": True} if scheme.get("strategy") == "attn_head" else {}
+    by_head = {}
+    if scheme.get("strategy") == "attn_head" and cache_dtype.startswith("fp8"):  # another dtype may overrule the scheme
+        by_head = {"use_per_head_quant_scales": True}
     chosen = get_attn_backend(head_dim, torch.get_default_dtype(), cache_dtype, **by_head)
     if getattr(chosen, "forward_includes_kv_cache_update", False):
         raise NLDError(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import json
 import select
 import socket
 import threading
+from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -56,7 +58,8 @@ class Target:
             parts, self._host = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not self._host:
             raise NLDError(f"--url {url!r} is no address; allowed: one such as http://localhost:8000")
-        self._secure, self._root, self._key = parts.scheme == "https", parts.path, api_key
+        self._secure, self._root = parts.scheme == "https", parts.path
+        self._key = (api_key or "").strip()  # files of secrets end in a newline
 
     def connect(self) -> http.client.HTTPConnection:
         """Return an open connection.
@@ -107,15 +110,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _is_meant(self) -> bool:
         """Refuse what comes from other web sites: a page of theirs may send requests to a server on loopback."""
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
         origin = self.headers.get("Origin")
-        of_this_page = origin is None or urlsplit(origin).netloc == self.headers.get("Host")
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+            of_this_page = origin is None or urlsplit(origin).netloc == self.headers.get("Host")
+        except ValueError:
+            host, of_this_page = "", False
         names = self.server.names
-        if of_this_page and (names is None or host in names):
+        if of_this_page and (host in names or (self.server.any_address and _is_address(host))):
             return True
-        self._refuse(
-            HTTPStatus.FORBIDDEN, f"allowed are requests of this page, at {' or '.join(names or ['its host'])}"
-        )
+        self._refuse(HTTPStatus.FORBIDDEN, f"allowed are requests of this page, at {' or '.join(names)}")
         return False
 
     def _send_file(self, file: Path) -> None:
@@ -160,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
                 while part := response.read1(1 << 16):
                     self.wfile.write(part)
                     self.wfile.flush()
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 if not begun:
                     with contextlib.suppress(OSError):  # it may be the page that has gone
                         why = f"{target.url} closed the connection ({type(error).__name__})"
@@ -168,6 +172,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Print nothing: the terminal belongs to whoever started the command."""
+
+
+def _is_address(host: str) -> bool:
+    """Whether a host is an IP address: a name may be another web site's, which has it resolve to this machine."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -205,19 +218,24 @@ class ChatServer(ThreadingHTTPServer):
         target: where requests are passed on to.
         host: the address to listen at.
         port: 0 takes a free one.
+        called: other names by which it may be called.
 
     Raises:
         NLDError: the address cannot be had.
 
     Attributes:
-        names: hosts by which requests may call it; None: any.
+        names: hosts by which requests may call it.
+        any_address: whether requests may also call it by any address.
     """
 
     daemon_threads = True
 
-    def __init__(self, target: Target, host: str = LOOPBACK[0], port: int = 0) -> None:
+    def __init__(self, target: Target, host: str = LOOPBACK[0], port: int = 0, called: Sequence[str] = ()) -> None:
         self.target = target
-        self.names = LOOPBACK if host in LOOPBACK else None if host in ANY_ADDRESS else (host,)
+        self.any_address = host in ANY_ADDRESS
+        own = (*LOOPBACK, socket.gethostname().lower(), socket.getfqdn().lower())
+        names = own if self.any_address else LOOPBACK if host.lower() in LOOPBACK else (host.lower(),)
+        self.names = (*names, *map(str.lower, called))
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:

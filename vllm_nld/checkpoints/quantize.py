@@ -8,6 +8,7 @@ level, with both named to leave out, and adapters and samplers are copied.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -173,7 +174,7 @@ def compare(source: Path, packed: Path, config: NemotronLabsDiffusionConfig, sch
                 continue
             difference = quantization.unpacked(after, name.removesuffix(".weight")).float() - weight.float()
             errors[name] = float(difference.norm() / weight.float().norm().clamp(min=1e-30))
-        worst = max(errors, key=lambda name: errors[name])
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
         if not errors[worst] < LARGEST_ERROR:
             raise NLDError(f"--scheme {scheme}: {worst} differs by {errors[worst]:.0%} from the source's: unusable")
         return Result(scheme, before.bytes, after.bytes, len(errors), errors[worst], worst, carried)

@@ -83,6 +83,9 @@ def chat(
         typer.Option(help="Where the page is served; others than this machine's can reach it only if you say so here."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 8080,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A further name by which browsers may call the page; may be repeated.")
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="VLLM_API_KEY", help="The server's key, if it wants one.", show_default=False)
     ] = None,
@@ -90,7 +93,7 @@ def chat(
     """A page to try a running server: modes next to each other, and how each token came."""
     from vllm_nld.cli.chat import run
 
-    run(url, host, port, api_key)
+    run(url, host, port, allow_host or [], api_key)
 
 
 @bench.command()

@@ -57,15 +57,24 @@ class CausalStep:
         state.draft_probs = None
         drafts = len(self.drafted.get(state.request_id, ()))
         if state.is_diffusion:
-            kind, mode, origins = "commit", "diffusion", DENOISED * (decided - 1) + SEED
+            kind, mode = "commit", "diffusion"
             if state.diffusion.phase is _COMMITTING:
                 state.diffusion.committed(drafts)
         elif drafts:
             kind, mode = "verify", "self_speculation"
             state.learn(drafts, decided - 1)
-            origins = state.origins_of_drafts(decided - 1) + (BONUS if decided > drafts else CORRECTED)
         else:
-            kind, origins = "ar", AR * decided
+            kind = "ar"
             mode = "self_speculation" if state.options.mode == "self_speculation" and prefill else "ar"
-        state.note_origins(origins)
+        if state.options.report:
+            state.note_origins(_origins(state, decided, drafts))
         ledger.causal(state.tally, "prefill" if prefill else kind, mode, decided, decided - 1)
+
+
+def _origins(state: RequestState, decided: int, drafts: int) -> str:
+    """Return how the tokens came that a causal pass decided, given how many drafts it verified."""
+    if state.is_diffusion:
+        return DENOISED * (decided - 1) + SEED
+    if not drafts:
+        return AR * decided
+    return state.origins_of_drafts(decided - 1) + (BONUS if decided > drafts else CORRECTED)

@@ -128,8 +128,7 @@ class RequestState:
 
     def note_origins(self, more: str) -> None:
         """Record how the tokens came that have just been decided."""
-        if self.options.report:
-            self.origins = put(self.origins, len(self.cached.output_token_ids) - len(more), more)
+        self.origins = put(self.origins, len(self.cached.output_token_ids) - len(more), more)
 
     def origins_of_drafts(self, accepted: int) -> str:
         """Return how the first ``accepted`` of the drafts came that were handed out last."""

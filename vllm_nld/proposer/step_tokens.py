@@ -31,4 +31,5 @@ class StepTokens:
         self.sampled[row][-1] = token
         self.ids[row, int(self.decided[row]) - 1] = token
         state.cached.output_token_ids[-1] = token
-        state.note_origins(DENOISED)
+        if state.options.report:
+            state.note_origins(DENOISED)

@@ -108,8 +108,9 @@ def _wrap(module: ModuleType, account: Callable[[Decode], Account]) -> None:
     def watched(original: Callable[..., Any], given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, _Watched]:
         bound = signatures[original].bind(*given, **named)
         results, tokenizer = bound.arguments["result_generator"], bound.arguments["tokenizer"]
-        skip = bound.arguments["request"].skip_special_tokens
-        watching = _Watched(results, account(lambda ids: tokenizer.decode(ids, skip_special_tokens=skip)))
+        request = bound.arguments["request"]
+        skip, hides = request.skip_special_tokens, not getattr(request, "include_reasoning", True)
+        watching = _Watched(results, account(lambda ids: tokenizer.decode(ids, skip_special_tokens=skip)), hides)
         bound.arguments["result_generator"] = watching
         return original(*bound.args, **bound.kwargs), watching
 
@@ -140,10 +141,11 @@ class _Watched:
     Args:
         results: vLLM's ``RequestOutput`` objects.
         account: says what the response says of them.
+        hides: whether the response keeps the model's reasoning to itself, and so all tokens.
     """
 
-    def __init__(self, results: AsyncIterator[Any], account: Account) -> None:
-        self._results, self._account = results, account
+    def __init__(self, results: AsyncIterator[Any], account: Account, hides: bool) -> None:
+        self._results, self._account, self._hides = results, account, hides
         self._tokens: list[int] = []
         self._report: dict[str, Any] | None = None
 
@@ -164,7 +166,8 @@ class _Watched:
         if self._report is None or not self._tokens:
             return None
         tokens, self._tokens = self._tokens, []
-        return self._account.next(tokens, self._report)
+        told = self._account.next(tokens, self._report)
+        return told | {"tokens": []} if self._hides else told
 
     def tell(self, line: str) -> str:
         """Return a line of the stream with the report of the tokens that have come; the line that ends it has none."""

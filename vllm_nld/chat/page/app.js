@@ -21,7 +21,7 @@ const MARGIN = 12; // pixels between a message and the edge
 const NEAR = 150; // pixels past the edge that still count as reading along
 
 const byId = (id) => document.getElementById(id);
-const history = [];
+let history = [];
 let model = null;
 let url = "";
 let running = null;
@@ -80,9 +80,10 @@ function requestFor(mode, messages) {
 async function submit(text) {
   if (running || !text.trim()) return;
   const modes = [byId("mode").value, byId("other").value].filter(Boolean);
-  history.push({ role: "user", content: text });
+  const chat = history; // "New chat" begins another
+  chat.push({ role: "user", content: text });
   const system = byId("system").value.trim();
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...history];
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...chat];
   const answers = modes.map((mode) => new Answer(mode, MODES[mode]));
   showTurn(text, answers);
   byId("prompt").value = "";
@@ -97,7 +98,7 @@ async function submit(text) {
   if (!model) await lookForServer();
   if (byId("race").checked) await Promise.all(answers.map(run));
   else for (const answer of answers) await run(answer);
-  finish(answers);
+  finish(chat, answers);
 }
 
 function showTurn(text, answers) {
@@ -115,11 +116,11 @@ function follow(event) {
   if (over > 0 && over < NEAR) byId("main").scrollTop += over + MARGIN;
 }
 
-function finish(answers) {
+function finish(chat, answers) {
   const [first, second] = answers;
   setRunning(null);
-  if (first.content) history.push({ role: "assistant", content: first.content });
-  else history.pop(); // nothing was said to this message
+  if (first.content) chat.push({ role: "assistant", content: first.content });
+  else chat.pop(); // nothing was said to this message
   if (second && !first.failed && !second.failed) compare(first, second);
   byId("announce").textContent = answers.map((answer) => answer.summary()).join(". ");
   byId("prompt").focus();
@@ -159,7 +160,7 @@ byId("log").addEventListener("grew", follow);
 byId("other").addEventListener("change", showRace);
 byId("new").addEventListener("click", () => {
   running?.abort();
-  history.length = 0;
+  history = [];
   byId("log").replaceChildren();
   byId("welcome").hidden = false;
   byId("prompt").focus();
