@@ -40,7 +40,7 @@ class NLDSecondScheduler(NLDScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ledger, self.trials = Ledger(), Trials()
-        self.reports = SecondReports(lambda request: request_options(request.sampling_params, self._traits).report)
+        self.reports = SecondReports(lambda request: request_options(request.sampling_params, self._traits))
         self.decisions: Counter[tuple[str, int]] = Counter()
         self._auto_drafts = True
         self._modes: dict[str, tuple[str, int]] = {}

@@ -17,6 +17,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -171,7 +172,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-once", type=int, default=16)
     parser.add_argument("--base-url", help="of a running server; else one is started")
-    parser.add_argument("--log", type=Path, default=Path("fuzz_server.log"), help="of the server that is started")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "fuzz_server.log",
+        help="of the server that is started",
+    )
     options = parser.parse_args()
     with reserved_port() as port:
         server, base_url = (None, options.base_url) if options.base_url else serve(port, options.log)

@@ -251,6 +251,21 @@ def test_overestimated_gains_are_corrected() -> None:
     assert 5 < cycles < 400
 
 
+def test_cycles_with_dear_branches_are_given_up() -> None:
+    """Their time is no price of a pass without branches, but drafting costs it all the same."""
+    auto = made()
+    for _ in range(100):
+        cycle = auto.plan(candidates(0.8), 1, 1)
+        if cycle.choice == ALL_AR:
+            break
+        before = auto.costs.verify.seconds(16)
+        cycle.drafted(16, 1.16)
+        cycle.finish_branched(1, 16 + 64, 3, 8.0)
+        assert auto.costs.verify.seconds(16) == before
+    assert cycle.choice == ALL_AR
+    assert made().plan(candidates(0.8), 1, 1).choice.blocks  # without branches it would pay
+
+
 def test_trim_keeps_drafts_that_pay() -> None:
     auto = made(slope=0.2)
     assert auto.idle().trim([[0.99] * 15], 1, 1.0) == [15]

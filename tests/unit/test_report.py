@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_nld.names import NAMESPACE
+from vllm_nld.options import NLDOptions
 from vllm_nld.origins import WORDS, put
 from vllm_nld.serving.ledger import Tally
 from vllm_nld.serving.report import Account, Pieces, report
@@ -64,9 +65,10 @@ def test_reports_travel_next_to_what_others_put_there() -> None:
     assert other.kv_transfer_params is detach(other) is None
 
 
-def saw(*steps: tuple[str, int, int, bool, bool]) -> dict[str, Any]:
+def saw(*steps: tuple[str, int, int, bool, bool], branches: int | str = "off") -> dict[str, Any]:
     """The report of a request with these steps: mode, tokens, places for drafts, prefill, cut."""
-    reports, request = SecondReports(lambda request: True), SimpleNamespace(request_id="a", num_output_tokens=0)
+    options = NLDOptions(mode="self_speculation", report=True, branches=branches)
+    reports, request = SecondReports(lambda request: options), SimpleNamespace(request_id="a", num_output_tokens=0)
     for mode, tokens, drafts, prefill, cut in steps:
         reports.saw(request, mode, tokens, drafts, prefill, cut)
         request.num_output_tokens += tokens
@@ -80,6 +82,8 @@ def test_second_runner_tells_what_its_scheduler_knows() -> None:
     )
     assert known["origins"] == "a" + "ddv" + "ddb" + "a"
     assert known["forwards"] == {"prefill": 1, "verify": 2, "draft": 2, "ar": 1}
+    known = saw((mode, 1, 0, True, True), (mode, 3, 5, False, False), branches=3)
+    assert known["forwards"].get("draft", 0) == 0
     mode = "diffusion"
     known = saw(
         (mode, 1, 0, True, True), (mode, 4, 3, False, False), (mode, 3, 2, False, True), (mode, 2, 2, False, True)

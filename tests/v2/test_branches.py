@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.adapters import random_adapter
 from tests.support.engines import branches, counters, generate, random_prompts, runner
@@ -17,7 +18,9 @@ from tests.support.models import random_model, save, small_config
 from tests.support.second_runner import second_engine
 from vllm_nld.branches.places import Choice, every_place, likeliest_places
 from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
+from vllm_nld.options import NLDOptions
 from vllm_nld.reference import ReferenceModel, ar_generate, branch_spec_generate
+from vllm_nld.speculator.table import default_branches
 
 VOCAB, LENGTH = 24, 20
 WAYS: dict[str, tuple[dict[str, Any], Choice, bool]] = {
@@ -197,6 +200,37 @@ def test_a_recorded_step_serves_every_step(llm: Any, model: ReferenceModel, monk
     before = replayed[0], left[0]
     assert generate(llm, prompts[:1], each[:1], max_tokens=12) == texts(model, prompts[:1], 12)
     assert left[0] > before[1] and replayed[0] - before[0] <= 1  # a graph without branches does not serve
+
+
+def test_an_older_plan_adds_nothing_to_a_graph_without_branches(llm: Any) -> None:
+    """A graph was chosen by the last step; a request that was not in it may have been planned before."""
+    from vllm.config import CUDAGraphMode
+
+    branching, causal = runner(llm).speculator.branching, {"layer": object()}
+    batch = SimpleNamespace(idx_mapping_np=np.array([0]), num_tokens_after_padding=16, num_reqs_after_padding=16)
+    for mode in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL):  # a whole graph of 16 single tokens, not of two blocks
+        branching._planned[0] = True
+        assert branching.lay_out(batch, None, causal, mode) is causal
+        assert not branching._planned[0]
+
+
+def test_warm_up_stays_within_the_buffers(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    branching, laid = runner(llm).speculator.branching, list[Any]()
+    row = torch.ones(1, dtype=torch.int32)
+    step = SimpleNamespace(seq_lens=row, requests=row, block_table=None)
+    monkeypatch.setattr(branching, "_fill", lambda own, *_, **__: laid.append(own))
+    for method in ("_find", "_plan"):
+        monkeypatch.setattr(branching, method, lambda *_: None)
+    for default in ((20, 9), (32, 161), (2, 9)):
+        monkeypatch.setattr(branching, "_default", default)
+        branching.warm_up(step, SimpleNamespace(valid=None, drafts=None))
+    assert [own.count for own in laid] == [17, 2]  # none, where not even one fits
+    assert all(own.tokens <= branching.max_tokens for own in laid)
+
+
+def test_quadratic_has_no_more_branches_than_a_plan_has_places() -> None:
+    options = NLDOptions(mode="self_speculation", branches="all")
+    assert default_branches(options, 100) == (64, 64)
 
 
 def no_pieces(description: Any) -> Any:

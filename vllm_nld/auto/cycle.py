@@ -21,7 +21,8 @@ class Cycle:
     """What was chosen for a step, what is expected of it, and what it is charged.
 
     Called in this order: :meth:`drafted` after the draft forward, if there was one; :meth:`trim` when there are drafts
-    to choose from; :meth:`finish` after the next causal pass. A cycle whose pass also ran a prefill is dropped.
+    to choose from; :meth:`finish`, or :meth:`finish_branched`, after the next causal pass. A cycle whose pass also ran
+    a prefill is dropped.
 
     Args:
         search: whose prices learn.
@@ -85,15 +86,30 @@ class Cycle:
         prices = self._search.prices
         if prices.was_interrupted(requests, tokens, seconds):
             return
+        self._learn(requests, accepted, seconds)
+        prices.observe_step(requests, tokens, seconds)
+        if tokens == requests:
+            self._probing.saw_ar(requests)
+
+    def finish_branched(self, requests: int, tokens: int, accepted: int, seconds: float) -> None:
+        """Learn from a causal pass with branches, whose time is no price of one without; else as :meth:`finish`.
+
+        Args:
+            requests: requests that it served.
+            tokens: tokens that it ran, branches included.
+            accepted: drafts that it accepted of the blocks that auto mode had drafted.
+            seconds: what it took, host time included.
+        """
+        if self._search.prices.observe_branched(tokens, seconds):
+            self._learn(requests, accepted, seconds)
+
+    def _learn(self, requests: int, accepted: int, seconds: float) -> None:
         # Not before: a cycle that is dropped has no AR step's price to set off, only a draft to pay for.
         self._probing.saved += self._credit or 0.0
         self._account(seconds)
         if self._expected is not None:
             took = (self._draft_seconds + seconds) / max(self._expected.seconds, 1e-9)
-            prices.actual(requests).observe(accepted, self._expected.gain, took)
-        prices.observe_step(requests, tokens, seconds)
-        if tokens == requests:
-            self._probing.saw_ar(requests)
+            self._search.prices.actual(requests).observe(accepted, self._expected.gain, took)
 
     def _account(self, seconds: float) -> None:
         if self._planned:

@@ -53,7 +53,7 @@ class Prices:
     def was_interrupted(self, requests: int, tokens: int, seconds: float) -> bool:
         """Whether a step took too long for a price: the process was stopped, or no step was asked for."""
         curve, size = (self.costs.ar, requests) if tokens == requests else (self.costs.verify, tokens)
-        return curve.is_known(curve.bucket(size)) and seconds > INTERRUPTED * curve.seconds(size)
+        return _is_too_long(curve, size, seconds)
 
     def observe_kept(self, kept: int, drafts: int) -> None:
         """Learn how many drafts of a cycle are verified."""
@@ -68,7 +68,13 @@ class Prices:
         else:
             self.costs.verify.observe(tokens, seconds)
 
-    def observe_branched(self, requests: int, tokens: int, added: int, seconds: float) -> None:
-        """Learn what a causal pass took that ran ``added`` tokens of branches next to its own."""
-        if not self.was_interrupted(requests, tokens, seconds):
-            self.costs.branched.observe(tokens + added, seconds)
+    def observe_branched(self, tokens: int, seconds: float) -> bool:
+        """Learn what a causal pass took over ``tokens`` tokens, branches included; return False if too long."""
+        if _is_too_long(self.costs.branched, tokens, seconds):
+            return False
+        self.costs.branched.observe(tokens, seconds)
+        return True
+
+
+def _is_too_long(curve: CostCurve, size: int, seconds: float) -> bool:
+    return curve.is_known(curve.bucket(size)) and seconds > INTERRUPTED * curve.seconds(size)

@@ -221,8 +221,8 @@ class Branching:
         tokens = [seed] + [mask] * (pending.rows(branch) - 1)
         return Block(pending.prefix + branch.after + 1, tokens, adapted=state.options.draft_adapter)
 
-    def use(self, draft_pass: DraftPass, states: Mapping[int, RequestState], opened: Mapping[int, Block]) -> bool:
-        """Fill those of the opened blocks that a branch has drafted, and return whether there are any.
+    def use(self, draft_pass: DraftPass, states: Mapping[int, RequestState], opened: Mapping[int, Block]) -> None:
+        """Fill those of the opened blocks that a branch has drafted.
 
         A shorter branch shortens its block.
 
@@ -246,7 +246,6 @@ class Branching:
             draft_pass.settle(filled, filled, torch.cat(hidden))
             for block in filled:
                 block.passes = 0  # no forward was run for it
-        return bool(filled)
 
 
 def _due(state: RequestState, step: CausalStep) -> list[Branch]:

@@ -73,17 +73,17 @@ class Proposal:
         """
         blocks = [*self._opened.filling.values(), *self._speculation.blocks.values()]
         mixed, others = len(self._denoising.parked) > 0, self._others()
-        saves = self._branching.use(self._draft_pass, self._states, self._speculation.blocks)
+        self._branching.use(self._draft_pass, self._states, self._speculation.blocks)
         started = time.perf_counter()
         self._denoising.run(self._draft_pass, blocks, others)
         seconds = time.perf_counter() - started
         for row, block in self._speculation.blocks.items():
             ledger.drafted(self._states[row].tally, block.passes)
         ran = [block for block in blocks if block.passes]
-        if mixed or saves:
-            # The forward and the causal pass also serve blocks that auto mode did not plan for, or there is no forward.
+        if mixed:
+            # The forward and the causal pass also serve blocks that auto mode did not plan for.
             self.cycle.void()
-        if not mixed and ran and all(block.passes == 1 for block in ran):
+        elif ran and all(block.passes == 1 for block in ran):
             self.cycle.drafted(sum(block.length for block in ran), seconds)
         self._speculation.collect()
         self._speculation.trim(self.cycle, self._given, seconds)

@@ -262,11 +262,9 @@ class SelfSpeculation:
         prefills = {row for row, state in states.items() if step.is_prefill(state)}
         if self._left_at is not None and states and not prefills and len(states) == len(tokens.sampled):
             accepted = sum(len(tokens.sampled[row]) - 1 for row, state in states.items() if state.was_drafted_by_auto)
-            took = now - self._left_at
-            if self._branching.tokens:
-                self.auto.search.prices.observe_branched(len(states), step.tokens(states), self._branching.tokens, took)
-            else:
-                self._cycle.finish(len(states), step.tokens(states), accepted, took)
+            added = self._branching.tokens
+            finish = self._cycle.finish_branched if added else self._cycle.finish
+            finish(len(states), step.tokens(states) + added, accepted, now - self._left_at)
         self._branching.learn(sum(map(len, tokens.sampled)), comparable=not prefills)
         for row, state in states.items():
             step.record(state, len(tokens.sampled[row]), row in prefills, self.ledger)

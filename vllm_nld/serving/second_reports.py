@@ -1,7 +1,8 @@
 """Reports of requests on vLLM's second model runner, made by the scheduler: there it is what knows of every token.
 
 It does not know which of the places that it granted held a draft, nor what diffusion did between two steps. So some
-tokens are only known to be the verifier's, and a diffusion request's forwards are not counted.
+tokens are only known to be the verifier's, and a diffusion request's forwards are not counted. Nor are draft forwards
+of requests with branches, which have one only where a step has no room for branches.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_nld.options import NLDOptions
 from vllm_nld.origins import AR, BONUS, DENOISED, DRAFTED, SEED, UNKNOWN, VERIFIED, put
 from vllm_nld.serving.ledger import Tally
 from vllm_nld.serving.report import report
@@ -17,9 +19,10 @@ from vllm_nld.serving.report import report
 
 @dataclass
 class _Known:
-    """A request's origins and counts, and whether it wants a report."""
+    """A request's origins and counts, whether it wants a report, and whether draft forwards draft for it."""
 
     wanted: bool
+    by_forward: bool
     tally: Tally = field(default_factory=Tally)
     origins: str = ""
 
@@ -28,11 +31,11 @@ class SecondReports:
     """What is known of the requests that want a report.
 
     Args:
-        wants: whether a request does; asked once.
+        options: of a request; asked once.
     """
 
-    def __init__(self, wants: Callable[[Any], bool]) -> None:
-        self._wants = wants
+    def __init__(self, options: Callable[[Any], NLDOptions]) -> None:
+        self._options = options
         self._known: dict[str, _Known] = {}
         self._fresh: set[str] = set()
 
@@ -48,7 +51,10 @@ class SecondReports:
             cut: whether it had fewer places for drafts than the request asks for.
         """
         name = request.request_id
-        known = self._known.get(name) or self._known.setdefault(name, _Known(self._wants(request)))
+        known = self._known.get(name)
+        if known is None:
+            options = self._options(request)
+            known = self._known[name] = _Known(options.report, options.branches == "off")
         if not known.wanted:
             return
         self._fresh.add(name)
@@ -57,7 +63,7 @@ class SecondReports:
             return
         known.tally.forwards["prefill" if prefill else "verify" if drafts else "ar"] += 1
         if drafts:
-            known.tally.forwards["draft"] += 1
+            known.tally.forwards["draft"] += known.by_forward
             known.tally.blocks["self_speculation"] += 1
             known.tally.accepted["self_speculation"] += tokens - 1
 

@@ -47,6 +47,7 @@ class Branching:
         counters: int64, on the device, as :data:`COUNTED`.
         undrafted: times that a request's draft forward was left out.
         is_due: whether the next step is likely to have branches.
+        captures: whether CUDA graphs may hold branches.
         max_tokens: of a step, branches included.
     """
 
@@ -56,6 +57,7 @@ class Branching:
     def __init__(self, vllm_config: Any, table: RequestTable, model: Any, default: tuple[int, int] | None) -> None:
         self.max_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._table, self._model, self._default, self.is_due = table, model, default, False
+        self.captures = True
         self._dtype: torch.dtype = vllm_config.model_config.dtype
         self._device = device = table.on_device[0].device
         self._known: dict[str, tuple[bytes, Tensor]] = {}
@@ -103,11 +105,13 @@ class Branching:
 
     def warm_up(self, step: StepTensors, buffers: DraftBuffers) -> None:
         """Compile the kernels for the engine's own branches, as :meth:`Speculator.warm_up` does for others."""
-        if self._default is None:
+        count, length = self._default or (0, 1)
+        count = min(count, self.max_tokens // length)
+        if count == 0:
             return
         row = step.seq_lens
         batch = SimpleNamespace(idx_mapping=step.requests, seq_lens=row, query_start_loc=torch.arange(2).to(row))
-        laid = Laid(np.zeros(0), 1, *self._default)
+        laid = Laid(np.zeros(0), 1, count, length)
         self._fill(laid, batch, step.block_table, graph=False)  # a slot of no row
         places, drafts = torch.zeros(3, laid.length - 1).to(step.requests), laid.length - 1
         hits = Hits(row - 1, laid, laid.count, 1, drafts, places[0], places[1], places[2], row.clone())
@@ -139,19 +143,24 @@ class Branching:
 
     # Before a step
 
-    def lay_out(self, batch: Any, block_table: Tensor, causal: dict[str, Any], graph: bool) -> dict[str, Any]:
+    def lay_out(self, batch: Any, block_table: Tensor, causal: dict[str, Any], mode: CUDAGraphMode) -> dict[str, Any]:
         """Prepare the branches of a step's requests, as far as they fit; returns the layers' attention metadata.
 
         Args:
             batch: vLLM's ``InputBatch``.
             block_table: int32 ``[rows, pages]``.
             causal: the metadata of the step without them.
-            graph: whether a whole CUDA graph is going to run the step. Its branches are those it was captured with.
+            mode: whether a CUDA graph is going to run the step. A whole one of blocks has the branches that it was
+                captured with, others have none: a plan may be older than the last step, by which the graph was chosen.
         """
         indices, tokens = batch.idx_mapping_np, batch.num_tokens_after_padding
         rows = self._planned[indices]
         self._planned[indices] = False
         self._laid, self.is_due = None, False
+        graph = mode == CUDAGraphMode.FULL
+        of_blocks = batch.num_reqs_after_padding * self.shape.block_length == tokens
+        if mode == CUDAGraphMode.PIECEWISE or (graph and not of_blocks):
+            return causal
         size = None
         if graph or rows.any():
             size = self._captured.get(tokens) if graph else self._fitting(indices[rows], tokens)
@@ -181,7 +190,7 @@ class Branching:
             slots: requests of the graph.
             tokens: of the graph without branches.
         """
-        if self._default is None or tokens != slots * self.shape.block_length:
+        if self._default is None or not self.captures or tokens != slots * self.shape.block_length:
             return causal
         count, length = self._default
         laid = Laid(np.arange(slots), slots, count, length)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_nld.speculator.speculator import Speculator
@@ -55,7 +54,7 @@ class NLDModelState(DefaultModelState):  # type: ignore[misc]
             return causal
         if named.get("for_capture"):
             return branching.capture(causal, input_batch.num_reqs, input_batch.num_tokens_after_padding)
-        return branching.lay_out(input_batch, block_tables[0], causal, graph=mode == CUDAGraphMode.FULL)
+        return branching.lay_out(input_batch, block_tables[0], causal, mode)
 
     def custom_sampler(self, sampler: Any) -> Any:
         """Return this extension's sampler and rejection sampler, in place of vLLM's."""

@@ -201,6 +201,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         operator = ops.implementation("block_attention", self.device.type, dtype, captured=True)
         if not operator.graph_safe:
             logger.warning("Draft passes run without CUDA graphs: the operator %s waits for the device", operator.name)
+            if self.branching is not None:
+                self.branching.captures = False
             return
         self._graphs = {drawn: DraftGraphs(self.vllm_config, self.device, self.block_length) for drawn in (False, True)}
 

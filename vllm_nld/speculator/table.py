@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vllm_nld.branches.places import usual_length
-from vllm_nld.options import NLDOptions
+from vllm_nld.options import MOST_BRANCHES, NLDOptions
 from vllm_nld.serving.admission import LONGEST_BRANCH, EngineTraits, request_options
 from vllm_nld.speculator.branch_kernels import ALL
 from vllm_nld.speculator.kernels import COMMIT, EXACT, REJECTION
@@ -133,7 +133,7 @@ class RequestTable:
     def branches(self, indices: Numbers) -> tuple[int, int]:
         """Return the most branches of one of these requests, and the tokens of the longest; all must branch."""
         counts, lengths = self.branch_counts[indices], self._tables[4].np[indices]
-        counts = np.where(counts == ALL, self._lengths.np[indices], counts)
+        counts = np.where(counts == ALL, np.minimum(self._lengths.np[indices], MOST_BRANCHES), counts)
         return int(counts.max()), int((lengths + self._tables[5].np[indices]).max())
 
     @property
@@ -161,4 +161,4 @@ def default_branches(options: NLDOptions, block_length: int) -> tuple[int, int] 
     count, length = branches_of(options, block_length)
     if count == 0:
         return None
-    return (block_length, length) if count == ALL else (count, length + 1)
+    return (min(block_length, MOST_BRANCHES), length) if count == ALL else (count, length + 1)
