@@ -119,5 +119,5 @@ def test_page_for_other_machines_answers_by_address_and_by_allowed_names(upstrea
 def test_names_and_keys_may_be_written_as_people_do(upstream: StandIn) -> None:
     """A file of a secret ends in a newline; the browser sends names in lower case."""
     with ChatServer(Target(upstream.url, "secret\n"), host="LocalHost") as server, running(server):
-        assert ask(server, "GET", "/v1/models")[0] == 200
+        assert ask(server, "POST", "/v1/chat/completions", {"vllm_xargs": {}})[0] == 200
     assert upstream.headers[-1]["Authorization"] == "Bearer secret"
