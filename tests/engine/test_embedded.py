@@ -54,7 +54,7 @@ def test_auto_mode_looks_up_repeated_text() -> None:
         tally = Tally.between(before, llm.collective_rpc("nld_tally")[0])
     alone = tally.blocks["self_speculation"] - tally.forwards["draft"]
     assert alone > 20, "blocks that took no draft forward"
-    assert tally.accepted["self_speculation"] > 2 * alone
+    assert tally.accepted["self_speculation"] > alone
 
 
 def test_stop_strings_and_streamed_length() -> None:
