@@ -13,8 +13,10 @@ from tests.support.interpreted import hasten_interpreter
 
 TESTS = Path(__file__).parent
 
-FIRST = ("v2", "server", "engine", "kernels", "integration")
-"""Tiers of long files, which are begun first so that no process works on one at the end while the others have none."""
+FIRST = ("v2", "server")
+"""Tiers of one long file, which are begun first so that the other process does not wait for them at the end."""
+LAST = ("engine",)
+"""Auto mode measures its steps in engines: most of them run when Ray's tests, next to these, are over."""
 
 # Imports make millions of objects and no garbage: collections as often as usual are a sixth of importing vLLM.
 gc.set_threshold(10_000)
@@ -51,7 +53,8 @@ def _tier(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(getattr(pytest.mark, _tier(item)))
-    items.sort(key=lambda item: FIRST.index(_tier(item)) if _tier(item) in FIRST else len(FIRST))
+    order = dict.fromkeys(LAST, len(FIRST) + 1) | {tier: place for place, tier in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(_tier(item), len(FIRST)))
 
 
 _unfreeze = gc.unfreeze  # tests.support.engines takes it away from vLLM
