@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -39,4 +39,11 @@ def run_in_one_process(python: str, entry_point: str, lines: list[list[str]], fo
 
 def python_with_lm_eval() -> str | None:
     """Return an interpreter that has lm-eval: of ``VLLM_NLD_LM_EVAL``, or this one; None if there is none."""
-    return os.environ.get("VLLM_NLD_LM_EVAL") or (sys.executable if importlib.util.find_spec("lm_eval") else None)
+    named = os.environ.get("VLLM_NLD_LM_EVAL")
+    if named:
+        return named
+    try:  # not by looking for the module: examples/lm_eval has its name
+        importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return sys.executable

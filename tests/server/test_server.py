@@ -450,11 +450,14 @@ def test_bench_serve_runs_in_every_mode(
     assert "Acceptance length" in output
 
 
+@pytest.mark.skipif(
+    python_with_lm_eval() is None,
+    reason="lm-eval is not installed: pip install 'lm-eval[api]', or name its interpreter in VLLM_NLD_LM_EVAL",
+)
 def test_lm_eval_runs_in_every_mode(base_url: str, model: str, in_every_mode: dict[str, str], tmp_path: Path) -> None:
     """On a local task, without a hub. Modes that keep AR's text get AR's result."""
     python = python_with_lm_eval()
-    if python is None:
-        pytest.skip("lm-eval is not installed: pip install 'lm-eval[api]', or name its interpreter in VLLM_NLD_LM_EVAL")
+    assert python is not None
     for file in (EXAMPLES / "lm_eval").iterdir():
         shutil.copy(file, tmp_path)
     common = ["--model", "local-completions", "--tasks", "continue_code", "--include_path", ".", "--log_samples"]
