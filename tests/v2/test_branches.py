@@ -105,7 +105,7 @@ def test_texts_end_at_the_engine_s_last_position(llm: Any, model: ReferenceModel
 
 
 def test_without_room_requests_draft_by_themselves(llm: Any, model: ReferenceModel) -> None:
-    """Room for branches of nobody: draft forwards, as without branches."""
+    """No branch fits into the step: draft forwards, as without branches."""
     prompts = random_prompts([9, 12], VOCAB, seed=4)
     branching = runner(llm).speculator.branching
     most, branching.max_tokens = branching.max_tokens, 24

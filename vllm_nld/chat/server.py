@@ -1,6 +1,6 @@
 """A server for one person: the page's files, and a few paths of an OpenAI server, passed on as they are.
 
-The page and the API then have one origin, so nobody has to configure CORS. Standard library only: it also runs where
+The page and the API then have one origin, so no CORS settings are needed. Standard library only: it also runs where
 vLLM is not installed.
 """
 
@@ -65,7 +65,7 @@ class Target:
         """Return an open connection.
 
         Raises:
-            OSError: nobody answers there.
+            OSError: no server answers there.
         """
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host or "", self._port, timeout=PATIENCE)
@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
                         self._refuse(HTTPStatus.BAD_GATEWAY, why)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Print nothing: the terminal belongs to whoever started the command."""
+        """Print nothing: requests would fill the terminal in which the command runs."""
 
 
 def _is_address(host: str) -> bool:

@@ -5,7 +5,7 @@ to that token, and itself, bidirectionally. If verification ends there, with the
 for any token), the next block is drafted already and the cycle costs one forward instead of two. Otherwise a draft
 forward follows as usual, or, if misses do not draft, a forward that decides one token and has a mask branch after it,
 which is hit for sure. Verify rows do not see branches, and branches do not enter the cache, so they never change
-the text, which is AR's. A mask branch after every token is the paper's quadratic self-speculation (Appendix C).
+the text, which equals AR's text. A mask branch after every token is the paper's quadratic self-speculation (Appendix C).
 """
 
 from __future__ import annotations
