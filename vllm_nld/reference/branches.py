@@ -4,8 +4,8 @@ A branch is ``[guess or MASK, MASK, ...]`` after one token of the block being ve
 to that token, and itself, bidirectionally. If verification ends there, with the guessed token (a *hit*; a mask stands
 for any token), the next block is drafted already and the cycle costs one forward instead of two. Otherwise a draft
 forward follows as usual, or, if misses do not draft, a forward that decides one token and has a mask branch after it,
-which is hit for sure. Verify rows do not see branches, and branches do not enter the cache, so they never change
-the text, which equals AR's text. A mask branch after every token is the paper's quadratic self-speculation (Appendix C).
+which is hit for sure. Verify rows do not see branches, and branches do not enter the cache, so the text
+stays equal to AR's. A mask branch after every token is the paper's quadratic self-speculation (Appendix C).
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def figures(
     pairs = list(zip(answers.ids, expected, strict=True))
     checked = [(decode(ids), own.prompt.answer) for ids, own in zip(answers.ids, prompts, strict=True)]
     marks = [is_right(text, answer) for text, answer in checked if answer is not None]
-    # Plain vLLM counts no forwards: a step yields a token and its accepted drafts, and the prefill yields the first token.
+    # Plain vLLM counts no forwards. A step yields a token and its accepted drafts; the prefill yields the first token.
     counted = tokens - sum(spent.accepted) - len(prompts) if spent.forwards is None else spent.forwards
     return Figures(
         way=way,
