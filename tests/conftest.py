@@ -18,7 +18,10 @@ FIRST = ("v2", "server")
 LAST = ("engine",)
 """Auto mode measures its steps in engines: most of them run when Ray's tests, next to these, are over."""
 
-# Imports make millions of objects and no garbage: collections as often as usual are a sixth of importing vLLM.
+# Processes that the tests start collect garbage less often, from their first import on; so does this one from here.
+_startup = str(TESTS / "support" / "startup")
+if _startup not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_startup, os.environ.get("PYTHONPATH"))))
 gc.set_threshold(10_000)
 
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
