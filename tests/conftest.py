@@ -18,7 +18,8 @@ FIRST = ("v2", "server")
 LAST = ("engine",)
 """Auto mode measures its steps in engines: most of them run when Ray's tests, next to these, are over."""
 
-# Processes that the tests start collect garbage less often, from their first import on; so does this one from here.
+# Processes that the tests start collect garbage less often, from their first import on (so does this one from here),
+# and sleep while they wait for each other.
 _startup = str(TESTS / "support" / "startup")
 if _startup not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_startup, os.environ.get("PYTHONPATH"))))

@@ -12,6 +12,7 @@ from tests.support.clusters import Cluster, install
 from tests.support.threads import one_thread as one_thread
 
 SHIM = Path(__file__).parent / "installed_shim"
+STARTUP = Path(__file__).parents[1] / "support" / "startup"
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
     site = tmp_path_factory.mktemp("site")
     install(site)
-    pythonpath = os.pathsep.join([str(site), str(SHIM)])
+    pythonpath = os.pathsep.join(map(str, (site, SHIM, STARTUP)))
     with pytest.MonkeyPatch.context() as patch:
         # Ray's workers inherit the environment of the cluster.
         patch.setenv("PYTHONPATH", pythonpath)
