@@ -22,7 +22,7 @@ from tests.support.engines import accepted, branches, engine, metric, runner, sh
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
-REQUESTS = int(os.environ.get("VLLM_NLD_TORTURE", "150"))
+REQUESTS = int(os.environ.get("VLLM_NLD_TORTURE", "100"))
 SEED = int(os.environ.get("VLLM_NLD_TORTURE_SEED", "0"))
 
 CRAMPED: dict[str, Any] = {
