@@ -20,7 +20,7 @@ def dummy_config(name: str, layers: int | None = None, scheme: str | None = None
     With a ``scheme`` of :data:`~vllm_nld.checkpoints.quantize.SCHEMES`, its layers are quantized.
     """
     shape = RELEASED[name].shape
-    quantized = {} if scheme is None else {"quantization_config": quantization_settings(scheme)}
+    quantized: dict[str, Any] = {} if scheme is None else {"quantization_config": quantization_settings(scheme)}
     return NemotronLabsDiffusionConfig(
         architectures=[ARCHITECTURE],
         hidden_size=shape.hidden_size,
@@ -34,9 +34,9 @@ def dummy_config(name: str, layers: int | None = None, scheme: str | None = None
 def quantization_settings(scheme: str) -> dict[str, Any]:
     """Return what ``vllm-nld quantize`` would leave in ``config.json`` for a scheme."""
     import torch
-    from compressed_tensors.compressors.format import infer_module_format
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
-    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+    from compressed_tensors.compressors.format import infer_module_format  # type: ignore[import-untyped]
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus  # type: ignore[import-untyped]
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # type: ignore[import-untyped]
 
     how = preset_name_to_scheme(scheme, ["Linear"])
     how.format = infer_module_format(torch.nn.Linear, how).value
