@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
 from tests.support.adapters import random_adapter
@@ -101,6 +102,38 @@ def test_float8_kernels_leave_ar_s_text_at_near_ties_only(scheme: str, plain: Pa
         assert [len(text) for text in texts(llm, {"mode": "diffusion", "threshold": 0.4}, together=True)] == [
             TOKENS
         ] * 3
+
+
+def sum_in_halves(method: Any) -> None:
+    """Have a layer of four rows and fewer sum its inputs in two halves, each rounded, as a split-K kernel does."""
+    whole = method.apply
+
+    def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if len(x) > 4:
+            return whole(layer, x, bias)
+        first = x.clone()
+        first[:, x.shape[1] // 2 :] = 0
+        return whole(layer, first, bias) + whole(layer, x - first, None)
+
+    method.apply = apply
+
+
+def test_a_kernel_that_depends_on_rows_leaves_ar_s_text_at_near_ties_only(plain: Path) -> None:
+    """AR steps have one row, verify passes sixteen: with such a kernel they round differently, and may disagree."""
+    with engine(plain, spec=True, dtype="bfloat16", max_num_seqs=4) as llm:
+        exact = texts(llm, {"mode": "ar"}, together=False)
+        layers = runner(llm).model.model.layers
+        linears = [m for m in layers.modules() if isinstance(m, LinearBase)]
+        for method in {id(linear.quant_method): linear.quant_method for linear in linears}.values():
+            sum_in_halves(method)
+        assert row_difference(llm) > 0.001
+        expected = texts(llm, {"mode": "ar"}, together=False)
+        assert expected != exact  # the stand-in changes AR's text
+        found = texts(llm, {"mode": "self_speculation"}, together=True)
+        assert accepted(llm) > 0
+        assert found != expected  # the modes do disagree
+        for text in (expected, found):
+            assert max(map(far_from_best, [llm] * 3, PROMPTS, text)) < NEAR_TIE
 
 
 REFUSED = {

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 from tests.support.models import random_model, save, save_vlm, small_config, small_vlm_config
 from tests.support.quantized import compress
 from vllm_nld.checkpoints import EMBEDDED
-from vllm_nld.checkpoints.quantize import SCHEMES, quantize
+from vllm_nld.checkpoints.quantize import IGNORED, SCHEMES, quantize
 from vllm_nld.cli import app
+from vllm_nld.cli.dummy import dummy_config
 from vllm_nld.errors import NLDError
 
 CONFIG = small_config()
@@ -140,3 +141,11 @@ def test_arguments_are_refused_by_name(
     assert len(result.stderr.splitlines()) == 1
     for word in words:
         assert word in result.stderr
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dummy_weights_have_the_config_of_a_quantized_checkpoint(scheme: str) -> None:
+    found = dummy_config("3b", 1, scheme).to_dict()["quantization_config"]
+    assert list(found["config_groups"]) == [scheme]
+    assert found["config_groups"][scheme]["format"] == found["format"] != "dense"
+    assert found["ignore"] == IGNORED

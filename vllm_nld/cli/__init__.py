@@ -106,12 +106,17 @@ def cycle(
     layers: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Layers of 3b; few suffice to time the rest of a cycle.")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 is faster on a CPU without bfloat16 products.")] = "bfloat16",
+    scheme: Annotated[
+        str | None, typer.Option(help="Quantize the layers of 3b: a scheme of vllm-nld quantize, such as W8A8.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Cost of one draft + verify cycle in AR steps, next to the GEMM and memory speed of this machine."""
-    from vllm_nld.cli.bench_cycle import run
+    from vllm_nld.cli.bench_cycle import Variant, run
 
-    run(model or ["tiny", "3b"], block or [], prompt_tokens, steps, json, layers)
+    models = model or (["tiny", "3b"] if scheme is None else ["3b"])
+    run(models, block or [], prompt_tokens, steps, json, Variant(dtype, layers, scheme))
 
 
 @bench.command()

@@ -8,16 +8,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.quantize import SCHEMES
 from vllm_nld.cli.console import report_console
 from vllm_nld.cli.dummy import DUMMY_SETTINGS, dummy_config
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
-from vllm_nld.cli.limits import MODEL_LENGTH, one_of, within
+from vllm_nld.cli.limits import DTYPES, MODEL_LENGTH, one_of, within
 from vllm_nld.cli.stopwatch import PARTS, Stopwatch, Watch
 
 MODELS = ("tiny", "3b")
@@ -29,28 +31,44 @@ DEFAULT_BLOCKS = {"tiny": [16], "3b": [32, 16]}
 LONGEST_BLOCK = {"tiny": 16, "3b": 32}
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What of a model differs from the released one.
+
+    Attributes:
+        dtype: of activations, and of weights that are not quantized.
+        layers: of the dummy model, at most. With few, ratios mean nothing, but the time outside the forwards does, and
+            two numbers of layers give the cost of one.
+        scheme: of the dummy model's quantized layers, if they are.
+    """
+
+    dtype: str = "bfloat16"
+    layers: int | None = None
+    scheme: str | None = None
+
+
 def run(
-    models: list[str], blocks: list[int], prompt_tokens: int, steps: int, as_json: bool, layers: int | None = None
+    models: list[str], blocks: list[int], prompt_tokens: int, steps: int, as_json: bool, variant: Variant = Variant()
 ) -> None:
     """Measure every model and block length; print a table or one JSON object.
 
-    With ``layers``, the dummy model has only that many. Then its ratios mean nothing, but the time outside its forwards
-    does.
-
     Raises:
-        NLDError: a model name is unknown, a block too long for it, or prompt and steps for its positions.
+        NLDError: a name is unknown, a block too long for the model, or prompt and steps for its positions.
     """
+    one_of("--dtype", variant.dtype, DTYPES)
+    if variant.scheme is not None:
+        one_of("--scheme", variant.scheme, tuple(SCHEMES))
     for name in models:
-        one_of("--model", name, MODELS)
+        one_of("--model", name, MODELS if variant.scheme is None else MODELS[1:])
         check_room(name, blocks or DEFAULT_BLOCKS[name], prompt_tokens, steps)
     prepare_environment()
     with stdout_to_stderr():
         report = {
             "prompt_tokens": prompt_tokens,
             "steps": steps,
-            "layers": layers,
+            **asdict(variant),
             "machine": machine_limits(),
-            "results": [row for name in models for row in _measure_model(name, blocks, prompt_tokens, steps, layers)],
+            "results": [row for name in models for row in _measure_model(name, blocks, prompt_tokens, steps, variant)],
         }
     if as_json:
         print(json.dumps(report))
@@ -102,10 +120,10 @@ def _best_seconds(call: Callable[[], Any], repeats: int = 15) -> float:
 
 
 def _measure_model(
-    name: str, blocks: list[int], prompt_tokens: int, steps: int, layers: int | None
+    name: str, blocks: list[int], prompt_tokens: int, steps: int, variant: Variant
 ) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
-        folder, settings = _model(name, Path(scratch), layers)
+        folder, settings = _model(name, Path(scratch), variant)
         settings |= {"skip_tokenizer_init": True, "enable_prefix_caching": False}
         ar, _ = _steps(folder, None, prompt_tokens, steps, settings)
         rows = []
@@ -133,12 +151,12 @@ def _summary(ar: float, cycle: float, parts: dict[str, float]) -> dict[str, Any]
     }
 
 
-def _model(name: str, scratch: Path, layers: int | None) -> tuple[str, dict[str, Any]]:
+def _model(name: str, scratch: Path, variant: Variant) -> tuple[str, dict[str, Any]]:
     """Return the folder and the LLM settings of a benchmark model."""
     if name == "tiny":
-        return str(checkpoint_path("tiny")), {"dtype": "bfloat16", "max_model_len": MODEL_LENGTH}
-    dummy_config(name, layers).save_pretrained(scratch)
-    return str(scratch), dict(DUMMY_SETTINGS)
+        return str(checkpoint_path("tiny")), {"dtype": variant.dtype, "max_model_len": MODEL_LENGTH}
+    dummy_config(name, variant.layers, variant.scheme).save_pretrained(scratch)
+    return str(scratch), DUMMY_SETTINGS | {"dtype": variant.dtype}
 
 
 def _steps(
