@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import types
+from typing import Any
 
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 INTERPRETING = all(os.environ.get(name) == value for name, value in ENVIRONMENT.items())
@@ -23,7 +25,7 @@ def pretend_triton_runs() -> None:
 
 
 def hasten_interpreter() -> None:
-    """Leave out two thirds of the interpreter's time, which it spends on what it has done already or never reads.
+    """Leave out most of the interpreter's time, which it spends on what it has done already or never reads.
 
     It replaces Triton's whole language at every launch and at every call of a function within a kernel; looks up a type
     in a table that it builds anew; and repeats integer operations in int64 for an assertion that only debug mode makes.
@@ -31,6 +33,9 @@ def hasten_interpreter() -> None:
     from triton import language as tl
     from triton.runtime import interpreter
 
+    _hasten_types()
+    _hasten_equal_operands()
+    interpreter._patch_attr = _patch_without_detour
     sees_all = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
     interpreter._patch_lang(sees_all)
     once = types.SimpleNamespace(restore=lambda: None)
@@ -41,3 +46,76 @@ def hasten_interpreter() -> None:
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _patch_without_detour(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """What the interpreter's ``_patch_attr`` does, in one call instead of three."""
+    from triton.runtime import interpreter
+
+    semantic = interpreter.interpreter_semantic
+    function = getattr(member, "__wrapped__", member)  # the wrapper only asks whether there is a semantic
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = semantic
+        return function(*args, **kwargs)
+
+    scope.set_attr(owner, name, call)
+
+
+def _hasten_types() -> None:
+    """Make what depends only on a shape once for every shape, and tell types apart by their names' sets."""
+    from triton.language import core
+
+    @functools.cache
+    def measures(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        return core.constexpr(math.prod(shape)), core.tuple([core.constexpr(size) for size in shape])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = measures(tuple(type.shape.values) if type.is_block() else ())
+
+    core.tensor.__init__ = tensor
+    make_block = core.block_type.__init__
+
+    @functools.cache
+    def block(shape: tuple[int, ...]) -> Any:
+        made = object.__new__(core.block_type)
+        make_block(made, core.int32, list(shape))
+        return made
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        known = block(tuple(shape.values if isinstance(shape, core.tuple) else core._unwrap_shape(shape)))
+        self.element_ty, self.shape, self.numel = element_ty, known.shape, known.numel
+
+    core.block_type.__init__ = block_type
+    name = functools.cached_property(lambda self: f"<{self.shape}, {self.element_ty}>")
+    name.__set_name__(core.block_type, "name")
+    core.block_type.name = name
+    integers = frozenset(core.dtype.SINT_TYPES + core.dtype.UINT_TYPES)
+    core.dtype.is_int = lambda self: self.name in integers
+    equal = core.dtype.__eq__
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    unwrap = core._unwrap_if_constexpr
+    core._unwrap_if_constexpr = lambda some: some if type(some) in (int, core.tensor) else unwrap(some)
+
+
+def _hasten_equal_operands() -> None:
+    """Ask nothing more of two operands of one type and shape: none is converted, none is broadcast."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    numbers = {id(getattr(core, name)) for name in ("int32", "int64", "uint32", "uint64", "float32")}
+    agree, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+
+    def same_shape(a: Any, b: Any) -> bool:
+        return getattr(a.type, "shape", None) is getattr(b.type, "shape", None)  # one object for every shape
+
+    def binary_op_type_checking_impl(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+        both = type(a) is core.tensor is type(b) and a.dtype is b.dtype and id(a.dtype) in numbers
+        return (a, b) if both and same_shape(a, b) else agree(self, a, b, *args, **kwargs)
+
+    def broadcast_impl_value(self: Any, a: Any, b: Any) -> Any:
+        return (a, b) if same_shape(a, b) else broadcast(self, a, b)
+
+    TritonSemantic.binary_op_type_checking_impl = binary_op_type_checking_impl
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value

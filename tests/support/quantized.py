@@ -136,7 +136,8 @@ def compress(folder: Path, target: Path, scheme: str, ignore: Iterable[str] = HE
             continue
         scale, zero = _weight_scales(weight, how.weights)
         state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
-        packed = compressor.compress(state, how)
+        with torch.compiler.set_stance("force_eager"):  # it would compile its packing of FP4 for ten seconds
+            packed = compressor.compress(state, how)
         tensors |= {f"{module}.{part}": value.contiguous() for part, value in packed.items()}
     shutil.copytree(folder, target)
     save_file(tensors, target / "model.safetensors")
