@@ -399,7 +399,7 @@ def candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     vocab_size = logits.shape[-1]
     tokens, chances = list[Tensor](), list[Tensor]()
-    for rows in logits.split(max(1, rows_in(CHUNK_BYTES, vocab_size))):
+    for rows in torch.split(logits, max(1, rows_in(CHUNK_BYTES, vocab_size))):
         own = rows.float()
         best = own.topk(min(RANKS, vocab_size), dim=-1)
         tokens.append(best.indices)
