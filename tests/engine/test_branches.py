@@ -43,9 +43,9 @@ def test_every_forward_equals_the_reference(compiled: bool, tmp_path: Path) -> N
                 before, counted = counters(llm), branches(llm)
                 (tokens,) = generate(llm, [prompt], [options], max_tokens=LENGTH)
                 spent = {key: value - before[key] for key, value in counters(llm).items()}
-                expected = branch_spec_generate(model, prompt, choose, LENGTH, look_past=look_past)
+                expected = branch_spec_generate(model, prompt, choose, LENGTH, look_past=look_past, misses_draft=False)
                 assert tokens == expected.ids[len(prompt) :] == ar_generate(model, prompt, LENGTH).ids[len(prompt) :]
-                assert spent["target_forwards"] + spent["draft_forwards"] == expected.nfe
+                assert (spent["target_forwards"], spent["draft_forwards"]) == (expected.nfe, 0)
                 used = expected.hits[:-1]  # after the last cycle there is nothing to draft for
                 found = branches(llm) - counted
                 assert [found[kind] for kind in ("guess", "mask")] == [used.count(kind) for kind in ("guess", "mask")]
@@ -103,7 +103,8 @@ def test_edges_of_the_room_for_branches(tmp_path: Path) -> None:
             return found
 
         draft_pass._groups = groups
-        generate(llm, prompts, [{"branches": 3}] * 4, max_tokens=20, ignore_eos=True)
+        always_draft(llm)
+        generate(llm, prompts, [{"mode": "auto", "branches": 3}] * 4, max_tokens=20, ignore_eos=True)
         assert [32] in forwards
         assert all(len(own) == 1 for own in forwards), "one draft forward serves all requests"
     with engine(folder, spec=True, max_num_seqs=1) as llm:
@@ -116,8 +117,8 @@ def test_edges_of_the_room_for_branches(tmp_path: Path) -> None:
 
 
 REQUESTS, TOKENS, TEMPERATURE = 500, 5, 1.0
-CHECKED = 3
-"""The token whose draft most often comes from a branch."""
+CHECKED = 2
+"""The token whose draft always comes from a branch: the first forward after the prompt decides one token."""
 
 
 def chances_of_token(model: ReferenceModel, prompt: list[int]) -> torch.Tensor:

@@ -125,3 +125,34 @@ def test_accept_prefix(compiled: list[Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_best_tokens(compiled: list[Any], dtype: torch.dtype) -> None:
     triton_ops.best_tokens(torch.zeros(3, 131072, dtype=dtype))
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES, ids="sm_{}".format)
+def test_branches(compiled: list[Any]) -> None:
+    """Those of vLLM's second runner: two rows, four branches of nine tokens each, blocks of up to 32."""
+    from vllm_nld.speculator import branch_kernels as kernels
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    def longs(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64)
+
+    count, length, ranks, longest = 4, 9, 4, 4096
+    row, drafts, plan = ints(2), 2 * (length - 1), (ints(2, 64), ints(2, 64), 64)
+    _Kernel(kernels.lay_out_kernel, compiled)[(2 * count,)](
+        row, row, row, ints(3), ints(2, 256), 256, row, *plan, row, row,
+        ints(72), longs(72), ints(8), torch.zeros(72, 1, dtype=torch.bfloat16), ints(8, 256), 256, ints(8), longs(4),
+        count, length, longest, 3, 16, LENGTH=16, PAGES=64,
+    )  # fmt: skip
+    _Kernel(kernels.hit_kernel, compiled)[(2,)](
+        row, row, row, row, row, row, longs(2, 1), *plan, ints(8), row, row,
+        longs(drafts), longs(drafts), longs(drafts), row, row, longs(4),
+        count, length, longest, 64, 1 << 30, LENGTH=16,
+    )  # fmt: skip
+    _Kernel(kernels.plan_kernel, compiled)[(2,)](
+        row, row, row, row, longs(2, 1), row, longs(drafts), longs(drafts, ranks), torch.zeros(drafts, ranks),
+        row, row, longs(2, 31), 31, row, *plan, length, count, longest, 0.5, 0.45, 0.17, 0.08,
+        PLACES=16, COLUMNS=8, RANKS=ranks, STEPS=32,
+    )  # fmt: skip
+    assert {kernel.metadata.name for kernel in compiled} == {"lay_out_kernel", "hit_kernel", "plan_kernel"}

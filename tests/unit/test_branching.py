@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +11,12 @@ import pytest
 import torch
 
 from vllm_nld.auto.costs import Costs
-from vllm_nld.auto.trials import Trials
 from vllm_nld.branches.places import Branch
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.options import NLDOptions
 from vllm_nld.proposer.branching import Branching, Drafted
 from vllm_nld.proposer.pending import Pending
-from vllm_nld.serving.ledger import Ledger
+from vllm_nld.serving.ledger import Ledger, Tally
 
 SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
 
@@ -48,7 +49,9 @@ def planned(price: Any, *requests: Drafted, calls: list[int] | None = None) -> l
             calls.append(1)
         return int(decide())
 
-    branching_at_any_time(costs, together).plan(requests, tokens=6 * len(requests))
+    branching = branching_at_any_time(costs, together)
+    branching.choose_way([one.state for one in requests])
+    branching.plan(requests, tokens=6 * len(requests))
     return [0 if one.state.pending is None else len(one.state.pending.branches) for one in requests]
 
 
@@ -71,6 +74,7 @@ def test_steps_that_took_longer_than_forwards_of_their_size_are_believed() -> No
     for size in SIZES:
         costs.start(size, 1.0)
     branching, one = branching_at_any_time(costs, lambda decide: int(decide())), drafted("auto")
+    branching.choose_way([one.state])
     branching.plan([one], tokens=6)
     assert one.state.pending is not None and len(one.state.pending.branches) == 8
     for _ in range(5):
@@ -87,15 +91,47 @@ def test_branches_by_price_are_used_where_they_yield_more(with_branches: float, 
     for size in SIZES:
         costs.start(size, 1.0)
     branching, one = Branching(8, Ledger(), costs, lambda decide: int(decide())), drafted("auto")
-    branching.trials = Trials(lambda: now[0], again=1000, first=False)
+    branching.trials._clock = lambda: now[0]
     for step in range(400):
+        branching.choose_way([one.state])
         branching.plan([one], tokens=6)
-        assert one.state.pending is not None
-        used.append(len(one.state.pending.branches))
+        used.append(0 if one.state.pending is None else len(one.state.pending.branches))
+        assert branching.looks_past(one.state) == (used[-1] > 0), "drafts are longer, and ranked, for branches only"
         now[0] += with_branches if used[-1] else 2.0
         branching.learn(3, comparable=step % 50 > 0)
-    assert set(used[:16]) == {0} and 8 in used[:30], "they are tried when it is known what doing without yields"
-    assert set(used[80:]) == {8 if pays else 0}
+    assert set(used[:64]) == {0} and 8 in used[:100], "they are tried when it is known what doing without yields"
+    assert set(used[200:]) == {8 if pays else 0}
+
+
+@pytest.mark.parametrize(("ratio", "least"), [(0.95, 0.99), (1.1, 1.06)])
+def test_trials_by_chance_cost_little(ratio: float, least: float) -> None:
+    """One request's steps yield very different numbers of tokens; branches yield ``ratio`` times as much."""
+    yields, plain = list[float](), 3.12  # tokens a second without branches
+    for seed in range(6):
+        draw, now, tokens, way = random.Random(seed), [0.0], 0, False
+        trials = Branching(8, Ledger(), Costs(), lambda decide: int(decide())).trials
+        trials._clock = partial(now.__getitem__, 0)
+        for _ in range(8000):
+            took, way = way, trials.drafts(1)
+            decided = draw.choices(range(1, 9), [30, 20, 15, 10, 8, 7, 5, 5])[0]
+            now[0] += 1 / (ratio if took else 1)
+            tokens += decided
+            trials.saw(1, took, decided, comparable=True)
+        yields.append(tokens / now[0] / plain)
+    assert sum(yields) / len(yields) > least
+
+
+@pytest.mark.parametrize(("options", "length"), [({}, 1), ({"mode": "auto"}, 6), ({"branches": "auto"}, 6)])
+def test_a_miss_decides_one_token_unless_draft_forwards_are_priced(options: dict[str, Any], length: int) -> None:
+    """Not twice: if there was no room for the mask branch after it, a draft forward follows."""
+    branching = Branching(8, Ledger(), Costs(), lambda decide: int(decide()))
+    own = NLDOptions.parse({"mode": "self_speculation", "branches": 3} | options)
+    for verified, left in (([1, 2, 3], length), ([1], 6)):
+        pending = Pending(verified, prefix=10, branches=[], beyond=True, left=50)
+        state: Any = SimpleNamespace(options=own, pending=pending, tally=Tally())
+        block = Block(13, [1, 9, 9, 9, 9, 9])
+        branching.use(None, {0: state}, {0: block})  # type: ignore[arg-type]
+        assert block.length == left
 
 
 def test_a_request_without_branches_keeps_the_draft_forward() -> None:

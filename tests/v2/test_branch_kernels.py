@@ -202,3 +202,16 @@ def test_sampled_tokens_have_the_verifier_s_distribution(cycles: SimpleNamespace
         expected = cycles.target[place[0]].double().softmax(-1) * own.sum()
         values.append(chi_square_p_value(tokens[own, 0].bincount(minlength=FEW), expected))
     assert min(values) < 1e-4 if biased else min(values) > 1e-2, values
+
+
+def test_candidates_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests may ask for branches that the profiling run did not see."""
+    from vllm_nld.speculator import branching
+
+    logits = torch.randn(7, VOCAB, dtype=torch.bfloat16)
+    whole, copied, original = branching.candidates(logits), list[int](), Tensor.float
+    monkeypatch.setattr(branching, "CHUNK_BYTES", 2 * 4 * VOCAB)
+    monkeypatch.setattr(Tensor, "float", lambda own: copied.append(len(own)) or original(own))
+    found = branching.candidates(logits)
+    assert copied == [2, 2, 2, 1]
+    assert all(one.equal(other) for one, other in zip(found, whole, strict=True))

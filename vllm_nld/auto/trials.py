@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 STEPS = 16
 """Steps of a trial; they need not follow one another."""
-PATIENCE = 64
-"""Steps in which the worse way is tried at most, if too few of them can be measured."""
+PATIENCE = 4
+"""Times the steps of a trial in which the worse way is tried at most, if too few of them can be measured."""
 AGAIN = 250
 """Steps after which the worse way is tried again."""
 CLEARLY, LATER = 1.5, 4
@@ -41,10 +41,14 @@ class _Yields:
         tried: steps in which it is being tried.
         again: steps after which it is tried again.
         first: the way that is taken until both are known.
+        steps: of a trial.
+        margin: times the yield of the first way that the other one has to reach.
     """
 
     again: int
     first: bool
+    steps: int
+    margin: float
     of: dict[bool, float] = field(default_factory=dict)
     trials: dict[bool, _Trial] = field(default_factory=lambda: {True: _Trial(), False: _Trial()})
     since: int = 0
@@ -56,14 +60,16 @@ class _Yields:
     @property
     def better(self) -> bool:
         """The way that yields more, as far as known."""
-        return self.first if len(self.of) < 2 else self.of[True] >= self.of[False]
+        if len(self.of) < 2 or self.of[not self.first] <= self.margin * self.of[self.first]:
+            return self.first
+        return not self.first
 
     def choose(self) -> bool:
         """Return the way of a step to come."""
         if self.first not in self.of or self.since < self._wait():
             return self.better
         self.tried += 1
-        if self.tried > PATIENCE:
+        if self.tried > PATIENCE * self.steps:
             self.since, self.tried = -self.again * LATER, 0
             return self.better
         return not self.better
@@ -76,7 +82,7 @@ class _Yields:
         """Take in the step of a way."""
         trial = self.trials[way]
         trial.steps, trial.tokens, trial.seconds = trial.steps + 1, trial.tokens + tokens, trial.seconds + seconds
-        if trial.steps < STEPS or trial.seconds <= 0:
+        if trial.steps < self.steps or trial.seconds <= 0:
             return
         if way != self.better:
             self.since = self.tried = 0
@@ -91,11 +97,21 @@ class Trials:
     Args:
         clock: seconds.
         again: steps after which the worse way is tried again.
-        first: the way that is taken until it is measured; the other is then tried for :data:`PATIENCE` steps at most.
+        first: the way that is taken until it is measured; the other is then tried for a bounded number of steps.
+        steps: of a trial. Of few steps, what they yield is mostly chance.
+        margin: times the yield of the first way that the other one has to reach.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, again: int = AGAIN, first: bool = True) -> None:
-        self._clock, self._again, self._first = clock, again, first
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        again: int = AGAIN,
+        first: bool = True,
+        steps: int = STEPS,
+        margin: float = 1.0,
+    ) -> None:
+        self._clock = clock
+        self._settings = again, first, steps, margin
         self._yields: dict[int, _Yields] = {}
         self._last: tuple[int, bool] | None = None
         self._ended = 0.0
@@ -121,4 +137,4 @@ class Trials:
         self._last, self._ended = way, now
 
     def _of(self, requests: int) -> _Yields:
-        return self._yields.setdefault(requests.bit_length(), _Yields(self._again, self._first))
+        return self._yields.setdefault(requests.bit_length(), _Yields(*self._settings))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vllm_nld.auto.costs import Costs
 from vllm_nld.auto.trials import Trials
-from vllm_nld.branches.places import RANKS, Branch, Choice, Draft, every_place, likeliest_places, usual_length
+from vllm_nld.branches.places import Branch, Choice, Draft, every_place, likeliest_places, usual_length
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.branch_rows import run_with_blocks
 from vllm_nld.draft_pass.forward import DraftPass
@@ -28,8 +28,11 @@ from vllm_nld.serving.ledger import Ledger
 
 MOST_BY_PRICE = 8
 """Branches of a request among which ``auto`` chooses."""
-TRIED_AGAIN = 1000
+TRIED_AGAIN = 2000
 """Steps after which ``auto`` tries branches again where it found that they do not pay, or doing without."""
+TRIED_STEPS, TRIED_MARGIN = 64, 1.02
+"""Steps of such a trial, and how many times as much branches have to yield. A single request's steps yield 1 to 8
+tokens, so shorter trials are decided by chance: they cost up to 1.7 %, and these at most 0.9 % (simulated)."""
 LEAST_GAIN = 0.03
 """Share of a cycle's time that branches must save. The maximum of many noisy estimates is biased upward."""
 
@@ -39,14 +42,12 @@ def is_branching(state: RequestState) -> bool:
     return state.options.mode in ("auto", "self_speculation") and state.options.branches != "off"
 
 
-def looks_past(state: RequestState) -> bool:
-    """Whether a request's drafts predict one position more than is verified, for guesses of what follows them."""
-    return is_branching(state) and state.options.branches != "all"
+def waits(state: RequestState) -> bool:
+    """Whether a request that no branch was hit for decides one token, and drafts after it in a mask branch.
 
-
-def ranks(state: RequestState) -> int:
-    """Return how many candidates of each drafted position a request's policy looks at."""
-    return RANKS if looks_past(state) else 0
+    That branch is sure to be hit, so no draft forward is run. Auto mode, and branches by price, price draft forwards.
+    """
+    return state.options.mode == "self_speculation" and state.options.branches not in ("off", "auto")
 
 
 @cache
@@ -93,8 +94,30 @@ class Branching:
     ) -> None:
         self._longest, self._ledger, self._costs, self._together = longest, ledger, costs, together
         self.tokens = 0
-        self.trials = Trials(again=TRIED_AGAIN, first=False)
+        self.trials = Trials(again=TRIED_AGAIN, first=False, steps=TRIED_STEPS, margin=TRIED_MARGIN)
         self._tried: tuple[int, bool] | None = None
+
+    def choose_way(self, drafting: Sequence[RequestState]) -> None:
+        """Choose whether branches by price are in question in a step. Where not, drafts are made as without them.
+
+        Args:
+            drafting: requests with blocks to fill.
+        """
+        self._tried = None
+        if any(is_branching(state) and state.options.branches == "auto" for state in drafting):
+            requests = len(drafting)
+            self._tried = requests, bool(self._together(lambda: int(self.trials.drafts(requests))))
+
+    def looks_past(self, state: RequestState) -> bool:
+        """Whether a request's drafts predict one position more than is verified, for guesses of what follows them.
+
+        The candidates of its positions are looked at, too.
+        """
+        return self._branches(state) and state.options.branches != "all"
+
+    def _branches(self, state: RequestState) -> bool:
+        by_price = state.options.branches == "auto"
+        return is_branching(state) and not (by_price and (self._tried is None or not self._tried[1]))
 
     def learn(self, tokens: int, comparable: bool) -> None:
         """Learn what a step has yielded.
@@ -108,7 +131,7 @@ class Branching:
         self._tried = None
 
     def plan(self, drafted: Sequence[Drafted], tokens: int) -> None:
-        """Choose the branches of the next verifications.
+        """Choose the branches of the next verifications, after :meth:`choose_way`.
 
         Args:
             drafted: what is to be verified.
@@ -123,24 +146,20 @@ class Branching:
             offers = sorted((branch.gain for pending, _ in priced for branch in pending.branches), reverse=True)
             others = sum(one.block.length for one in drafted) - sum(length for _, length in priced)
 
-            def decide() -> int:
-                self._tried = len(drafted), self.trials.drafts(len(drafted))
-                return self._worthwhile(priced, offers, tokens, others) if self._tried[1] else 0
-
-            count = self._together(decide)
+            count = self._together(lambda: self._worthwhile(priced, offers, tokens, others))
             for pending, _ in priced:
                 pending.keep(offers[count - 1] if count else math.inf)
 
     def _pending(self, one: Drafted) -> Pending | None:
         state, block, drafts, left = one
-        if not is_branching(state) or drafts != block.tokens[1 : 1 + len(drafts)]:
+        if not self._branches(state) or drafts != block.tokens[1 : 1 + len(drafts)]:
             return None  # others' drafts took the place of the model's own, so nothing is known of where they end
         options = state.options
         choose = policy(options.branches, options.branch_length, min(options.block_length or self._longest, left))
         rows = [block.candidates.get(place, ([], [])) for place in range(block.length)]
         draft = Draft(block.tokens[: 1 + len(drafts)], [likely for likely, _ in rows], [own for _, own in rows])
         chosen = choose(draft, left)
-        return Pending(draft.tokens, block.prefix, chosen, looks_past(state), left) if chosen else None
+        return Pending(draft.tokens, block.prefix, chosen, self.looks_past(state), left) if chosen else None
 
     def _worthwhile(
         self, priced: Sequence[tuple[Pending, int]], offers: Sequence[float], tokens: int, others: int
@@ -184,7 +203,7 @@ class Branching:
         Args:
             draft_pass: of the engine.
             forward: vLLM's.
-            states: of the requests that the step verifies drafts of, by batch row.
+            states: of the step's requests for which branches are planned, by batch row.
             step: the step.
             arguments: of ``forward``: ``input_ids``, ``positions`` and others.
         """
@@ -224,7 +243,8 @@ class Branching:
     def use(self, draft_pass: DraftPass, states: Mapping[int, RequestState], opened: Mapping[int, Block]) -> None:
         """Fill those of the opened blocks that a branch has drafted.
 
-        A shorter branch shortens its block.
+        A shorter branch shortens its block, and a request that waits keeps the seed only, unless it did so last time:
+        then there was no room for its branch.
 
         Args:
             draft_pass: of the engine.
@@ -236,6 +256,8 @@ class Branching:
             pending, state.pending = state.pending, None
             block = opened.get(row)
             branch = None if pending is None or block is None else pending.hit(block.prefix, block.tokens[0])
+            if block is not None and branch is None and waits(state) and (pending is None or len(pending.block) > 1):
+                block.shorten(1, 1)
             if pending is None or block is None or branch is None:
                 continue
             block.shorten(branch.length, pending.rows(branch))

@@ -59,7 +59,8 @@ class Proposal:
         requests = len(states) - len(self._opened.parked)
         self._given = requests + self._opened.tokens
         self.cycle: Cycle = self._speculation.plan(auto, requests, self._given)
-        self._speculation.look_past(draft_pass.max_tokens, most_drafts)
+        branching.choose_way([states[row] for row in self._speculation.blocks])
+        self._speculation.look_past(branching.looks_past, draft_pass.max_tokens, most_drafts)
         mask = sizes.mask_token_id
         empty = {row: block for row, block in self._opened.filling.items() if not block.is_done(mask)}
         located = empty | self._speculation.blocks | self._opened.parked

@@ -67,10 +67,11 @@ class Requests:
             return self._greedy
         return self._sampled if params.seed is None else self._seeded
 
-    def verified(self, drafted: Mapping[str, Sequence[int]]) -> dict[int, RequestState]:
-        """Return the states of requests with drafts in a step, by batch row."""
+    def branching(self, scheduled: Mapping[str, int]) -> dict[int, RequestState]:
+        """Return the states of a step's requests for which branches are planned, by batch row."""
         rows = self._runner.input_batch.req_id_to_index
-        return {rows[name]: self._states[name] for name in drafted if name in self._states and name in rows}
+        planned = {name: state for name in scheduled if (state := self._states.get(name)) and state.pending}
+        return {rows[name]: state for name, state in planned.items() if name in rows}
 
     def is_diffusion(self, row: int) -> bool:
         """Whether the request in a batch row decodes by diffusion; vLLM's warm-up samples rows without requests."""

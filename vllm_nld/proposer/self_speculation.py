@@ -186,7 +186,7 @@ class SelfSpeculation:
 
         Admission keeps branches from engines that cannot run them.
         """
-        states = self._known_requests().verified(self._step.drafted)
+        states = self._known_requests().branching(self._step.scheduled)
         return self._branching.run(self._draft_pass(), forward, states, self._step, arguments)
 
     def denoise_parked(self) -> None:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from vllm_nld.auto.candidates import AtHand, Candidate, most_promising
 from vllm_nld.auto.cycle import Cycle
 from vllm_nld.auto.mode import AutoMode
+from vllm_nld.branches.places import RANKS
 from vllm_nld.draft_pass.block import Block
 from vllm_nld.draft_pass.token_choice import DraftChoice
 from vllm_nld.draft_sources.base import ByForward, Drafts, DraftSource
 from vllm_nld.draft_sources.model_drafts import chance_classes
 from vllm_nld.proposer.blocks import Sizes, draft_block
-from vllm_nld.proposer.branching import looks_past, ranks
 from vllm_nld.proposer.request_state import RequestState
 from vllm_nld.proposer.step_tokens import StepTokens
 
@@ -127,20 +127,23 @@ class Speculation:
 
     def _open(self, row: int, length: int) -> None:
         state = self.states[row]
-        block = self.blocks[row] = draft_block(state, self.sizes, *self.tokens.seed(row), length)
-        block.ranked = ranks(state)
+        self.blocks[row] = draft_block(state, self.sizes, *self.tokens.seed(row), length)
 
-    def look_past(self, room: int, most_drawn: int) -> None:
+    def look_past(self, wants: Callable[[RequestState], bool], room: int, most_drawn: int) -> None:
         """Have draft passes predict the position after a block, where branches want it and it costs little.
 
         Args:
+            wants: whether a request's branches do, and want candidates of each position.
             room: tokens of a draft pass.
             most_drawn: of drafts of each request, as far as memory is concerned.
         """
         room -= sum(block.length for block in self.blocks.values())
         for row, block in self.blocks.items():
             fits = room > 0 and block.length < self.left(row) and (block.choice is None or block.length <= most_drawn)
-            if fits and looks_past(self.states[row]):
+            if not wants(self.states[row]):
+                continue
+            block.ranked = RANKS
+            if fits:
                 block.look_past(self.sizes.mask_token_id)
                 room -= 1
 

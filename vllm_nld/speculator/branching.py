@@ -21,6 +21,7 @@ from vllm.forward_context import get_forward_context
 
 from vllm_nld.attention.backend import BranchedMetadata, DraftMetadata
 from vllm_nld.branches.places import BY_RANK, MASK_WORTH, RANKS
+from vllm_nld.draft_pass.memory import CHUNK_BYTES, rows_in
 from vllm_nld.ops import BIDIRECTIONAL
 from vllm_nld.ops.sizes import power_of_two
 from vllm_nld.options import MOST_BRANCHES
@@ -392,10 +393,18 @@ class Branching:
 
 
 def candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best tokens of every row of logits ``[rows, vocab]``, and their probabilities; ``[rows, RANKS]``."""
-    logits = logits.float()
-    best = logits.topk(min(RANKS, logits.shape[-1]), dim=-1)
-    return best.indices, (best.values - logits.logsumexp(-1, keepdim=True)).exp()
+    """Return the best tokens of every row of logits ``[rows, vocab]``, and their probabilities; ``[rows, RANKS]``.
+
+    In chunks: vLLM's profiling run sees these rows only if the engine's own options ask for branches.
+    """
+    vocab_size = logits.shape[-1]
+    tokens, chances = list[Tensor](), list[Tensor]()
+    for rows in torch.split(logits, max(1, rows_in(CHUNK_BYTES, vocab_size))):
+        own = rows.float()
+        best = own.topk(min(RANKS, vocab_size), dim=-1)
+        tokens.append(best.indices)
+        chances.append((best.values - own.logsumexp(-1, keepdim=True)).exp())
+    return torch.cat(tokens), torch.cat(chances)
 
 
 def branched_metadata() -> BranchedMetadata | None:
