@@ -18,7 +18,7 @@ from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.cli.console import report_console
 from vllm_nld.cli.engine import engine, prepare_environment, stdout_to_stderr
-from vllm_nld.cli.limits import DTYPES, check_completions, one_of
+from vllm_nld.cli.limits import DTYPES, MODEL_LENGTH, check_completions, one_of
 from vllm_nld.serving.ledger import Tally
 
 FORWARD_SIZES = (1, 8, 16, 32, 64, 128, 256)
@@ -66,10 +66,14 @@ def run(model: str, blocks: list[int], prompts: int, max_tokens: int, dtype: str
     check_completions("--max-tokens", max_tokens, texts)
     prepare_environment()
     folder = str(checkpoint_path(model))
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": MODEL_LENGTH,
+    }  # the small cache has no room for smollm2's own length
     with (
         stdout_to_stderr(),
-        engine(folder, dtype=dtype) as plain,
-        engine(folder, drafts=max(blocks) - 1, dtype=dtype) as llm,
+        engine(folder, **settings) as plain,
+        engine(folder, drafts=max(blocks) - 1, **settings) as llm,
     ):
         costs = _forward_costs(llm)
         rows = _rows(_take_turns(plain, llm, ways(blocks), texts, max_tokens))
