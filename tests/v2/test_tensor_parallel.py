@@ -124,6 +124,31 @@ def test_ranks_draft_the_same_tokens_by_split_weights(
     assert any(start == tuple(prompts[UNSEEDED][:3]) for start, _ in first)  # drawn from gathered logits
 
 
+def branching_state(worker: Any) -> list[torch.Tensor]:
+    """What was planned, what was run and what was hit; not ``_seen``, which only the rank that reports counters has."""
+    state = vars(worker.model_runner.speculator.branching)
+    return [value.clone() for name, value in state.items() if isinstance(value, torch.Tensor) and name != "_seen"]
+
+
+def test_ranks_run_and_hit_the_same_branches(llm: Any, prompts: list[list[int]], model: ReferenceModel) -> None:
+    """Branches are planned by candidates of gathered logits, and drawn drafts come from them."""
+    from vllm import SamplingParams
+
+    asked = [({"branches": 3}, 0.0), ({"branches": "all"}, 0.0), ({"branches": 2}, 0.8)]
+    params = [
+        SamplingParams(temperature=temperature, max_tokens=TOKENS, detokenize=False, extra_args={"nld": nld})
+        for nld, temperature in asked
+    ]
+    given = [{"prompt_token_ids": ids} for ids in prompts[:3]]
+    outputs = llm.generate(given, params, use_tqdm=False)
+    expected = [ar_generate(model, ids, TOKENS).ids[len(ids) :] for ids in prompts[:2]]
+    assert [list(output.outputs[0].token_ids) for output in outputs[:2]] == expected
+    first, second = llm.collective_rpc(branching_state)
+    assert len(first) > 3 and all(one.equal(other) for one, other in zip(first, second, strict=True))
+    run, *_ = (tally["branches"] for tally in llm.collective_rpc("nld_tally"))
+    assert run["guess"] + run["mask"] > 3
+
+
 def test_ranks_hold_the_same_state(llm: Any, texts: list[list[int]]) -> None:
     """Every rank prepares its own inputs and draws its own tokens; nothing is sent between them but activations."""
     first, second = llm.collective_rpc(device_state)
