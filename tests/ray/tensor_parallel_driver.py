@@ -33,31 +33,59 @@ def facts(worker: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Generate every case, all in one batch; then kill a worker."""
-    from vllm import LLM, SamplingParams
-
+    """Generate every case with one rank and with two, all in one batch; then kill a worker."""
     job = json.load(sys.stdin)
-    llm = LLM(
-        model=job["model"],
-        distributed_executor_backend="ray",
-        tensor_parallel_size=2,
-        speculative_config={"model": "vllm_nld.SelfSpeculation"},
-        dtype="float32",
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        kv_cache_memory_bytes=1 << 25,
-    )
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    params = [SamplingParams(**rest, extra_args={"nld": nld}) for nld, rest in job["cases"] for _ in prompts]
-    outputs = llm.generate(prompts * len(job["cases"]), params, use_tqdm=False)
+    expected = alone(job)
+    llm = start(job["model"], distributed_executor_backend="ray", tensor_parallel_size=2)
     results = {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "expected": expected,
+        "tokens": complete(llm, job),
         "workers": llm.collective_rpc(facts),
         "driver": os.getpid(),
     }
     results["death"] = kill(llm, results["workers"][1]["pid"], prompts)
     Path(sys.argv[1]).write_text(json.dumps(results))
     llm.llm_engine.engine_core.shutdown()
+
+
+def start(model: str, **settings: Any) -> Any:
+    """Start an engine with self-speculation."""
+    from vllm import LLM
+
+    return LLM(
+        model=model,
+        speculative_config={"model": "vllm_nld.SelfSpeculation"},
+        dtype="float32",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        kv_cache_memory_bytes=1 << 25,
+        **settings,
+    )
+
+
+def complete(llm: Any, job: dict[str, Any]) -> list[list[int]]:
+    """Return the tokens of every prompt in every case."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    params = [SamplingParams(**rest, extra_args={"nld": nld}) for nld, rest in job["cases"] for _ in prompts]
+    outputs = llm.generate(prompts * len(job["cases"]), params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def alone(job: dict[str, Any]) -> list[list[int]]:
+    """Return what one rank generates, in this process, because it imports vLLM anyway."""
+    from vllm_nld.cli.engine import stop
+
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ.update(settings)
+    llm = start(job["model"])
+    tokens = complete(llm, job)
+    stop(llm)
+    for name in settings:
+        del os.environ[name]
+    return tokens
 
 
 def kill(llm: Any, worker: int, prompts: list[dict[str, list[int]]]) -> dict[str, Any]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.support.clusters import Cluster
-from tests.support.engines import engine, random_prompts
 from tests.support.models import random_model, save, small_config
 
 DRIVER = Path(__file__).parent / "tensor_parallel_driver.py"
@@ -26,22 +24,12 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"mode": "diffusion", "threshold": 0.3}, GREEDY),
     ({"mode": "diffusion", "threshold": 0.3}, SEEDED),
 ]
-PROMPTS = random_prompts([1, 2, 40, 17], 24, seed=9)
+DRAW = random.Random(9)
+PROMPTS = [[DRAW.randrange(6, 24) for _ in range(length)] for length in (1, 2, 40, 17)]
+"""Not with tests.support.engines: nothing else in this process needs vLLM, which takes ten seconds to import."""
 
 
-def expected_tokens(folder: Path) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
-    params = [SamplingParams(**rest, extra_args={"nld": nld}) for nld, rest in CASES for _ in prompts]
-    with engine(folder, spec=True) as alone:
-        outputs = alone.generate(prompts * len(CASES), params, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def test_two_ray_workers_give_the_tokens_of_one_until_one_is_killed(
-    ray_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_ray_workers_give_the_tokens_of_one_until_one_is_killed(ray_cluster: Cluster, tmp_path: Path) -> None:
     """One KV head, which both ranks hold, and a vocabulary that lies only in the first rank's shard.
 
     The driver starts in a folder outside this project.
@@ -71,9 +59,8 @@ def test_two_ray_workers_give_the_tokens_of_one_until_one_is_killed(
     )
     assert done.returncode == 0, done.stderr[-5000:] + done.stdout[-2000:]
     found = json.loads(results.read_text())
-    # One core, because threads spin while they wait for each other, and other tests may run at the same time.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))
-    assert found["tokens"] == expected_tokens(folder)
+    assert found["tokens"] == found["expected"]
+    assert len({tuple(tokens) for tokens in found["tokens"]}) > len(PROMPTS)
     first, second = found["workers"]
     assert len({first["pid"], second["pid"], found["driver"]}) == 3
     assert {*first["devices"], *second["devices"]} == {"0", "1"}
