@@ -3,8 +3,8 @@
     python benchmarks/branches.py [--model FOLDER] [--adapter FOLDER] [--prompts 12] [--max-tokens 96] [--json]
 
 Greedy, float32, one request at a time, held-out prompts of the embedded checkpoint (or ``--texts FILE``, one a line).
-Every text is compared with AR's. Forwards of the prompt do not count. "One forward" is the engine's way:
-a miss does not draft, its next forward decides one token and has a mask branch after it.
+Checks that each text equals AR's. Counts the forwards after the prompt. In the "one forward" rows, as in the engine, no
+draft forward follows a miss: the next forward decides one token, with a mask branch after it.
 """
 
 from __future__ import annotations

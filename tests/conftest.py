@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import STARTUP
 from tests.support.interpreted import hasten_interpreter
 
 TESTS = Path(__file__).parent
@@ -20,7 +21,7 @@ LAST = ("engine",)
 
 # Processes that the tests start collect garbage less often, from their first import on (so does this one from here),
 # and sleep while they wait for each other.
-_startup = str(TESTS / "support" / "startup")
+_startup = str(STARTUP)
 if _startup not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_startup, os.environ.get("PYTHONPATH"))))
 gc.set_threshold(10_000)

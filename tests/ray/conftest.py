@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import STARTUP
 from tests.support.clusters import Cluster, install
 from tests.support.threads import one_thread as one_thread
 
 SHIM = Path(__file__).parent / "installed_shim"
-STARTUP = Path(__file__).parents[1] / "support" / "startup"
 
 
 @pytest.fixture(scope="session")

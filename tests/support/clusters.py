@@ -9,6 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import STARTUP
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NO_COMPILER = "/nowhere/no-compiler"
@@ -32,14 +34,14 @@ class Cluster:
 
 
 AT_START = """
-import gc, sys
 
-gc.set_threshold(10_000)
+import sys
+
 sys.meta_path[:] = [finder for finder in sys.meta_path if "_editable_" not in type(finder).__module__]
 """
 """Python runs this at its start, because an editable install's finder would come before any folder on the path.
 
-And importing vLLM, which twenty of the processes do, takes a sixth longer with collections as often as usual."""
+After what every process of the tests runs: of several files of this name on the path, Python takes the first."""
 
 
 def install(site: Path) -> None:
@@ -50,4 +52,4 @@ def install(site: Path) -> None:
         subprocess.run([*pip, "wheel", *build, str(ROOT)], check=True, env=os.environ | {"CXX": NO_COMPILER})
         (wheel,) = Path(folder).glob("*.whl")
         subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    (site / "sitecustomize.py").write_text(AT_START)
+    (site / "sitecustomize.py").write_text((STARTUP / "sitecustomize.py").read_text() + AT_START)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 STEPS = 16
 """Steps of a trial; they need not follow one another."""
 PATIENCE = 4
-"""Times the steps of a trial in which the worse way is tried at most, if too few of them can be measured."""
+"""The worse way is given up after this many times the steps of a trial, if too few of them could be measured."""
 AGAIN = 250
 """Steps after which the worse way is tried again."""
 CLEARLY, LATER = 1.5, 4
@@ -42,7 +42,7 @@ class _Yields:
         again: steps after which it is tried again.
         first: the way that is taken until both are known.
         steps: of a trial.
-        margin: times the yield of the first way that the other one has to reach.
+        margin: the other way has to yield more than this times what the first one yields.
     """
 
     again: int
@@ -98,8 +98,8 @@ class Trials:
         clock: seconds.
         again: steps after which the worse way is tried again.
         first: the way that is taken until it is measured; the other is then tried for a bounded number of steps.
-        steps: of a trial. Of few steps, what they yield is mostly chance.
-        margin: times the yield of the first way that the other one has to reach.
+        steps: of a trial. What a few steps yield is mostly chance.
+        margin: the other way has to yield more than this times what the first one yields.
     """
 
     def __init__(

@@ -139,11 +139,10 @@ class Speculation:
         """
         room -= sum(block.length for block in self.blocks.values())
         for row, block in self.blocks.items():
-            fits = room > 0 and block.length < self.left(row) and (block.choice is None or block.length <= most_drawn)
             if not wants(self.states[row]):
                 continue
             block.ranked = RANKS
-            if fits:
+            if room > 0 and block.length < self.left(row) and (block.choice is None or block.length <= most_drawn):
                 block.look_past(self.sizes.mask_token_id)
                 room -= 1
 
