@@ -9,7 +9,8 @@ from typing import Any
 from vllm_nld.cli.engine import PROPOSER
 
 AR = "AR"
-OURS: dict[str, Any] = {"speculative_config": {"model": PROPOSER}}
+OURS: dict[str, Any] = {"speculative_config": {"model": PROPOSER}, "scheduler_cls": None}
+"""With the model runner that vLLM takes on this device, as a server has it."""
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
 
