@@ -176,6 +176,7 @@ def time_decoding(
     steps: int,
     drafts: int = 0,
     watch: Watch | None = None,
+    ar: int = 0,
     **sampling: Any,
 ) -> list[float]:
     """Return the seconds of AR steps or cycles that decode for some requests at once, after all their prefills.
@@ -189,15 +190,18 @@ def time_decoding(
         steps: steps to time; fewer if the requests end before.
         drafts: most drafts of a cycle, so that ``max_tokens`` cuts no block short while it is timed.
         watch: runs the steps and records their parts.
+        ar: so many of the requests are asked for in AR mode.
         sampling: arguments of ``SamplingParams``; greedy by default.
     """
     from vllm import SamplingParams
 
     defaults = {"temperature": 0, "max_tokens": generated(steps, drafts), "ignore_eos": True, "detokenize": False}
     params = SamplingParams(**(defaults | sampling))
+    in_ar_mode = SamplingParams(**(defaults | sampling | {"extra_args": {"nld": {"mode": "ar"}}}))
     core, names = llm.llm_engine, [f"bench-{number}" for number in range(requests)]
     for number, name in enumerate(names):
-        core.add_request(name, {"prompt_token_ids": [200 + (number + i) % 200 for i in range(prompt_tokens)]}, params)
+        prompt = {"prompt_token_ids": [200 + (number + i) % 200 for i in range(prompt_tokens)]}
+        core.add_request(name, prompt, in_ar_mode if number < ar else params)
     waiting = set(names)
     while waiting:  # prefills, and the first drafts
         waiting -= {output.request_id for output in core.step()}

@@ -27,6 +27,9 @@ def run(check: Check) -> None:
         check.figure("cycle", cycle * 1e3, "ms", requests=count)
         ar = statistics.median(time_decoding(*settings, extra_args={"nld": {"mode": "ar"}}))
         check.figure("AR step of this engine", ar * 1e3, "ms", requests=count)
+        if count > 1:
+            mixed = statistics.median(time_decoding(*settings, ar=count // 2))
+            check.figure("cycle in which half of the requests decode by AR", mixed * 1e3, "ms", requests=count)
         first = check.earlier(check.step.name.replace("second", "cycle"), "cycle", requests=count)
         if first is not None:
             check.figure("cycle in cycles of the first runner", cycle * 1e3 / first, requests=count)
