@@ -19,6 +19,7 @@ from vllm_nld.serving.admission import request_options
 from vllm_nld.serving.ledger import Ledger, Plan, Tally
 from vllm_nld.serving.second_reports import SecondReports
 from vllm_nld.vllm_glue import steps
+from vllm_nld.vllm_glue.forced_preemption import StepsInFlight
 from vllm_nld.vllm_glue.padding import schedule_unpadded
 from vllm_nld.vllm_glue.reports import attach
 from vllm_nld.vllm_glue.second_runner import block_length
@@ -147,10 +148,28 @@ class NLDSecondScheduler(NLDScheduler):
 class NLDAsyncScheduler(NLDSecondScheduler, AsyncScheduler):  # type: ignore[misc]
     """:class:`NLDSecondScheduler` for asynchronous scheduling."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_flight = StepsInFlight()
+
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         """Grant places for the drafts that the step's requests are going to have, as vLLM does for all alike."""
         super()._update_after_schedule(scheduler_output)
-        for name in scheduler_output.num_scheduled_tokens:
+        yielding = [name for name in scheduler_output.num_scheduled_tokens if not self.requests[name].is_prefill_chunk]
+        for name in yielding:
             request = self.requests[name]
-            if not request.is_prefill_chunk:
-                request.spec_token_ids = [-1] * self._next_drafts(request)
+            request.spec_token_ids = [-1] * self._next_drafts(request)
+        self._in_flight.planned(yielding)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Take a step's tokens in; steps come in the order in which they were planned."""
+        self._in_flight.came()
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Reset the prefix cache, as vLLM does; if that preempts requests, no later step's tokens are dropped."""
+        running = list(self.running)
+        done: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        if reset_running_requests:
+            self._in_flight.correct(running)
+        return done

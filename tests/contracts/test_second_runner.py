@@ -17,6 +17,19 @@ STATE = "v1/worker/gpu/model_states"
 BATCH = "v1/worker/gpu/input_batch.py"
 
 
+class TestForcedPreemption:
+    def test_outputs_are_dropped_by_places_only_in_old_versions(self, vllm: VllmSource) -> None:
+        """``forced_preemption.StepsInFlight`` corrects a number that later versions do not have."""
+        text = vllm.text("v1/core/sched/scheduler.py", "Scheduler.reset_prefix_cache")
+        assert "while self.running:" in text
+        by_places = "request.async_tokens_to_discard = request.num_output_placeholders" in text
+        assert by_places != ("drop_stale_output=True" in text)
+        if by_places:
+            dropped = vllm.text(SCHEDULER, "AsyncScheduler._update_request_with_output")
+            assert "if request.async_tokens_to_discard > 0:" in dropped
+            assert "request.async_tokens_to_discard -= 1" in dropped
+
+
 class TestChoice:
     def test_what_the_second_runner_lacks_is_listed_by_one_method(self, vllm: VllmSource) -> None:
         """``second_runner.allow_self_speculation`` takes one entry out of the list."""

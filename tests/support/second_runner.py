@@ -20,6 +20,7 @@ def complete_interpreter() -> None:
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder
     from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.worker.gpu.sample import gumbel
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
 
     store = InterpreterBuilder.create_masked_store
@@ -32,7 +33,9 @@ def complete_interpreter() -> None:
         takes_any_mask.takes_any_mask = True  # type: ignore[attr-defined]
         InterpreterBuilder.create_masked_store = takes_any_mask
     topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
-    rejection_sampler_utils.tldevice = types.SimpleNamespace(log1p=lambda x: tl.log(1 + x))
+    for module in (gumbel, rejection_sampler_utils):  # which of them, depends on vLLM's version
+        if hasattr(module, "tldevice"):
+            module.tldevice = types.SimpleNamespace(log1p=lambda x: tl.log(1 + x))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -158,9 +159,11 @@ def test_a_recorded_step_serves_every_step(llm: Any, model: ReferenceModel, monk
         with set_forward_context(metadata, own.vllm_config, num_tokens=tokens, slot_mapping=slot_mapping):
             return own.model(input_ids=buffers.input_ids[:tokens], positions=buffers.positions[:tokens])
 
+    settings = {"full_cudagraph": True, "max_query_len": block}  # vLLM 0.26 knows neither, and needs neither
+    known = inspect.signature(prepare_inputs_to_capture).parameters
     state = prepare_inputs_to_capture(
         slots, slots * block, own.model_state, own.input_buffers, own.block_tables, own.attn_groups,
-        own.kv_cache_config, full_cudagraph=True, max_query_len=block,
+        own.kv_cache_config, **{name: value for name, value in settings.items() if name in known},
     )  # fmt: skip
     forward(*state)
     captured = state.attn_metadata
