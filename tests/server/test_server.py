@@ -54,7 +54,7 @@ def base_url(port: int, log: Path) -> Iterator[str]:
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     # The chat template thinks only if a request asks for it, but this parser assumes the opposite.
     command += ["--reasoning-parser", "nemotron_v3", "--default-chat-template-kwargs", '{"enable_thinking": false}']
-    command += ["--per-request-spec-decode-metrics", "summary"]
+    command += ["--per-request-spec-decode-metrics", "summary", "--enforce-eager"]  # tests/engine compiles
     with serving(command, port, log):
         assert "Self-speculation is active" in log.read_text()
         yield f"http://127.0.0.1:{port}"
