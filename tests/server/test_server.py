@@ -54,7 +54,7 @@ def base_url(port: int, log: Path) -> Iterator[str]:
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     # The chat template thinks only if a request asks for it, but this parser assumes the opposite.
     command += ["--reasoning-parser", "nemotron_v3", "--default-chat-template-kwargs", '{"enable_thinking": false}']
-    command += ["--per-request-spec-decode-metrics", "summary"]
+    command += ["--per-request-spec-decode-metrics", "summary", "--enforce-eager"]  # tests/engine compiles
     with serving(command, port, log):
         assert "Self-speculation is active" in log.read_text()
         yield f"http://127.0.0.1:{port}"
@@ -169,18 +169,25 @@ def chat(client: OpenAI, model: str, mode: str, xargs: dict[str, Any] | None = N
     return whole
 
 
-def test_chat_in_every_mode(client: OpenAI, model: str) -> None:
-    messages = [{"role": "user", "content": "Write the Python function read."}]
-    found = {mode: chat(client, model, mode, messages=messages, max_tokens=40) for mode in MODES}
+PLAIN = {"messages": [{"role": "user", "content": "Write the Python function read."}], "max_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def plain_answers(client: OpenAI, model: str) -> dict[str, Parsed]:
+    """The answer to ``PLAIN`` in every mode."""
+    return {mode: chat(client, model, mode, **PLAIN) for mode in MODES}
+
+
+def test_chat_in_every_mode(plain_answers: dict[str, Parsed]) -> None:
+    found = plain_answers
     assert all(parsed.content and not parsed.reasoning and not parsed.calls for parsed in found.values())
     assert found["ar"] == found["self_speculation"] == found["auto"] != found["diffusion"]
 
 
 def test_reasoning_parser_works_in_every_mode(client: OpenAI, model: str) -> None:
     """The embedded model never stops thinking by itself, so a budget ends it."""
-    messages = [{"role": "user", "content": "Write the Python function read."}]
     think = {"chat_template_kwargs": {"enable_thinking": True}, "thinking_token_budget": 20}
-    found = {mode: chat(client, model, mode, think, messages=messages, max_tokens=40) for mode in MODES}
+    found = {mode: chat(client, model, mode, think, **PLAIN) for mode in MODES}
     assert found["ar"] == found["self_speculation"] == found["auto"]
     for mode, parsed in found.items():
         assert parsed.reasoning, mode
@@ -205,7 +212,9 @@ def test_tools_are_called_in_every_mode(client: OpenAI, model: str, choice: str,
         "parallel_tool_calls": False,  # with the grammar of "required" this model would never stop calling
         "max_tokens": 100,
     }
-    found = {mode: chat(client, model, mode, think, **settings) for mode in MODES}
+    # The grammar keeps one or two tokens of a block, so that diffusion fills forty of them: with two forwards each.
+    hasty = {"diffusion": {"vllm_xargs": {"nld.mode": "diffusion", "nld.max_denoising_steps": 2}}}
+    found = {mode: chat(client, model, mode, think | hasty.get(mode, {}), **settings) for mode in MODES}
     assert found["ar"] == found["self_speculation"] == found["auto"]
     for mode, parsed in found.items():
         ((name, arguments),) = parsed.calls
@@ -216,12 +225,11 @@ def test_tools_are_called_in_every_mode(client: OpenAI, model: str, choice: str,
         assert not parsed.content, mode
 
 
-def test_optional_tools_do_not_change_the_text(client: OpenAI, model: str) -> None:
+def test_optional_tools_do_not_change_the_text(client: OpenAI, model: str, plain_answers: dict[str, Parsed]) -> None:
     """The embedded model knows no tools, so hermes finds no call, and the text equals that without tools."""
-    plain = {"messages": [{"role": "user", "content": "Write the Python function read."}], "max_tokens": 40}
     tools = {"tools": [{"type": "function", "function": {"name": "pick"}}], "tool_choice": "auto"}
     for mode in MODES:
-        assert chat(client, model, mode, **plain, **tools) == chat(client, model, mode, **plain), mode
+        assert chat(client, model, mode, **PLAIN, **tools) == plain_answers[mode], mode
 
 
 def test_request_figures_are_in_its_response_and_in_the_log(client: OpenAI, model: str, log: Path) -> None:
@@ -309,7 +317,9 @@ def test_responses_say_how_tokens_came(client: OpenAI, model: str, mode: str) ->
         assert by_kind["drafted"] + by_kind["looked_up"] == figures["accepted_drafts"] > 0
         assert by_kind["looked_up"] > 0  # the text repeats itself
         assert by_kind["corrected"] + by_kind["bonus"] == figures["verified_blocks"] > 0
-    silent = client.chat.completions.create(**settings, extra_body={"vllm_xargs": {"nld.mode": mode}})
+    silent = client.chat.completions.create(
+        **settings | {"max_tokens": 4}, extra_body={"vllm_xargs": {"nld.mode": mode}}
+    )
     assert "nld" not in silent.model_dump()
 
 
