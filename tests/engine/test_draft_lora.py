@@ -27,7 +27,8 @@ from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
 from vllm_nld.reference import DraftAdapter, ReferenceModel, ar_generate, linear_spec_generate
 from vllm_nld.reference import generate as diffuse
 
-CONFIG = small_config(eos_token_id=None, block_size=8)
+SIZES: dict[str, Any] = {"eos_token_id": None, "block_size": 8}
+CONFIG = small_config(**SIZES)
 EVERYTHING: dict[str, Any] = {"targets": TARGETS, "mask_row": True, "size": 0.15}
 PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=7)
 
@@ -35,8 +36,10 @@ PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=7)
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> ReferenceModel:
     """With an adapter on all projections and the mask token's row, or as a test asks for."""
-    model = random_model(CONFIG, seed=3)
-    model.draft_adapter = random_adapter(CONFIG, **getattr(request, "param", EVERYTHING))
+    adapter = dict(getattr(request, "param", EVERYTHING))
+    layers = adapter.pop("layers", CONFIG.num_hidden_layers)
+    model = random_model(small_config(**SIZES, num_hidden_layers=layers), seed=3)
+    model.draft_adapter = random_adapter(model.config, **adapter)
     return model
 
 
@@ -75,11 +78,11 @@ def expected_drafts(model: ReferenceModel, adapter: DraftAdapter | None) -> list
     ("model", "settings"),
     [
         ({}, {}),
-        (EVERYTHING, {"enforce_eager": False, "enable_prefix_caching": True}),
+        (EVERYTHING, {"enable_prefix_caching": True}),
         (EVERYTHING | {"targets": ("v_proj", "gate_proj")}, {}),
     ],
     indirect=["model"],
-    ids=["released layout", "everything, compiled, cached prefixes", "parts of packed layers"],
+    ids=["released layout", "everything, cached prefixes", "parts of packed layers"],
 )
 def test_drafts_equal_reference_and_text_equals_ar(
     model: ReferenceModel, folder: Path, settings: dict[str, Any]
@@ -127,13 +130,23 @@ def test_one_forward_serves_blocks_with_and_without_adapter(model: ReferenceMode
                 assert len(block) == 1 or block in seen[start]
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_causal_passes_are_bit_identical_with_and_without_adapter(folder: Path, eager: bool) -> None:
-    """Prefill, AR and verify, in float32 and compiled or not."""
+@pytest.mark.parametrize(
+    ("model", "eager"),
+    [(EVERYTHING, True), (EVERYTHING | {"layers": 1}, False)],
+    indirect=["model"],
+    ids=["eager", "compiled"],
+)
+def test_causal_passes_are_bit_identical_with_and_without_adapter(
+    model: ReferenceModel, folder: Path, eager: bool
+) -> None:
+    """Prefill, AR and verify, in float32 and compiled or not. Compiled drafts equal the reference's, too."""
+    adapter = model.draft_adapter
 
     def logits_of(**options: Any) -> tuple[list[torch.Tensor], int]:
         found: list[torch.Tensor] = []
         with engine(folder, spec=True, options=options, enforce_eager=eager, max_num_seqs=4) as llm:
+            if not (eager or options):
+                assert drafts_of(llm, PROMPTS, {}) == expected_drafts(model, adapter)
             target, draft_pass = runner(llm).model, runner(llm).drafter.draft_pass
             compute, draft = target.compute_logits, draft_pass.run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,12 @@ ASKS = [
 ]
 
 
-def test_every_mode_equals_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("forked")
+def test_every_mode_equals_the_reference(tmp_path: Path) -> None:
     needs_images()
     folder = save_vlm(small_vlm_config(), tmp_path, seed=1)
     oracle = Oracle(folder)
     expected = [oracle.answer(ask, "ar", 16) for ask in ASKS]
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "200")
     settings = {"max_num_seqs": 12, "max_model_len": 200, "limit_mm_per_prompt": {"image": 2}}
     modes = ["ar", "self_speculation", "auto", "diffusion"]
     diffused = [oracle.answer(ask, "diffusion", 16) for ask in ASKS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,12 @@ from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
 CONFIG = small_config(eos_token_id=None, hidden_size=128, intermediate_size=256)
 
 
-def test_self_speculation_equals_ar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("forked")
+def test_self_speculation_equals_ar(tmp_path: Path) -> None:
     """A rank rounds its own share of a row-parallel layer's input, so the text need not be that of one rank."""
     plain = save(random_model(CONFIG, seed=3), tmp_path / "plain")
     random_adapter(CONFIG, targets=TARGETS, mask_row=True, size=0.15).write(plain / FOLDER, "somewhere")
     folder = compress(plain, tmp_path / "packed", "W8A8")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "200")
     prompts = random_prompts([3, 40], 24)
     with engine(folder, spec=True, dtype="bfloat16", tensor_parallel_size=2, max_num_seqs=4, max_model_len=64) as llm:
         text = generate(llm, prompts, [{"mode": "self_speculation"}] * 2, max_tokens=16)

@@ -1,0 +1,33 @@
+"""Engines of two processes, one core each: their OpenMP threads would spin against each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.forked import fork_engines
+
+
+def use_two_processes(patch: pytest.MonkeyPatch) -> None:
+    """Have the next engine run as in production: a core process and two workers under vLLM's executor."""
+    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
+    patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # collective_rpc takes functions
+    patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "200")  # in case ranks wait for each other
+
+
+@pytest.fixture(scope="module")
+def spawned() -> Iterator[None]:
+    """Two processes that vLLM starts itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_two_processes(patch)
+        yield
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that need not import vLLM."""
+    use_two_processes(monkeypatch)
+    fork_engines(monkeypatch)

@@ -1,0 +1,46 @@
+"""Engine processes forked from one that has imported vLLM: spawned, each of them takes ten seconds to import it.
+
+After the import, an engine core is as one that vLLM spawns: its arguments are pickled, it loads plugins, and it has the
+environment of the process that starts it. It forks its workers, as vLLM does on GPUs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
+
+import pytest
+
+IMPORTED = ["vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm_nld.worker.cpu"]
+
+
+def _run(environment: dict[str, str], target: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    from vllm.v1.executor import multiproc_executor
+
+    os.environ.clear()  # the fork server's environment is that of the first engine
+    os.environ.update(environment)
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    target(**arguments)
+
+
+class _Process(ForkServerProcess):
+    def start(self) -> None:
+        self._kwargs = {"environment": dict(os.environ), "target": self._target, "arguments": self._kwargs}
+        self._target = _run
+        super().start()
+
+
+class _Context(ForkServerContext):
+    Process = _Process  # type: ignore[assignment]
+
+
+def fork_engines(patch: pytest.MonkeyPatch) -> None:
+    """Have vLLM's engine cores forked from one server, for as long as ``patch`` holds."""
+    from vllm.v1.engine import utils
+
+    made = _Context()
+    made.set_forkserver_preload(IMPORTED)
+    patch.setattr(utils, "get_mp_context", lambda: made)
