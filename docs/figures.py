@@ -15,7 +15,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 
 HERE = Path(__file__).parent
-FIGURES = HERE.parent / "benchmarks/results/2026-11-26-h100.json"
+FIGURES = HERE.parent / "benchmarks/results/2026-11-27-h100.json"
 PICTURE = HERE / "gain.svg"
 
 PUBLISHED = {"chat-like text, 6.82 tokens a cycle": 6.82, "math and code, 11.98 tokens a cycle": 11.98}
