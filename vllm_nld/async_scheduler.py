@@ -153,7 +153,10 @@ class NLDAsyncScheduler(NLDSecondScheduler, AsyncScheduler):  # type: ignore[mis
         self._in_flight = StepsInFlight()
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
-        """Grant places for the drafts that the step's requests are going to have, as vLLM does for all alike."""
+        """Grant places for the drafts that the step's requests are going to have, as vLLM does for all alike.
+
+        vLLM calls this once for every step, and :meth:`update_from_output` once for its result, in the same order.
+        """
         super()._update_after_schedule(scheduler_output)
         yielding = [name for name in scheduler_output.num_scheduled_tokens if not self.requests[name].is_prefill_chunk]
         for name in yielding:
@@ -162,7 +165,7 @@ class NLDAsyncScheduler(NLDSecondScheduler, AsyncScheduler):  # type: ignore[mis
         self._in_flight.planned(yielding)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Take a step's tokens in; steps come in the order in which they were planned."""
+        """Take the oldest step's tokens in, as vLLM does."""
         self._in_flight.came()
         return super().update_from_output(scheduler_output, model_runner_output)
 

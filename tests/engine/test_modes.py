@@ -117,6 +117,7 @@ SCHEMA = {
     "required": ["if", "no", "or"],
     "additionalProperties": False,
 }
+"""With names of few tokens, because each token that the grammar forces takes a forward."""
 
 
 def is_valid(kind: str, text: str) -> bool:

@@ -18,7 +18,7 @@ from vllm_nld.proposer.requests import Requests
 from vllm_nld.proposer.thinking import ThinkingBudget
 from vllm_nld.reference import ReferenceModel, ar_generate
 
-REQUESTS, TOKENS = 700, 3
+REQUESTS, TOKENS = 1000, 3
 """As many tell a temperature of 1.2 from 1.0 with a p-value of 1e-6, for any seed that was tried."""
 
 

@@ -11,8 +11,6 @@ from tests.support.engines import engine, generate, random_prompts
 from tests.support.models import random_model, save, small_config
 
 PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=3)
-
-
 SETTINGS: dict[str, Any] = {"max_num_seqs": 2}
 Texts = list[list[list[int]]]
 

@@ -66,10 +66,8 @@ def run(model: str, blocks: list[int], prompts: int, max_tokens: int, dtype: str
     check_completions("--max-tokens", max_tokens, texts)
     prepare_environment()
     folder = str(checkpoint_path(model))
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "max_model_len": MODEL_LENGTH,
-    }  # the small cache has no room for smollm2's own length
+    # The small cache has no room for smollm2's own length.
+    settings: dict[str, Any] = {"dtype": dtype, "max_model_len": MODEL_LENGTH}
     with (
         stdout_to_stderr(),
         engine(folder, **settings) as plain,

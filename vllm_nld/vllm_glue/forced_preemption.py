@@ -20,9 +20,9 @@ class StepsInFlight:
     def __init__(self) -> None:
         self._steps = deque[list[str]]()
 
-    def planned(self, names: Iterable[str]) -> None:
+    def planned(self, names: list[str]) -> None:
         """Note a step, with the names of the requests that get tokens from it."""
-        self._steps.append(list(names))
+        self._steps.append(names)
 
     def came(self) -> None:
         """Note that the output of the oldest step came."""
