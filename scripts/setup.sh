@@ -85,11 +85,11 @@ case $alias_is in
 esac
 
 # Of all that is installed, a third is ever imported. Python compiles the large packages of it here, on all cores, without
-# their tests, models and reinforcement learning; the others when they are first imported. A few of the files are
+# their tests, models and what trains; the others when they are first imported. A few of the files are
 # templates, which do not compile, and need not.
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 large=(torch vllm transformers sympy networkx ray)
-"$venv/bin/python" -m compileall -qq -j 0 -x '/(tests|testing|models|rllib|tune)/' "${large[@]/#/$packages/}" || true
+"$venv/bin/python" -m compileall -qq -j 0 -x '/(tests|testing|models|physics|rllib|tune|train|llm|autoscaler)/' "${large[@]/#/$packages/}" || true
 
 "$venv/bin/vllm-nld" doctor
 [ "${1:-}" = "--no-demo" ] || "$venv/bin/vllm-nld" demo

@@ -24,7 +24,7 @@ LAST = ("engine",)
 _startup = str(STARTUP)
 if _startup not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_startup, os.environ.get("PYTHONPATH"))))
-gc.set_threshold(10_000)
+gc.set_threshold(200_000)
 
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
 # the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.

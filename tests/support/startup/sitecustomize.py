@@ -6,4 +6,4 @@ over fifty processes that import it.
 
 import gc
 
-gc.set_threshold(10_000)
+gc.set_threshold(200_000)
