@@ -22,7 +22,7 @@ def test_every_mode_by_category(
     rows_of = bench_tasks.rows_of
     monkeypatch.setattr(bench_tasks, "rows_of", lambda some, ar: written.append(len(some)) or rows_of(some, ar))
     file = tmp_path / "prompts.jsonl"
-    options = Options(file=file, prompts=1, max_tokens=12, ways=WAYS, thresholds=(0.5,), concurrency=(1, 2))
+    options = Options(file=file, prompts=1, max_tokens=8, ways=WAYS, thresholds=(0.5,), concurrency=(1, 2))
     lines = [{"category": "qa", "turns": ["What is 3?"]}, {"category": "python", "prompt": "def f(x):", "answer": 1}]
     file.write_text("\n".join(map(json.dumps, lines)))
     run(options, tmp_path / "out.json", tmp_path / "out.png", as_json=True)
@@ -33,7 +33,7 @@ def test_every_mode_by_category(
     rows = {(row["way"], row["category"], row["concurrency"]): row for row in report["results"]}
     assert len(rows) == 4 * len((AR, *WAYS))
     for (way, _, _), row in rows.items():
-        assert row["tokens"] == 12 * row["requests"]
+        assert row["tokens"] == 8 * row["requests"]
         if "diffusion" not in way:
             assert row["same_text"] == row["requests"]
     drafting = rows["self-speculation", "all", 1]
@@ -41,6 +41,6 @@ def test_every_mode_by_category(
     assert drafting["acceptance_length"] == pytest.approx(1 + sum(drafting["accepted_by_position"]), abs=0.01)
     assert rows["diffusion 0.5", "all", 1]["acceptance_length"] is None
     assert rows[AR, "all", 1]["acceptance_length"] is None
-    assert rows[AR, "all", 1]["tpf"] == round(24 / 22, 3)
+    assert rows[AR, "all", 1]["tpf"] == round(16 / 14, 3)
     assert rows[AR, "all", 1]["speed_up"] == 1
     assert rows[AR, "python", 1]["checked"] == 1

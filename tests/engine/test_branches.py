@@ -112,7 +112,7 @@ def test_edges_of_the_room_for_branches(tmp_path: Path) -> None:
     with engine(folder, spec=True, max_num_seqs=1) as llm:
         for least in range(2, 12):
             before = counters(llm)
-            params = {"max_tokens": 24, "min_tokens": least}
+            params = {"max_tokens": 16, "min_tokens": least}
             (tokens,) = generate(llm, prompts[:1], [{"branches": "all"}], **params)
             assert tokens == generate(llm, prompts[:1], [{"mode": "ar"}], **params)[0]
             assert counters(llm)["cycles"] > before["cycles"]

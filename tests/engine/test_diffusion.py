@@ -53,8 +53,22 @@ def watch_tallies(llm: Any) -> dict[tuple[int, ...], Tally]:
 
 def run(llm: Any, prompts: list[list[int]], budget: int, **nld: Any) -> tuple[list[list[int]], list[int]]:
     """Return texts and, per request, denoising forwards + commits."""
+    return run_each(llm, prompts, [budget] * len(prompts), **nld)
+
+
+def run_each(llm: Any, prompts: list[list[int]], budgets: list[int], **nld: Any) -> tuple[list[list[int]], list[int]]:
+    """As :func:`run`, each prompt with its own budget."""
+    from vllm import SamplingParams
+
     tallies = watch_tallies(llm)
-    texts = generate(llm, prompts, max_tokens=budget, extra_args={"nld": {"mode": "diffusion", **nld}})
+    shared: dict[str, Any] = {
+        "temperature": 0,
+        "detokenize": False,
+        "extra_args": {"nld": {"mode": "diffusion", **nld}},
+    }
+    params = [SamplingParams(max_tokens=budget, **shared) for budget in budgets]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
     generate(llm, [[1, 2]], max_tokens=1)  # vLLM reports finished requests to the worker with the next step
     return texts, [tallies[tuple(p)].forwards["denoise"] + tallies[tuple(p)].forwards["commit"] for p in prompts]
 
@@ -116,14 +130,11 @@ def test_random_options_do_not_end_the_engine(llm: Any, model: ReferenceModel) -
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: ",".join(f"{k}={v}" for k, v in policy.items()))
-@pytest.mark.parametrize("budget", [50, 33])
-def test_tokens_and_forwards_equal_the_reference(
-    llm: Any, model: ReferenceModel, policy: dict[str, Any], budget: int
-) -> None:
-    """Eight requests at once, each at its own denoising depth; 33 leaves a last block of one token."""
-    prompts = random_prompts(LENGTHS, 24, seed=7)
-    expected = [reference_generate(model, ids, budget, **policy) for ids in prompts]
-    texts, nfe = run(llm, prompts, budget, **policy)
+def test_tokens_and_forwards_equal_the_reference(llm: Any, model: ReferenceModel, policy: dict[str, Any]) -> None:
+    """Eight requests at once, each at its own denoising depth; a budget of 33 leaves a last block of one token."""
+    prompts, budgets = random_prompts(LENGTHS, 24, seed=7), [50, 33] * 4
+    expected = [reference_generate(model, ids, budget, **policy) for ids, budget in zip(prompts, budgets, strict=True)]
+    texts, nfe = run_each(llm, prompts, budgets, **policy)
     assert texts == [g.ids[len(ids) :] for g, ids in zip(expected, prompts, strict=True)]
     assert nfe == [g.nfe for g in expected]
 

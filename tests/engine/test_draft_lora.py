@@ -31,6 +31,7 @@ SIZES: dict[str, Any] = {"eos_token_id": None, "block_size": 8}
 CONFIG = small_config(**SIZES)
 EVERYTHING: dict[str, Any] = {"targets": TARGETS, "mask_row": True, "size": 0.15}
 PROMPTS = random_prompts([1, 40, 90, 17], 24, seed=7)
+TOKENS = 24
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def folder(model: ReferenceModel, tmp_path: Path) -> Path:
 
 def complete(llm: Any, prompts: list[list[int]], options: list[dict[str, Any]], loras: Any = None) -> list[list[int]]:
     """Complete prompts greedily in one batch, each with its own options."""
-    return generate(llm, prompts, each=options, loras=loras, max_tokens=40)
+    return generate(llm, prompts, each=options, loras=loras, max_tokens=TOKENS)
 
 
 def drafts_of(llm: Any, prompts: list[list[int]], options: dict[str, Any], lora: Any = None) -> list[list[list[int]]]:
@@ -70,7 +71,7 @@ def drafts_of(llm: Any, prompts: list[list[int]], options: dict[str, Any], lora:
 
 def expected_drafts(model: ReferenceModel, adapter: DraftAdapter | None) -> list[list[list[int]]]:
     model.draft_adapter = adapter
-    runs = [linear_spec_generate(model, ids, 40) for ids in PROMPTS]
+    runs = [linear_spec_generate(model, ids, TOKENS) for ids in PROMPTS]
     return [[block for block in run.drafts if len(block) > 1] for run in runs]
 
 
@@ -94,8 +95,8 @@ def test_drafts_equal_reference_and_text_equals_ar(
     with engine(folder, spec=True, **settings) as llm:
         assert drafts_of(llm, PROMPTS, {}) == with_adapter
         assert drafts_of(llm, PROMPTS, {"draft_adapter": False}) == without
-        text = generate(llm, PROMPTS, max_tokens=40)
-        assert text == [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
+        text = generate(llm, PROMPTS, max_tokens=TOKENS)
+        assert text == [ar_generate(model, ids, TOKENS).ids[len(ids) :] for ids in PROMPTS]
 
 
 def test_engine_without_adapter_drafts_without(model: ReferenceModel, folder: Path) -> None:
@@ -117,14 +118,14 @@ def test_one_forward_serves_blocks_with_and_without_adapter(model: ReferenceMode
         text = complete(llm, PROMPTS, options)
         batch = runner(llm).drafter.draft_pass
         assert batch.block_forwards > batch.forwards, "blocks did share forwards"
-    plain = [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
-    diffused = diffuse(model, PROMPTS[2], 40, threshold=0.4).ids[len(PROMPTS[2]) :]
+    plain = [ar_generate(model, ids, TOKENS).ids[len(ids) :] for ids in PROMPTS]
+    diffused = diffuse(model, PROMPTS[2], TOKENS, threshold=0.4).ids[len(PROMPTS[2]) :]
     assert text == [plain[0], plain[1], diffused, plain[3]]
     for row, own in enumerate((adapter, None, None, adapter)):
         if row != 2:
             model.draft_adapter = own
             prompt = PROMPTS[row]
-            run = linear_spec_generate(model, prompt, 40)
+            run = linear_spec_generate(model, prompt, TOKENS)
             starts = [len(prompt) + sum(run.accepted[:cycle]) for cycle in range(len(run.drafts))]
             for start, block in zip(starts, run.drafts, strict=True):
                 assert len(block) == 1 or block in seen[start]
@@ -193,13 +194,13 @@ def test_request_lora_and_adapter_draft_together(model: ReferenceModel, folder: 
     adapted = [merged(random_model(CONFIG, seed=3), tmp_path / f"task{n}") for n in (1, 2)]
     # No request without LoRA in this batch: vLLM 0.32's CPU operators give it the last LoRA, also in AR.
     models, loras = [adapted[0], adapted[1], adapted[1], adapted[0]], [tasks[0], tasks[1], tasks[1], tasks[0]]
-    expected = [ar_generate(own, ids, 40).ids[len(ids) :] for own, ids in zip(models, PROMPTS, strict=True)]
-    plain = [ar_generate(model, ids, 40).ids[len(ids) :] for ids in PROMPTS]
+    expected = [ar_generate(own, ids, TOKENS).ids[len(ids) :] for own, ids in zip(models, PROMPTS, strict=True)]
+    plain = [ar_generate(model, ids, TOKENS).ids[len(ids) :] for ids in PROMPTS]
     with engine(folder, spec=True, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
         assert complete(llm, PROMPTS, [{}, {}, {"mode": "ar"}, {}], loras) == expected
         assert accepted(llm) > 0
         assert complete(llm, PROMPTS, [{}] * 4) == plain
-        diffused = [diffuse(own, ids, 40).ids[len(ids) :] for own, ids in zip(models, PROMPTS, strict=True)]
+        diffused = [diffuse(own, ids, TOKENS).ids[len(ids) :] for own, ids in zip(models, PROMPTS, strict=True)]
         assert complete(llm, PROMPTS, [{"mode": "diffusion"}] * 4, loras) == diffused
         drafts = drafts_of(llm, PROMPTS, {}, tasks[0])
     assert drafts == expected_drafts(adapted[0], model.draft_adapter)

@@ -105,7 +105,7 @@ def test_remote_code_is_never_imported(tmp_path: Path) -> None:
 
 def test_demo_prints_the_verdict(capfd: pytest.CaptureFixture[str]) -> None:
     prepare_process()
-    run_demo("tiny", 2, 48, "float32", as_json=False)
+    run_demo("tiny", 1, 16, "float32", as_json=False)
     assert "token for token identical" in capfd.readouterr().out
 
 

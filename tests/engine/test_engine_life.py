@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +36,49 @@ def folder(model: ReferenceModel, tmp_path_factory: pytest.TempPathFactory) -> P
     return save(model, tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[Any]:
+    """An engine for all tests that need nothing but self-speculation. They come first: when another engine of the
+    process ends, this one's process groups do, too.
+    """
+    with engine(folder, spec=True) as made:
+        yield made
+
+
+@pytest.fixture
+def llm(shared: Any) -> Iterator[Any]:
+    """The shared engine; whatever a test puts in the place of its draft pass is taken out again."""
+    draft_pass = runner(shared).drafter.draft_pass
+    original = draft_pass.run
+    yield shared
+    draft_pass.run = original
+
+
 def solo(model: ReferenceModel, prompts: list[list[int]], budget: int, **settings: Any) -> list[list[int]]:
     return [ar_generate(model, ids, budget, **settings).ids[len(ids) :] for ids in prompts]
 
 
-def test_draft_pass_leaves_cache_bit_identical(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draft_pass_leaves_cache_bit_identical(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also checks, on the same engine, its profiling run, and how drafts share the memory for probabilities."""
-    with engine(folder, spec=True) as llm:
-        draft_pass = runner(llm).drafter.draft_pass
-        original, passes = draft_pass.run, []
+    draft_pass = runner(llm).drafter.draft_pass
+    original, passes = draft_pass.run, []
 
-        def compare(blocks: Any, leave: Any) -> None:
-            before = [layer.kv_cache.clone() for layer in draft_pass.layers.values()]
-            original(blocks, leave)
-            after = [layer.kv_cache for layer in draft_pass.layers.values()]
-            passes.append(all(torch.equal(x, y) for x, y in zip(before, after, strict=True)))
-            assert any(x.any() for x in before), "nothing was cached, so nothing was compared"
+    def compare(blocks: Any, leave: Any) -> None:
+        before = [layer.kv_cache.clone() for layer in draft_pass.layers.values()]
+        original(blocks, leave)
+        after = [layer.kv_cache for layer in draft_pass.layers.values()]
+        passes.append(all(torch.equal(x, y) for x, y in zip(before, after, strict=True)))
+        assert any(x.any() for x in before), "nothing was cached, so nothing was compared"
 
-        draft_pass.run = compare
-        generate(llm, random_prompts([3, 70, 140], 24))
-        assert len(passes) > 5
-        assert all(passes)
-        draft_pass.run = original
-        check_profiling(runner(llm))
-        monkeypatch.setattr(memory, "DRAWN_BYTES", 6 * 4 * 24)
-        assert max(drafts_per_step(llm, temperature=1.0)) <= 6
-        assert max(drafts_per_step(llm, temperature=0.0)) == 21
+    draft_pass.run = compare
+    generate(llm, random_prompts([3, 70, 140], 24))
+    assert len(passes) > 5
+    assert all(passes)
+    draft_pass.run = original
+    check_profiling(runner(llm), monkeypatch)
+    monkeypatch.setattr(memory, "DRAWN_BYTES", 6 * 4 * 24)
+    assert max(drafts_per_step(llm, temperature=1.0)) <= 6
+    assert max(drafts_per_step(llm, temperature=0.0)) == 21
 
 
 def drafts_per_step(llm: Any, temperature: float) -> list[int]:
@@ -79,7 +97,7 @@ def drafts_per_step(llm: Any, temperature: float) -> list[int]:
     return drafts
 
 
-def check_profiling(of: Any) -> None:
+def check_profiling(of: Any, patch: pytest.MonkeyPatch) -> None:
     """vLLM's profiling run drafts and verifies the most that there can be; so do drafts while there is no cache."""
     counted = of.drafter.draft_pass.forwards
     caches = {layer: layer.kv_cache for layer in of.drafter.draft_pass.layers.values()}
@@ -89,14 +107,72 @@ def check_profiling(of: Any) -> None:
     for layer, cache in caches.items():
         layer.kv_cache = cache
     verify, verified = of.rejection_sampler.forward, []
-    of.rejection_sampler.forward = lambda *args: (verified.append(args[2].shape), verify(*args))[1]
-    with profiling_drafts(of, 7):
-        of.profile_run()
+    counting = lambda *args: (verified.append(args[2].shape), verify(*args))[1]  # noqa: E731
+    with patch.context() as only_here:
+        only_here.setattr(of.rejection_sampler, "forward", counting)
+        with profiling_drafts(of, 7):
+            of.profile_run()
     requests = of.scheduler_config.max_num_seqs
     assert set(verified) == {(requests * 8, 24)}
     assert of.drafter.draft_pass.forwards == counted
     # Inputs of the compiled model in causal passes, and so in draft passes.
     assert (of.input_ids.gpu.dtype, of.positions.dtype) == (torch.int32, torch.int64)
+
+
+def test_stop_token_right_after_min_tokens(model: ReferenceModel, llm: Any) -> None:
+    """Perfect drafts that cross ``min_tokens`` in a block whose bonus token is a stop token, which AR would obey."""
+    bonus = 8  # output index: the prefill yields 0, seven accepted drafts 1 to 7
+    tried = random_prompts([20] * 40, 24, seed=3)
+    texts = ((ids, solo(model, [ids], 24, eos_token_id=-1)[0]) for ids in tried)
+    prompt, text = next((p, t) for p, t in texts if t[bonus] not in t[:bonus])
+
+    def oracle_drafts(block: Any) -> list[int]:
+        return (prompt + text)[block.prefix + 1 : block.prefix + block.length]
+
+    replace_drafts(llm, oracle_drafts)
+    settings = {"max_tokens": 20, "min_tokens": 5, "stop_token_ids": [text[bonus]], "ignore_eos": True}
+    before = counters(llm)["cycles"]
+    assert generate(llm, [prompt], **settings) == [text[: bonus + 1]]
+    assert counters(llm)["cycles"] > before
+
+
+def test_abort_during_generation(model: ReferenceModel, llm: Any) -> None:
+    from vllm import SamplingParams
+
+    prompts = random_prompts([20, 90, 50, 130], 24, seed=10)
+    expected = solo(model, prompts, 60, eos_token_id=-1)
+    params = SamplingParams(temperature=0, max_tokens=60, detokenize=False, ignore_eos=True)
+    core = llm.llm_engine
+    names = [core.add_request(str(i), {"prompt_token_ids": ids}, params) for i, ids in enumerate(prompts)]
+    finished: dict[str, list[int]] = {}
+    for step in range(400):
+        if step == 6:
+            core.abort_request(["1"])
+        if step == 10:
+            core.abort_request(["3"])
+        for output in core.step():
+            if output.finished and output.outputs[0].finish_reason != "abort":
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+        if not core.has_unfinished_requests():
+            break
+    assert names is not None
+    assert finished == {"0": expected[0], "2": expected[2]}
+    # State of an aborted request must not leak into the next request of the same batch row.
+    assert generate(llm, prompts, max_tokens=60, ignore_eos=True) == expected
+
+
+def test_end_of_sequence_inside_a_block(model: ReferenceModel, llm: Any) -> None:
+    prompts = random_prompts([10] * 8, 24, seed=12)
+    expected = solo(model, prompts, 80)
+    assert any(ids[-1] == 11 and len(ids) < 80 for ids in expected)
+    assert generate(llm, prompts, max_tokens=80) == expected
+
+
+@pytest.mark.parametrize("budget", [1, 2, 7, 8, 9])
+def test_max_tokens_is_never_overshot(model: ReferenceModel, llm: Any, budget: int) -> None:
+    prompts = random_prompts([5, 40], 24, seed=13)
+    expected = solo(model, prompts, budget, eos_token_id=-1)
+    assert generate(llm, prompts, max_tokens=budget, ignore_eos=True) == expected
 
 
 def test_random_drafts_add_cycles_but_change_no_token(model: ReferenceModel, folder: Path) -> None:
@@ -117,29 +193,13 @@ def test_random_drafts_add_cycles_but_change_no_token(model: ReferenceModel, fol
         return len(ids) > block.prefix and ids[block.prefix] == block.tokens[0]
 
     cycles = {}
-    for name, draft in (("random", random_drafts), ("oracle", oracle_drafts)):
-        with engine(folder, spec=True, max_num_seqs=1) as llm:
+    with engine(folder, spec=True, max_num_seqs=1) as llm:
+        for name, draft in (("random", random_drafts), ("oracle", oracle_drafts)):
             replace_drafts(llm, draft)
+            before = counters(llm)["cycles"]
             assert generate(llm, prompts, max_tokens=60) == expected
-            cycles[name] = counters(llm)["cycles"]
+            cycles[name] = counters(llm)["cycles"] - before
     assert cycles["random"] > 2 * cycles["oracle"]
-
-
-def test_stop_token_right_after_min_tokens(model: ReferenceModel, folder: Path) -> None:
-    """Perfect drafts that cross ``min_tokens`` in a block whose bonus token is a stop token, which AR would obey."""
-    bonus = 8  # output index: the prefill yields 0, seven accepted drafts 1 to 7
-    tried = random_prompts([20] * 40, 24, seed=3)
-    texts = [(ids, solo(model, [ids], 24, eos_token_id=-1)[0]) for ids in tried]
-    prompt, text = next((p, t) for p, t in texts if t[bonus] not in t[:bonus])
-
-    def oracle_drafts(block: Any) -> list[int]:
-        return (prompt + text)[block.prefix + 1 : block.prefix + block.length]
-
-    with engine(folder, spec=True) as llm:
-        replace_drafts(llm, oracle_drafts)
-        settings = {"max_tokens": 20, "min_tokens": 5, "stop_token_ids": [text[bonus]], "ignore_eos": True}
-        assert generate(llm, [prompt], **settings) == [text[: bonus + 1]]
-        assert counters(llm)["cycles"] > 0
 
 
 def test_drafting_in_groups_changes_nothing(model: ReferenceModel, folder: Path) -> None:
@@ -186,32 +246,6 @@ def test_preemption(model: ReferenceModel, folder: Path) -> None:
         assert metric(llm, "vllm:num_preemptions") > 0
 
 
-def test_abort_during_generation(model: ReferenceModel, folder: Path) -> None:
-    from vllm import SamplingParams
-
-    prompts = random_prompts([20, 90, 50, 130], 24, seed=10)
-    expected = solo(model, prompts, 60, eos_token_id=-1)
-    params = SamplingParams(temperature=0, max_tokens=60, detokenize=False, ignore_eos=True)
-    with engine(folder, spec=True) as llm:
-        core = llm.llm_engine
-        names = [core.add_request(str(i), {"prompt_token_ids": ids}, params) for i, ids in enumerate(prompts)]
-        finished: dict[str, list[int]] = {}
-        for step in range(400):
-            if step == 6:
-                core.abort_request(["1"])
-            if step == 10:
-                core.abort_request(["3"])
-            for output in core.step():
-                if output.finished and output.outputs[0].finish_reason != "abort":
-                    finished[output.request_id] = list(output.outputs[0].token_ids)
-            if not core.has_unfinished_requests():
-                break
-        assert names is not None
-        assert finished == {"0": expected[0], "2": expected[2]}
-        # State of an aborted request must not leak into the next request of the same batch row.
-        assert generate(llm, prompts, max_tokens=60, ignore_eos=True) == expected
-
-
 def test_blocks_are_cut_short_at_max_model_len(model: ReferenceModel, folder: Path) -> None:
     prompts = random_prompts([91, 88, 60, 2], 24, seed=11)
     expected = [
@@ -235,23 +269,6 @@ def test_lowered_length_limit_reaches_the_proposer(model: ReferenceModel, folder
         assert running.effective_drafter_max_model_len == limit + 7
         expected = ar_generate(model, prompt, limit - 100, eos_token_id=-1).ids[100:]
         assert generate(llm, [prompt], max_tokens=500, ignore_eos=True) == [expected]
-
-
-def test_end_of_sequence_inside_a_block(model: ReferenceModel, folder: Path) -> None:
-    prompts = random_prompts([10] * 8, 24, seed=12)
-    expected = solo(model, prompts, 80)
-    assert any(ids[-1] == 11 and len(ids) < 80 for ids in expected)
-    with engine(folder, spec=True) as llm:
-        assert generate(llm, prompts, max_tokens=80) == expected
-
-
-@pytest.mark.parametrize("budget", [1, 2, 7, 8, 9])
-def test_max_tokens_is_never_overshot(model: ReferenceModel, folder: Path, budget: int) -> None:
-    prompts = random_prompts([5, 40], 24, seed=13)
-    with engine(folder, spec=True) as llm:
-        assert generate(llm, prompts, max_tokens=budget, ignore_eos=True) == solo(
-            model, prompts, budget, eos_token_id=-1
-        )
 
 
 def test_the_mask_token_is_never_emitted(tmp_path: Path) -> None:

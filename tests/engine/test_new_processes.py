@@ -1,8 +1,12 @@
-"""If vLLM itself serves the architecture, this extension takes over only when asked."""
+"""New processes: who serves the architecture, and how ``vllm serve`` refuses.
+
+If vLLM itself serves the architecture, this extension takes over only when asked.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +58,16 @@ for case in json.loads(sys.argv[2]):
         run(*case)
         os._exit(0)
     os.waitpid(child, 0)
+
+print("SERVE", file=sys.stderr, flush=True)
+child = os.fork()
+if child == 0:  # what the script ``vllm`` does
+    from vllm.entrypoints.cli.main import main
+    sys.argv = ["vllm", "serve", sys.argv[1], *json.loads(sys.argv[3])]
+    sys.exit(main())
+print("SERVE", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+UNSUITABLE = ["--max-model-len", "256", "--skip-tokenizer-init", "--additional-config", '{"nld": {"speed": "fast"}}']
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +76,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> tuple[dict[str, list[str]], str]:
-    """Return the class of model and config by case, and what the processes wrote to standard error."""
+def ended(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Return what the processes wrote."""
     cases = json.dumps([[name, served, settings] for name, (served, settings, _, _) in CASES.items()])
-    command = [sys.executable, "-c", SCRIPT, str(folder), cases]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    found = [json.loads(line.removeprefix("RESULT ")) for line in lines]
-    return {name: classes for name, *classes in found}, result.stderr
+    command = [sys.executable, "-c", SCRIPT, str(folder), cases, json.dumps(UNSUITABLE)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_own_model_serves_only_if_needed_or_asked_for(case: str, results: tuple[dict[str, list[str]], str]) -> None:
-    found, errors = results
-    assert found.get(case) == list(CASES[case][2:]), errors[-3000:]
+def test_own_model_serves_only_if_needed_or_asked_for(case: str, ended: subprocess.CompletedProcess[str]) -> None:
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
+    found = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    assert {name: classes for name, *classes in found}.get(case) == list(CASES[case][2:]), ended.stderr[-3000:]
+
+
+def test_vllm_serve_prints_one_line_and_fails_on_error(ended: subprocess.CompletedProcess[str]) -> None:
+    (status,) = (line for line in ended.stdout.splitlines() if line.startswith("SERVE "))
+    assert status != "SERVE 0"
+    _, errors = ended.stderr.split("SERVE\n")
+    # Some versions of vLLM put the process's name before every line.
+    (line,) = (re.sub(r"^\(\w+ pid=\d+\) ", "", line) for line in errors.splitlines() if "speed" in line)
+    assert line.startswith("vllm-nld: error: additional_config[\"nld\"].speed='fast' is unknown; allowed keys: mode, ")
+    assert "Traceback" not in errors
