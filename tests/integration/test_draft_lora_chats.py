@@ -12,12 +12,11 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from typer.testing import CliRunner
 
 from tests.support import models
 from tests.support.adapters import random_adapter
+from tests.support.commands import invoke
 from vllm_nld.checkpoints.draft_lora import TARGETS
-from vllm_nld.cli import app
 from vllm_nld.errors import NLDError
 from vllm_nld.reference import DraftAdapter, ReferenceModel, ar_generate, load_reference
 from vllm_nld.training.chats import Answer, Chats, chat_template, holds_conversations
@@ -185,7 +184,7 @@ def test_own_answers_are_the_model_s(checkpoint: Path, tmp_path: Path) -> None:
 def command(checkpoint: Path, data: str, *arguments: str) -> Any:
     small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name != "warm_up"]
     file = str(checkpoint / data)
-    return CliRunner().invoke(app, ["train-draft-lora", str(checkpoint), "--data", file, *small, *arguments])
+    return invoke("train-draft-lora", str(checkpoint), "--data", file, *small, *arguments)
 
 
 def test_the_command_trains_on_conversations(checkpoint: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def held_out() -> HeldOut:
     model = load_reference(checkpoint_path("tiny"))
     tokenizer = Tokenizer.from_file(str(checkpoint_path("tiny") / "tokenizer.json"))
     mask_id = model.config.mask_token_id
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids[:96] for _, text in held_out_prompts(30)]
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids[:96] for _, text in held_out_prompts(16)]
     prefixes, cache = torch.tensor([row for row in ids if len(row) == 96]), KVCache()
     with torch.inference_mode():
         seeds = model.causal(prefixes, cache)[:, -1].argmax(-1, keepdim=True)

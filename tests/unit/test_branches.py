@@ -41,7 +41,7 @@ def model_of(seed: int, adapter: bool = False) -> ReferenceModel:
     prompt=st.lists(st.integers(0, 23), min_size=1, max_size=8),
     block_length=st.sampled_from([2, 4, 8]),
     choice=st.sampled_from(sorted(CHOICES)),
-    count=st.integers(1, 24),
+    count=st.integers(1, 16),
     adapter=st.booleans(),
     bootstrap=st.booleans(),
     misses_draft=st.booleans(),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.support.commands import invoke
 from vllm_nld.cli import app, bench
 from vllm_nld.cli.limits import MODEL_LENGTH
 
@@ -57,7 +57,7 @@ def refusal(name: str, data: str, *options: str) -> str:
     arguments = ARGUMENTS.get(name, [])
     if name == "train-draft-lora":
         arguments = ["tiny", "--data", data, "--output", str(Path(data).parent / "adapter")]
-    result = CliRunner().invoke(app, [*name.split(), *arguments, *options], env={"COLUMNS": "300"})
+    result = invoke(*name.split(), *arguments, *options, env={"COLUMNS": "300"})
     assert isinstance(result.exception, SystemExit), (name, options, result.exception)
     assert result.exit_code != 0
     lines = [line for line in result.output.splitlines() if "error: " in line or "Invalid value" in line]

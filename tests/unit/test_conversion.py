@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from typer.testing import CliRunner
 
 from tests.support import llamas
+from tests.support.commands import invoke
 from vllm_nld.checkpoints.headers import check_tensors
 from vllm_nld.config import NemotronLabsDiffusionConfig
 from vllm_nld.conversion import Options, convert, open_source
@@ -186,11 +186,10 @@ def test_a_head_beside_tied_embeddings_and_old_frequencies_are_left_out(tmp_path
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_command(as_json: bool, tmp_path: Path) -> None:
-    from vllm_nld.cli import app
 
     source = llamas.save_folder(llamas.llama(), tmp_path / "source")
     words = ["convert", str(source), str(tmp_path / "nld"), "--dtype", "bfloat16", *["--json"] * as_json]
-    result = CliRunner().invoke(app, words)
+    result = invoke(*words)
     assert result.exit_code == 0, result.output
     if as_json:
         report = json.loads(result.stdout)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.support import commands
 from tests.support.models import random_model, save, small_config
 from tests.support.quantized import compress
 from vllm_nld.checkpoints import checkpoint_path
 from vllm_nld.checkpoints.headers import expected_tensors
-from vllm_nld.cli import app
 from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
 from vllm_nld.errors import NLDError
 from vllm_nld.planning import this_machine
@@ -280,7 +279,7 @@ def test_vendor_figures_at_one_request() -> None:
 
 
 def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "200"})
+    return commands.invoke("plan", *arguments, env={"COLUMNS": "200"})
 
 
 def test_json(tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
+from tests.support.commands import invoke
 from tests.support.models import random_model, save, save_vlm, small_config, small_vlm_config
 from tests.support.quantized import compress
 from vllm_nld.checkpoints import EMBEDDED
 from vllm_nld.checkpoints.quantize import IGNORED, SCHEMES, quantize
-from vllm_nld.cli import app
 from vllm_nld.cli.dummy import dummy_config
 from vllm_nld.errors import NLDError
 
@@ -136,7 +135,7 @@ def test_arguments_are_refused_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert EMBEDDED["tiny"].is_dir()
-    result = CliRunner().invoke(app, ["quantize", *arguments])
+    result = invoke("quantize", *arguments)
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 1
     for word in words:

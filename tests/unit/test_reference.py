@@ -274,20 +274,20 @@ def test_mask_token_is_never_emitted(temperature: float) -> None:
 def test_thinking_budget(limit: int) -> None:
     """Each end token was forced."""
     model = endless_thinker()
-    free = ar_generate(model, PROMPT, 18).ids[len(PROMPT) :]
+    free = ar_generate(model, PROMPT, 15).ids[len(PROMPT) :]
     assert END not in free
     budget = {"max_thinking_tokens": limit, "end_think_token_id": END}
-    results: dict[str, Generation] = {"ar": ar_generate(model, PROMPT, 18, **budget)}
+    results: dict[str, Generation] = {"ar": ar_generate(model, PROMPT, 15, **budget)}
     for block_length in (4, 8, 16):
         for threshold in (0.0, 0.5):
-            found = linear_spec_generate(model, PROMPT, 18, block_length, threshold=threshold, **budget)
+            found = linear_spec_generate(model, PROMPT, 15, block_length, threshold=threshold, **budget)
             results[f"linear {block_length} {threshold}"] = found
             assert found.ids == results["ar"].ids
-        results[f"diffusion {block_length}"] = generate(model, PROMPT, 18, block_length, 0.9, **budget)
+        results[f"diffusion {block_length}"] = generate(model, PROMPT, 15, block_length, 0.9, **budget)
     for name, result in results.items():
         text = result.ids[len(PROMPT) :]
         assert [i for i, token in enumerate(text) if token == END] == [limit], name
-        assert len(text) == 18, name
+        assert len(text) == 15, name
     assert results["ar"].ids[len(PROMPT) :][:limit] == free[:limit]
 
 

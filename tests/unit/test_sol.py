@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import vllm_nld.reference
+from tests.support import commands
 from tests.support.models import random_model, small_config
-from vllm_nld.cli import app
 from vllm_nld.reference import KVCache, ReferenceModel
 from vllm_nld.reference.speed_of_light import Safety, SpeedOfLight, _Simulator, analyse
 
@@ -133,7 +132,7 @@ def test_analyses_add_up() -> None:
 
 
 def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["sol", *arguments])
+    return commands.invoke("sol", *arguments)
 
 
 def test_sol_command_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
