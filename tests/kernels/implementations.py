@@ -27,7 +27,7 @@ class Effort:
         repeats: runs that must give the same bits.
     """
 
-    examples: int = 100
+    examples: int = 50
     longest_prefix: int = 600
     repeats: int = 20
 

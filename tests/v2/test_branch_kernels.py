@@ -148,23 +148,25 @@ def cycles() -> SimpleNamespace:
     seeds = torch.randint(-(2**62), 2**62, (number,), generator=generator)
     ones = torch.ones(number)
 
-    def draw(told: Tensor, positions: Tensor) -> Tensor:
-        whose = rows.ids.repeat_interleave(length - 1)
-        drawn = second_runner.draw(told.flatten(0, 1), whose, ones, seeds, positions, tempered=False, fp64=False)
-        return drawn.view(number, length - 1)[:, :2]
+    def draw(told: Tensor, positions: Tensor, own: Tensor) -> Tensor:
+        """Return two drafts of each of these requests."""
+        told, positions = told[own, :2].flatten(0, 1), positions.view(number, -1)[own, :2].flatten()
+        whose = own.repeat_interleave(2)
+        drawn = second_runner.draw(told, whose, ones, seeds, positions, tempered=False, fp64=False)
+        return drawn.view(len(own), 2)
 
-    def verify(drafts: Tensor, told: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens, and how many they are; a draft of -1 is none."""
-        places = (first[:, None] + torch.arange(3)).flatten()
+    def verify(drafts: Tensor, told: Tensor, first: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Return these requests' tokens, and how many they are."""
+        places = (first[own, None] + torch.arange(3)).flatten()
         tokens, counts = rejection_sample(
             target[places],
             told[:, :2].contiguous(),
-            torch.cat((torch.zeros(number, 1, dtype=torch.int64), drafts), 1).flatten().int(),
-            ints(torch.arange(number + 1) * 3),
+            torch.cat((torch.zeros(len(own), 1, dtype=torch.int64), drafts), 1).flatten().int(),
+            ints(torch.arange(len(own) + 1) * 3),
             places,
-            rows.ids,
-            rows.ids.repeat_interleave(3),
-            ints([0, 1, 2] * number),
+            own,
+            own.repeat_interleave(3),
+            ints([0, 1, 2] * len(own)),
             ones,
             seeds,
             2,
@@ -173,31 +175,32 @@ def cycles() -> SimpleNamespace:
 
     told = by_block.repeat(number, 1, 1)
     stream = OWN_STREAM + ((prefix % kernels.STREAMS) << 24)
-    drafts = draw(told, (prefix + stream + torch.arange(3)).repeat(number))
+    drafts = draw(told, (prefix + stream + torch.arange(3)).repeat(number), rows.ids)
     rows.places[:, :2], rows.guesses[:, :2] = ints([0, 1]), ints([int(target[prefix].argmax()), kernels.MASK])
-    tokens, counts = verify(drafts, told, rows.seq_lens.long())
+    tokens, counts = verify(drafts, told, rows.seq_lens.long(), rows.ids)
     rows.seq_lens = rows.seq_lens + counts.int()
     rows.last = tokens.gather(1, counts.long()[:, None] - 1)
     sources, positions, _ = rows.hits(ints([1] * 2 * number), counts.int(), ints([0] * number))
     is_mask = sources.view(number, 3)[:, 0] // length % 2 == 1
     told = torch.where(is_mask[:, None, None], by_mask, by_guess)
+    hit = rows.ids[rows.valid > 0]  # the others draft nothing, and their tokens are of no interest
     return SimpleNamespace(
-        rows=rows, target=target, told=told, drafts=draw(told, positions), verify=verify, is_mask=is_mask
-    )
+        rows=rows, target=target, told=told, hit=hit, drafts=draw(told, positions, hit), verify=verify,
+        is_mask=is_mask[hit],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_sampled_tokens_have_the_verifier_s_distribution(cycles: SimpleNamespace, biased: bool) -> None:
     """By vLLM's rejection sampler, after hits of both kinds; the likeliest draft for the drawn one must be noticed."""
-    rows, is_hit, drafts = cycles.rows, cycles.rows.valid > 0, cycles.drafts.clone()
+    seq_lens, drafts = cycles.rows.seq_lens, cycles.drafts.clone()
     if biased:
-        drafts[:, 0] = cycles.told[:, 0].argmax(-1)
-    drafts[~is_hit] = -1
-    tokens, counts = cycles.verify(drafts, cycles.told, rows.seq_lens.long())
-    assert (counts[is_hit] > 1).sum() > 20
+        drafts[:, 0] = cycles.told[cycles.hit, 0].argmax(-1)
+    tokens, counts = cycles.verify(drafts, cycles.told, seq_lens.long(), cycles.hit)
+    assert (counts > 1).sum() > 20
     values = []
-    for own in (is_hit & ~cycles.is_mask, is_hit & cycles.is_mask):
-        place = rows.seq_lens[own].unique()
+    for own in (~cycles.is_mask, cycles.is_mask):
+        place = seq_lens[cycles.hit][own].unique()
         assert len(place) == 1 and own.sum() > 25, own.sum()
         expected = cycles.target[place[0]].double().softmax(-1) * own.sum()
         values.append(chi_square_p_value(tokens[own, 0].bincount(minlength=FEW), expected))
