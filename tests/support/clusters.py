@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from tests.support import STARTUP
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-NO_COMPILER = "/nowhere/no-compiler"
 SMALL_REPLICA = ["--cores", "1", "--num-cpus", "0.5", "--num-gpus", "0"]
 """Options of both Ray examples with which two replicas fit two cores."""
 
@@ -45,11 +42,11 @@ After what every process of the tests runs: of several files of this name on the
 
 
 def install(site: Path) -> None:
-    """Build a wheel and install it into an empty folder, without compiled kernels, which take a minute to build."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    with tempfile.TemporaryDirectory() as folder:
-        build = ["--no-deps", "--wheel-dir", folder, "--config-settings", f"build-dir={folder}/build"]
-        subprocess.run([*pip, "wheel", *build, str(ROOT)], check=True, env=os.environ | {"CXX": NO_COMPILER})
-        (wheel,) = Path(folder).glob("*.whl")
-        subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    """Build and install a wheel into an empty folder, without compiled kernels, which take a minute to build.
+
+    scikit-build-core, which builds it, is among the packages for development, and need not be installed once more.
+    """
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
+    settings = ["--no-deps", "--no-build-isolation", "--config-settings", "wheel.cmake=false"]
+    subprocess.run([*pip, *settings, "--target", str(site), str(ROOT)], check=True)
     (site / "sitecustomize.py").write_text((STARTUP / "sitecustomize.py").read_text() + AT_START)
