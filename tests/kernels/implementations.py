@@ -27,13 +27,17 @@ class Effort:
         repeats: runs that must give the same bits.
     """
 
-    examples: int = 50
+    examples: int = 100
     longest_prefix: int = 600
     repeats: int = 20
 
 
-SLOW = {"torch": Effort(examples=20, repeats=3), "triton": Effort(examples=20, longest_prefix=200, repeats=3)}
-"""Fewer for those that take long for one batch; every other implementation gets the default."""
+SLOW = {
+    "torch": Effort(examples=20, repeats=3),
+    "triton": Effort(examples=20, longest_prefix=200, repeats=3),
+    "cpp": Effort(examples=50),
+}
+"""Fewer for those that take long for one batch, or get it in every instruction set; the others get the default."""
 
 
 def effort(implementation: Implementation) -> Effort:

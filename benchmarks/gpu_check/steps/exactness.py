@@ -49,8 +49,7 @@ def run(check: Check) -> None:
     """
     # vLLM's Triton attention leaves float32 products to Triton, whose default is TF32: 10 bits of mantissa.
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
-    # Eager and graphs do not differ in a dry run, and many CPUs only emulate bfloat16.
-    cases = [case for case in CASES if not check.dry or (case.dtype == "float32" and not case.eager)]
+    cases = CASES if not check.dry else CASES[:2]  # eager and graphs do not differ there
     wrong = [case.name for case in cases if not _agrees(check, case)]
     assert not wrong, f"self-speculation differs from AR: {'; '.join(wrong)}"
 
