@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vllm_nld.cli.bench_tasks import ALL, AR, Options, _chosen_ways, pools
 from vllm_nld.cli.bench_tasks.figures import Figures, agreeing_share, is_right, rows_of, total
-from vllm_nld.cli.bench_tasks.measure import Answers, Encoded, Spent, figures
+from vllm_nld.cli.bench_tasks.measure import Answers, Encoded, Spent, complete, figures
 from vllm_nld.cli.bench_tasks.prompts import TaskPrompt
 from vllm_nld.cli.bench_tasks.ways import all_ways
 from vllm_nld.errors import NLDError
@@ -70,14 +71,47 @@ def test_the_last_number_is_the_answer(text: str, answer: str, right: bool) -> N
 
 
 def test_forwards_of_an_engine_that_does_not_count_them() -> None:
-    """A step yields a token and its accepted drafts, and the prefill the first token."""
+    """The prefill yields the first token; more drafts are accepted than an answer has tokens, and then cut off."""
     prompts = [Encoded(TaskPrompt("math", "s", "?", answer="4"), [1])] * 2
-    answers = Answers([[1] * 11, [4] * 6], [1.0, 2.0])
-    spent = Spent(4, (3, 2), None, 3.0, 1.0)
+    answers = Answers([[1] * 11, [4] * 6], [1.0, 2.0], [4, 2])
+    spent = Spent(4, (4, 4, 4, 4), None, 3.0, 1.0)
     found = figures("ngram", "math", 1, prompts, answers, spent, [[1] * 11, [5] * 6], lambda ids: f"is {ids[0]}")
-    assert found.forwards == 17 - 5 - 2
+    assert found.forwards == 4 + 2 - 2
     assert (found.same, found.agreement, found.checked, found.right) == (1, 1.0, 2, 1)
     assert found.user_rates == 11 + 3
+
+
+class TwoRequests:
+    """An engine whose steps yield these tokens of each request; a step may yield none, as while a prompt is read."""
+
+    STEPS = ([[7], []], [[7], [1]], [[7, 8, 9], []], [[2, 3, 4, 5]])
+
+    def __init__(self) -> None:
+        self.llm_engine = self
+        self.names: list[str] = []
+        self.ids: dict[str, list[int]] = {}
+        self.steps = iter(self.STEPS)
+
+    def add_request(self, name: str, prompt: object, params: object) -> None:
+        self.names.append(name)
+        self.ids[name] = []
+
+    def step(self) -> list[SimpleNamespace]:
+        outputs = []
+        for name, new in zip(list(self.names), next(self.steps), strict=True):
+            self.ids[name] = self.ids[name] + new
+            finished = len(self.ids[name]) == 5
+            if finished:
+                self.names.remove(name)
+            output = SimpleNamespace(token_ids=self.ids[name])
+            outputs.append(SimpleNamespace(request_id=name, outputs=[output], finished=finished))
+        return outputs
+
+
+def test_outputs_with_new_tokens_are_forwards() -> None:
+    answers = complete(TwoRequests(), [[1], [2]], None, 2, 5)
+    assert answers.ids == [[7, 7, 7, 8, 9], [1, 2, 3, 4, 5]]
+    assert answers.forwards == [3, 2]
 
 
 def test_engines_come_in_an_order_that_works() -> None:

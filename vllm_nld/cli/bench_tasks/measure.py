@@ -31,10 +31,12 @@ class Answers:
     Attributes:
         ids: token ids of each answer.
         seconds: from each request's start to its end.
+        forwards: outputs with new tokens of each request, which are its decode forwards and its prefill.
     """
 
     ids: list[list[int]]
     seconds: list[float] = field(default_factory=list)
+    forwards: list[int] = field(default_factory=list)
 
 
 def encoded(tokenizer: Any, prompts: Sequence[TaskPrompt]) -> list[Encoded]:
@@ -72,7 +74,7 @@ def complete(
     options = {"extra_args": {"nld": nld}} if nld else {}
     params = SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False, **options)
     core, running, number = llm.llm_engine, 0, 0
-    answers = Answers([[] for _ in prompts], [0.0] * len(prompts))
+    answers = Answers([[] for _ in prompts], [0.0] * len(prompts), [0] * len(prompts))
     places: dict[str, int] = {}
     while number < len(prompts) or running:
         while running < clients and number < len(prompts):
@@ -82,7 +84,9 @@ def complete(
             number, running = number + 1, running + 1
         for output in core.step():
             place = places[output.request_id]
-            answers.ids[place] = list(output.outputs[0].token_ids)
+            ids = list(output.outputs[0].token_ids)
+            answers.forwards[place] += len(ids) > len(answers.ids[place])
+            answers.ids[place] = ids
             if output.finished:
                 answers.seconds[place] += time.perf_counter()
                 running -= 1
@@ -172,8 +176,9 @@ def figures(
     pairs = list(zip(answers.ids, expected, strict=True))
     checked = [(decode(ids), own.prompt.answer) for ids, own in zip(answers.ids, prompts, strict=True)]
     marks = [is_right(text, answer) for text, answer in checked if answer is not None]
-    # Plain vLLM counts no forwards. A step yields a token and its accepted drafts; the prefill yields the first token.
-    counted = tokens - sum(spent.accepted) - len(prompts) if spent.forwards is None else spent.forwards
+    # Plain vLLM counts no forwards. The prefill yields the first token. Accepted drafts do not tell how many forwards
+    # there were, because those after the last token of an answer are accepted, too, and cut off.
+    counted = sum(answers.forwards) - len(prompts) if spent.forwards is None else spent.forwards
     return Figures(
         way=way,
         category=category,
