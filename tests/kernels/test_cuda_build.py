@@ -174,7 +174,7 @@ def test_library_of_another_version_is_reported_without_crash(
 def test_compiles(source: Path, tmp_path: Path) -> None:
     """Without a warning; the tensor-core kernels up to head size 128 spill nothing."""
     archs = ARCHITECTURES.get(source.name, (90,))
-    # One PTX for all of them, because no line depends on them: that compiles each kernel's source once.
+    # One PTX for all of them, because no line of the sources depends on which it is: that compiles each kernel once.
     codes = ["-gencode", f"arch=compute_{archs[0]},code=[{','.join(f'sm_{arch}' for arch in archs)}]"]
     options = ["-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Xptxas", "-v"]
     log = run([str(NVCC), *options, "-t2", *codes, "-c", str(source), "-o", str(tmp_path / "out.o")])
