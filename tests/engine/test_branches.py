@@ -89,10 +89,10 @@ def always_draft(llm: Any) -> None:
 def test_edges_of_the_room_for_branches(tmp_path: Path) -> None:
     """A draft pass looks past blocks only where there is room; a branch is forgotten with the step that ran it."""
     model = random_model(small_config(block_size=8), seed=1)
-    prompts = random_prompts([9] * 4, 24, seed=4)
+    prompts = random_prompts([8] * 4, 24, seed=4)  # which one step runs, so the first draft forward serves all four
     folder = save(model, tmp_path)
     with engine(folder, spec=True, max_num_batched_tokens=8, max_num_seqs=1, max_model_len=64) as llm:
-        expected = ar_generate(model, prompts[0], 55).ids[9:]
+        expected = ar_generate(model, prompts[0], 56).ids[8:]
         assert generate(llm, prompts[:1], [{"branches": 3}], max_tokens=60) == [expected]
     with engine(folder, spec=True, max_num_batched_tokens=32, max_num_seqs=4) as llm:
         draft_pass = runner(llm).drafter.draft_pass
@@ -107,7 +107,7 @@ def test_edges_of_the_room_for_branches(tmp_path: Path) -> None:
         draft_pass._groups = groups
         always_draft(llm)
         generate(llm, prompts, [{"mode": "auto", "branches": 3}] * 4, max_tokens=20, ignore_eos=True)
-        assert [32] in forwards
+        assert forwards[0] == [32]
         assert all(len(own) == 1 for own in forwards), "one draft forward serves all requests"
     with engine(folder, spec=True, max_num_seqs=1) as llm:
         for least in range(2, 12):
