@@ -30,6 +30,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         patch.setenv("OMP_NUM_THREADS", "1")  # several workers share few cores, and waiting threads would spin
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # else a proxy that takes 5 s to start is replaced
         patch.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")  # else load is noticed after 10 s
+        patch.setenv("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")  # else 0.1: an eighth of a core
         patch.setenv("RAY_worker_niceness", "0")  # else 15: tests that run at the same time would leave it no time
         patch.setenv("RAY_prestart_worker_first_driver", "0")  # else each driver starts eight workers: 7 CPU s each
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

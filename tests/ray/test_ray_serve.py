@@ -28,6 +28,8 @@ pytestmark = pytest.mark.timeout(1800)
 
 LONGEST = SOON
 """Limit of a request's seconds, also when processes die."""
+ASKED_EVERY = 0.5
+"""Seconds between two looks at the replicas: Ray Serve's controller takes long to answer."""
 
 
 @dataclass
@@ -100,6 +102,10 @@ def test_unsuitable_mode_is_http_400(client: OpenAI) -> None:
         client.completions.create(model=MODEL, prompt="x", extra_body={"vllm_xargs": {"nld.mode": "fast"}})
 
 
+ANSWERED = 5
+"""Requests of 120 tokens that show that the service answers. Four threads without a pause take all of two cores."""
+
+
 class Load:
     """Successive streams in several threads, with the seconds and the error (or None) of each.
 
@@ -145,15 +151,16 @@ class Load:
 
 
 def test_load_adds_a_replica_and_killed_replicas_are_replaced(client: OpenAI, service: Service) -> None:
-    load = Load(client, threads=4, max_tokens=200)
+    load = Load(client, threads=4, max_tokens=120)
     try:
-        wait_for(lambda: len(replicas_that("STARTING", "RUNNING")) == 2, STARTS, "a second replica starts", states)
+        two = "STARTING", "RUNNING"
+        wait_for(lambda: len(replicas_that(*two)) == 2, STARTS, "a second replica starts", states, every=ASKED_EVERY)
         _wait_for_two(load, service)
-        _finish(load, 8)
+        _finish(load, ANSWERED)
         assert not load.count(failed=True)
         seconds = _kill_a_replica(load, service)
         print(f"another replica was ready {seconds:.0f} s after one was killed")
-        _finish(load, 8)
+        _finish(load, ANSWERED)
         _kill_an_engine(load)
     finally:
         load.stop()
@@ -190,6 +197,7 @@ def _wait_for_two(load: Load, service: Service, gone: int | None = None) -> None
         STARTS,
         "two replicas serve",
         lambda: f"{states()}\n{service.log.read_text()[-3000:]}",
+        every=ASKED_EVERY,
     )
     load.active, load.pause = len(load.threads), 0.0
 
@@ -207,7 +215,7 @@ def _kill_a_replica(load: Load, service: Service) -> float:
     os.kill(victim, signal.SIGKILL)
     wait_for(lambda: not alive(engine), SOON, "the engine of a killed replica ends")
     wait_for(lambda: load.count(failed=True) > 0, SOON, "its requests fail")
-    _finish(load, 8)
+    _finish(load, ANSWERED)
     assert load.count(failed=True) < len(load.threads), "requests of the other replica also failed"
     assert psutil.pid_exists(other)
     _wait_for_two(load, service, gone=victim)
@@ -219,6 +227,6 @@ def _kill_an_engine(load: Load) -> None:
     failed = load.count(failed=True)
     engine_processes(victim)[0].kill()
     wait_for(lambda: not psutil.pid_exists(victim), SOON, "a replica ends with its engine")
-    _finish(load, 8)
+    _finish(load, ANSWERED)
     assert load.count(failed=True) > failed
     assert psutil.pid_exists(other)

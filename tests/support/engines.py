@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,22 @@ SelfSpeculation.pricing_seconds = 0.2
 DRAFTS_OF_THE_REFERENCE: dict[str, Any] = {"mode": "self_speculation", "prompt_lookup": 0}
 
 
+freeze = gc.freeze
+
+
+def leave_out_of_garbage() -> None:
+    """Leave all that lives now out of garbage collections, and nothing else: vLLM's own freeze would keep dead engines.
+
+    An engine asks for ten full collections. Each takes half a second, for it looks at all that was imported, which never
+    is garbage.
+    """
+    gc.collect()
+    freeze()
+
+
+engines_before = itertools.count()
+
+
 @functools.cache
 def prepare_process() -> None:
     """Do once what vLLM does again for each of the many engines of a process: with it, one starts in half a second."""
@@ -30,10 +47,7 @@ def prepare_process() -> None:
 
     if current_platform.is_cpu():
         import vllm_nld.worker.cpu  # noqa: F401
-    # An engine asks for ten full garbage collections. Each takes half a second, for it looks at all that was imported,
-    # which never is garbage. So that is left out, and nothing else: vLLM's own freeze would keep dead engines.
-    gc.collect()
-    gc.freeze()
+    leave_out_of_garbage()
     gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]
     # It looks through all modules for kernels to replace: a second time there are none.
     platform = type(current_platform)
@@ -51,6 +65,8 @@ def engine(folder: Path, spec: bool | int = False, options: dict[str, Any] | Non
     from vllm import LLM
 
     prepare_process()
+    if next(engines_before) == 1:
+        leave_out_of_garbage()  # the first one has imported more
     speculative = None
     if spec:
         speculative = {"model": PROPOSER} | ({} if spec is True else {"num_speculative_tokens": spec})

@@ -15,12 +15,21 @@ SOON = 120.0
 """Seconds for what takes a few on idle cores, for the same reason. Without what is tested, it would never happen."""
 
 
-def wait_for(condition: Callable[[], bool], seconds: float, what: str, seen: Callable[[], object] = str) -> float:
-    """Return the seconds until ``condition()`` holds; after ``seconds``, fail and report ``seen()``."""
+def wait_for(
+    condition: Callable[[], bool],
+    seconds: float,
+    what: str,
+    seen: Callable[[], object] = str,
+    every: float = 0.1,
+) -> float:
+    """Return the seconds until ``condition()`` holds, which is looked at ``every`` so often; fail after ``seconds``.
+
+    The failure says ``what`` and reports ``seen()``.
+    """
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds, f"not within {seconds} s: {what}; {seen()}"
-        time.sleep(0.1)
+        time.sleep(every)
     return time.monotonic() - started
 
 
