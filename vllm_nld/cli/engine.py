@@ -76,8 +76,10 @@ def engine_with(**settings: Any) -> Iterator[Any]:
 
 def stop(llm: Any) -> None:
     """Shut an engine down now; the garbage collector would do it while the next engine runs."""
+    import torch
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm.llm_engine.engine_core.shutdown()
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    if torch.distributed.is_initialized():  # not every version of vLLM has cleaned up by then
+        gc.collect()
+        cleanup_dist_env_and_memory()
