@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, object], str, str]] = {
 # Every case has a process of its own, which is forked after vLLM is imported, because that takes most of the time.
 SCRIPT = """
 import json, os, sys
+import vllm.v1.engine.input_processor, vllm.v1.executor  # else each of the processes imports them
 from transformers import AutoConfig, LlamaConfig
 from vllm import EngineArgs, ModelRegistry
 
