@@ -7,7 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.forked import fork_engines
+from tests.support.forked import fork_engines, import_ahead
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Where this tier runs by itself; in other runs the first test that forks waits for the import."""
+    if not session.config.option.collectonly:
+        import_ahead()
 
 
 def use_two_processes(patch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ freeze = gc.freeze
 def leave_out_of_garbage() -> None:
     """Leave all that lives now out of garbage collections, and nothing else: vLLM's own freeze would keep dead engines.
 
-    An engine asks for ten full collections. Each takes half a second, for it looks at all that was imported, which never
-    is garbage.
+    An engine asks for ten full collections. Each takes half a second, for it looks at all that was imported, which is
+    never garbage.
     """
     gc.collect()
     freeze()

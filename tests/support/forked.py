@@ -6,9 +6,11 @@ environment of the process that starts it. It forks its workers, as vLLM does on
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
@@ -37,10 +39,21 @@ class _Context(ForkServerContext):
     Process = _Process  # type: ignore[assignment]
 
 
+@functools.cache
+def _context() -> _Context:
+    made = _Context()
+    made.set_forkserver_preload(IMPORTED)
+    return made
+
+
+def import_ahead() -> None:
+    """Start the server now, which then imports vLLM while this process does, on another core."""
+    _context()
+    forkserver.ensure_running()
+
+
 def fork_engines(patch: pytest.MonkeyPatch) -> None:
     """Have vLLM's engine cores forked from one server, for as long as ``patch`` holds."""
     from vllm.v1.engine import utils
 
-    made = _Context()
-    made.set_forkserver_preload(IMPORTED)
-    patch.setattr(utils, "get_mp_context", lambda: made)
+    patch.setattr(utils, "get_mp_context", _context)
