@@ -12,7 +12,7 @@ from tests.support.engines import accepted, engine, metric, random_prompts, shun
 from tests.support.models import random_model, save, small_config
 
 PROMPTS = random_prompts([60, 70, 80, 90], 24, seed=6)
-TOKENS = 64
+TOKENS = 40
 WAYS: dict[str, dict[str, Any]] = {
     "AR": {"mode": "ar"},
     "self-speculation": {},
@@ -64,7 +64,7 @@ def solo(folder: Path) -> dict[str, list[list[int]]]:
 @pytest.fixture(scope="module")
 def cramped(folder: Path) -> Iterator[Any]:
     """A cache that holds two of the texts, and steps too small for the blocks of all."""
-    settings = {"num_gpu_blocks_override": 12, "block_size": 32, "max_num_batched_tokens": 20, "max_num_seqs": 4}
+    settings = {"num_gpu_blocks_override": 10, "block_size": 32, "max_num_batched_tokens": 20, "max_num_seqs": 4}
     with engine(folder, spec=True, max_model_len=256, **settings) as llm:
         shun_ar(llm)
         yield llm

@@ -18,7 +18,7 @@ from vllm_nld.proposer.self_speculation import SelfSpeculation
 
 CACHE_BYTES = 1 << 25
 # Start-up prices matter only for speed, and the tests start a hundred engines.
-SelfSpeculation.pricing_seconds = 0.2
+SelfSpeculation.pricing_seconds = 0.05
 DRAFTS_OF_THE_REFERENCE: dict[str, Any] = {"mode": "self_speculation", "prompt_lookup": 0}
 
 

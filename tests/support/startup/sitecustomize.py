@@ -1,9 +1,59 @@
 """What every Python process of the tests runs first (``tests/conftest.py`` puts this folder on ``PYTHONPATH``).
 
-Importing vLLM makes millions of objects and no garbage, and looking for it takes a fifth of 13 seconds. The tests start
-over fifty processes that import it.
+The tests start over fifty processes that import vLLM. Each makes millions of objects and no garbage, and looking for it
+takes a fifth of 13 seconds. And each imports transformers, which reads its thousands of files for the names in them,
+twice: another second.
 """
 
+import contextlib
 import gc
+import importlib.machinery
+import os
+import pickle
+import sys
+from pathlib import Path
 
 gc.set_threshold(200_000)
+
+
+class NamesReadOnce:
+    """Finds the module of transformers that reads names, and has it keep them in the environment's folder."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers.utils.import_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            if hasattr(module, "define_import_structure"):  # not in every version
+                module.define_import_structure = self.once(module.define_import_structure)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+    @staticmethod
+    def once(read):
+        def define_import_structure(module_path, prefix=None):
+            folder = Path(str(module_path).removesuffix("__init__.py"))
+            if folder.name != "models":
+                return read(module_path, prefix)  # one model's folder
+            key = str(folder), folder.stat().st_mtime_ns
+            file = Path(sys.prefix, f"transformers-names-{prefix}.pickle")
+            if file.exists():
+                known, names = pickle.loads(file.read_bytes())
+                if known == key:
+                    return names
+            names = read(module_path, prefix)
+            with contextlib.suppress(OSError):  # an environment that this user may not change
+                made = file.with_suffix(f".{os.getpid()}")
+                made.write_bytes(pickle.dumps((key, names)))
+                made.replace(file)
+            return names
+
+        return define_import_structure
+
+
+sys.meta_path.insert(0, NamesReadOnce())
