@@ -29,7 +29,9 @@ pytestmark = pytest.mark.timeout(1800)
 LONGEST = SOON
 """Limit of a request's seconds, also when processes die."""
 ASKED_EVERY = 0.5
-"""Seconds between two looks at the replicas: Ray Serve's controller takes long to answer."""
+"""Seconds between two looks at the replicas: they load Ray Serve's controller."""
+ANSWERED = 5
+"""Requests that show that the service answers. They are few, because they take all of both cores."""
 
 
 @dataclass
@@ -100,10 +102,6 @@ def test_every_mode_streamed_and_not(client: OpenAI) -> None:
 def test_unsuitable_mode_is_http_400(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="'self_speculation'"):
         client.completions.create(model=MODEL, prompt="x", extra_body={"vllm_xargs": {"nld.mode": "fast"}})
-
-
-ANSWERED = 5
-"""Requests of 120 tokens that show that the service answers. Four threads without a pause take all of two cores."""
 
 
 class Load:

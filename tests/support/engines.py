@@ -13,29 +13,25 @@ from typing import Any
 
 import torch
 
+from tests.support.startup.quick_start import PRICING_SECONDS
 from vllm_nld.cli.engine import PROPOSER, stop
 from vllm_nld.proposer.self_speculation import SelfSpeculation
 
 CACHE_BYTES = 1 << 25
-# Start-up prices matter only for speed, and the tests start a hundred engines.
-SelfSpeculation.pricing_seconds = 0.05
+SelfSpeculation.pricing_seconds = PRICING_SECONDS
 DRAFTS_OF_THE_REFERENCE: dict[str, Any] = {"mode": "self_speculation", "prompt_lookup": 0}
-
-
-freeze = gc.freeze
+engines_before = itertools.count()
+freeze = gc.freeze  # prepare_process takes it away from vLLM, which would freeze dead engines, too
 
 
 def leave_out_of_garbage() -> None:
-    """Leave all that lives now out of garbage collections, and nothing else: vLLM's own freeze would keep dead engines.
+    """Leave all that lives now out of later garbage collections.
 
-    An engine asks for ten full collections. Each takes half a second, for it looks at all that was imported, which is
-    never garbage.
+    An engine asks for ten full ones. Each takes half a second, for it looks at all that was imported, which is never
+    garbage.
     """
     gc.collect()
     freeze()
-
-
-engines_before = itertools.count()
 
 
 @functools.cache

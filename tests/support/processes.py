@@ -22,9 +22,9 @@ def wait_for(
     seen: Callable[[], object] = str,
     every: float = 0.1,
 ) -> float:
-    """Return the seconds until ``condition()`` holds, which is looked at ``every`` so often; fail after ``seconds``.
+    """Check ``condition()`` every ``every`` seconds; return the seconds until it holds.
 
-    The failure says ``what`` and reports ``seen()``.
+    After ``seconds``, fail, say ``what`` did not happen, and report ``seen()``.
     """
     started = time.monotonic()
     while not condition():

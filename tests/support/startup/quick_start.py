@@ -9,7 +9,7 @@ import gc
 
 BUSY_SECONDS = 0.002
 PRICING_SECONDS = 0.2
-"""Start-up prices matter only for speed, and the tests start hundreds of engines."""
+"""Of start-up: prices matter only for speed, and the tests start hundreds of engines."""
 
 
 def install() -> None:

@@ -36,6 +36,8 @@ class NamesReadOnce:
 
     @staticmethod
     def once(read):
+        """Return ``read`` with its answers about the folder of all models in a file, until that folder changes."""
+
         def define_import_structure(module_path, prefix=None):
             folder = Path(str(module_path).removesuffix("__init__.py"))
             if folder.name != "models":
