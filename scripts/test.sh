@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests: what the arguments select (scripts/test.sh -m unit), or all of them. All run in two parts:
-#   most tiers   two processes with one core each; next to them Ray's tests, which mostly wait for processes to start.
-#                A third process makes all of it slower: the others then wait for caches, and Ray for cores
+#   most tiers   two processes with one core each; next to them Ray's tests, which wait a lot, and so have precedence: the
+#                longer they take, the more they compute, because clients send requests until a replica has started
 #   alone        the tests that compute on all cores at once
 # Sets up .venv first if needed.
 set -euo pipefail
@@ -23,7 +23,7 @@ ray=$!
 set +m
 trap 'kill -- "-$ray" 2>/dev/null || true; cat "$output"; rm -f "$output"' EXIT
 trap 'exit 130' INT
-"${pytest[@]}" "${most[@]}" || failed+=("most tiers")
+nice -n 10 "${pytest[@]}" "${most[@]}" || failed+=("most tiers")
 wait "$ray" || failed+=(ray)
 cat "$output"
 : >"$output" # the trap shows only what nobody has seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
@@ -14,10 +15,9 @@ from tests.support.interpreted import hasten_interpreter
 
 TESTS = Path(__file__).parent
 
-FIRST = ("v2", "server")
-"""Tiers of one long file, which are begun first so that the other process does not wait for them at the end."""
-LAST = ("engine",)
-"""Auto mode measures its steps in engines: most of them run when Ray's tests, next to these, are over."""
+LAST = ("v2", "server", "engine")
+"""Tiers whose tests take long, when Ray's, next to these, are over. The first two are of one long file each, and the
+third of many, so that no process waits long for the other at the end."""
 
 # Processes that the tests start collect garbage less often, from their first import on (so does this one from here),
 # and sleep while they wait for each other.
@@ -58,18 +58,13 @@ def _tier(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(getattr(pytest.mark, _tier(item)))
-    order = dict.fromkeys(LAST, len(FIRST) + 1) | {tier: place for place, tier in enumerate(FIRST)}
-    items.sort(key=lambda item: order.get(_tier(item), len(FIRST)))
-
-
-_unfreeze = gc.unfreeze  # tests.support.engines takes it away from vLLM
+    items.sort(key=lambda item: LAST.index(_tier(item)) if _tier(item) in LAST else -1)
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collections: it is most of all objects, and never is garbage."""
+    """Leave what was imported out of garbage collections: it is most of all objects, and never is garbage.
+
+    Until the interpreter ends and frees everything: compiled modules report what is left as leaks.
+    """
+    atexit.register(gc.unfreeze)
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    """Let the interpreter free everything when it ends: compiled modules report what is left as leaks."""
-    _unfreeze()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import subprocess
 import sys
+import unittest
 from pathlib import Path
 
 import pytest
@@ -72,16 +72,12 @@ def test_unsupported_versions_are_refused(found: tuple[str, str] | None, monkeyp
         assert word in reason
 
 
-def test_unsupported_vllm_registers_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_unsupported_vllm_registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: ("vllm", f"{TOO_NEW}.0"))
     hook = sys.excepthook
-    logger = logging.getLogger("vllm.nld")
-    logger.addHandler(caplog.handler)
-    try:
+    with unittest.TestCase().assertLogs("vllm.nld") as seen:
         plugin.register()
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert {record.getMessage() for record in caplog.records} == {versions.unsupported_reason()}
+    assert {record.getMessage() for record in seen.records} == {versions.unsupported_reason()}
     assert sys.excepthook is hook
 
 
