@@ -21,7 +21,8 @@ install=("${pip[@]}" install --quiet --no-compile) # pip would compile on one co
 
 # uv installs in half a minute what takes pip two, but does not read pip's settings, such as a mirror or files on disk.
 # The last one counts, the environment's; several values are on lines of their own.
-pip_setting() { "${pip[@]}" config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" | tail -n 1 | sed 's/\\n/ /g; s/^ *//'; }
+settings=$("${pip[@]}" config list 2>/dev/null || true)
+pip_setting() { sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" <<<"$settings" | tail -n 1 | sed 's/\\n/ /g; s/^ *//'; }
 uv_setting() { [ -z "$2" ] || [ -n "${!1:-}" ] || export "$1=$2"; }
 uv_setting UV_DEFAULT_INDEX "$(pip_setting index-url)"
 uv_setting UV_EXTRA_INDEX_URL "$(pip_setting extra-index-url)"

@@ -34,7 +34,7 @@ def hasten_interpreter() -> None:
     from triton.runtime import interpreter
 
     _hasten_types()
-    _hasten_equal_operands()
+    _hasten_operands()
     interpreter._patch_attr = _patch_without_detour
     sees_all = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
     interpreter._patch_lang(sees_all)
@@ -99,20 +99,41 @@ def _hasten_types() -> None:
     core._unwrap_if_constexpr = lambda some: some if type(some) in (int, core.tensor) else unwrap(some)
 
 
-def _hasten_equal_operands() -> None:
-    """Ask nothing more of two operands of one type and shape: none is converted, none is broadcast."""
+def _hasten_operands() -> None:
+    """Convert and broadcast operands only where they differ, and make each constant once for every type and shape."""
     from triton.language import core
     from triton.language.semantic import TritonSemantic
 
     numbers = {id(getattr(core, name)) for name in ("int32", "int64", "uint32", "uint64", "float32")}
     agree, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+    constants: dict[Any, Any] = {}
 
     def same_shape(a: Any, b: Any) -> bool:
         return getattr(a.type, "shape", None) is getattr(b.type, "shape", None)  # one object for every shape
 
+    def equal_types(a: Any, b: Any) -> bool:
+        """Whether no operand is converted: numbers of one type, or a pointer and its offset."""
+        if a.dtype is b.dtype:
+            return id(a.dtype) in numbers
+        return type(a.dtype) is core.pointer_type and id(b.dtype) in numbers
+
+    def with_constant(self: Any, a: Any, b: int, args: Any) -> Any:
+        key = b, id(a.dtype), id(getattr(a.type, "shape", None)), args
+        known = constants.get(key)
+        if known is None:
+            converted, known = agree(self, a, b, *args)
+            if converted is not a:
+                return converted, known
+            constants[key] = known
+        return a, known
+
     def binary_op_type_checking_impl(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
-        both = type(a) is core.tensor is type(b) and a.dtype is b.dtype and id(a.dtype) in numbers
-        return (a, b) if both and same_shape(a, b) else agree(self, a, b, *args, **kwargs)
+        if type(a) is core.tensor and not kwargs:
+            if type(b) is core.tensor and equal_types(a, b):
+                return broadcast_impl_value(self, a, b)
+            if type(b) is int and id(a.dtype) in numbers:
+                return with_constant(self, a, b, args)
+        return agree(self, a, b, *args, **kwargs)
 
     def broadcast_impl_value(self: Any, a: Any, b: Any) -> Any:
         return (a, b) if same_shape(a, b) else broadcast(self, a, b)

@@ -64,6 +64,12 @@ def imported(tree: ast.Module, known: dict[str, ast.Module]) -> set[str]:
     return {name for name in found if name in known}
 
 
+@cache
+def imports() -> dict[str, set[str]]:
+    """Return what each module of the package imports of it."""
+    return {module: imported(tree, modules()) for module, tree in modules().items()}
+
+
 def room(module: str) -> str:
     """Return the room of a module; the package itself is the room ''."""
     return module.split(".")[1] if "." in module else ""
@@ -76,11 +82,10 @@ def test_every_room_has_a_level() -> None:
 
 def test_imports_go_down() -> None:
     level = {name: number for number, names in enumerate(LEVELS) for name in names}
-    known = modules()
     wrong = [
         f"{module} imports {other}"
-        for module, tree in known.items()
-        for other in imported(tree, known)
+        for module, others in imports().items()
+        for other in others
         if room(module) and room(other) and room(module) != room(other)
         if level[room(module)] <= level[room(other)]
     ]
@@ -89,8 +94,7 @@ def test_imports_go_down() -> None:
 
 def test_no_import_cycles() -> None:
     """Also within a room; exports on demand are left out."""
-    known = modules()
-    edges = {module: imported(tree, known) - {module} for module, tree in known.items() if "." in module}
+    edges = {module: others - {module} for module, others in imports().items() if "." in module}
     for name, inner in LAZY_EXPORTS:
         edges[f"vllm_nld.{name}"] -= {f"vllm_nld.{name}.{inner}"}
     done: set[str] = set()
