@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests: what the arguments select (scripts/test.sh -m unit), or all of them. All run in two parts:
-#   most tiers   two processes with one core each; next to them Ray's tests, which wait a lot, and so have precedence: the
-#                longer they take, the more they compute, because clients send requests until a replica has started
+#   most tiers   two processes with one core each; next to them Ray's tests, which wait a lot and have precedence: their
+#                clients send requests until a replica has started, so the longer they take, the more they compute
 #   alone        the tests that compute on all cores at once
 # Sets up .venv first if needed.
 set -euo pipefail
