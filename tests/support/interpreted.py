@@ -100,7 +100,7 @@ def _hasten_types() -> None:
 
 
 def _hasten_operands() -> None:
-    """Convert and broadcast operands only where they differ, and make each constant once for every type and shape."""
+    """Convert and broadcast operands only where they differ, and make each constant once per type and shape."""
     from triton.language import core
     from triton.language.semantic import TritonSemantic
 
@@ -115,7 +115,7 @@ def _hasten_operands() -> None:
         """Whether no operand is converted: numbers of one type, or a pointer and its offset."""
         if a.dtype is b.dtype:
             return id(a.dtype) in numbers
-        return type(a.dtype) is core.pointer_type and id(b.dtype) in numbers
+        return type(a.dtype) is core.pointer_type and id(b.dtype) in numbers and b.dtype is not core.float32
 
     def with_constant(self: Any, a: Any, b: int, args: Any) -> Any:
         key = b, id(a.dtype), id(getattr(a.type, "shape", None)), args
