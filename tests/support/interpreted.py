@@ -104,7 +104,8 @@ def _hasten_operands() -> None:
     from triton.language import core
     from triton.language.semantic import TritonSemantic
 
-    numbers = {id(getattr(core, name)) for name in ("int32", "int64", "uint32", "uint64", "float32")}
+    offsets = {id(getattr(core, name)) for name in ("int32", "int64", "uint32", "uint64")}
+    numbers = offsets | {id(core.float32)}
     agree, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
     constants: dict[Any, Any] = {}
 
@@ -115,7 +116,7 @@ def _hasten_operands() -> None:
         """Whether no operand is converted: numbers of one type, or a pointer and its offset."""
         if a.dtype is b.dtype:
             return id(a.dtype) in numbers
-        return type(a.dtype) is core.pointer_type and id(b.dtype) in numbers and b.dtype is not core.float32
+        return type(a.dtype) is core.pointer_type and id(b.dtype) in offsets
 
     def with_constant(self: Any, a: Any, b: int, args: Any) -> Any:
         key = b, id(a.dtype), id(getattr(a.type, "shape", None)), args

@@ -9,7 +9,7 @@ import gc
 
 BUSY_SECONDS = 0.002
 PRICING_SECONDS = 0.2
-"""Of start-up: prices matter only for speed, and the tests start hundreds of engines."""
+"""How long an engine that starts may time forwards: it matters only for speed, and the tests start hundreds."""
 
 
 def install() -> None:
