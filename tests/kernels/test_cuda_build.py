@@ -27,7 +27,9 @@ from vllm_nld.ops import cuda_ops
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 HOST = ROOT / "tests/kernels/cuda_host"
-GXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DNLD_EMULATE"]
+# -Og takes two thirds of -O1's time. _FORTIFY_SOURCE, which some systems set, forbids jumps between the fibers' stacks.
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+GXX = ["g++", "-std=c++17", "-Og", "-fPIC", *WARNINGS, "-U_FORTIFY_SOURCE", "-DNLD_EMULATE"]
 INCLUDES = [f"-I{ROOT / 'csrc/cuda'}", f"-I{HOST}"]
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = {"attention_bf16.cu": (80, 100)}

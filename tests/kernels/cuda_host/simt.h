@@ -11,11 +11,13 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <random>
@@ -53,7 +55,9 @@ struct Copy {
 enum class Operation { kNone, kShuffleXor, kShuffleUp, kMatrices, kMatricesTransposed, kMultiply, kSyncWarp };
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t beginning;
+    jmp_buf place;  // where it goes on; swapcontext would ask the operating system for every switch
+    bool started = false;
     bool done = false;
     bool waiting = false;
     std::vector<Copy> open_group;
@@ -74,18 +78,18 @@ struct Block {
     int index[3];
     std::vector<Thread> threads;
     std::vector<Warp> warps;
-    std::vector<char> stacks;
     std::unique_ptr<char[]> storage;
     char* shared = nullptr;
     size_t shared_bytes = 0;
     int at_barrier = 0;
     bool lazy = true;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     void (*body)(const void* kernel, const void* params) = nullptr;
     const void* kernel = nullptr;
     const void* params = nullptr;
 };
 
+inline std::vector<char> stacks;  // of all threads; kept for the next launch
 inline Block* block = nullptr;
 inline int current = 0;
 inline std::mt19937 random(1);
@@ -97,15 +101,22 @@ inline const char* failure = nullptr;
 // Aborts the launch.
 [[noreturn]] inline void fail(const char* what) {
     failure = what;
-    setcontext(&block->scheduler);
-    abort();
+    _longjmp(block->scheduler, 1);
 }
 
 inline Thread& thread() { return block->threads[static_cast<size_t>(current)]; }
 
 inline void wait() {
     thread().waiting = true;
-    swapcontext(&thread().context, &block->scheduler);
+    if (_setjmp(thread().place) == 0) _longjmp(block->scheduler, 1);
+}
+
+// Runs the current thread until it waits, ends or fails.
+inline void go_on() {
+    if (_setjmp(block->scheduler) != 0) return;
+    if (thread().started) _longjmp(thread().place, 1);
+    thread().started = true;
+    setcontext(&thread().beginning);
 }
 
 inline void check_shared(const void* address, size_t bytes) {
@@ -209,15 +220,15 @@ inline void entry() {
     for (const auto& group : thread().groups)
         if (!group.empty()) fail("a thread ended before its asynchronous copies");
     thread().done = true;
-    swapcontext(&thread().context, &block->scheduler);
+    _longjmp(block->scheduler, 1);
 }
 
 inline void start(Thread& thread, char* stack) {
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = stack;
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, entry, 0);
+    getcontext(&thread.beginning);
+    thread.beginning.uc_stack.ss_sp = stack;
+    thread.beginning.uc_stack.ss_size = kStackBytes;
+    thread.beginning.uc_link = nullptr;
+    makecontext(&thread.beginning, entry, 0);
 }
 
 // Runs one block to its end.
@@ -229,10 +240,10 @@ inline void run(Block& now) {
     now.at_barrier = 0;
     for (size_t i = 0; i < now.threads.size(); ++i) {
         Thread& thread = now.threads[i];
-        thread.done = thread.waiting = false;
+        thread.started = thread.done = thread.waiting = false;
         thread.open_group.clear();
         thread.groups.clear();
-        start(thread, &now.stacks[i * kStackBytes]);
+        start(thread, &stacks[i * kStackBytes]);
     }
     const int count = static_cast<int>(now.threads.size());
     int left = count;
@@ -244,7 +255,7 @@ inline void run(Block& now) {
             current = static_cast<int>((first + static_cast<int64_t>(i) * step) % count);
             if (thread().done || thread().waiting) continue;
             progress = true;
-            swapcontext(&now.scheduler, &thread().context);
+            go_on();
             if (failure != nullptr) return;
             if (thread().done) --left;
         }
@@ -374,7 +385,7 @@ int launch(void (*kernel)(Params), int x, int y, int z, int threads, int shared_
     simt::Block block;
     block.threads.resize(static_cast<size_t>(threads));
     block.warps.resize(static_cast<size_t>(threads) / 32);
-    block.stacks.resize(static_cast<size_t>(threads) * simt::kStackBytes);
+    simt::stacks.resize(std::max(simt::stacks.size(), static_cast<size_t>(threads) * simt::kStackBytes));
     block.shared_bytes = static_cast<size_t>(shared_bytes);
     block.storage.reset(new char[block.shared_bytes + 128]);
     block.shared = block.storage.get() + (128 - reinterpret_cast<uintptr_t>(block.storage.get()) % 128);
