@@ -45,7 +45,8 @@ def oracle(folder: Path) -> Oracle:
 def client(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     arguments = [str(folder), "--max-model-len", "256", "--kv-cache-memory-bytes", str(1 << 25), "--enforce-eager"]
     arguments += ["--limit-mm-per-prompt", '{"image": 2}']
-    with reserved_port() as port, serving(arguments, port, tmp_path_factory.mktemp("server") / "log"):
+    log = tmp_path_factory.mktemp("server") / "log"
+    with reserved_port() as port, serving(arguments, port, log, fork=True):
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=0)
 
 

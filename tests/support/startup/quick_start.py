@@ -6,7 +6,11 @@ vLLM loads plugins when nearly all is imported, and before it makes an engine.
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
 
+FORK = "VLLM_NLD_TESTS_FORK"
+"""An environment variable: set, engine cores are forked from the process that starts them."""
 BUSY_SECONDS = 0.002
 PRICING_SECONDS = 0.2
 """How long an engine that starts may time forwards: it matters only for speed, and the tests start hundreds."""
@@ -26,3 +30,7 @@ def install() -> None:
     gc.freeze()
     SelfSpeculation.pricing_seconds = PRICING_SECONDS
     shm_broadcast.SpinCondition.__init__.__defaults__ = (BUSY_SECONDS,)
+    if os.environ.get(FORK):
+        from vllm.v1.engine import utils
+
+        utils.get_mp_context = lambda: multiprocessing.get_context("fork")
