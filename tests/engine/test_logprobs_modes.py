@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,16 +10,21 @@ import torch
 from torch import Tensor
 
 from tests.support.engines import accepted, engine
-from vllm_nld.checkpoints import checkpoint_path
+from tests.support.models import save_first_layers
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import load_reference
 
 PENALTY, TOKENS, BLOCK = 1.5, 20, 16
 
 
-def expected_rows(kind: str, prompt: list[int], tokens: list[int]) -> Tensor:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_first_layers(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def expected_rows(kind: str, folder: Path, prompt: list[int], tokens: list[int]) -> Tensor:
     """What the causal pass gives at every generated position, as vLLM defines the kind."""
-    model = load_reference(checkpoint_path("tiny"))
+    model = load_reference(folder)
     logits = model.causal(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].detach().clone()
     if kind.startswith("processed"):
         for row, values in enumerate(logits):
@@ -28,7 +34,7 @@ def expected_rows(kind: str, prompt: list[int], tokens: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["raw_logits", "processed_logits", "processed_logprobs"])
-def test_logprobs_modes(kind: str) -> None:
+def test_logprobs_modes(kind: str, folder: Path) -> None:
     from vllm import SamplingParams
 
     def run(llm: Any, mode: str, **sampling: Any) -> Any:
@@ -39,7 +45,7 @@ def test_logprobs_modes(kind: str) -> None:
         (output,) = llm.generate([text], params, use_tqdm=False)
         return output
 
-    with engine(checkpoint_path("tiny"), spec=True, skip_tokenizer_init=False, logprobs_mode=kind) as llm:
+    with engine(folder, spec=True, skip_tokenizer_init=False, logprobs_mode=kind) as llm:
         outputs = {mode: run(llm, mode) for mode in ("ar", "self_speculation", "auto", "diffusion")}
         before = accepted(llm)
         seeded = [run(llm, mode, temperature=0.8, top_k=9, seed=1).outputs[0] for mode in ("ar", "self_speculation")]
@@ -51,7 +57,7 @@ def test_logprobs_modes(kind: str) -> None:
     assert outputs["self_speculation"].outputs[0].token_ids == outputs["ar"].outputs[0].token_ids
     for mode, output in outputs.items():
         tokens = list(output.outputs[0].token_ids)
-        expected = expected_rows(kind, list(output.prompt_token_ids), tokens)
+        expected = expected_rows(kind, folder, list(output.prompt_token_ids), tokens)
         for row, (token, entry) in enumerate(zip(tokens, output.outputs[0].logprobs, strict=True)):
             if mode == "diffusion" and kind.startswith("processed") and row % BLOCK:
                 # The causal pass decides a block's first token; the others are certain by then, and all other tokens

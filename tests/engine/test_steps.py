@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.engines import engine, generate, metric, random_prompts
-from tests.support.models import random_model, save, small_config
-from vllm_nld.checkpoints import checkpoint_path
+from tests.support.models import random_model, save, save_first_layers, small_config
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.reference import ReferenceModel, ar_generate
 from vllm_nld.serving.ledger import Tally
@@ -178,7 +177,7 @@ def test_budget_below_a_block_admits_a_cached_prompt(model: ReferenceModel, fold
 
 
 @pytest.mark.parametrize("settings", [{}, {"scheduler_cls": VLLM_S}, {"enable_lora": True}], ids=str)
-def test_grammars_hold_next_to_a_cached_prompt(settings: dict[str, Any]) -> None:
+def test_grammars_hold_next_to_a_cached_prompt(settings: dict[str, Any], tmp_path: Path) -> None:
     """A step and a grammar's bitmask must drop the same rows of vLLM's padding."""
     from vllm import SamplingParams
     from vllm.config import StructuredOutputsConfig
@@ -187,7 +186,7 @@ def test_grammars_hold_next_to_a_cached_prompt(settings: dict[str, Any]) -> None
     common = {"skip_tokenizer_init": False, "max_num_seqs": 8, "enable_prefix_caching": True, "block_size": 32}
     common["structured_outputs_config"] = StructuredOutputsConfig(backend="xgrammar")
     ((_, text),) = held_out_prompts(1, characters=900)
-    with engine(checkpoint_path("tiny"), spec=True, **common | settings) as llm:
+    with engine(save_first_layers(tmp_path / "tiny"), spec=True, **common | settings) as llm:
         prompt = llm.llm_engine.get_tokenizer().encode(text)[:129]
         assert len(prompt) == 129, "four pages and one token"
         inputs = [{"prompt_token_ids": prompt}] * 4

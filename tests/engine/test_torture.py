@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.support.engines import accepted, branches, engine, metric, runner, shun_ar
-from vllm_nld.checkpoints import checkpoint_path
+from tests.support.models import save_first_layers
 from vllm_nld.checkpoints.held_out import held_out_prompts
 
 REQUESTS = int(os.environ.get("VLLM_NLD_TORTURE", "100"))
@@ -237,11 +237,12 @@ class Torture:
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Any]:
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from vllm.config import StructuredOutputsConfig
 
+    folder = save_first_layers(tmp_path_factory.mktemp("model") / "tiny")
     grammars = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
-    with engine(checkpoint_path("tiny"), spec=True, **CRAMPED, structured_outputs_config=grammars) as made:
+    with engine(folder, spec=True, **CRAMPED, structured_outputs_config=grammars) as made:
         shun_ar(made)
         yield made
 

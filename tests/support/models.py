@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_nld.checkpoints import checkpoint_path
+from vllm_nld.checkpoints.draft_lora import FOLDER
 from vllm_nld.checkpoints.headers import expected_image_tensors
 from vllm_nld.config import NemotronLabsDiffusionConfig, NemotronLabsDiffusionVLMConfig
 from vllm_nld.reference import ReferenceModel
@@ -73,6 +74,21 @@ def save(model: ReferenceModel, folder: Path) -> Path:
     # Parameters, not the state dict: that has tied weights twice.
     save_file({k: v.detach().contiguous() for k, v in model.named_parameters()}, folder / "model.safetensors")
     model.config.save_pretrained(folder)
+    return folder
+
+
+def save_first_layers(folder: Path, layers: int = 2) -> Path:
+    """Write the embedded checkpoint with its first layers only, and with its tokenizer, adapter and learned sampler.
+
+    For tests that need its vocabulary but not good text: an engine takes a third of the time for a token.
+    """
+    shutil.copytree(checkpoint_path("tiny"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    dropped = tuple(f"encoder.layers.{layer}." for layer in range(layers, config["num_hidden_layers"]))
+    for file in (folder / "model.safetensors", folder / FOLDER / "adapter_model.safetensors"):
+        kept = {name: x for name, x in load_file(file).items() if not any(layer in name for layer in dropped)}
+        save_file(kept, file)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
     return folder
 
 
