@@ -1,4 +1,4 @@
-"""The embedded checkpoint: it loads without remote code, stops where it should, and accepts enough drafts."""
+"""The embedded checkpoint: it loads without remote code, stops and thinks as it should, and accepts enough drafts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.support.engines import accepted, engine, metric, prepare_process
 from vllm_nld.checkpoints import checkpoint_path
@@ -83,6 +85,40 @@ def test_stop_strings_and_streamed_length() -> None:
         found[spec] = [(o.text, list(o.token_ids), o.finish_reason) for o in outputs]
     assert found[True] == found[False]
     assert any(reason == "stop" for _, _, reason in found[True])
+
+
+def test_thinking_may_end_just_before_its_budget() -> None:
+    """Then no end is forced, though the drafts reached the budget's end.
+
+    Only tokens about as likely as the end of thinking are allowed, so that this model emits it.
+    """
+    from vllm import SamplingParams
+    from vllm.config.reasoning import ReasoningConfig
+
+    think, end_think = 12, 13
+    reasoning = ReasoningConfig(
+        reasoning_parser="deepseek_r1", reasoning_start_str="<think>", reasoning_end_str="</think>"
+    )
+    with engine(
+        checkpoint_path("tiny"), spec=True, max_num_seqs=8, skip_tokenizer_init=False, reasoning_config=reasoning
+    ) as llm:
+        ((_, text),) = held_out_prompts(1, characters=150)
+        ids = [*llm.llm_engine.get_tokenizer().encode(text), think]
+        logits = load_reference(checkpoint_path("tiny")).causal(torch.tensor([ids]))[0, -1]
+        alike = (logits - logits[end_think]).abs().argsort()[:6].tolist()
+
+        def texts(mode: str) -> list[list[int]]:
+            shared: dict[str, Any] = {"max_tokens": 16, "thinking_token_budget": 6, "ignore_eos": True}
+            shared |= {"allowed_token_ids": alike, "temperature": 2.0, "extra_args": {"nld": {"mode": mode}}}
+            params = [SamplingParams(seed=seed, **shared) for seed in range(24)]
+            outputs = llm.generate([{"prompt_token_ids": ids}] * len(params), params, use_tqdm=False)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+        expected = texts("ar")
+        ends = [ids[:6].index(end_think) for ids in expected if end_think in ids[:6]]
+        assert len(ends) > 5, "hardly any thinking ended by itself: it would prove nothing"
+        for mode in ("self_speculation", "auto"):
+            assert texts(mode) == expected, mode
 
 
 def test_remote_code_is_never_imported(tmp_path: Path) -> None:
