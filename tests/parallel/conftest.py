@@ -17,23 +17,26 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def use_two_processes(patch: pytest.MonkeyPatch) -> None:
-    """Have the next engine run as in production: a core process and two workers under vLLM's executor."""
+    """Have the next engine run as in production, but forked: a core process and two workers under vLLM's executor.
+
+    That a worker of its own process finds the plugin by itself is proven by the servers, and by Ray's two ranks.
+    """
     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
     patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # collective_rpc takes functions
     patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "200")  # in case ranks wait for each other
+    fork_engines(patch)
 
 
 @pytest.fixture(scope="module")
-def spawned() -> Iterator[None]:
-    """Two processes that vLLM starts itself."""
+def two_processes() -> Iterator[None]:
+    """For an engine that a module's tests share."""
     with pytest.MonkeyPatch.context() as patch:
         use_two_processes(patch)
         yield
 
 
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes that need not import vLLM."""
+def two_processes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test's engine."""
     use_two_processes(monkeypatch)
-    fork_engines(monkeypatch)

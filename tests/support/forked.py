@@ -20,8 +20,11 @@ IMPORTED = ["vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm_
 
 
 def _run(environment: dict[str, str], target: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    import torch
     from vllm.v1.executor import multiproc_executor
 
+    # Its workers' threads, of which vLLM tells OpenMP by the environment, which the fork server read long before.
+    torch.set_num_threads(1)
     os.environ.clear()  # the fork server's environment is that of the first engine
     os.environ.update(environment)
     multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
@@ -30,7 +33,8 @@ def _run(environment: dict[str, str], target: Callable[..., Any], arguments: dic
 
 class _Process(ForkServerProcess):
     def start(self) -> None:
-        self._kwargs = {"environment": dict(os.environ), "target": self._target, "arguments": self._kwargs}
+        target, arguments = self._target, self._kwargs  # type: ignore[has-type]
+        self._kwargs = {"environment": dict(os.environ), "target": target, "arguments": arguments}
         self._target = _run
         super().start()
 
