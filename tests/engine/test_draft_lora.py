@@ -186,6 +186,7 @@ def merged(model: ReferenceModel, folder: Path) -> ReferenceModel:
     return model
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's LoRA kernels for GPUs take no float32")
 def test_request_lora_and_adapter_draft_together(model: ReferenceModel, folder: Path, tmp_path: Path) -> None:
     """The draft uses the request's LoRA and the draft adapter; the text equals AR's text with the request's LoRA."""
     from vllm.lora.request import LoRARequest
