@@ -189,7 +189,7 @@ def _wait_for_two(load: Load, service: Service, gone: int | None = None) -> None
     Meanwhile one thread sends requests now and then. More would leave little of two cores for the start, which would
     then take minutes. Ray keeps its number of replicas for 300 s (``--downscale-delay``).
     """
-    load.active, load.pause = 1, 2.0
+    load.active, load.pause = 1, 5.0
     wait_for(
         lambda: len(found := replicas_that("RUNNING")) == 2 and gone not in found,
         STARTS,
