@@ -41,6 +41,19 @@ def test_decodes_alone_where_drafts_do_not_pay() -> None:
     assert engine.run(4000) < 0.03
 
 
+def test_drafts_that_cost_many_times_what_they_yield_are_soon_left() -> None:
+    """As on a GPU where a step of many drafts has no CUDA graph; also when they are tried again."""
+    engine = Engine(cycle=15.0, length=3.3, noise=0.3)
+    assert engine.run(40) * 40 <= 10
+    assert engine.run(8000) < 0.01
+
+
+def test_a_first_glimpse_that_is_near_decides_nothing() -> None:
+    """Both ways are tried for whole trials then: of 16 steps each."""
+    engine = Engine(cycle=2.1, length=3.3)
+    assert 16 <= engine.run(45) * 45 <= 30
+
+
 def test_a_small_difference_is_found_through_noise() -> None:
     assert Engine(cycle=2.0, length=2.6, noise=0.3).run(6000) > 0.8
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 STEPS = 16
 """Steps of a trial; they need not follow one another."""
+GLIMPSE, FAR = 4, 3.0
+"""So many steps suffice if they yield so many times as much a second as the other way, or as little."""
 PATIENCE = 4
 """The worse way is given up after this many times the steps of a trial, if too few of them could be measured."""
 AGAIN = 250
@@ -66,13 +68,19 @@ class _Yields:
 
     def choose(self) -> bool:
         """Return the way of a step to come."""
-        if self.first not in self.of or self.since < self._wait():
+        if self._first_is_due() or self.since < self._wait():
             return self.better
         self.tried += 1
         if self.tried > PATIENCE * self.steps:
             self.since, self.tried = -self.again * LATER, 0
             return self.better
         return not self.better
+
+    def _first_is_due(self) -> bool:
+        """Whether more of the first way is wanted, before or after a glimpse of the other."""
+        if self.first in self.of:
+            return False
+        return self.trials[self.first].steps < GLIMPSE or self.trials[not self.first].steps >= GLIMPSE
 
     def _wait(self) -> int:
         known = self.of.get(not self.better)
@@ -82,13 +90,25 @@ class _Yields:
         """Take in the step of a way."""
         trial = self.trials[way]
         trial.steps, trial.tokens, trial.seconds = trial.steps + 1, trial.tokens + tokens, trial.seconds + seconds
-        if trial.steps < self.steps or trial.seconds <= 0:
+        if trial.seconds <= 0:
+            return
+        found, other = trial.tokens / trial.seconds, self._known(not way)
+        far = trial.steps == GLIMPSE and other is not None and not other / FAR < found < other * FAR
+        if trial.steps < self.steps and not far:
             return
         if way != self.better:
             self.since = self.tried = 0
-        found = trial.tokens / trial.seconds
+        if far and other is not None:
+            self.of.setdefault(not way, other)
         self.of[way] = (self.of.get(way, found) + found) / 2
         self.trials[way] = _Trial()
+
+    def _known(self, way: bool) -> float | None:
+        """Return a way's tokens a second, before its first trial is over from a glimpse; None if that is not over."""
+        trial = self.trials[way]
+        if way not in self.of and trial.steps >= GLIMPSE and trial.seconds > 0:
+            return trial.tokens / trial.seconds
+        return self.of.get(way)
 
 
 class Trials:
