@@ -1,4 +1,4 @@
-"""Float8 caches and quantized weights on a GPU, in bfloat16: every mode writes AR's text up to near ties.
+"""Float8 caches and quantized weights on a GPU, in bfloat16: self-speculation writes AR's text up to near ties.
 
 GPU kernels choose tiles by the number of rows, so a verify pass rounds differently from an AR step. vLLM takes a float8
 cache with its FlashAttention, at the released models' head size.

@@ -16,10 +16,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         import_ahead()
 
 
-def use_two_processes(patch: pytest.MonkeyPatch) -> None:
+def use_two_ranks(patch: pytest.MonkeyPatch) -> None:
     """Have the next engine run as in production, but forked: a core process and two workers under vLLM's executor.
 
-    That a worker of its own process finds the plugin by itself is proven by the servers, and by Ray's two ranks.
+    No test has vLLM spawn two ranks. Servers' engine cores are spawned, and Ray starts two ranks in new processes.
     """
     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
@@ -29,14 +29,14 @@ def use_two_processes(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes() -> Iterator[None]:
-    """For an engine that a module's tests share."""
+def two_ranks() -> Iterator[None]:
+    """Two ranks in processes of their own, for an engine that a module's tests share."""
     with pytest.MonkeyPatch.context() as patch:
-        use_two_processes(patch)
+        use_two_ranks(patch)
         yield
 
 
 @pytest.fixture
-def two_processes_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one test's engine."""
-    use_two_processes(monkeypatch)
+def two_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks in processes of their own, for one test's engine."""
+    use_two_ranks(monkeypatch)

@@ -18,7 +18,7 @@ ASKS = [
 ]
 
 
-@pytest.mark.usefixtures("two_processes_once")
+@pytest.mark.usefixtures("two_ranks_once")
 def test_every_mode_equals_the_reference(tmp_path: Path) -> None:
     needs_images()
     folder = save_vlm(small_vlm_config(), tmp_path, seed=1)

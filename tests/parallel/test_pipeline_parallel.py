@@ -32,7 +32,7 @@ def expected(folder: Path) -> Texts:
         return texts(alone)
 
 
-def test_two_pipeline_stages_give_the_tokens_of_one(folder: Path, expected: Texts, two_processes_once: None) -> None:
+def test_two_pipeline_stages_give_the_tokens_of_one(folder: Path, expected: Texts, two_ranks_once: None) -> None:
     """With more requests than a stage runs at once."""
     # vLLM's CPU worker makes the buffers between stages when it warms up, which it does not do for eager models. Traced
     # by dynamo without a compiler, the model is warmed up and nothing is compiled.

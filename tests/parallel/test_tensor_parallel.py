@@ -95,7 +95,7 @@ def expected(one_rank: Any) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def llm(expected: Any, adapted: dict[str, str], two_processes: None) -> Iterator[Any]:
+def llm(expected: Any, adapted: dict[str, str], two_ranks: None) -> Iterator[Any]:
     with engine(checkpoint_path("tiny"), spec=True, options=adapted, tensor_parallel_size=2, **SETTINGS) as made:
         yield made
 

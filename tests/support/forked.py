@@ -23,7 +23,7 @@ def _run(environment: dict[str, str], target: Callable[..., Any], arguments: dic
     import torch
     from vllm.v1.executor import multiproc_executor
 
-    # Its workers' threads, of which vLLM tells OpenMP by the environment, which the fork server read long before.
+    # One thread for each worker. vLLM sets OpenMP's environment for that, but the fork server has read it before.
     torch.set_num_threads(1)
     os.environ.clear()  # the fork server's environment is that of the first engine
     os.environ.update(environment)

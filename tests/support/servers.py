@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 def serving(arguments: list[str], port: int, log: Path, fork: bool = False) -> Iterator[None]:
     """Serve a checkpoint in float32 on loopback; ``arguments`` are the checkpoint and further options.
 
-    ``fork`` the engine core from the server, as vLLM does on GPUs: it need not import vLLM again.
+    ``fork`` the engine core from the server: it need not import vLLM again. ``vllm serve`` itself spawns it.
     """
     command = [str(BIN / "vllm"), "serve", *arguments, "--port", str(port), "--host", "127.0.0.1"]
     command += ["--speculative-config", '{"model": "vllm_nld.SelfSpeculation"}', "--dtype", "float32"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 STEPS = 16
 """Steps of a trial; they need not follow one another."""
 GLIMPSE, FAR = 4, 3.0
-"""So many steps suffice if they yield so many times as much a second as the other way, or as little."""
+"""Four steps are enough if one way yields three times as many tokens a second as the other."""
 PATIENCE = 4
 """The worse way is given up after this many times the steps of a trial, if too few of them could be measured."""
 AGAIN = 250
@@ -32,6 +32,18 @@ class _Trial:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    slowest: tuple[float, int] = 0.0, 0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Take in a step."""
+        self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + seconds
+        self.slowest = max(self.slowest, (seconds, tokens))
+
+    @property
+    def found(self) -> float | None:
+        """Tokens a second without the slowest step, in which a kernel may have been compiled; None for no time."""
+        seconds = self.seconds - self.slowest[0]
+        return (self.tokens - self.slowest[1]) / seconds if seconds > 0 else None
 
 
 @dataclass
@@ -42,7 +54,7 @@ class _Yields:
         since: steps since the worse way was tried; less than 0 if that found nothing.
         tried: steps in which it is being tried.
         again: steps after which it is tried again.
-        first: the way that is taken until both are known.
+        first: the way that is taken until both are known, but for a glimpse of the other.
         steps: of a trial.
         margin: the other way has to yield more than this times what the first one yields.
     """
@@ -89,25 +101,28 @@ class _Yields:
     def measured(self, way: bool, tokens: int, seconds: float) -> None:
         """Take in the step of a way."""
         trial = self.trials[way]
-        trial.steps, trial.tokens, trial.seconds = trial.steps + 1, trial.tokens + tokens, trial.seconds + seconds
-        if trial.seconds <= 0:
+        trial.add(tokens, seconds)
+        found, other = trial.found, self._known(not way)
+        if found is None:
             return
-        found, other = trial.tokens / trial.seconds, self._known(not way)
         far = trial.steps == GLIMPSE and other is not None and not other / FAR < found < other * FAR
         if trial.steps < self.steps and not far:
             return
         if way != self.better:
             self.since = self.tried = 0
-        if far and other is not None:
-            self.of.setdefault(not way, other)
+        if far and other is not None and (not way) not in self.of:
+            self._take(not way, other)
+        self._take(way, found)
+
+    def _take(self, way: bool, found: float) -> None:
+        """Take in what a trial found, which is over."""
         self.of[way] = (self.of.get(way, found) + found) / 2
         self.trials[way] = _Trial()
 
     def _known(self, way: bool) -> float | None:
-        """Return a way's tokens a second, before its first trial is over from a glimpse; None if that is not over."""
-        trial = self.trials[way]
-        if way not in self.of and trial.steps >= GLIMPSE and trial.seconds > 0:
-            return trial.tokens / trial.seconds
+        """Return a way's tokens a second, by a glimpse if its first trial is not over; None without one."""
+        if way not in self.of and self.trials[way].steps >= GLIMPSE:
+            return self.trials[way].found
         return self.of.get(way)
 
 
@@ -117,7 +132,8 @@ class Trials:
     Args:
         clock: seconds.
         again: steps after which the worse way is tried again.
-        first: the way that is taken until it is measured; the other is then tried for a bounded number of steps.
+        first: the way that is taken until it is measured, but for a glimpse of the other, which is then tried for a
+            bounded number of steps.
         steps: of a trial. What a few steps yield is mostly chance.
         margin: the other way has to yield more than this times what the first one yields.
     """
