@@ -57,12 +57,14 @@ class _Yields:
         first: the way that is taken until both are known, but for a glimpse of the other.
         steps: of a trial.
         margin: the other way has to yield more than this times what the first one yields.
+        glimpses: whether four steps may be enough.
     """
 
     again: int
     first: bool
     steps: int
     margin: float
+    glimpses: bool
     of: dict[bool, float] = field(default_factory=dict)
     trials: dict[bool, _Trial] = field(default_factory=lambda: {True: _Trial(), False: _Trial()})
     since: int = 0
@@ -90,8 +92,8 @@ class _Yields:
 
     def _first_is_due(self) -> bool:
         """Whether more of the first way is wanted, before or after a glimpse of the other."""
-        if self.first in self.of:
-            return False
+        if self.first in self.of or not self.glimpses:
+            return self.first not in self.of
         return self.trials[self.first].steps < GLIMPSE or self.trials[not self.first].steps >= GLIMPSE
 
     def _wait(self) -> int:
@@ -105,7 +107,7 @@ class _Yields:
         found, other = trial.found, self._known(not way)
         if found is None:
             return
-        far = trial.steps == GLIMPSE and other is not None and not other / FAR < found < other * FAR
+        far = self.glimpses and trial.steps == GLIMPSE and other is not None and not other / FAR < found < other * FAR
         if trial.steps < self.steps and not far:
             return
         if way != self.better:
@@ -136,6 +138,7 @@ class Trials:
             bounded number of steps.
         steps: of a trial. What a few steps yield is mostly chance.
         margin: the other way has to yield more than this times what the first one yields.
+        glimpses: whether four steps of each way are enough where one yields many times as much.
     """
 
     def __init__(
@@ -145,9 +148,10 @@ class Trials:
         first: bool = True,
         steps: int = STEPS,
         margin: float = 1.0,
+        glimpses: bool = True,
     ) -> None:
         self._clock = clock
-        self._settings = again, first, steps, margin
+        self._settings = again, first, steps, margin, glimpses
         self._yields: dict[int, _Yields] = {}
         self._last: tuple[int, bool] | None = None
         self._ended = 0.0

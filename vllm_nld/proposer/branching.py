@@ -95,7 +95,7 @@ class Branching:
     ) -> None:
         self._longest, self._ledger, self._costs, self._together = longest, ledger, costs, together
         self.tokens = 0
-        self.trials = Trials(again=TRIED_AGAIN, first=False, steps=TRIED_STEPS, margin=TRIED_MARGIN)
+        self.trials = Trials(again=TRIED_AGAIN, first=False, steps=TRIED_STEPS, margin=TRIED_MARGIN, glimpses=False)
         self._tried: tuple[int, bool] | None = None
 
     def choose_way(self, drafting: Sequence[RequestState]) -> None:
