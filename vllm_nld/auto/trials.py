@@ -54,7 +54,7 @@ class _Yields:
         since: steps since the worse way was tried; less than 0 if that found nothing.
         tried: steps in which it is being tried.
         again: steps after which it is tried again.
-        first: the way that is taken until both are known, but for a glimpse of the other.
+        first: the way that is taken until it is known. Before that, ``glimpses`` allows four steps of the other.
         steps: of a trial.
         margin: the other way has to yield more than this times what the first one yields.
         glimpses: whether four steps may be enough.
@@ -92,8 +92,10 @@ class _Yields:
 
     def _first_is_due(self) -> bool:
         """Whether more of the first way is wanted, before or after a glimpse of the other."""
-        if self.first in self.of or not self.glimpses:
-            return self.first not in self.of
+        if self.first in self.of:
+            return False
+        if not self.glimpses:
+            return True
         return self.trials[self.first].steps < GLIMPSE or self.trials[not self.first].steps >= GLIMPSE
 
     def _wait(self) -> int:
@@ -134,11 +136,10 @@ class Trials:
     Args:
         clock: seconds.
         again: steps after which the worse way is tried again.
-        first: the way that is taken until it is measured, but for a glimpse of the other, which is then tried for a
-            bounded number of steps.
+        first: the way that is taken until it is measured; the other is then tried for a bounded number of steps.
         steps: of a trial. What a few steps yield is mostly chance.
         margin: the other way has to yield more than this times what the first one yields.
-        glimpses: whether four steps of each way are enough where one yields many times as much.
+        glimpses: whether four steps of each way come first, and decide where one yields many times as much.
     """
 
     def __init__(
