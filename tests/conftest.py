@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import gc
+import importlib
 import os
 from pathlib import Path
 
@@ -20,11 +20,11 @@ LAST = ("v2", "server", "engine")
 each, the third has many short ones, so neither process waits long for the other at the end."""
 
 # Processes that the tests start collect garbage less often, from their first import on (so does this one from here),
-# and sleep while they wait for each other.
+# end at once, and sleep while they wait for each other.
 _startup = str(STARTUP)
 if _startup not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_startup, os.environ.get("PYTHONPATH"))))
-gc.set_threshold(200_000)
+    importlib.import_module("tests.support.startup.sitecustomize")
 
 # Each process of pytest-xdist works on one core, because threads spin while they wait for each other, and engines on
 # the same cores are many times slower than one. Set before torch is imported, because torch counts the cores then.
@@ -62,9 +62,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collections: it is most of all objects, and never is garbage.
-
-    Until the interpreter ends and frees everything: compiled modules report what is left as leaks.
-    """
-    atexit.register(gc.unfreeze)
+    """Leave what was imported out of garbage collections: it is most of all objects, and never is garbage."""
     gc.freeze()

@@ -183,10 +183,10 @@ class NLDOptions(RegisteredOptions):
         """Validate ``raw``, which came from ``where``; see :meth:`from_vllm_config`."""
         if not isinstance(raw, dict):
             raise NLDError(f"{where}={shown(raw)}, but an object such as {{}} is needed")
+        unknown = [key for key in raw if key not in cls.model_fields]
+        allowed = ", ".join(cls.keys()) if unknown else ""
         problems = [
-            f"{where}.{shown_key(key)}={shown(value)} is unknown; allowed keys: {', '.join(cls.keys())}"
-            for key, value in raw.items()
-            if key not in cls.model_fields
+            f"{where}.{shown_key(key)}={shown(raw[key])} is unknown; allowed keys: {allowed}" for key in unknown
         ]
         try:
             options = cls.model_validate({key: raw[key] for key in cls.model_fields if key in raw})

@@ -1,3 +1,14 @@
-"""The unit tier computes on one core."""
+"""The unit tier computes on one core, and what vLLM compiles runs as it is written: compiling takes longer."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
 
 from tests.support.threads import one_thread as one_thread
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_compiled() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield

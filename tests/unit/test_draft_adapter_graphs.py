@@ -72,7 +72,7 @@ def graph_of(layer: nn.Module) -> torch.fx.GraphModule:
         graphs.append(graph)
         return graph.forward
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("default"):
         torch.compile(layer, backend=keep, fullgraph=True)(IDS)
     return graphs[0]
 

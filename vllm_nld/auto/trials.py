@@ -178,4 +178,7 @@ class Trials:
         self._last, self._ended = way, now
 
     def _of(self, requests: int) -> _Yields:
-        return self._yields.setdefault(requests.bit_length(), _Yields(*self._settings))
+        power = requests.bit_length()
+        if power not in self._yields:
+            self._yields[power] = _Yields(*self._settings)
+        return self._yields[power]

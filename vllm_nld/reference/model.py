@@ -267,6 +267,8 @@ class ReferenceModel(nn.Module):
         if config.tie_word_embeddings:
             self.diffusion_head.weight = self.encoder.embed_tokens.weight
         self.draft_adapter: DraftAdapter | None = None
+        # Read once, because attributes of a transformers config are slow.
+        self._scaling, self._never_emitted = config.llama_4_scaling, list(config.never_emitted)
         self.inverse_frequencies: Tensor
         frequencies = inverse_frequencies(config.head_dim, config.rope_parameters)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
@@ -297,14 +299,13 @@ class ReferenceModel(nn.Module):
             positions = positions[:, None]
         # Angles in float64, then rounded once, because float32 products of large positions lose the low frequencies.
         angles = (positions.double()[..., None] * self.inverse_frequencies).float()
-        scaling = self.config.llama_4_scaling
         x = self.encoder.embed_tokens(ids) if embedded is None else embedded
         if adapter is not None:
             x = adapter.embed(ids, x)
         rotation = Rotation(
             angles.cos().to(x.dtype),
             angles.sin().to(x.dtype),
-            query_scale(positions, scaling).unsqueeze(-1).to(x.dtype) if scaling is not None else None,
+            None if self._scaling is None else query_scale(positions, self._scaling).unsqueeze(-1).to(x.dtype),
         )
         if mask is not None and mask.is_cuda:
             mask = folded_mask(mask, self.config.num_attention_heads // self.config.num_key_value_heads, x.dtype)
@@ -363,5 +364,5 @@ class ReferenceModel(nn.Module):
         The mask token is excluded (it stands for "undecided" and is never an answer), and what else the config names.
         """
         logits: Tensor = self.diffusion_head(hidden).float()
-        logits[..., list(self.config.never_emitted)] = -torch.inf
+        logits[..., self._never_emitted] = -torch.inf
         return logits
