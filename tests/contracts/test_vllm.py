@@ -235,6 +235,12 @@ class TestSampling:
         wanted = ["logits", "sampling_metadata", "metadata"]
         assert vllm.parameters(REJECTION, "RejectionSampler.apply_logits_processors") == wanted
 
+    def test_the_plain_sampler_can_be_told_of_drafts(self, vllm: VllmSource) -> None:
+        wanted = ["logits", "sampling_metadata", "predict_bonus_token"]
+        assert vllm.parameters("v1/sample/sampler.py", "Sampler.forward")[:3] == wanted
+        rows = vllm.text("v1/sample/thinking_budget_state.py", "ThinkingBudgetStateHolder._apply_forcing_to_logits")
+        assert "len(spec_tokens) if not predict_bonus_token else 1" in rows
+
     def test_expand_batch_to_tokens_has_known_signature(self, vllm: VllmSource) -> None:
         wanted = ["x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"]
         assert vllm.parameters(REJECTION, "expand_batch_to_tokens") == wanted

@@ -1,13 +1,21 @@
-"""The thinking budget follows a text as it grows, and reads it once."""
+"""The thinking budget follows a text as it grows, and reads it once; vLLM forces each request's end in its own row."""
 
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
+from tests.unit.test_greedy_verify import greedy
 from vllm_nld.proposer.thinking import ThinkingBudget
+from vllm_nld.vllm_glue.rejection_sampler import decide_after_drafts
 
 
 def counted_from_scratch(limit: int, start: list[int], end: list[int], tokens: list[int]) -> int | None:
@@ -69,3 +77,28 @@ def test_only_new_tokens_are_read() -> None:
         output += [7]
         assert budget.left(prompt, output) == 400 - step
     assert prompt.read + output.read < 200 * 20
+
+
+def test_ends_are_forced_in_their_own_rows_in_steps_without_drafts() -> None:
+    """As vLLM before 0.32 samples them: an engine with drafts, but the plain sampler, which hears of no drafts."""
+    start, end, budgets = 1, 2, [9, 4, 6]
+    tokens = {"reasoning_start_token_ids": [start], "reasoning_end_token_ids": [end]}
+    most_drafts = 3
+    holder = ThinkingBudgetStateHolder(SimpleNamespace(**tokens), len(budgets), most_drafts, torch.device("cpu"), False)
+    texts: list[list[int]] = [[] for _ in budgets]
+    added = [
+        (row, SamplingParams(thinking_token_budget=limit), [5, start], texts[row]) for row, limit in enumerate(budgets)
+    ]
+    holder.sync_batch(BatchUpdate(batch_size=len(budgets), removed=[], added=added, moved=[]))
+    sampler = Sampler()
+    for _ in range(2):  # as when vLLM lowers the length limit
+        decide_after_drafts(sampler)
+    none: list[list[int]] = [[] for _ in budgets]
+    settings = {"output_token_ids": texts, "spec_token_ids": none, "thinking_budget_state_holder": holder}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        logits = torch.randn(len(budgets), 40, generator=generator).index_fill_(1, torch.tensor([start, end]), -9.0)
+        output = sampler(logits=logits, sampling_metadata=greedy(len(budgets), **settings))
+        for text, (token,) in zip(texts, output.sampled_token_ids.tolist(), strict=True):
+            text.append(token)
+    assert [[place for place, token in enumerate(text) if token == end] for text in texts] == [[9], [4], [6]]

@@ -71,7 +71,7 @@ class ThinkingBudget:
     def before_start(self, text: Any, drafts: list[int]) -> list[int]:
         """Cut drafts before they open a thinking section.
 
-        vLLM counts from the start that is in the text when a step begins. Behind a start among the drafts nothing
+        vLLM counts from the start that is in the text when a step begins. After a start among the drafts nothing
         would be forced within the step, where AR may force the end already.
 
         Args:
