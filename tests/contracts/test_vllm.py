@@ -235,11 +235,15 @@ class TestSampling:
         wanted = ["logits", "sampling_metadata", "metadata"]
         assert vllm.parameters(REJECTION, "RejectionSampler.apply_logits_processors") == wanted
 
-    def test_the_plain_sampler_can_be_told_of_drafts(self, vllm: VllmSource) -> None:
+    def test_the_thinking_budget_has_a_known_state(self, vllm: VllmSource) -> None:
         wanted = ["logits", "sampling_metadata", "predict_bonus_token"]
         assert vllm.parameters("v1/sample/sampler.py", "Sampler.forward")[:3] == wanted
-        rows = vllm.text("v1/sample/thinking_budget_state.py", "ThinkingBudgetStateHolder._apply_forcing_to_logits")
+        file, holder = "v1/sample/thinking_budget_state.py", "ThinkingBudgetStateHolder"
+        assert "self._state: dict[int, dict[str, Any]] = {}" in vllm.text(file, f"{holder}.__init__")
+        rows = vllm.text(file, f"{holder}._apply_forcing_to_logits")
         assert "len(spec_tokens) if not predict_bonus_token else 1" in rows
+        assert "state['bonus_token_forced'] = True" in rows
+        assert "state.get('in_end', False)" in rows
 
     def test_expand_batch_to_tokens_has_known_signature(self, vllm: VllmSource) -> None:
         wanted = ["x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"]

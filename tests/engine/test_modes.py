@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.engines import engine, metric, runner
+from tests.support.engines import engine, metric
 from tests.support.models import save_first_layers
 from vllm_nld.checkpoints.held_out import held_out_prompts
 from vllm_nld.draft_pass.learned_sampler import LearnedSampler
@@ -232,37 +232,6 @@ def test_thinking_budget_forces_the_end_token(llm: Any, budget: int, model: Refe
         assert texts == (diffused if mode == "diffusion" else causal), mode
         for tokens in texts:
             assert tokens[budget] == END_THINK or END_THINK in tokens[:budget] or len(tokens) <= budget
-
-
-@pytest.mark.parametrize("mode", ["ar", *LOSSLESS])
-def test_each_request_of_a_batch_has_its_own_budget(llm: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also as vLLM before 0.32 samples steps without drafts: by the plain sampler, which hears of no drafts."""
-    from vllm import SamplingParams
-
-    def texts(budgets: list[int]) -> list[list[int]]:
-        shared: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        shared |= {"extra_args": {"nld": {"mode": mode}}}
-        params = [SamplingParams(thinking_token_budget=budget, **shared) for budget in budgets]
-        return ids_of(llm.generate([prompt] * len(params), params, use_tqdm=False))
-
-    (first,) = complete(llm, TEXTS[:1], "ar", max_tokens=1)
-    prompt = {"prompt_token_ids": [*first.prompt_token_ids, THINK]}
-    budgets = [9, 2, 5]
-    alone = [texts([budget])[0] for budget in budgets]
-    assert [text.index(END_THINK) for text in alone] == budgets
-    assert texts(budgets) == alone
-
-    own = runner(llm)
-    sample = own._sample
-    plainly: list[bool] = []
-
-    def sample_as_before(logits: Any, metadata: Any) -> Any:
-        plainly.append(not any(metadata.num_draft_tokens))
-        return sample(logits, None if plainly[-1] else metadata)
-
-    monkeypatch.setattr(own, "_sample", sample_as_before)
-    assert texts(budgets) == alone
-    assert any(plainly)
 
 
 def test_bad_requests_are_refused_and_engine_continues(llm: Any) -> None:

@@ -15,7 +15,7 @@ from vllm_nld.checkpoints.draft_lora import FOLDER, TARGETS
 CONFIG = small_config(eos_token_id=None, hidden_size=128, intermediate_size=256)
 
 
-@pytest.mark.usefixtures("two_ranks_once")
+@pytest.mark.usefixtures("two_spawned_ranks")
 def test_self_speculation_equals_ar(tmp_path: Path) -> None:
     """A rank rounds its own share of a row-parallel layer's input, so the text need not be that of one rank."""
     plain = save(random_model(CONFIG, seed=3), tmp_path / "plain")

@@ -8,7 +8,7 @@ import torch
 from tests.support.threads import one_thread as one_thread
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def nothing_is_compiled() -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"):
         yield

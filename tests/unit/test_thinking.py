@@ -1,31 +1,27 @@
-"""The thinking budget follows a text as it grows, and reads it once; vLLM forces each request's end in its own row."""
+"""The thinking budget follows a text as it grows, and reads it once."""
 
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from vllm import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate
-from vllm.v1.sample.sampler import Sampler
-from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
-from tests.unit.test_greedy_verify import greedy
 from vllm_nld.proposer.thinking import ThinkingBudget
-from vllm_nld.vllm_glue.rejection_sampler import decide_after_drafts
 
 
-def counted_from_scratch(limit: int, start: list[int], end: list[int], tokens: list[int]) -> int | None:
-    def last(wanted: list[int]) -> int:
-        found = [i for i in range(len(tokens) - len(wanted) + 1) if tokens[i : i + len(wanted)] == wanted]
-        return found[-1] if found else -1
+def counted_from_scratch(limit: int, start: list[int], end: list[int], prompt: list[int], output: list[int]) -> Any:
+    def places(wanted: list[int]) -> list[int]:
+        return [i for i in range(len(tokens) - len(wanted) + 1) if tokens[i : i + len(wanted)] == wanted]
 
-    if last(start) < 0 or last(end) > last(start):
+    tokens = prompt + output
+    ended = max(places(end), default=-1)
+    after = [place for place in places(start) if place > ended]
+    inside = [place for place in after if place < len(prompt)]
+    if not after:
         return None
-    return max(0, limit - (len(tokens) - last(start) - len(start)))
+    opened = inside[-1] if inside else after[0]
+    return max(0, limit - (len(tokens) - opened - len(start)))
 
 
 @pytest.mark.parametrize(("start", "end"), [([1], [2]), ([1, 1], [2]), ([1, 2], [2, 1, 1])])
@@ -45,7 +41,7 @@ def test_incremental_reading_equals_whole_reading(start: list[int], end: list[in
             else:
                 output += some(5)
             for _ in range(generator.randint(1, 2)):
-                expected = counted_from_scratch(20, start, end, prompt + output)
+                expected = counted_from_scratch(20, start, end, prompt, output)
                 assert budget.left(prompt, output) == expected
                 inside += expected is not None
             if output and generator.random() < 0.3:
@@ -77,28 +73,3 @@ def test_only_new_tokens_are_read() -> None:
         output += [7]
         assert budget.left(prompt, output) == 400 - step
     assert prompt.read + output.read < 200 * 20
-
-
-def test_ends_are_forced_in_their_own_rows_in_steps_without_drafts() -> None:
-    """As vLLM before 0.32 samples them: an engine with drafts, but the plain sampler, which hears of no drafts."""
-    start, end, budgets = 1, 2, [9, 4, 6]
-    tokens = {"reasoning_start_token_ids": [start], "reasoning_end_token_ids": [end]}
-    most_drafts = 3
-    holder = ThinkingBudgetStateHolder(SimpleNamespace(**tokens), len(budgets), most_drafts, torch.device("cpu"), False)
-    texts: list[list[int]] = [[] for _ in budgets]
-    added = [
-        (row, SamplingParams(thinking_token_budget=limit), [5, start], texts[row]) for row, limit in enumerate(budgets)
-    ]
-    holder.sync_batch(BatchUpdate(batch_size=len(budgets), removed=[], added=added, moved=[]))
-    sampler = Sampler()
-    for _ in range(2):  # as when vLLM lowers the length limit
-        decide_after_drafts(sampler)
-    none: list[list[int]] = [[] for _ in budgets]
-    settings = {"output_token_ids": texts, "spec_token_ids": none, "thinking_budget_state_holder": holder}
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(12):
-        logits = torch.randn(len(budgets), 40, generator=generator).index_fill_(1, torch.tensor([start, end]), -9.0)
-        output = sampler(logits=logits, sampling_metadata=greedy(len(budgets), **settings))
-        for text, (token,) in zip(texts, output.sampled_token_ids.tolist(), strict=True):
-            text.append(token)
-    assert [[place for place, token in enumerate(text) if token == end] for text in texts] == [[9], [4], [6]]

@@ -12,7 +12,9 @@ from typing import Any
 class ThinkingBudget:
     """A request's ``thinking_token_budget``, and what is known of its text.
 
-    It reads a text once. Of what was read before, only the last token is looked at again: it may have been replaced.
+    As vLLM's first runner counts (``v1/sample/thinking_budget_state.py``), a start within a thinking section opens no
+    other one, except in the prompt. It reads a text once: only the last few tokens are looked at again, because the
+    last one may be replaced, and what it begins may go on.
 
     Args:
         limit: tokens that may follow the start of thinking before its end is forced.
@@ -22,42 +24,41 @@ class ThinkingBudget:
 
     def __init__(self, limit: int, start_tokens: list[int], end_tokens: list[int]) -> None:
         self.limit, self.start_tokens, self.end_tokens = limit, start_tokens, end_tokens
-        self._read = 0
-        self._start = self._end = -1
+        self._settled, self._open = 0, -1
 
     def left(self, prompt: list[int], output: list[int]) -> int | None:
         """Return how many thinking tokens may still follow ``output``, or None outside a thinking section."""
         if not self.start_tokens or not self.end_tokens:
             return None
         length = len(prompt) + len(output)
-        if length <= self._read:  # tokens were taken back
-            self._read, self._start, self._end = 0, -1, -1
-        # All but the last token are here to stay.
-        self._start = self._last(self.start_tokens, self._start, prompt, output, length - 1)
-        self._end = self._last(self.end_tokens, self._end, prompt, output, length - 1)
-        self._read = max(0, length - 1)
-        start = self._last(self.start_tokens, self._start, prompt, output, length)
-        end = self._last(self.end_tokens, self._end, prompt, output, length)
-        if start < 0 or end > start:
-            return None
-        return max(0, self.limit - (length - start - len(self.start_tokens)))
+        settled = max(0, length - max(len(self.start_tokens), len(self.end_tokens)))
+        if settled < self._settled:  # tokens were taken back
+            self._settled, self._open = 0, -1
+        first = self._settled
+        tokens = [*prompt[first:], *output[max(0, first - len(prompt)) :]]
+        in_prompt = len(prompt) - first
+        self._open = self._read(self._open, first, tokens, range(settled - first), in_prompt)
+        self._settled = settled
+        opened = self._read(self._open, first, tokens, range(settled - first, len(tokens)), in_prompt)
+        return None if opened < 0 else max(0, self.limit - (length - opened - len(self.start_tokens)))
 
-    def _last(self, wanted: list[int], known: int, prompt: list[int], output: list[int], length: int) -> int:
-        """Return where ``wanted`` last begins in the first ``length`` tokens, or -1.
+    def _read(self, opened: int, first: int, tokens: list[int], places: range, prompt: int) -> int:
+        """Return where the section begins that is open after some places of a text, or -1.
 
         Args:
-            wanted: tokens.
-            known: the same in what was read before.
-            prompt: the text's first tokens.
-            output: its others.
-            length: how much of the text to read.
+            opened: the same before them.
+            first: number of tokens of the text before ``tokens``.
+            tokens: the rest of it.
+            places: which of ``tokens`` to look at.
+            prompt: how many of ``tokens`` are in the prompt; there, the last start counts.
         """
-        first = max(0, self._read - len(wanted) + 1)
-        tokens = [*prompt[first:length], *output[max(0, first - len(prompt)) : max(0, length - len(prompt))]]
-        for place in range(len(tokens) - len(wanted), -1, -1):
-            if tokens[place] == wanted[0] and tokens[place : place + len(wanted)] == wanted:
-                return first + place
-        return known
+        start, end = self.start_tokens, self.end_tokens
+        for place in places:
+            if tokens[place] == end[0] and tokens[place : place + len(end)] == end:
+                opened = -1
+            if tokens[place] == start[0] and tokens[place : place + len(start)] == start:
+                opened = first + place if opened < 0 or place < prompt else opened
+        return opened
 
     @property
     def barred(self) -> int | None:

@@ -157,25 +157,6 @@ def _draw(sampler: Any, logits: Tensor, seeded: _Seeded, sampling_metadata: Any)
     return tokens
 
 
-def decide_after_drafts(sampler: Any) -> None:
-    """Have the plain sampler take each of its rows for the one after a request's drafts; idempotent.
-
-    It has one row a request in all steps, with and without drafts. From 0.32 on, vLLM says so in all of them. Before,
-    it says nothing in steps without drafts. A thinking budget (``thinking_budget_state.py``) then counts a request's
-    rows by its drafts, none, and all ends of thinking are forced in the row of the batch's first request.
-    """
-    original = sampler.forward
-    if getattr(original, "decides_after_drafts", False):
-        return
-
-    @functools.wraps(original)
-    def forward(logits: Tensor, sampling_metadata: Any, predict_bonus_token: bool = True, **others: Any) -> Any:
-        return original(logits, sampling_metadata, predict_bonus_token=predict_bonus_token, **others)
-
-    forward.decides_after_drafts = True  # type: ignore[attr-defined]
-    sampler.forward = forward
-
-
 def pack_draft_probs(metadata: Any, by_row: Sequence[Tensor | None], vocab_size: int) -> Tensor:
     """Return a step's draft distributions, float32 ``[drafts, vocab]``; other drafts than drawn ones are certain.
 
