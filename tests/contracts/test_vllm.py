@@ -235,15 +235,16 @@ class TestSampling:
         wanted = ["logits", "sampling_metadata", "metadata"]
         assert vllm.parameters(REJECTION, "RejectionSampler.apply_logits_processors") == wanted
 
-    def test_the_thinking_budget_has_a_known_state(self, vllm: VllmSource) -> None:
+    def test_thinking_budgets_are_applied_by_two_methods(self, vllm: VllmSource) -> None:
         wanted = ["logits", "sampling_metadata", "predict_bonus_token"]
         assert vllm.parameters("v1/sample/sampler.py", "Sampler.forward")[:3] == wanted
-        file, holder = "v1/sample/thinking_budget_state.py", "ThinkingBudgetStateHolder"
-        assert "self._state: dict[int, dict[str, Any]] = {}" in vllm.text(file, f"{holder}.__init__")
-        rows = vllm.text(file, f"{holder}._apply_forcing_to_logits")
-        assert "len(spec_tokens) if not predict_bonus_token else 1" in rows
-        assert "state['bonus_token_forced'] = True" in rows
-        assert "state.get('in_end', False)" in rows
+        holder = "ThinkingBudgetStateHolder"
+        wanted = ["logits", "predict_bonus_token", "spec_token_ids"]
+        assert vllm.parameters("v1/sample/thinking_budget_state.py", f"{holder}.apply_to_logits") == wanted
+        plain = vllm.text("v1/sample/sampler.py", "Sampler.apply_logits_processors")
+        assert "holder.update_state(" in plain and "holder.apply_to_logits(" in plain
+        drafts = vllm.text(REJECTION, "RejectionSampler.apply_logits_processors")
+        assert "holder.update_state(" not in drafts and "holder.apply_to_logits(" in drafts
 
     def test_expand_batch_to_tokens_has_known_signature(self, vllm: VllmSource) -> None:
         wanted = ["x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"]

@@ -35,12 +35,17 @@ VOCAB = 40
 CONFIG: Any = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    """As in vLLM's worker."""
+@functools.cache
+def register_kernels() -> None:
+    """As in vLLM's worker; it looks at every module there is."""
     current_platform.import_kernels()
     if hasattr(current_platform, "register_triton_kernel_overrides"):
         current_platform.register_triton_kernel_overrides()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    register_kernels()
 
 
 def greedy(requests: int, **changes: Any) -> SamplingMetadata:

@@ -158,8 +158,8 @@ class RequestState:
 
         A cycle that verifies n drafts generates at most n + 1 tokens. It does not reach past ``min_tokens``: after
         accepted drafts vLLM 0.32 forbids the stop tokens in the bonus position by the number of tokens before the
-        cycle, where AR would allow them. Nor does it reach the token that the thinking budget forces: vLLM 0.32 forces
-        it by the number of drafts, and would do so after a draft that ends the thinking by itself.
+        cycle, where AR would allow them. Nor does it reach the token that the thinking budget forces, which drafts do
+        not foresee.
         """
         generated = len(self.cached.output_token_ids)
         longest = self.remaining(longest)

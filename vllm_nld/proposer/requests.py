@@ -95,6 +95,15 @@ class Requests:
             return None
         return state.noise, int(self._runner.input_batch.num_tokens_no_spec[row])
 
+    def forced_ends(self, row: int, drafts: Sequence[int]) -> Sequence[int | None]:
+        """Return what a row's thinking budget forces: see :meth:`ThinkingBudget.forced`.
+
+        Empty without a budget, and for rows without requests, which vLLM keeps drafts of.
+        """
+        if row >= self.rows or (state := self.at(row)).thinking is None:
+            return ()
+        return state.thinking.forced(state.cached.prompt_token_ids or [], state.cached.output_token_ids, drafts)
+
     def seed_draws(self, drafted: Mapping[str, Sequence[int]]) -> None:
         """Seed vLLM's generators for what the step draws last in each row: after its drafts, if it has any.
 

@@ -10,7 +10,7 @@ its request is parked (:mod:`vllm_nld.proposer.parking`), and the causal passes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -163,6 +163,13 @@ class SelfSpeculation:
     def seed_draws(self) -> None:
         """Seed vLLM's generators for the token that the step draws last in each row."""
         self._known_requests().seed_draws(self._step.drafted)
+
+    def forced_ends(self, row: int, drafts: Sequence[int]) -> Sequence[int | None]:
+        """Return which token a row's thinking budget forces in the place of each draft and after them, or None.
+
+        Empty if the row's request has no budget.
+        """
+        return self._known_requests().forced_ends(row, drafts)
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Record what the causal pass is about to run, and forget requests that are over (called by the worker).

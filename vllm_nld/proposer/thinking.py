@@ -1,20 +1,23 @@
-"""vLLM's thinking budget, seen from the proposer.
+"""The thinking budget of a request: where it ends, and what is forced then.
 
-vLLM itself forces the end-of-thinking tokens in the causal pass. The proposer needs to know when: a draft must not
-reach past that point, and a diffusion block gets the tokens written into it.
+The causal pass forces the end-of-thinking tokens. Before it, a draft need not reach past that point, and a diffusion
+block gets the tokens written into it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
 class ThinkingBudget:
     """A request's ``thinking_token_budget``, and what is known of its text.
 
-    As vLLM's first runner counts (``v1/sample/thinking_budget_state.py``), a start within a thinking section opens no
-    other one, except in the prompt. It reads a text once: only the last few tokens are looked at again, because the
-    last one may be replaced, and what it begins may go on.
+    As on vLLM's first runner (``v1/sample/thinking_budget_state.py``), a start within a thinking section opens no other
+    one, except in the prompt. Unlike there, all depends on the text alone, and not on the steps that decided it.
+
+    It reads a text once: only the last few tokens are looked at again, because the last one may be replaced, and what
+    it begins may go on.
 
     Args:
         limit: tokens that may follow the start of thinking before its end is forced.
@@ -41,6 +44,32 @@ class ThinkingBudget:
         self._settled = settled
         opened = self._read(self._open, first, tokens, range(settled - first, len(tokens)), in_prompt)
         return None if opened < 0 else max(0, self.limit - (length - opened - len(self.start_tokens)))
+
+    def forced(self, prompt: list[int], output: list[int], drafts: Sequence[int]) -> list[int | None]:
+        """Return which token must come in the place of each draft, if those before it are accepted, and after them.
+
+        None where any may come.
+        """
+        left = self.left(prompt, output)
+        far = left is None or left > len(drafts)
+        if far and not (self.start_tokens and self.start_tokens[-1] in drafts):
+            return [None] * (len(drafts) + 1)
+        first = self._settled
+        tokens = [*prompt[first:], *output[max(0, first - len(prompt)) :]]
+        in_prompt = len(prompt) - first
+        return [self._forced_after([*tokens, *drafts[:count]], first, in_prompt) for count in range(len(drafts) + 1)]
+
+    def _forced_after(self, tokens: list[int], first: int, prompt: int) -> int | None:
+        """Return the token that must come after a text, whose ``first`` tokens are settled; see :meth:`_read`."""
+        opened = self._read(self._open, first, tokens, range(len(tokens)), prompt)
+        section = opened + len(self.start_tokens)
+        length = first + len(tokens)
+        if opened < 0 or length - section < self.limit:
+            return None
+        # What the prompt has of the section is never the end that is forced.
+        done = length - max(section + self.limit, first + prompt)
+        end = self.end_tokens
+        return end[done] if 0 < done < len(end) and tokens[-done:] == end[:done] else end[0]
 
     def _read(self, opened: int, first: int, tokens: list[int], places: range, prompt: int) -> int:
         """Return where the section begins that is open after some places of a text, or -1.
@@ -72,8 +101,7 @@ class ThinkingBudget:
     def before_start(self, text: Any, drafts: list[int]) -> list[int]:
         """Cut drafts before they open a thinking section.
 
-        vLLM counts from the start that is in the text when a step begins. After a start among the drafts nothing
-        would be forced within the step, where AR may force the end already.
+        The section's budget may end among the drafts after its start, which then would be verified in vain.
 
         Args:
             text: int ``[tokens]``, NumPy, prompt and text so far.

@@ -35,7 +35,7 @@ def attach_proposer(runner: Any, drafts: int) -> None:
         NLDError: the runner lacks an attribute that this relies on.
     """
     from vllm_nld.vllm_glue.rejection_sampler import accept_diffusion, draw_seeded, guide_verification
-    from vllm_nld.vllm_glue.thinking_budget import repair_thinking_budget
+    from vllm_nld.vllm_glue.thinking_budget import force_ends_by_position
 
     for name in (
         "drafter",
@@ -53,7 +53,7 @@ def attach_proposer(runner: Any, drafts: int) -> None:
     runner.drafter.attach(runner)
     if not hasattr(runner.rejection_sampler, "apply_logits_processors"):
         raise NLDError(f"this vLLM's rejection sampler changed; vllm-nld supports vLLM {SUPPORTED}")
-    repair_thinking_budget(runner)
+    force_ends_by_position(runner.rejection_sampler.sampler, runner.drafter.forced_ends)
     accept_diffusion(runner.rejection_sampler, runner.drafter.is_diffusion)
     draw_seeded(runner.rejection_sampler, runner.drafter.noise_at, runner.drafter.seed_draws)
     guide_verification(runner.rejection_sampler, runner.drafter.draft_probs, runner.drafter.is_diffusion)
