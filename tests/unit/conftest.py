@@ -1,4 +1,4 @@
-"""The unit tier computes on one core, and what vLLM compiles runs as it is written: compiling takes longer."""
+"""The unit tier computes on one core, and does not compile vLLM's functions, because compiling takes longer."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Ends of thinking are forced by position: whatever the drafts, and however the steps were cut, the text is AR's."""
+"""A text with a thinking budget is AR's text, whatever was drafted and whichever steps decided it."""
 
 from __future__ import annotations
 

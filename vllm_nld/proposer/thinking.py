@@ -1,7 +1,7 @@
 """The thinking budget of a request: where it ends, and what is forced then.
 
-The causal pass forces the end-of-thinking tokens. Before it, a draft need not reach past that point, and a diffusion
-block gets the tokens written into it.
+The causal pass forces the tokens that end thinking. Drafts stop before them, and a diffusion block gets them written
+into it.
 """
 
 from __future__ import annotations
@@ -33,16 +33,9 @@ class ThinkingBudget:
         """Return how many thinking tokens may still follow ``output``, or None outside a thinking section."""
         if not self.start_tokens or not self.end_tokens:
             return None
+        rest, in_prompt = self._settle(prompt, output)
+        opened = self._read(rest, len(rest), in_prompt)
         length = len(prompt) + len(output)
-        settled = max(0, length - max(len(self.start_tokens), len(self.end_tokens)))
-        if settled < self._settled:  # tokens were taken back
-            self._settled, self._open = 0, -1
-        first = self._settled
-        tokens = [*prompt[first:], *output[max(0, first - len(prompt)) :]]
-        in_prompt = len(prompt) - first
-        self._open = self._read(self._open, first, tokens, range(settled - first), in_prompt)
-        self._settled = settled
-        opened = self._read(self._open, first, tokens, range(settled - first, len(tokens)), in_prompt)
         return None if opened < 0 else max(0, self.limit - (length - opened - len(self.start_tokens)))
 
     def forced(self, prompt: list[int], output: list[int], drafts: Sequence[int]) -> list[int | None]:
@@ -54,39 +47,46 @@ class ThinkingBudget:
         far = left is None or left > len(drafts)
         if far and not (self.start_tokens and self.start_tokens[-1] in drafts):
             return [None] * (len(drafts) + 1)
-        first = self._settled
-        tokens = [*prompt[first:], *output[max(0, first - len(prompt)) :]]
-        in_prompt = len(prompt) - first
-        return [self._forced_after([*tokens, *drafts[:count]], first, in_prompt) for count in range(len(drafts) + 1)]
+        rest, in_prompt = self._settle(prompt, output)
+        return [self._forced_after([*rest, *drafts[:count]], in_prompt) for count in range(len(drafts) + 1)]
 
-    def _forced_after(self, tokens: list[int], first: int, prompt: int) -> int | None:
-        """Return the token that must come after a text, whose ``first`` tokens are settled; see :meth:`_read`."""
-        opened = self._read(self._open, first, tokens, range(len(tokens)), prompt)
+    def _forced_after(self, rest: list[int], in_prompt: int) -> int | None:
+        """Return the token that must come after a text that ends with ``rest``; see :meth:`_read`."""
+        opened = self._read(rest, len(rest), in_prompt)
         section = opened + len(self.start_tokens)
-        length = first + len(tokens)
+        length = self._settled + len(rest)
         if opened < 0 or length - section < self.limit:
             return None
         # What the prompt has of the section is never the end that is forced.
-        done = length - max(section + self.limit, first + prompt)
+        done = length - max(section + self.limit, self._settled + in_prompt)
         end = self.end_tokens
-        return end[done] if 0 < done < len(end) and tokens[-done:] == end[:done] else end[0]
+        return end[done] if 0 < done < len(end) and rest[-done:] == end[:done] else end[0]
 
-    def _read(self, opened: int, first: int, tokens: list[int], places: range, prompt: int) -> int:
-        """Return where the section begins that is open after some places of a text, or -1.
+    def _settle(self, prompt: list[int], output: list[int]) -> tuple[list[int], int]:
+        """Read what is here to stay; return the tokens after it, and how many of them are in the prompt."""
+        settled = max(0, len(prompt) + len(output) - max(len(self.start_tokens), len(self.end_tokens)))
+        if settled < self._settled:  # tokens were taken back
+            self._settled, self._open = 0, -1
+        first = self._settled
+        rest, in_prompt = [*prompt[first:], *output[max(0, first - len(prompt)) :]], len(prompt) - first
+        new = settled - first
+        self._open, self._settled = self._read(rest, new, in_prompt), settled
+        return rest[new:], in_prompt - new
+
+    def _read(self, rest: list[int], count: int, in_prompt: int) -> int:
+        """Return where the section begins that is open after some tokens of a text, or -1.
 
         Args:
-            opened: the same before them.
-            first: number of tokens of the text before ``tokens``.
-            tokens: the rest of it.
-            places: which of ``tokens`` to look at.
-            prompt: how many of ``tokens`` are in the prompt; there, the last start counts.
+            rest: the tokens after the settled ones.
+            count: how many of them to read.
+            in_prompt: how many of them are in the prompt, where the last start counts.
         """
-        start, end = self.start_tokens, self.end_tokens
-        for place in places:
-            if tokens[place] == end[0] and tokens[place : place + len(end)] == end:
+        opened, start, end = self._open, self.start_tokens, self.end_tokens
+        for place in range(count):
+            if rest[place] == end[0] and rest[place : place + len(end)] == end:
                 opened = -1
-            if tokens[place] == start[0] and tokens[place : place + len(start)] == start:
-                opened = first + place if opened < 0 or place < prompt else opened
+            if rest[place] == start[0] and rest[place : place + len(start)] == start:
+                opened = self._settled + place if opened < 0 or place < in_prompt else opened
         return opened
 
     @property
@@ -101,7 +101,7 @@ class ThinkingBudget:
     def before_start(self, text: Any, drafts: list[int]) -> list[int]:
         """Cut drafts before they open a thinking section.
 
-        The section's budget may end among the drafts after its start, which then would be verified in vain.
+        The budget of that section may end within the drafts, and those after its end would be verified in vain.
 
         Args:
             text: int ``[tokens]``, NumPy, prompt and text so far.

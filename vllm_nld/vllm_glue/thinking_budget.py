@@ -34,7 +34,7 @@ def force_ends_by_position(sampler: Any, forced: Callable[[int, Sequence[int]], 
         return
 
     def apply(logits: Tensor, predict_bonus_token: bool, spec_token_ids: Sequence[Sequence[int]] | None) -> Tensor:
-        """As vLLM's: rows are those of drafts, or (``predict_bonus_token``) the one after each request's drafts."""
+        """As vLLM's. Rows are the places of drafts, or with ``predict_bonus_token`` each request's place after them."""
         drafted = [()] * len(logits) if spec_token_ids is None else spec_token_ids
         places, tokens, first = list[int](), list[int](), 0
         for row, drafts in enumerate(drafted):

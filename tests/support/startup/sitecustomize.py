@@ -18,10 +18,9 @@ gc.set_threshold(200_000)
 
 
 def leave_all_to_the_system(freeze=gc.freeze):  # which some tests replace
-    """Have the interpreter end without a look for garbage, right after all other functions that run at exit.
+    """Let the interpreter end without a search for garbage. Runs after nearly all other exit functions.
 
-    Compiled modules then report leaks. So what is written to the standard error output after this, and only that, is
-    lost: nothing of ours runs so late. Exit statuses are what they would be.
+    Compiled modules then report leaks, so what is written to stderr from here on is lost. Exit statuses do not change.
     """
     sys.stderr.flush()
     freeze()
